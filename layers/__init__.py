@@ -1,0 +1,8 @@
+"""The mathematics of the Qwen3-Next architecture: plain ints and tensors in, tensors out.
+
+Shapes: b batch, t time (tokens), s time of keys, h heads, k key width, v value width, d width, e experts, n tokens of
+a flattened batch. Nothing here knows a config, a checkpoint name or a layer index.
+"""
+
+# qwen3next compares this with its own version: another package called `layers` would otherwise be used silently.
+__version__ = "0.1.0"

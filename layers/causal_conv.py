@@ -1,0 +1,86 @@
+"""Depthwise causal convolution with carried state, then SiLU."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from layers.backends import choose
+from layers.segments import Segments
+
+State = Float[Tensor, "b carried d"]
+
+
+def causal_conv(
+    x: Float[Tensor, "b t d"],
+    weight: Float[Tensor, "d taps"],
+    *,
+    state: State | None = None,
+    segments: Segments | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "b t d"], State]:
+    """silu(Σ_j weight[:, taps − 1 − j] · x[t − j]) over the tokens of the same sequence.
+
+    Args:
+        x: inputs; outputs at padding are meaningless but finite.
+        weight: one filter a channel, the last tap meets the present token (torch's conv1d order).
+        state: the taps − 1 inputs before the first token, oldest first; None means zeros. Not modified.
+        segments: where sequences begin and end; None means every row is one sequence.
+        backend: "torch" or "fla" (CUDA); "auto" picks.
+    Returns: output (b t d) and the state after each row's last real token (b taps−1 d).
+    Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
+    """
+    choice = choose("causal_conv", backend, x)
+    segments = None if segments is None or segments.plain else segments
+    if state is None:
+        state = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
+    history = torch.cat((state.to(x.dtype), x), dim=1)  # (b, taps - 1 + t, d)
+    if segments is not None:
+        history = _state_beside_first_token(history, state, segments)
+    if choice == "fla" and segments is None:
+        y = _fla(x, weight, state)
+    elif x.shape[1] == 1:
+        y = F.silu((history * weight.mT.to(x.dtype)).sum(1, keepdim=True))
+    else:
+        # conv1d is several times faster on a contiguous (b, d, t) than on a transposed view of one.
+        y = F.conv1d(history.mT.contiguous(), weight.unsqueeze(1).to(x.dtype), groups=x.shape[2]).mT
+        y = F.silu(y if segments is None else _without_leaks(y, history, weight, segments))
+    return y, _last_inputs(history, weight.shape[1] - 1, segments)
+
+
+def _state_beside_first_token(history: Tensor, state: Tensor, segments: Segments) -> Tensor:
+    """Move the carried inputs over left padding, so that they stand directly before each row's first token."""
+    carried = state.shape[1]
+    place = segments.first[:, None] + torch.arange(carried, device=state.device)
+    return history.scatter(1, place[..., None].expand(-1, -1, state.shape[2]), state.to(history.dtype))
+
+
+def _without_leaks(y: Tensor, history: Tensor, weight: Tensor, segments: Segments) -> Tensor:
+    """Recompute the few tokens, the first taps − 1 of each sequence, whose filter reached into the sequence before."""
+    taps = weight.shape[1]
+    row, column = ((segments.number > 0) & (segments.positions < taps - 1)).nonzero(as_tuple=True)
+    tap = torch.arange(taps, device=y.device)
+    window = history[row[:, None], column[:, None] + tap]  # (n, taps, d)
+    own = tap >= taps - 1 - segments.positions[row, column, None]
+    return y.index_put((row, column), (window * own[..., None] * weight.mT.to(y.dtype)).sum(1))
+
+
+def _last_inputs(history: Tensor, carried: int, segments: Segments | None) -> Tensor:
+    """The inputs that the token after each row's last one will need."""
+    if segments is None:
+        return history[:, history.shape[1] - carried :].contiguous()
+    place = segments.end[:, None] + torch.arange(carried, device=history.device)  # history lags x by `carried`
+    last = history.gather(1, place[..., None].expand(-1, -1, history.shape[2]))
+    # A short last sequence must not hand on the inputs of the one before it.
+    final = segments.end.clamp(min=1)[:, None] - 1
+    position, number = segments.positions.gather(1, final), segments.number.gather(1, final)
+    own = (number <= 0) | (torch.arange(carried, device=history.device) >= carried - 1 - position)
+    return last * own[..., None]
+
+
+def _fla(x: Tensor, weight: Tensor, state: Tensor) -> Tensor:
+    from fla.modules.convolution import causal_conv1d
+
+    # FLA carries as many inputs as there are taps, (b, d, taps); the oldest is never read.
+    initial = F.pad(state.to(x.dtype).mT, (1, 0)).contiguous()
+    return causal_conv1d(x, weight.to(x.dtype), initial_state=initial, activation="silu", backend="triton")[0]

@@ -1,0 +1,197 @@
+"""The gated delta rule: a linear-attention memory that forgets, and that corrects what it recalls before it writes.
+
+Per token, with state S (k v): S ← e^g S, u = β (v − Sᵀk), S ← S + k uᵀ, o = Sᵀq.
+Sources: arXiv:2412.06464 eq. 8 to 10 (signs and ratios checked in fp64 against the token loop).
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from layers.backends import choose
+from layers.norm import at_least_fp32
+from layers.segments import Segments
+
+CHUNK = 64
+
+Keys = Float[Tensor, "b t kh k"]
+Values = Float[Tensor, "b t h v"]
+Gates = Float[Tensor, "b t h"]
+State = Float[Tensor, "b h k v"]
+
+
+def gated_delta_rule(
+    q: Keys,
+    k: Keys,
+    v: Values,
+    log_decay: Gates,
+    beta: Gates,
+    *,
+    state: State | None = None,
+    segments: Segments | None = None,
+    backend: str = "auto",
+) -> tuple[Values, State]:
+    """Write each (key, value) into a decaying memory, then read it with the query.
+
+    Args:
+        q, k: already L2-normalised, q already scaled; this function does neither. Key head i serves the h / kh value
+            heads i · h / kh and following.
+        v: values.
+        log_decay: natural log of the share of memory kept, so <= 0.
+        beta: write strength in [0, 1]; 1 replaces what k recalls.
+        state: memory before the first token; None means zeros. Not modified.
+        segments: where sequences begin and end; None means every row is one sequence.
+        backend: "recurrent" (token loop, the definition), "chunked" (torch matmuls), "fla" (Triton, CUDA); "auto" picks.
+    Returns: output (b t h v) in v's dtype and the memory after each row's last token (b h k v), fp32 or better.
+    Raises: ValueError for an unknown backend or head counts that do not divide; RuntimeError where a named backend
+        cannot run here.
+    """
+    if v.shape[2] % k.shape[2]:
+        raise ValueError(f"{v.shape[2]} value heads cannot share {k.shape[2]} key heads: make it a multiple.")
+    choice = choose("delta_rule", backend, v)
+    segments = None if segments is None or segments.plain else segments
+    if segments is not None:  # at padding nothing is forgotten and nothing is written
+        log_decay = log_decay.masked_fill(~segments.mask[..., None], 0.0)
+        beta = beta.masked_fill(~segments.mask[..., None], 0.0)
+    if choice == "fla":
+        return _fla(q, k, v, log_decay, beta, state, segments)
+    dtype = v.dtype
+    q, k, v, log_decay, beta = (at_least_fp32(x) for x in (q, k, v, log_decay, beta))
+    if state is None:
+        state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
+    state = state.to(v.dtype)
+    starts = None if segments is None else segments.starts
+    # One token is the definition itself: the chunk algebra would only add work.
+    run = _recurrent if choice == "recurrent" or v.shape[1] == 1 else _chunked
+    with torch.autocast(v.device.type, enabled=False):  # the products stay fp32 in mixed-precision training
+        o, state = run(q, k, v, log_decay, beta, state, starts)
+    return o.to(dtype), state
+
+
+def _recurrent(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The definition, token by token."""
+    share = v.shape[2] // k.shape[2]
+    q, k = q.repeat_interleave(share, dim=2), k.repeat_interleave(share, dim=2)
+    decay = log_decay.exp()
+    if starts is not None:
+        decay = decay.masked_fill(starts[..., None], 0.0)
+    outputs = []
+    for t in range(v.shape[1]):
+        state = state * decay[:, t, :, None, None]
+        recalled = (k[:, t, :, None] @ state).squeeze(2)  # (b, h, v)
+        written = beta[:, t, :, None] * (v[:, t] - recalled)
+        state = state + k[:, t, :, :, None] * written[:, :, None]
+        outputs.append((q[:, t, :, None] @ state).squeeze(2))
+    return torch.stack(outputs, dim=1), state
+
+
+def _chunked(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same in matrix products over chunks of C tokens; only two of them a chunk are sequential.
+
+    Within a chunk, Γ_ij is the decay between tokens j and i, γ_i from the chunk's start to i. The writes of a chunk
+    solve a unit lower-triangular system: V* = T diag(β) V − T diag(βγ) K S with T = (I + tril(diag(β) (Γ ⊙ KKᵀ), −1))⁻¹;
+    then O = diag(γ) Q S + (Γ ⊙ QKᵀ) V* and S ← γ_C S + (diag(γ_C / γ) K)ᵀ V*.
+    A sequence that begins inside a chunk cuts Γ and γ there: entries across the cut are zero, all others unchanged.
+    """
+    b, t, heads, width = v.shape
+    key_heads, share, pad = k.shape[2], heads // k.shape[2], -t % CHUNK
+
+    def chunks(x: Tensor, groups: int) -> Tensor:  # (b t h …) → (b, key heads, groups, n, C, …)
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad)).unflatten(1, (-1, CHUNK)).unflatten(3, (key_heads, groups))
+        return x.movedim((3, 4), (1, 2)).contiguous()
+
+    q, k, v = chunks(q, 1), chunks(k, 1), chunks(v, share)
+    beta, log_decay = chunks(beta, share), chunks(log_decay, share)  # (b, kh, share, n, C)
+    since_start = log_decay.cumsum(-1)
+    gamma = since_start.exp()
+    to_end = (since_start[..., -1:] - since_start).exp()
+    upper = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=v.device).triu(1)
+    if starts is not None:
+        number = F.pad(starts, (0, pad)).unflatten(1, (-1, CHUNK)).long().cumsum(-1)[:, None, None]  # (b 1 1 n C)
+        gamma = gamma * (number == 0)
+        to_end = to_end * (number == number[..., -1:])
+        upper = upper | (number[..., :, None] != number[..., None, :])
+    # Masked before exp: above the diagonal the exponent is positive and may overflow.
+    pairwise = (since_start[..., :, None] - since_start[..., None, :]).masked_fill(upper, -torch.inf).exp()
+
+    system = beta[..., None] * pairwise * (k @ k.mT)  # key products are made once a key head and shared
+    solved = _UnitLowerInverse.apply(system)
+    values = (solved * beta[..., None, :]) @ v
+    recall = (solved * (beta * gamma)[..., None, :]) @ k
+    n = v.shape[3]
+    values, recall = (x.flatten(0, 2).unbind(1) for x in (values, recall))  # n of (b · h, C, ·)
+    writers = (k * to_end[..., None]).mT.flatten(0, 2).unbind(1)
+    kept = gamma[..., -1].flatten(0, 2)[..., None, None].unbind(1)
+    state = state.flatten(0, 1)
+    before, written = [], []
+    for i in range(n):
+        before.append(state)
+        written.append(torch.baddbmm(values[i], recall[i], state, alpha=-1))
+        state = torch.baddbmm(kept[i] * state, writers[i], written[i])
+    before, written = (torch.stack(x, dim=1).unflatten(0, (b, key_heads, share)) for x in (before, written))
+
+    o = gamma[..., None] * (q @ before) + (pairwise * (q @ k.mT)) @ written  # (b, kh, share, n, C, v)
+    o = o.flatten(3, 4)[..., :t, :].flatten(1, 2).transpose(1, 2)
+    return o, state.unflatten(0, (b, heads))
+
+
+class _UnitLowerInverse(torch.autograd.Function):
+    """(I + tril(A, −1))⁻¹. Its gradient, −tril(Tᵀ G Tᵀ, −1), is two products instead of two more solves."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, a: Tensor) -> Tensor:
+        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
+        inverse = torch.linalg.solve_triangular(a, eye, upper=False, unitriangular=True)
+        ctx.save_for_backward(inverse)
+        return inverse
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        (inverse,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return -(inverse.mT @ grad @ inverse.mT).tril(-1)
+
+
+def _fla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    state: Tensor | None,
+    segments: Segments | None,
+) -> tuple[Tensor, Tensor]:
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+
+    b, h, dtype, cu_seqlens = v.shape[0], v.shape[2], v.dtype, None
+    q, k = q.to(dtype), k.to(dtype)
+    # The fused kernel has no backward; the chunked one is built for many tokens.
+    single = v.shape[1] == 1 and not torch.is_grad_enabled()
+    if segments is not None:
+        cu_seqlens = segments.cu_seqlens
+        q, k, v, log_decay, beta = (x.flatten(0, 1)[None] for x in (q, k, v, log_decay, beta))
+        rows = segments.starts.sum(1) + 1  # segments of each row
+        last = rows.cumsum(0) - 1
+        if state is not None:
+            spread = state.new_zeros(int(last[-1]) + 1, *state.shape[1:])
+            state = spread.index_copy(0, last - rows + 1, state)
+    kernel = fused_recurrent_gated_delta_rule if single else chunk_gated_delta_rule
+    o, final = kernel(
+        q,
+        k,
+        v,
+        g=log_decay.float(),
+        beta=beta.float(),
+        scale=1.0,
+        initial_state=None if state is None else state.float(),
+        output_final_state=True,
+        cu_seqlens=cu_seqlens,
+    )
+    if segments is not None:
+        o, final = o.unflatten(1, (b, -1))[0], final[last]
+    assert final.shape[:2] == (b, h)
+    return o, final

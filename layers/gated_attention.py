@@ -1,0 +1,147 @@
+"""Softmax attention with a sigmoid gate on its output: every fourth token mixer of Qwen3-Next."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from layers.backends import choose
+from layers.hook_point import HookPoint
+from layers.norm import RMSNorm, at_least_fp32
+from layers.rope import Rotation
+from layers.segments import Segments
+
+Heads = Float[Tensor, "b t h d"]
+
+
+@dataclass
+class KVState:
+    """Keys (rotated) and values of the tokens seen, in buffers that are allocated once.
+
+    Attributes:
+        k, v: (b, max_len, kv_heads, d); row r holds a token at position p in place p, whatever the padding was.
+    """
+
+    k: Tensor
+    v: Tensor
+
+    def append(self, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+        """Store the keys and values of real tokens after `segments.past`; return all stored so far (b s kv_heads d).
+
+        Where rows have unequal lengths, the shorter ones are followed by stale or zero places that callers must mask.
+        """
+        ends = [past + n for past, n in zip(segments.past, segments.real_lengths, strict=True)]
+        if max(ends) > self.k.shape[1]:
+            raise ValueError(
+                f"The cache holds {self.k.shape[1]} tokens and {max(ends)} are needed: make it with a larger max_len."
+            )
+        for buffer, new in ((self.k, k), (self.v, v)):
+            if segments.plain and len(set(segments.past)) == 1:
+                buffer[:, segments.past[0] : ends[0]] = new.detach()
+            else:
+                for r, (past, end) in enumerate(zip(segments.past, ends, strict=True)):
+                    first = int(segments.first[r])
+                    buffer[r, past:end] = new[r, first : first + end - past].detach()
+        return self.k[:, : max(ends)], self.v[:, : max(ends)]
+
+
+def attend(
+    q: Heads,
+    k: Float[Tensor, "b s kvh d"],
+    v: Float[Tensor, "b s kvh d"],
+    *,
+    mask: Bool[Tensor, "#b 1 t s"] | None = None,
+    backend: str = "auto",
+    hook_scores: HookPoint | None = None,
+    hook_pattern: HookPoint | None = None,
+) -> Heads:
+    """softmax(q kᵀ / √d) v, with h / kvh query heads sharing a key head.
+
+    Args:
+        mask: True where a query may look; None means causal, the queries being the last t of the s tokens.
+        backend: "eager" (scores and pattern as tensors, both pass their hook points), "sdpa"; "auto" picks.
+    Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
+    """
+    t, s = q.shape[1], k.shape[1]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, time, d)
+    square = mask is None and t == s
+    if mask is None and 1 < t < s:
+        mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
+    if choose("attention", backend, q) == "sdpa":
+        # is_causal aligns the first query with the first key, so it serves only where t == s.
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=square, enable_gqa=k.shape[1] != q.shape[1]
+        ).transpose(1, 2)
+    share = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(share, dim=1).mT * q.shape[-1] ** -0.5
+    if square:
+        mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    scores = scores if hook_scores is None else hook_scores(scores)
+    pattern = at_least_fp32(scores).softmax(-1).to(v.dtype)
+    pattern = pattern if hook_pattern is None else hook_pattern(pattern)
+    return (pattern @ v.repeat_interleave(share, dim=1)).transpose(1, 2)
+
+
+class GatedAttention(nn.Module):
+    """Grouped-query attention with normed q and k, partial RoPE, and y · σ(gate_proj(x)) before the output projection.
+
+    Source: arXiv:2505.06708, the elementwise gate on the attention's output.
+    """
+
+    def __init__(
+        self, width: int, *, heads: int, kv_heads: int, head_dim: int, eps: float = 1e-6, backend: str = "auto"
+    ):
+        super().__init__()
+        if heads % kv_heads:
+            raise ValueError(f"{heads} query heads cannot share {kv_heads} key heads: make it a multiple.")
+        self.heads, self.kv_heads, self.head_dim, self.backend = heads, kv_heads, head_dim, backend
+        self.q_proj = nn.Linear(width, heads * head_dim, bias=False)
+        self.gate_proj = nn.Linear(width, heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * head_dim, width, bias=False)
+        self.q_norm = RMSNorm(head_dim, eps=eps)
+        self.k_norm = RMSNorm(head_dim, eps=eps)
+
+        self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()  # after norm, before RoPE
+        self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
+        self.hook_scores, self.hook_pattern = HookPoint(), HookPoint()  # (b h t s), only with backend "eager"
+        self.hook_o = HookPoint()  # attention's answer before the gate, (b t h d)
+        self.hook_gate_logit, self.hook_gate = HookPoint(), HookPoint()
+        self.hook_gated = HookPoint()  # the input of o_proj, (b t h d)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t width"],
+        rope: Rotation,
+        *,
+        segments: Segments | None = None,
+        state: KVState | None = None,
+    ) -> Float[Tensor, "b t width"]:
+        """Mix tokens. `state`, where given, holds the tokens before, and takes those of this call."""
+        q = self.hook_q(self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, -1))))  # (b, t, heads, head_dim)
+        k = self.hook_k(self.k_norm(self.k_proj(x).unflatten(-1, (self.kv_heads, -1))))
+        v = self.hook_v(self.v_proj(x).unflatten(-1, (self.kv_heads, -1)))
+        q, k = self.hook_rot_q(rope(q)), self.hook_rot_k(rope(k))
+        segments = Segments.full(x) if segments is None else segments
+        mask = None if segments.plain else segments.attention_mask
+        if state is not None:
+            k, v = state.append(k, v, segments)
+            mask = None
+            if not segments.plain or len(set(segments.past)) > 1:  # rows end at different places
+                mask = segments.positions[:, None, :, None] >= torch.arange(k.shape[1], device=k.device)
+        y = attend(
+            q,
+            k.to(q.dtype),
+            v.to(q.dtype),
+            mask=mask,
+            backend=self.backend,
+            hook_scores=self.hook_scores,
+            hook_pattern=self.hook_pattern,
+        )
+        gate = self.hook_gate(self.hook_gate_logit(self.gate_proj(x).unflatten(-1, (self.heads, -1))).sigmoid())
+        return self.o_proj(self.hook_gated(self.hook_o(y) * gate).flatten(-2))

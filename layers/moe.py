@@ -1,0 +1,152 @@
+"""The sparse mixture of experts with a shared expert."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from layers.backends import choose
+from layers.hook_point import HookPoint
+from layers.mlp import SwiGLU
+from layers.norm import at_least_fp32
+
+
+class RouterStats(NamedTuple):
+    """What a router did with the real tokens of a call.
+
+    load: (e,) share of the tokens' choices that went to each expert; sums to 1, even is 1 / e.
+    balance: load-balancing loss e · Σ_i f_i p_i, f_i the share of tokens that chose expert i, p_i its mean
+        probability; even is top_k. Source: arXiv:2101.03961 eq. 4 to 6, with f over all k choices.
+    z: mean over tokens of logsumexp(logits)². Source: arXiv:2202.08906 eq. 5.
+    """
+
+    load: Float[Tensor, "*layers e"]
+    balance: Float[Tensor, "*layers"]  # noqa: F722
+    z: Float[Tensor, "*layers"]  # noqa: F722
+
+
+class Experts(nn.Module):
+    """e SwiGLU feed-forwards in two stacked tensors: gate rows above up rows."""
+
+    def __init__(self, width: int, inner: int, count: int, *, backend: str = "auto"):
+        super().__init__()
+        self.backend = backend
+        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * inner, width))
+        self.down_proj = nn.Parameter(torch.empty(count, width, inner))
+
+    def forward(
+        self, x: Float[Tensor, "n width"], weights: Float[Tensor, "n k"], indices: Int[Tensor, "n k"]
+    ) -> Float[Tensor, "n width"]:
+        """Σ_j weights[:, j] · expert[indices[:, j]](x).
+
+        Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
+        """
+        choice = choose("experts", self.backend, x)
+        if self.backend == "auto" and (x.shape[0] == 1 or self._odd_rows(x)):
+            choice = "loop"  # a single token: sorting and grouping cost more than the products
+        return self._grouped(x, weights, indices) if choice == "grouped" else self._loop(x, weights, indices)
+
+    def _loop(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """The definition."""
+        y = torch.zeros_like(x)
+        for e in sorted(set(indices.flatten().tolist())):
+            token, slot = (indices == e).nonzero(as_tuple=True)
+            gate, up = F.linear(x[token], self.gate_up_proj[e]).chunk(2, dim=-1)
+            out = F.linear(F.silu(gate) * up, self.down_proj[e]) * weights[token, slot, None]
+            y = y.index_add(0, token, out.to(x.dtype))
+        return y
+
+    def _grouped(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """Sort the (token, expert) pairs by expert, so that each expert's rows are neighbours; no host sync."""
+        order = indices.flatten().argsort(stable=True)
+        token = order // indices.shape[1]
+        ends = torch.bincount(indices.flatten(), minlength=self.gate_up_proj.shape[0]).cumsum(0).int()
+        gate, up = _grouped_linear(x[token], self.gate_up_proj, ends).chunk(2, dim=-1)
+        out = _grouped_linear(F.silu(gate) * up, self.down_proj, ends)
+        out = out * weights.flatten()[order, None]
+        return torch.zeros_like(x).index_add(0, token, out.to(x.dtype))
+
+    def _odd_rows(self, x: Tensor) -> bool:
+        """grouped_mm wants rows that are multiples of 16 bytes."""
+        return any(rows * x.element_size() % 16 for rows in (self.down_proj.shape[1], self.down_proj.shape[2]))
+
+    def extra_repr(self) -> str:
+        e, width, inner = self.down_proj.shape
+        return f"{e} x ({width} -> {inner} -> {width})"
+
+
+def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows up to ends[0] times weight[0]ᵀ, up to ends[1] times weight[1]ᵀ, …"""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    return F.grouped_mm(x, weight.mT, offs=ends)
+
+
+class SparseMoE(nn.Module):
+    """A router picks top_k of the experts for every token; a shared expert serves all, scaled by its own gate.
+
+    Router: linear → fp32 softmax over **all** experts → top-k → renormalise → cast, in this order.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        experts: int,
+        top_k: int,
+        inner: int,
+        shared_inner: int,
+        renormalise: bool = True,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        if not 1 <= top_k <= experts:
+            raise ValueError(f"Cannot route to {top_k} of {experts} experts: choose 1 to {experts}.")
+        self.top_k, self.renormalise = top_k, renormalise
+        self.router = nn.Linear(width, experts, bias=False)
+        self.experts = Experts(width, inner, experts, backend=backend)
+        self.shared_expert = SwiGLU(width, shared_inner)
+        self.shared_expert_gate = nn.Linear(width, 1, bias=False)
+
+        self.hook_router_logits, self.hook_router_weights = HookPoint(), HookPoint()  # (b t e), (b t k)
+        self.hook_router_indices = HookPoint()  # (b t k)
+        self.hook_shared_gate, self.hook_shared_out = HookPoint(), HookPoint()  # (b t 1), (b t width) before its gate
+
+    def forward(
+        self, x: Float[Tensor, "b t width"], *, mask: Bool[Tensor, "b t"] | None = None, stats: bool = True
+    ) -> tuple[Float[Tensor, "b t width"], RouterStats | None]:
+        """Feed forward; and what the router did with the tokens where `mask` is True (all, if None), if `stats`."""
+        with torch.autocast(x.device.type, enabled=False):  # in mixed precision the router stays fp32
+            logits = self.hook_router_logits(F.linear(x.to(self.router.weight.dtype), self.router.weight))
+            probabilities = at_least_fp32(logits).softmax(-1)
+        weights, indices = probabilities.topk(self.top_k, dim=-1)
+        indices = self.hook_router_indices(indices)
+        if self.renormalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        weights = self.hook_router_weights(weights.to(x.dtype))
+        routed = self.experts(x.flatten(0, 1), weights.flatten(0, 1), indices.flatten(0, 1)).view_as(x)
+        shared = self.hook_shared_out(self.shared_expert(x))
+        gate = self.hook_shared_gate(self.shared_expert_gate(x).sigmoid())
+        y = routed + gate * shared
+        return y, router_stats(logits, probabilities, indices, mask) if stats else None
+
+
+def router_stats(
+    logits: Float[Tensor, "b t e"],
+    probabilities: Float[Tensor, "b t e"],
+    indices: Int[Tensor, "b t k"],
+    mask: Bool[Tensor, "b t"] | None,
+) -> RouterStats:
+    """Load, balance loss and z loss of one layer, over the tokens that the mask keeps."""
+    top_k, e = indices.shape[-1], logits.shape[-1]
+    real = torch.ones(logits.shape[:2], device=logits.device) if mask is None else mask.float()
+    tokens = real.sum().clamp(min=1)
+    choices = real[..., None].expand_as(indices).flatten()
+    chosen = torch.zeros(e, device=logits.device).index_add(0, indices.flatten(), choices)
+    mean_probability = (probabilities * real[..., None]).sum((0, 1)) / tokens
+    balance = e * (chosen / tokens * mean_probability).sum()
+    z = (at_least_fp32(logits).logsumexp(-1).square() * real).sum() / tokens
+    return RouterStats(chosen / (tokens * top_k), balance, z)

@@ -1,0 +1,69 @@
+"""Root-mean-square norms. All compute in fp32 (fp64 stays fp64) whatever the dtype of their input."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x in the dtype of exact inner work: fp32, or fp64 where x has it."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def l2_normalise(x: Float[Tensor, "*batch d"], eps: float = 1e-6) -> Float[Tensor, "*batch d"]:
+    """x / sqrt(Σx² + eps) over the last axis. eps stands inside the root and is not scaled by d."""
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
+
+
+def _unit_rms(x: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a learned scale.
+
+    `zero_centred`: the scale is 1 + weight with weight starting at 0, multiplied in fp32 and then cast (every norm of
+    Qwen3-Next but the gated one). Otherwise the scale is weight, starting at 1, multiplied after the cast (Qwen3).
+    The order of cast and product is the checkpoints': it decides the last bit in bf16.
+    """
+
+    def __init__(self, width: int, *, eps: float = 1e-6, zero_centred: bool = True):
+        super().__init__()
+        self.eps, self.zero_centred = eps, zero_centred
+        self.weight = nn.Parameter(torch.zeros(width) if zero_centred else torch.ones(width))
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, 0.0 if self.zero_centred else 1.0)
+
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        normed = _unit_rms(at_least_fp32(x), self.eps)
+        if self.zero_centred:
+            return (normed * (1.0 + at_least_fp32(self.weight))).to(x.dtype)
+        return self.weight * normed.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}, zero_centred={self.zero_centred}"
+
+
+class GatedRMSNorm(nn.Module):
+    """weight · rms(x) · silu(gate): the output norm of a Gated DeltaNet head, **not** zero-centred (init 1).
+
+    Normalised in fp32, cast, times weight, then times silu(gate in fp32), then cast: the checkpoints' order.
+    """
+
+    def __init__(self, width: int, *, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(
+        self, x: Float[Tensor, "*batch width"], gate: Float[Tensor, "*batch width"]
+    ) -> Float[Tensor, "*batch width"]:
+        normed = self.weight * _unit_rms(at_least_fp32(x), self.eps).to(x.dtype)
+        return (normed * nn.functional.silu(at_least_fp32(gate))).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"

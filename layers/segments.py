@@ -1,0 +1,165 @@
+"""Where sequences begin and end: one object that convolution, delta rule, attention, positions and losses all obey."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """How the tokens of a (b, t) batch form sequences.
+
+    A *segment* is a run of tokens of one sequence. Nothing crosses from one segment into another. Make one with
+    `Segments.full`, `from_mask`, `from_document_ids` or `from_lengths`.
+
+    Attributes:
+        batch, length: b and t.
+        document_ids: (b, t), equal ids mark one sequence, -1 padding; None where every row is one whole sequence.
+        past: tokens of each row's first segment that a cache already holds.
+    """
+
+    batch: int
+    length: int
+    device: torch.device
+    document_ids: Tensor | None = None
+    past: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.past:
+            object.__setattr__(self, "past", (0,) * self.batch)
+        assert len(self.past) == self.batch
+        if self.document_ids is not None and bool((self._gaps & self.mask).any()):
+            raise ValueError(
+                "A sequence is interrupted by padding: the real tokens of one sequence must be neighbours. "
+                "Move the padding to the left or right end of its row, or give the parts different document ids."
+            )
+
+    @classmethod
+    def full(cls, ids: Tensor) -> "Segments":
+        """Every row of `ids` (b, t, …) is one sequence, without padding."""
+        return cls(ids.shape[0], ids.shape[1], ids.device)
+
+    @classmethod
+    def from_document_ids(cls, document_ids: Tensor) -> "Segments":
+        """Packed rows: (b, t) integers, neighbours with equal ids are one sequence, -1 is padding."""
+        if document_ids.ndim != 2 or document_ids.is_floating_point():
+            raise ValueError(f"document_ids must be integers of shape (b, t), got {tuple(document_ids.shape)}.")
+        return cls(*document_ids.shape, document_ids.device, document_ids.long())
+
+    @classmethod
+    def from_mask(cls, attention_mask: Tensor) -> "Segments":
+        """Padded rows: (b, t), 1 or True for real tokens, padding on either side."""
+        return cls.from_document_ids(attention_mask.long() - 1)
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> "Segments":
+        """Packed rows by the lengths of their sequences, e.g. `[[5, 3], [8]]`; shorter rows are padded at the end."""
+        t = max(sum(row) for row in lengths)
+        ids = torch.full((len(lengths), t), -1)
+        for r, row in enumerate(lengths):
+            ids[r, : sum(row)] = torch.arange(len(row)).repeat_interleave(torch.tensor(row, dtype=torch.long))
+        return cls.from_document_ids(ids.to(device))
+
+    def after(self, past: Sequence[int]) -> "Segments":
+        """The same tokens as continuations of rows of which a cache holds `past` tokens already."""
+        if self.document_ids is not None and bool((self.number > 0).any()):
+            raise ValueError("A cache holds one sequence a row: run packed sequences without a cache, or one a row.")
+        return Segments(self.batch, self.length, self.device, self.document_ids, tuple(past))
+
+    @property
+    def plain(self) -> bool:
+        """Every row is one sequence without padding."""
+        return self.document_ids is None
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """(b, t) True for real tokens."""
+        if self.document_ids is None:
+            return torch.ones(self.batch, self.length, dtype=torch.bool, device=self.device)
+        return self.document_ids >= 0
+
+    @cached_property
+    def _previous(self) -> Tensor:
+        """(b, t) index of the last real token before each token, -1 where there is none."""
+        index = torch.arange(self.length, device=self.device).expand(self.batch, -1)
+        latest = torch.where(self.mask, index, -1).cummax(dim=1).values
+        return torch.nn.functional.pad(latest[:, :-1], (1, 0), value=-1)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """(b, t) True where memory must be cleared: first tokens of sequences, but for the first sequence of a row.
+
+        That one starts from what it is given: zeros, or the cache that it continues.
+        """
+        if self.document_ids is None:
+            return torch.zeros(self.batch, self.length, dtype=torch.bool, device=self.device)
+        before = self.document_ids.gather(1, self._previous.clamp(min=0))
+        return self.mask & (self._previous >= 0) & (self.document_ids != before)
+
+    @cached_property
+    def _gaps(self) -> Tensor:
+        index = torch.arange(self.length, device=self.device)
+        return (self._previous >= 0) & (self._previous != index - 1) & ~self.starts
+
+    @cached_property
+    def number(self) -> Tensor:
+        """(b, t) number of each token's segment in its row, from 0; -1 for padding."""
+        return self.starts.long().cumsum(1).masked_fill(~self.mask, -1)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(b, t) position of each token in its sequence, counting what a cache holds; 0 for padding."""
+        past = torch.tensor(self.past, device=self.device)[:, None]
+        if self.document_ids is None:
+            return past + torch.arange(self.length, device=self.device)
+        count = self.mask.long().cumsum(1) - 1
+        begin = torch.where(self.starts, count, 0).cummax(dim=1).values
+        positions = count - begin + past * (self.number == 0)
+        return positions.masked_fill(~self.mask, 0)
+
+    @cached_property
+    def real_lengths(self) -> tuple[int, ...]:
+        """Real tokens of each row."""
+        if self.document_ids is None:
+            return (self.length,) * self.batch
+        return tuple(self.mask.sum(1).tolist())
+
+    @cached_property
+    def first(self) -> Tensor:
+        """(b,) index of the first real token of each row; 0 where a row has none."""
+        return self.mask.int().argmax(1)
+
+    @cached_property
+    def end(self) -> Tensor:
+        """(b,) index after the last real token of each row; 0 where a row has none."""
+        index = torch.arange(1, self.length + 1, device=self.device)
+        return (index * self.mask).amax(1)
+
+    @cached_property
+    def attention_mask(self) -> Tensor:
+        """(b, 1, t, t) True where a query may look: causal, inside its segment. Padding sees itself, to stay finite."""
+        same = self.number[:, :, None] == self.number[:, None, :]
+        causal = torch.ones(self.length, self.length, dtype=torch.bool, device=self.device).tril()
+        diagonal = torch.eye(self.length, dtype=torch.bool, device=self.device)
+        return ((same & causal & self.mask[:, :, None]) | diagonal)[:, None]
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """(n + 1,) boundaries of the segments in the flattened (b · t) tokens, as varlen kernels want them.
+
+        Padding belongs to the segment before it, or to its row's first: kernels must be given a neutral input there.
+        """
+        edge = self.starts.clone()
+        edge[:, 0] = True
+        begins = edge.flatten().nonzero().flatten()
+        return torch.nn.functional.pad(begins, (0, 1), value=self.batch * self.length).int()
+
+    def next_is_same(self, ahead: int = 1) -> Tensor:
+        """(b, t) True where the token `ahead` places on belongs to the same sequence: the places with a target."""
+        same = torch.zeros(self.batch, self.length, dtype=torch.bool, device=self.device)
+        if ahead < self.length:
+            same[:, :-ahead] = (self.number[:, ahead:] == self.number[:, :-ahead]) & self.mask[:, :-ahead]
+        return same

@@ -1,0 +1,33 @@
+"""qwen3next: the open implementation of the Qwen3-Next architecture."""
+
+import layers
+from qwen3next import presets
+from qwen3next.cache import Cache
+from qwen3next.checkpoint import load, save
+from qwen3next.config import ModelConfig
+from qwen3next.explain import explain
+from qwen3next.generate import generate, sample, stream
+from qwen3next.model import Losses, Output, Qwen3Next
+
+__version__ = "0.1.0"
+
+if getattr(layers, "__version__", None) != __version__:
+    raise ImportError(
+        f"Python found a package `layers` at {layers.__path__[0]} that does not belong to qwen3next {__version__}. "
+        "Rename or remove that one, or put qwen3next before it on the path."
+    )
+
+__all__ = [
+    "Cache",
+    "Losses",
+    "ModelConfig",
+    "Output",
+    "Qwen3Next",
+    "explain",
+    "generate",
+    "load",
+    "presets",
+    "sample",
+    "save",
+    "stream",
+]

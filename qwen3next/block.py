@@ -1,0 +1,79 @@
+"""One block: norm → token mixer → residual, norm → feed-forward → residual."""
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from layers.gated_attention import GatedAttention, KVState
+from layers.gated_deltanet import DeltaNetState, GatedDeltaNet
+from layers.hook_point import HookPoint
+from layers.mlp import SwiGLU
+from layers.moe import RouterStats, SparseMoE
+from layers.norm import RMSNorm
+from layers.rope import Rotation
+from layers.segments import Segments
+from qwen3next.config import ModelConfig
+
+
+class Block(nn.Module):
+    """`mixer` is "linear_attention" (Gated DeltaNet, named linear_attn) or "full_attention" (named self_attn)."""
+
+    def __init__(self, config: ModelConfig, *, mixer: str, sparse: bool):
+        super().__init__()
+        c = config
+        self.input_layernorm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        if mixer == "linear_attention":
+            self.linear_attn = GatedDeltaNet(
+                c.hidden_size,
+                key_heads=c.linear_num_key_heads,
+                value_heads=c.linear_num_value_heads,
+                key_dim=c.linear_key_head_dim,
+                value_dim=c.linear_value_head_dim,
+                conv_taps=c.linear_conv_kernel_dim,
+                eps=c.rms_norm_eps,
+            )
+        else:
+            self.self_attn = GatedAttention(
+                c.hidden_size,
+                heads=c.num_attention_heads,
+                kv_heads=c.num_key_value_heads,
+                head_dim=c.head_dim,
+                eps=c.rms_norm_eps,
+            )
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.mlp: SparseMoE | SwiGLU
+        if sparse:
+            self.mlp = SparseMoE(
+                c.hidden_size,
+                experts=c.num_experts,
+                top_k=c.num_experts_per_tok,
+                inner=c.moe_intermediate_size,
+                shared_inner=c.shared_expert_intermediate_size,
+                renormalise=c.norm_topk_prob,
+            )
+        else:
+            self.mlp = SwiGLU(c.hidden_size, c.intermediate_size)
+        self.mixer, self.sparse = mixer, sparse
+        self.hook_resid_pre, self.hook_resid_mid, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
+        self.hook_attn_out, self.hook_mlp_out = HookPoint(), HookPoint()
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t width"],
+        rope: Rotation,
+        *,
+        segments: Segments,
+        state: KVState | DeltaNetState | None = None,
+        counted: Bool[Tensor, "b t"] | None = None,
+        stats: bool = True,
+    ) -> tuple[Float[Tensor, "b t width"], RouterStats | None]:
+        """The residual stream after this block; router statistics over `counted` tokens where it is sparse."""
+        x = self.hook_resid_pre(x)
+        y = self.input_layernorm(x)
+        if self.mixer == "linear_attention":
+            y = self.linear_attn(y, segments=segments, state=state)
+        else:
+            y = self.self_attn(y, rope, segments=segments, state=state)
+        x = self.hook_resid_mid(x + self.hook_attn_out(y))
+        y, router = self.post_attention_layernorm(x), None
+        y, router = self.mlp(y, mask=counted, stats=stats) if self.sparse else (self.mlp(y), None)
+        return self.hook_resid_post(x + self.hook_mlp_out(y)), router

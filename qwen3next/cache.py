@@ -1,0 +1,86 @@
+"""What a model carries between calls: keys and values, recurrent memory, last convolution inputs."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from layers.gated_attention import KVState
+from layers.gated_deltanet import DeltaNetState
+from layers.norm import at_least_fp32
+from layers.segments import Segments
+from qwen3next.config import ModelConfig
+
+
+@dataclass
+class Cache:
+    """The state of `batch` sequences. Make one with `model.new_cache`; `model(ids, cache=cache)` reads and extends it.
+
+    Attributes:
+        layers: one KVState or DeltaNetState a layer.
+        tokens: (b, max_len) the token ids seen, row r's first `lengths[r]` places.
+        lengths: tokens each row holds.
+        last_logits: (b, vocab) after each row's last token, once `generate` or `prefill` has run; else None.
+    """
+
+    layers: list[KVState | DeltaNetState]
+    tokens: Tensor
+    lengths: tuple[int, ...]
+    last_logits: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def max_len(self) -> int:
+        """Tokens that fit into a row."""
+        return self.tokens.shape[1]
+
+    def admit(self, input_ids: Tensor, segments: Segments) -> Segments:
+        """Check that these tokens fit, before anything is written; return them as continuations of the rows.
+
+        Raises: ValueError for another batch size, packed rows, or more tokens than fit.
+        """
+        if input_ids.shape[0] != self.tokens.shape[0]:
+            raise ValueError(
+                f"The cache was made for {self.tokens.shape[0]} sequences and {input_ids.shape[0]} are given: "
+                "make it with batch= that many."
+            )
+        ends = [past + new for past, new in zip(self.lengths, segments.real_lengths, strict=True)]
+        if max(ends) > self.max_len:
+            raise ValueError(
+                f"The cache holds {self.max_len} tokens a sequence and {max(ends)} are needed: "
+                "make it with a larger max_len."
+            )
+        return segments.after(self.lengths)
+
+    def advance(self, input_ids: Tensor, segments: Segments) -> None:
+        """Note that these tokens, a result of `admit`, are now part of every layer's state."""
+        ends = tuple(past + new for past, new in zip(segments.past, segments.real_lengths, strict=True))
+        for r, (past, end) in enumerate(zip(segments.past, ends, strict=True)):
+            first = 0 if segments.plain else int(segments.first[r])
+            self.tokens[r, past:end] = input_ids[r, first : first + end - past]
+        self.lengths, self.last_logits = ends, None
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors that grow with layers or context (token ids left out)."""
+        return sum(x.nbytes for layer in self.layers for x in vars(layer).values())
+
+
+def new_cache(
+    config: ModelConfig, *, batch: int, max_len: int, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device
+) -> Cache:
+    """An empty cache, allocated whole: KV in `kv_dtype`, convolution inputs in `dtype`, memory in fp32 or better."""
+    if batch < 1 or max_len < 1:
+        raise ValueError(f"A cache needs at least one sequence and one token, got batch={batch}, max_len={max_len}.")
+    c = config
+    channels = 2 * c.linear_num_key_heads * c.linear_key_head_dim + c.linear_num_value_heads * c.linear_value_head_dim
+    layers: list[KVState | DeltaNetState] = []
+    for kind in c.layer_types:
+        if kind == "full_attention":
+            shape = (batch, max_len, c.num_key_value_heads, c.head_dim)
+            k, v = (torch.zeros(shape, dtype=kv_dtype, device=device) for _ in range(2))
+            layers.append(KVState(k, v))
+        else:
+            conv = torch.zeros(batch, c.linear_conv_kernel_dim - 1, channels, dtype=dtype, device=device)
+            heads = (c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
+            memory = at_least_fp32(torch.zeros(batch, *heads, dtype=dtype, device=device))
+            layers.append(DeltaNetState(conv, memory))
+    return Cache(layers, torch.zeros(batch, max_len, dtype=torch.long, device=device), (0,) * batch)

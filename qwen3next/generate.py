@@ -1,0 +1,129 @@
+"""Continue token sequences: greedy or sampled, in batches of unequal length, token by token."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from layers.segments import Segments
+from qwen3next.cache import Cache
+from qwen3next.model import Qwen3Next
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one token id a row from (b, vocab) logits: (b,).
+
+    Args:
+        temperature: 0 takes the most likely token; larger is more varied.
+        top_k: keep only so many most likely tokens; 0 keeps all.
+        top_p: keep only the most likely tokens that together reach this probability, at least one.
+    Raises: ValueError for values outside their ranges.
+    """
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"temperature ({temperature}) and top_k ({top_k}) must not be negative, top_p ({top_p}) in (0, 1]."
+        )
+    if temperature == 0:
+        return logits.argmax(-1)
+    ordered, ids = logits.float().div(temperature).sort(dim=-1, descending=True, stable=True)
+    if top_k:
+        ordered[:, top_k:] = -torch.inf
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    return ids.gather(1, drawn).squeeze(1)
+
+
+@torch.no_grad()
+def stream(
+    model: Qwen3Next,
+    input_ids: Tensor,
+    *,
+    segments: Segments | None = None,
+    cache: Cache | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop_tokens: Sequence[int] | None = None,
+    seed: int | None = None,
+) -> Iterator[Tensor]:
+    """Yield the next token of every row, (b,), as it is made; −1 in rows that have stopped already.
+
+    Args:
+        input_ids: (b, t) prompts; the whole text also where `cache` holds a beginning of it already.
+        segments: `Segments.from_mask(mask)` for prompts padded to equal length, on either side.
+        cache: continue from this one, which is extended; None makes one of the right size.
+        stop_tokens: ids that end a row (yielded, then −1); None means the config's eos_token_id.
+        seed: for sampling; equal seeds give equal tokens on one machine. None takes torch's global generator.
+    Raises: ValueError for a prompt that is not what the cache holds, or does not fit it.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    segments = Segments.full(input_ids) if segments is None else segments
+    if min(segments.real_lengths) < 1:
+        raise ValueError("A prompt is empty: give every row at least one token.")
+    eos = model.config.eos_token_id
+    stop = (eos if isinstance(eos, tuple) else () if eos is None else (eos,)) if stop_tokens is None else stop_tokens
+    stops = torch.tensor(list(stop), dtype=torch.long, device=input_ids.device)
+    generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
+    if cache is None:
+        cache = model.new_cache(input_ids.shape[0], max_len=max(segments.real_lengths) + max_new_tokens)
+    elif max(segments.real_lengths) + max_new_tokens - 1 > cache.max_len:
+        raise ValueError(
+            f"{max(segments.real_lengths)} prompt tokens and {max_new_tokens} new ones do not fit a cache of "
+            f"{cache.max_len}: make it with a larger max_len, or lower max_new_tokens."
+        )
+    logits = _run_prompt(model, input_ids, segments, cache)
+    running = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    for i in range(max_new_tokens):
+        token = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        yield token.masked_fill(~running, -1)
+        running &= ~torch.isin(token, stops)
+        if i + 1 == max_new_tokens or not bool(running.any()):
+            return
+        logits = model(token[:, None], cache=cache, logits_to_keep=1).logits[:, -1]
+        cache.last_logits = logits
+
+
+def _run_prompt(model: Qwen3Next, input_ids: Tensor, segments: Segments, cache: Cache) -> Tensor:
+    """Run what the cache does not hold yet; logits (b, vocab) after each prompt's last token."""
+    held = cache.lengths[0]
+    if any(cache.lengths):
+        if not segments.plain or len(set(cache.lengths)) > 1:
+            raise ValueError("A cache can be continued with prompts of equal length only: leave segments out.")
+        if held > input_ids.shape[1] or not torch.equal(cache.tokens[:, :held], input_ids[:, :held]):
+            raise ValueError(
+                f"The cache holds {held} tokens that the prompt does not begin with: give the whole text, "
+                "or start from a new cache."
+            )
+        if held == input_ids.shape[1]:
+            if cache.last_logits is None:
+                raise ValueError("The cache holds the whole prompt but not its last logits: fill it with model.prefill.")
+            return cache.last_logits
+        input_ids, segments = input_ids[:, held:], Segments.full(input_ids[:, held:])
+    # Only the last real token of a row needs logits, and with padding it is not the last column.
+    hidden = model(input_ids, segments=segments, cache=cache, logits_to_keep=1).hidden
+    rows = torch.arange(input_ids.shape[0], device=input_ids.device)
+    cache.last_logits = model.hook_logits(model.lm_head(hidden[rows, segments.end - 1]))
+    return cache.last_logits
+
+
+def generate(model: Qwen3Next, input_ids: Tensor, **options: object) -> Tensor:
+    """Prompts and their continuations, (b, t + new); rows that stop early are filled with their last token.
+
+    Options are those of `stream`.
+    """
+    steps = list(stream(model, input_ids, **options))  # type: ignore[arg-type]
+    new = torch.stack(steps, dim=1)
+    ended = new < 0
+    last = (~ended).sum(1, keepdim=True) - 1
+    return torch.cat((input_ids, torch.where(ended, new.gather(1, last), new)), dim=1)

@@ -1,0 +1,92 @@
+"""Read or replace inner tensors by name."""
+
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from layers.hook_point import HookPoint
+
+Filter = str | Sequence[str] | Callable[[str], bool]
+Hook = Callable[[Tensor, HookPoint], Tensor | None]
+
+
+class Hooked(nn.Module):
+    """Gives a model its hook points by name, e.g. "blocks.3.linear_attn.hook_beta"."""
+
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]:
+        """Every hook point by name, in the order of the modules."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, HookPoint)}
+
+    def match_hooks(self, names: Filter) -> list[str]:
+        """Names that a glob, a list of globs or a predicate chooses. Raises: ValueError where none is chosen."""
+        if callable(names):
+            chosen = [name for name in self.hook_dict if names(name)]
+            patterns: Iterable[str] = ["the predicate"] if not chosen else []
+        else:
+            patterns = [names] if isinstance(names, str) else list(names)
+            found = {p: fnmatch.filter(self.hook_dict, p) for p in patterns}
+            chosen = [name for name in self.hook_dict if any(name in matches for matches in found.values())]
+            patterns = [p for p, matches in found.items() if not matches]
+        if patterns:
+            raise ValueError(f"No hook point matches {', '.join(patterns)}: model.hook_dict lists them all.")
+        return chosen
+
+    @contextmanager
+    def hooks(self, fwd_hooks: Sequence[tuple[Filter, Hook]], *, must_fire: bool = True) -> Iterator[None]:
+        """Attach `fn(tensor, hook)` for the time of the block; what it returns, if anything, replaces the tensor.
+
+        Raises: ValueError for a name that matches nothing, at once; RuntimeError at the end for a point that never
+            fired (unless not `must_fire`), as with scores and pattern where attention does not run "eager".
+        """
+        silent: set[str] = set()
+        with ExitStack() as stack:
+            for names, fn in fwd_hooks:
+                for name in self.match_hooks(names):
+                    silent.add(name)
+                    point = self.hook_dict[name]
+
+                    def call(
+                        module: nn.Module, _args: Any, output: Tensor, name: str = name, fn: Hook = fn
+                    ) -> Tensor | None:
+                        silent.discard(name)
+                        assert isinstance(module, HookPoint)
+                        return fn(output, module)
+
+                    stack.enter_context(_handle(point.register_forward_hook(call)))
+            yield
+        if silent and must_fire:
+            raise RuntimeError(
+                f"{', '.join(sorted(silent))} did not fire, so nothing was read or changed there. Scores and pattern "
+                'exist only with attention backend "eager" (model.set_backend("attention", "eager")); points below mtp '
+                "only in model.loss."
+            )
+
+    def run_with_hooks(self, *args: Any, fwd_hooks: Sequence[tuple[Filter, Hook]], **kwargs: Any) -> Any:
+        """A forward with hooks attached for its time. Arguments other than `fwd_hooks` are forward's."""
+        with self.hooks(fwd_hooks):
+            return self(*args, **kwargs)
+
+    def run_with_cache(
+        self, *args: Any, names_filter: Filter = "*", **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits, and the chosen inner tensors by name. With the default filter, points that do not fire are left out."""
+        kept: dict[str, Tensor] = {}
+
+        def keep(x: Tensor, hook: HookPoint) -> None:
+            kept[hook.name] = x.detach()
+
+        with self.hooks([(names_filter, keep)], must_fire=names_filter != "*"):
+            output = self(*args, **kwargs)
+        return output.logits, kept
+
+
+@contextmanager
+def _handle(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()

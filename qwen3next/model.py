@@ -1,0 +1,231 @@
+"""The model: embeddings, blocks, final norm, head, and the multi-token prediction head."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from layers.backends import choose
+from layers.gated_attention import GatedAttention
+from layers.gated_deltanet import GatedDeltaNet
+from layers.hook_point import HookPoint
+from layers.moe import Experts, RouterStats
+from layers.norm import GatedRMSNorm, RMSNorm, at_least_fp32
+from layers.rope import Rotation, rotation
+from layers.segments import Segments
+from qwen3next.block import Block
+from qwen3next.cache import Cache, new_cache
+from qwen3next.config import ModelConfig
+from qwen3next.hooks import Hooked
+from qwen3next.mtp import MTP
+
+
+@dataclass
+class Output:
+    """What a forward gives.
+
+    Attributes:
+        logits: (b, t or logits_to_keep, vocab).
+        hidden: (b, t, width) after the final norm: what the heads read.
+        aux: router statistics stacked over the sparse layers; None with a cache or in a dense model.
+    """
+
+    logits: Tensor
+    hidden: Tensor
+    aux: RouterStats | None
+
+
+@dataclass
+class Losses:
+    """Means over `targets` predicted tokens, in nats; `total` weighs them by the config's coefficients.
+
+    `mtp` is over the tokens two ahead; `balance` and `z` are means over the sparse layers, the MTP layer included.
+    `load` is each sparse layer's share of choices by expert (layers, e). Losses that a model lacks are zero.
+    """
+
+    total: Tensor
+    lm: Tensor
+    mtp: Tensor
+    balance: Tensor
+    z: Tensor
+    load: Tensor | None
+    targets: int
+
+
+class Qwen3Next(Hooked, nn.Module):
+    """The hybrid language model. Random weights until loaded; `qwen3next.load` opens checkpoints."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(
+            Block(config, mixer=kind, sparse=config.is_sparse(i)) for i, kind in enumerate(config.layer_types)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp = MTP(config) if config.mtp_num_hidden_layers else None
+        self.hook_embed, self.hook_final_norm, self.hook_logits = HookPoint(), HookPoint(), HookPoint()
+        for name, point in self.hook_dict.items():
+            point.name = name
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Linear maps, experts, router and embeddings N(0, initializer_range); norms and decay as their modules say."""
+        std = self.config.initializer_range
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=std)
+            elif isinstance(module, Experts):
+                nn.init.normal_(module.gate_up_proj, std=std)
+                nn.init.normal_(module.down_proj, std=std)
+            elif isinstance(module, (RMSNorm, GatedRMSNorm, GatedDeltaNet)):
+                module.reset_parameters()
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        segments: Segments | None = None,
+        cache: Cache | None = None,
+        logits_to_keep: int = 0,
+    ) -> Output:
+        """Predict the next token after each one.
+
+        Args:
+            segments: where sequences begin and end (packed or padded rows); None means every row is one sequence.
+            cache: what came before; extended by these tokens, without gradients.
+            logits_to_keep: compute logits for the last so many columns only; 0 means all.
+        Raises: ValueError for ids outside the vocabulary, an empty batch, or tokens that do not fit the cache.
+        """
+        hidden, aux, _ = self._backbone(input_ids, segments, cache, stats=cache is None)
+        logits = self.hook_logits(self.lm_head(hidden[:, -logits_to_keep:]))
+        return Output(logits, hidden, _stack(aux))
+
+    def _backbone(
+        self, input_ids: Tensor, segments: Segments | None, cache: Cache | None, *, stats: bool
+    ) -> tuple[Tensor, list[RouterStats], Rotation]:
+        """Hidden states after the final norm, router statistics a sparse layer, and the rotation that was used."""
+        if input_ids.ndim != 2 or not input_ids.numel() or input_ids.is_floating_point():
+            raise ValueError(f"input_ids must be integers of shape (b, t), got {tuple(input_ids.shape)}.")
+        if segments is not None and (segments.batch, segments.length) != tuple(input_ids.shape):
+            raise ValueError(
+                f"segments describe a batch of {segments.batch} x {segments.length} tokens, "
+                f"input_ids are {input_ids.shape[0]} x {input_ids.shape[1]}."
+            )
+        segments = Segments.full(input_ids) if segments is None else segments
+        if cache is not None:
+            segments = cache.admit(input_ids, segments)
+        if input_ids.device.type == "cpu" and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.vocab_size:
+            raise ValueError(
+                f"input_ids hold {int(input_ids.min())} to {int(input_ids.max())}; this model knows "
+                f"0 to {self.vocab_size - 1}: was the text encoded with another tokenizer?"
+            )
+        x = self.hook_embed(self.embed_tokens(input_ids))
+        rope = rotation(
+            segments.positions, rotary_dim=self.config.rotary_dim, theta=self.config.rope_theta, dtype=x.dtype
+        )
+        counted, aux = None if segments.plain else segments.mask, []
+        for i, block in enumerate(self.blocks):
+            state = None if cache is None else cache.layers[i]
+            x, router = block(x, rope, segments=segments, state=state, counted=counted, stats=stats)
+            aux += [] if router is None else [router]
+        if cache is not None:
+            cache.advance(input_ids, segments)
+        return self.hook_final_norm(self.norm(x)), aux, rope
+
+    def loss(
+        self, input_ids: Int[Tensor, "b t"], *, segments: Segments | None = None, labels: Tensor | None = None
+    ) -> Losses:
+        """Training losses; nothing is predicted across a boundary of `segments`.
+
+        Args:
+            labels: (b, t) the tokens to predict, −100 where none is, aligned with input_ids (a token is predicted from
+                the one before it); None means input_ids themselves.
+        Raises: ValueError where no token has a target.
+        """
+        segments = Segments.full(input_ids) if segments is None else segments
+        labels = input_ids if labels is None else labels
+        hidden, aux, rope = self._backbone(input_ids, segments, None, stats=True)
+        lm, targets = self._cross_entropy(hidden, labels, segments, ahead=1)
+        if not targets:
+            raise ValueError("No token here has a next one to predict: give sequences of at least two tokens.")
+        total, mtp = lm, lm.new_zeros(())
+        if self.mtp is not None and self.config.mtp_loss_coef:
+            embedding = self.embed_tokens(input_ids.roll(-1, dims=1))
+            ahead, mtp_aux = self.mtp(hidden, embedding, rope, segments)
+            aux = aux + mtp_aux
+            mtp, _ = self._cross_entropy(ahead, labels, segments, ahead=2)
+            total = total + self.config.mtp_loss_coef * mtp
+        stats, zero = _stack(aux), lm.new_zeros(())
+        balance, z = (zero, zero) if stats is None else (stats.balance.mean(), stats.z.mean())
+        total = total + self.config.router_aux_loss_coef * balance + self.config.router_z_loss_coef * z
+        return Losses(total, lm, mtp, balance, z, None if stats is None else stats.load.detach(), targets)
+
+    def _cross_entropy(self, hidden: Tensor, labels: Tensor, segments: Segments, *, ahead: int) -> tuple[Tensor, int]:
+        """Mean over the places whose token `ahead` is of the same sequence and labelled; and their number."""
+        target = labels.roll(-ahead, dims=1)
+        place = segments.next_is_same(ahead) & (target != -100)
+        logits = self.lm_head(hidden[place])  # logits only where there is a target
+        summed = F.cross_entropy(at_least_fp32(logits), target[place], reduction="sum")
+        return summed / max(len(logits), 1), len(logits)
+
+    def new_cache(self, batch: int = 1, max_len: int = 4096, kv_dtype: str | torch.dtype | None = None) -> Cache:
+        """An empty cache for `batch` sequences of up to `max_len` tokens; keys and values in the model's dtype or kv_dtype."""
+        like = self.embed_tokens.weight
+        kv = like.dtype if kv_dtype is None else as_dtype(kv_dtype)
+        return new_cache(
+            self.config, batch=batch, max_len=max_len, dtype=like.dtype, kv_dtype=kv, device=like.device
+        )
+
+    @torch.no_grad()
+    def prefill(
+        self, input_ids: Int[Tensor, "b t"], cache: Cache, chunk_size: int = 4096
+    ) -> Iterator[tuple[int, int]]:
+        """Run a prompt into the cache in chunks; yields (tokens done, tokens in all) after each."""
+        total = input_ids.shape[1]
+        for begin in range(0, total, chunk_size):
+            chunk = input_ids[:, begin : begin + chunk_size]
+            cache.last_logits = self(chunk, cache=cache, logits_to_keep=1).logits[:, -1]
+            yield min(begin + chunk_size, total), total
+
+    def set_backend(self, operation: str, name: str) -> None:
+        """Choose how "delta_rule", "attention" or "experts" runs in every layer; "auto" picks again.
+
+        Raises: ValueError for an unknown operation or backend; RuntimeError where a named one cannot run here.
+        """
+        kinds = {"delta_rule": GatedDeltaNet, "attention": GatedAttention, "experts": Experts}
+        if operation not in kinds:
+            raise ValueError(f"There is no operation {operation!r} to choose for: {', '.join(kinds)}.")
+        choose(operation, name, self.embed_tokens.weight)
+        for module in self.modules():
+            if isinstance(module, kinds[operation]):
+                module.backend = name
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and safetensors in the released layout, MTP included."""
+        from qwen3next.checkpoint import save
+
+        save(self, folder)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+
+def _stack(aux: list[RouterStats]) -> RouterStats | None:
+    return RouterStats(*(torch.stack(x) for x in zip(*aux, strict=True))) if aux else None
+
+
+def as_dtype(name: str | torch.dtype) -> torch.dtype:
+    """torch's dtype of that name. Raises: ValueError for a name that is no floating-point dtype."""
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"{name!r} is no floating-point dtype: choose float32, bfloat16 or float16.")
+    return dtype

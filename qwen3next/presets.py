@@ -1,0 +1,104 @@
+"""Named sizes. Every preset is a function, so that a field can be changed: `presets.tiny(vocab_size=1000)`."""
+
+from typing import Any
+
+from qwen3next.config import ModelConfig
+
+_SMALL: dict[str, Any] = {"partial_rotary_factor": 0.25, "rope_theta": 1e4, "max_position_embeddings": 32_768}
+
+
+def tiny(**changes: Any) -> ModelConfig:
+    """Trains in minutes on two CPU cores: 4 layers, bytes as tokens."""
+    values = _SMALL | {
+        "vocab_size": 257,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 192,
+        "shared_expert_intermediate_size": 192,
+        "eos_token_id": 256,
+        "tie_word_embeddings": False,
+    }
+    return ModelConfig(**(values | changes))
+
+
+def small(**changes: Any) -> ModelConfig:
+    """About 30M parameters: an afternoon on a CPU, minutes on a GPU."""
+    values = _SMALL | {
+        "vocab_size": 4096,
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 256,
+        "tie_word_embeddings": True,
+    }
+    return ModelConfig(**(values | changes))
+
+
+def medium(**changes: Any) -> ModelConfig:
+    """About 125M parameters, 34M active: the benchmark's size on CPU."""
+    values = _SMALL | {
+        "vocab_size": 16_384,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 256,
+        "shared_expert_intermediate_size": 256,
+        "tie_word_embeddings": True,
+    }
+    return ModelConfig(**(values | changes))
+
+
+def large(**changes: Any) -> ModelConfig:
+    """About 1.4B parameters, 0.3B active: one GPU."""
+    values: dict[str, Any] = {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "linear_num_key_heads": 8,
+        "linear_num_value_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 384,
+        "shared_expert_intermediate_size": 384,
+        "tie_word_embeddings": True,
+    }
+    return ModelConfig(**(values | changes))
+
+
+def qwen3_next_80b_a3b(**changes: Any) -> ModelConfig:
+    """Qwen3-Next-80B-A3B as released."""
+    return ModelConfig(**({"bos_token_id": 151_643, "eos_token_id": 151_645} | changes))
+
+
+ALL = {f.__name__: f for f in (tiny, small, medium, large, qwen3_next_80b_a3b)}
