@@ -43,10 +43,20 @@ class Experts(nn.Module):
 
         Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
         """
+        if self.backend == "auto" and x.shape[0] == 1:
+            return self._single(x, weights, indices)
         choice = choose("experts", self.backend, x)
-        if self.backend == "auto" and (x.shape[0] == 1 or self._odd_rows(x)):
-            choice = "loop"  # a single token: sorting and grouping cost more than the products
+        if self.backend == "auto" and self._odd_rows(x):
+            choice = "loop"
         return self._grouped(x, weights, indices) if choice == "grouped" else self._loop(x, weights, indices)
+
+    def _single(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """One token: its experts are read in place; sorting and grouping would cost more than the products."""
+        y = torch.zeros_like(x)
+        for slot, e in enumerate(indices[0].tolist()):
+            gate, up = F.linear(x, self.gate_up_proj[e]).chunk(2, dim=-1)
+            y = y + F.linear(F.silu(gate) * up, self.down_proj[e]) * weights[:, slot, None]
+        return y
 
     def _loop(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """The definition."""

@@ -57,13 +57,13 @@ def small(**changes: Any) -> ModelConfig:
 def medium(**changes: Any) -> ModelConfig:
     """About 125M parameters, 34M active: the benchmark's size on CPU."""
     values = _SMALL | {
-        "vocab_size": 16_384,
+        "vocab_size": 8192,
         "hidden_size": 512,
         "intermediate_size": 1536,
         "num_hidden_layers": 8,
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
-        "head_dim": 128,
+        "head_dim": 64,
         "linear_num_key_heads": 4,
         "linear_num_value_heads": 8,
         "linear_key_head_dim": 128,
