@@ -1,0 +1,58 @@
+"""Shapes in signatures are checked in every test; models for tests are small, seeded and lively.
+
+Lively: with the usual N(0, 0.02) a random model's layers barely move the residual stream, and a wrong one would pass.
+"""
+
+import os
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+with install_import_hook(["layers", "qwen3next"], "beartype.beartype"):
+    import qwen3next as q
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+def small_config(**changes: object) -> q.ModelConfig:
+    """Key heads ≠ value heads ≠ query heads, key width ≠ value width: a swapped axis cannot pass."""
+    values = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "rope_theta": 10_000.0,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 24,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 24,
+    }
+    return q.ModelConfig(**(values | changes))  # type: ignore[arg-type]
+
+
+def small_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> q.Qwen3Next:
+    """A lively random model: norms off their start, linear maps at 0.06, logits of order 1."""
+    torch.manual_seed(seed)
+    model = q.Qwen3Next(small_config(**({"initializer_range": 0.06} | changes)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.lm_head.weight.normal_(0, 0.15)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture
+def model64() -> q.Qwen3Next:
+    """In fp64 rounding is out of the way: what differs is wrong."""
+    return small_model(dtype=torch.float64)
