@@ -1,0 +1,236 @@
+"""The whole model: packed equals separate, padded equals unpadded, cached equals cold, losses, counts."""
+
+import pytest
+import torch
+from conftest import small_config, small_model
+
+import qwen3next as q
+from layers.segments import Segments
+
+
+def ids(*shape, seed=0):
+    return torch.randint(0, 97, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(a, b, tolerance=1e-9):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] - b[name]).abs().max() <= tolerance, name
+
+
+@pytest.mark.parametrize("backend", ["chunked", "recurrent"])
+def test_packed_equals_separate_in_values_and_gradients(model64, backend):
+    """MTP and both losses included; router losses are means over all tokens, so they are left out of the total."""
+    model64.config = model64.config.replace(router_aux_loss_coef=0.0)
+    model64.set_backend("delta_rule", backend)
+    lengths = [70, 1, 3, 66]
+    tokens = ids(1, sum(lengths))
+    packed = Segments.from_lengths([lengths])
+    parts = tokens.split(lengths, dim=1)
+    with torch.no_grad():
+        together = model64(tokens, segments=packed).logits
+        apart = torch.cat([model64(part).logits for part in parts], dim=1)
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-10)
+
+    loss = model64.loss(tokens, segments=packed)
+    separate = [model64.loss(part) for part in parts if part.shape[1] > 1]
+    assert loss.targets == sum(x.targets for x in separate) == 69 + 2 + 65
+    lm = sum(x.lm * x.targets for x in separate) / loss.targets
+    two_ahead = [max(k - 2, 0) for k in lengths if k > 1]
+    mtp = sum(x.mtp * n for x, n in zip(separate, two_ahead, strict=True)) / sum(two_ahead)
+    torch.testing.assert_close(loss.lm, lm)
+    torch.testing.assert_close(loss.mtp, mtp)
+    total = lm + model64.config.mtp_loss_coef * mtp
+    assert_same(gradients(model64, loss.total), gradients(model64, total))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_equals_unpadded_in_values_and_gradients(model64, side):
+    lengths, t = (5, 70, 66), 75
+    tokens, mask = ids(3, t), torch.zeros(3, t, dtype=torch.long)
+    for r, n in enumerate(lengths):
+        mask[r, slice(t - n, t) if side == "left" else slice(0, n)] = 1
+    padded = Segments.from_mask(mask)
+    with torch.no_grad():
+        logits = model64(tokens, segments=padded).logits
+        for r in range(3):
+            alone = model64(tokens[r][mask[r] == 1][None]).logits
+            torch.testing.assert_close(logits[r][mask[r] == 1], alone[0], rtol=0, atol=1e-10)
+    joined = torch.cat([tokens[r][mask[r] == 1] for r in range(3)])[None]
+    a = model64.loss(tokens, segments=padded)
+    b = model64.loss(joined, segments=Segments.from_lengths([lengths]))
+    torch.testing.assert_close(a.total, b.total)  # router losses too: padding is counted nowhere
+    assert_same(gradients(model64, a.total), gradients(model64, b.total))
+
+
+@pytest.mark.parametrize("cut", [1, 2, 63, 64, 65, 129])
+@pytest.mark.parametrize("interval", [2, 4])
+def test_cached_equals_cold_at_any_offset(cut, interval):
+    model = small_model(dtype=torch.float64, full_attention_interval=interval)
+    tokens = ids(2, 132)
+    with torch.no_grad():
+        cold = model(tokens).logits
+        cache = model.new_cache(batch=2, max_len=132)
+        parts = [model(tokens[:, :cut], cache=cache).logits]
+        parts += [model(tokens[:, t : t + 1], cache=cache).logits for t in range(cut, 132)]
+    torch.testing.assert_close(torch.cat(parts, 1), cold, rtol=0, atol=1e-10)
+    assert cache.lengths == (132, 132)
+    assert torch.equal(cache.tokens, tokens)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_prompts_cache_equals_single_ones(model64, side):
+    """Lengths, keys, values, conv inputs and memory; then decoding goes on as if each row were alone."""
+    lengths, t = (2, 70, 5), 71
+    tokens, mask = ids(3, t), torch.zeros(3, t, dtype=torch.long)
+    for r, n in enumerate(lengths):
+        mask[r, slice(t - n, t) if side == "left" else slice(0, n)] = 1
+    cache = model64.new_cache(batch=3, max_len=80)
+    with torch.no_grad():
+        model64(tokens, segments=Segments.from_mask(mask), cache=cache)
+        after = [model64(ids(3, 1, seed=i), cache=cache).logits for i in range(3)]
+        # A second padded chunk, over caches of unequal lengths.
+        more = Segments.from_mask(torch.tensor([[1, 1], [0, 1], [1, 0]]))
+        last = model64(ids(3, 2, seed=9), segments=more, cache=cache).logits
+    assert cache.lengths == (7, 74, 9)
+    for r, extra in enumerate((slice(0, 2), slice(1, 2), slice(0, 1))):
+        alone = model64.new_cache(max_len=80)
+        with torch.no_grad():
+            model64(tokens[r][mask[r] == 1][None], cache=alone)
+            for i in range(3):
+                logits = model64(ids(3, 1, seed=i)[r : r + 1], cache=alone).logits
+                torch.testing.assert_close(after[i][r], logits[0], rtol=0, atol=1e-10)
+            logits = model64(ids(3, 2, seed=9)[r : r + 1, extra], cache=alone).logits
+        torch.testing.assert_close(last[r, extra], logits[0], rtol=0, atol=1e-10)
+        for ours, theirs in zip(cache.layers, alone.layers, strict=True):
+            for name, value in vars(theirs).items():
+                got = getattr(ours, name)[r]
+                if name in ("k", "v"):
+                    got, value = got[: alone.lengths[0]], value[:, : alone.lengths[0]]
+                torch.testing.assert_close(got, value[0], rtol=0, atol=1e-10)
+
+
+def test_chunked_prefill_equals_one_shot(model64):
+    tokens, cache = ids(1, 150), model64.new_cache(max_len=150)
+    assert list(model64.prefill(tokens, cache, chunk_size=64)) == [(64, 150), (128, 150), (150, 150)]
+    torch.testing.assert_close(cache.last_logits, model64(tokens).logits[:, -1], rtol=0, atol=1e-10)
+
+
+def test_gradients_reach_every_parameter():
+    model = small_model(mlp_only_layers=(1,))
+    loss = model.loss(ids(2, 80))
+    got = gradients(model, loss.total)
+    assert got.keys() == dict(model.named_parameters()).keys()
+    assert all(bool(g.abs().sum() > 0) for g in got.values())
+
+
+def test_mtp_reads_the_normed_hidden_state_and_predicts_two_ahead(model64):
+    """Pinned: fed with the state before the final norm, drafts still look fluent and are accepted far less."""
+    tokens = ids(1, 20)
+    out = model64(tokens)
+    mtp, head = model64.mtp, model64.lm_head
+    following = model64.embed_tokens(tokens[:, 1:])
+    joined = torch.cat((mtp.pre_fc_norm_embedding(following), mtp.pre_fc_norm_hidden(out.hidden[:, :-1])), -1)
+    seen = []
+    mtp.fc.register_forward_hook(lambda _m, args, _out: seen.append(args[0]))
+    loss = model64.loss(tokens)
+    torch.testing.assert_close(seen[0][:, :-1], joined)
+    ahead = []
+    mtp.norm.register_forward_hook(lambda _m, _args, y: ahead.append(y))
+    model64.loss(tokens)
+    expected = torch.nn.functional.cross_entropy(head(ahead[0][0, :-2]), tokens[0, 2:])
+    torch.testing.assert_close(loss.mtp, expected)
+
+
+def test_labels_mask_targets(model64):
+    tokens = ids(1, 10)
+    labels = tokens.clone()
+    labels[0, :6] = -100
+    logits = model64(tokens).logits[0]
+    loss = model64.loss(tokens, labels=labels)
+    torch.testing.assert_close(loss.lm, torch.nn.functional.cross_entropy(logits[5:-1], tokens[0, 6:]))
+    assert loss.targets == 4
+    with pytest.raises(ValueError, match="at least two tokens"):
+        model64.loss(tokens[:, :1])
+
+
+def test_tied_embeddings_are_one_parameter():
+    model = small_model(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.embed_tokens.weight
+
+
+def test_bf16_stays_near_fp32():
+    """Not a parity bound: the same weights in bf16 must give the same model, up to rounding and a few other expert choices."""
+    model = small_model()
+    tokens = ids(2, 100)
+    with torch.no_grad():
+        exact = model(tokens).logits
+        rounded = small_model(dtype=torch.bfloat16)(tokens).logits
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).abs().mean() < 0.1 * exact.abs().mean()
+
+
+def test_autocast_trains():
+    model = small_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model.loss(ids(2, 80), segments=Segments.from_lengths([[50, 30], [80]]))
+    low.total.backward()
+    full = model.loss(ids(2, 80), segments=Segments.from_lengths([[50, 30], [80]]))
+    assert abs(low.total.item() - full.total.item()) < 0.05
+
+
+def test_the_80b_preset_builds_on_meta():
+    with torch.device("meta"):
+        model = q.Qwen3Next(q.presets.qwen3_next_80b_a3b())
+    main = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("mtp."))
+    assert main == 79_674_391_296
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda m: m(torch.tensor([[97]])), "another tokenizer"),
+        (lambda m: m(torch.tensor([[-1]])), "another tokenizer"),
+        (lambda m: m(torch.zeros(1, 0, dtype=torch.long)), "shape"),
+        (lambda m: m(ids(2, 3), segments=Segments.from_lengths([[3]])), "segments describe"),
+        (lambda m: m(ids(2, 3), cache=m.new_cache(batch=1)), "made for 1 sequences and 2"),
+        (lambda m: m(ids(1, 9), cache=m.new_cache(max_len=8)), "larger max_len"),
+        (lambda m: m(ids(1, 4), segments=Segments.from_lengths([[2, 2]]), cache=m.new_cache()), "one sequence a row"),
+        (lambda m: m.new_cache(max_len=0), "at least one"),
+        (lambda m: m.new_cache(kv_dtype="int3"), "floating-point"),
+        (lambda m: m.set_backend("attention", "magic"), "no backend"),
+        (lambda m: m.set_backend("magic", "auto"), "no operation"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call(small_model())
+
+
+def test_a_refused_call_leaves_the_cache_as_it_was():
+    model = small_model()
+    cache = model.new_cache(max_len=8)
+    model(ids(1, 5), cache=cache)
+    before = [v.clone() for layer in cache.layers for v in vars(layer).values()]
+    for bad in (ids(1, 4), torch.tensor([[97]])):
+        with pytest.raises(ValueError):
+            model(bad, cache=cache)
+    assert cache.lengths == (5,)
+    assert all(
+        torch.equal(a, v) for a, v in zip(before, (v for y in cache.layers for v in vars(y).values()), strict=True)
+    )
+
+
+def test_cache_bytes_follow_the_formula():
+    config = small_config()
+    cache = small_model().new_cache(batch=3, max_len=50)
+    assert cache.nbytes() == 3 * (50 * config.bytes_per_token(4) + config.bytes_per_sequence(4))
+    big = q.presets.qwen3_next_80b_a3b()
+    assert big.bytes_per_token() == 24 * 2**10
+    assert big.bytes_per_sequence() == 36 * (2 * 2**20 + 8192 * 3 * 2)
