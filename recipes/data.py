@@ -271,6 +271,8 @@ def build_shards(
     """
     folder = Path(folder)
     eos = eos_id(tokenizer)
+    if folder.resolve().is_relative_to(Path(source).resolve()):
+        raise ValueError(f"{folder} lies inside {source}, whose text it would become: choose another folder.")
     plan = plan_split(source, validation_share=validation_share, seed=seed)
     parts = ["1", tokenizer.to_str(), validation_share, seed, sorted(plan.splits.items())]
     fingerprint = _digest(json.dumps([*parts, sorted(plan.digests.items())]))
@@ -373,7 +375,7 @@ def _write_tokens(
     sizes = {split: array("q") for split in SPLITS}
     with ExitStack() as stack:
         files = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS}
-        bar = stack.enter_context(Progress(console=console, transient=True))
+        bar = stack.enter_context(Progress(console=console, transient=True, disable=not console.is_terminal))
         task = bar.add_task("encoding documents", total=len(plan.splits))
         texts = split_documents(source, plan)
         while some := list(islice(texts, 64)):  # together, because the tokenizer encodes them in parallel

@@ -336,13 +336,18 @@ def test_same_inputs_are_reused_and_any_change_rebuilds(corpus, shards, bpe, mon
     with monkeypatch.context() as patch:
         patch.setattr(data, "_write_tokens", lambda *args: pytest.fail("built again"))
         assert build() == first
-    seen = {first, build(seed=1), build(validation_share=0.3), build(bpe)}
+    seen = {first, build(seed=1), build(validation_share=0.3), build(bpe)}  # bpe last: its eos is looked at
     assert read_meta(shards).eos_id == eos_id(bpe)
     (corpus / "00.txt").write_text("changed")
     seen.add(build())
     (corpus / "00.txt").rename(corpus / "renamed.txt")
     seen.add(build())
     assert len(seen) == 6
+
+
+def test_shards_inside_their_source(corpus):
+    with pytest.raises(ValueError, match=r"lies inside .*: choose another folder"):
+        build_shards(corpus, byte_tokenizer(), corpus / "shards", progress=False)
 
 
 def test_a_failure_half_way_leaves_the_old_shards(corpus, shards, monkeypatch):
@@ -452,13 +457,15 @@ def test_any_division_into_batches_gives_the_same_samples(shards, window):
             assert torch.equal(piece.document_ids, whole.document_ids[first : first + size])
 
 
-def test_document_ids_follow_the_boundaries(shards):
+@pytest.mark.parametrize("window", [4, 100])  # rows that begin with a document, and rows that hold several
+def test_document_ids_follow_the_boundaries(shards, window):
     """Oracle: within a row a new document begins exactly after each end-of-text token."""
-    batch = PackedWindows(shards, "train", window=100, seed=0).batch(0, 80)
+    windows = PackedWindows(shards, "train", window=window, seed=0)
+    batch = windows.batch(0, 2 * len(windows))
     after_eos = (batch.input_ids[:, :-1] == 256).long()
     assert (batch.document_ids[:, 0] == 0).all()
     assert torch.equal(batch.document_ids.diff(dim=1), after_eos)
-    assert batch.document_ids.max() > 1
+    assert batch.document_ids.max() == (1 if window == 4 else 3)
 
 
 def test_an_epoch_sees_each_token_at_most_once(shards):
