@@ -1,0 +1,55 @@
+VENV ?= .venv
+PYTHON ?= python3
+
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.qwen3next-installed
+# One thread a worker: two torch workers that each take every core are slower than one.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-gpu lint types format wheel bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# torch goes first and alone: unpinned, pip may choose a build that pulls gigabytes of CUDA libraries.
+$(READY): pyproject.toml constraints.txt
+	@test -x $(RUN) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "qwen3next needs Python 3.11 or newer and '$(PYTHON)' is none: name one with 'make PYTHON=/path/to/python3.11 ...'."; exit 1; }
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -c constraints.txt torch==2.13.0
+	$(RUN) -m pip install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(READY) ## train a tiny model on this machine and look inside it
+	$(RUN) -m recipes.demo
+
+test: $(READY) ## the tests that need neither a GPU nor patience
+	$(ONE_THREAD) $(RUN) -m pytest -n 2
+
+test-slow: $(READY) ## the slow tests
+	$(ONE_THREAD) $(RUN) -m pytest -n 2 -m "slow and not gpu"
+
+test-gpu: $(READY) ## the tests that need a CUDA device
+	$(RUN) -m pytest -m gpu
+
+lint: $(READY) types ## style and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: $(READY)
+	$(RUN) -m mypy layers qwen3next recipes
+
+format: $(READY) ## put every file into the one format
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+wheel: $(READY) ## build dist/*.whl
+	$(RUN) -m build --wheel
+
+bench: $(READY) ## time the hot paths on this machine
+	$(RUN) -m recipes.benchmark
+
+clean: ## remove what building and testing left; the environment stays
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
