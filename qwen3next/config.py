@@ -1,7 +1,7 @@
 """The one configuration type: what a checkpoint's config.json says, under its own names."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class ModelConfig:
     hidden_size: int = 2048
     intermediate_size: int = 5120
     num_hidden_layers: int = 48
-    layer_types: tuple[str, ...] = ()  # empty: every full_attention_interval-th layer is softmax attention
+    layer_types: Sequence[str] = ()  # empty: every full_attention_interval-th layer is softmax attention
     full_attention_interval: int = 4
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
@@ -59,7 +59,7 @@ class ModelConfig:
     shared_expert_intermediate_size: int = 512
     norm_topk_prob: bool = True
     decoder_sparse_step: int = 1
-    mlp_only_layers: tuple[int, ...] = ()
+    mlp_only_layers: Sequence[int] = ()
 
     mtp_num_hidden_layers: int = 1
     router_aux_loss_coef: float = 1e-3
@@ -67,7 +67,7 @@ class ModelConfig:
     mtp_loss_coef: float = 0.1
 
     bos_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None
+    eos_token_id: int | Sequence[int] | None = None
     pad_token_id: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
