@@ -1,4 +1,4 @@
-"""From text to batches: documents, a held-out split, token shards on disk, packed windows, validation.
+"""From documents to batches: token shards on disk, packed windows, validation.
 
     meta = build_shards("stdlib", byte_tokenizer(), "runs/data")
     train = PackedWindows("runs/data", "train", window=1024, seed=0)
@@ -8,16 +8,13 @@ Shapes: b rows of a batch, w tokens of a window. Documents are kept apart everyw
 documents, each ends with `<|endoftext|>`, and every batch says which token belongs to which.
 """
 
-import glob
 import gzip
-import hashlib
 import io
 import json
 import lzma
 import math
 import os
 import shutil
-import sysconfig
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
@@ -36,189 +33,10 @@ from rich.progress import Progress
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from recipes.documents import Plan, digest, plan_split, split_documents
 from recipes.tokenizer import document_encoder, eos_id, explain_full_disk
 
 SPLITS = ("train", "val")
-# Third-party code and tests: which are installed differs from machine to machine, the library itself hardly.
-STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-
-
-# ---- documents -----------------------------------------------------------------------------------
-
-
-def documents(source: str | Path, *, skipped: list[str] | None = None) -> Iterator[tuple[str, str]]:
-    """Yield (name, text), in an order that does not depend on the file system.
-
-    Args:
-        source: "stdlib" (the *.py files of the running Python's standard library, without tests and
-            site-packages), a folder (its files, hidden ones left out), a glob, or one file. A .jsonl file
-            gives a document a line (field "text"), a .parquet file one a row (column "text"), any other file
-            is one document.
-        skipped: receives the names of what is not UTF-8, cannot be read, or has null for text.
-    Raises: ValueError for a source that is missing or empty, or has no field "text".
-    """
-    skipped = [] if skipped is None else skipped
-    for name, path in _files(str(source)):
-        if path.suffix == ".jsonl":
-            yield from _jsonl(name, path, skipped)
-        elif path.suffix == ".parquet":
-            yield from _parquet(name, path, skipped)
-        else:
-            try:
-                yield name, path.read_bytes().decode()  # not read_text, which would turn \r\n into \n
-            except (OSError, UnicodeDecodeError):
-                skipped.append(name)
-
-
-def _files(source: str) -> list[tuple[str, Path]]:
-    """Names relative to the source, so that a corpus copied elsewhere keeps its names and so its split."""
-    path = Path(source)
-    if source == "stdlib":
-        root = Path(sysconfig.get_path("stdlib"))
-        found = [p for p in root.rglob("*.py") if STDLIB_LEFT_OUT.isdisjoint(p.relative_to(root).parts)]
-    elif path.is_file():
-        return [(path.name, path)]
-    elif path.is_dir():
-        root = path
-        found = [p for p in path.rglob("*") if not any(q.startswith(".") for q in p.relative_to(path).parts)]
-    elif glob.has_magic(source):
-        fixed = [str(p) for p in [*reversed(path.parents)] if not glob.has_magic(str(p))]
-        root = Path(fixed[-1])
-        found = [Path(p) for p in glob.glob(source, recursive=True)]
-    else:
-        raise ValueError(f'There is nothing at {source}: give "stdlib", a folder, a glob or a file.')
-    files = sorted((p.relative_to(root).as_posix(), p) for p in found if p.is_file())
-    if not files:
-        raise ValueError(f"{source} holds no files: give a folder or a glob that does.")
-    return files
-
-
-def _jsonl(name: str, path: Path, skipped: list[str]) -> Iterator[tuple[str, str]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path} line {number} is not JSON ({error}): mend or remove it.") from error
-            if not isinstance(row, dict) or "text" not in row:
-                raise ValueError(f'{path} line {number} has no field "text": rename the field that holds it.')
-            try:
-                row["text"].encode()
-            except (AttributeError, UnicodeEncodeError):  # not a string, or half a surrogate pair: no UTF-8
-                skipped.append(f"{name}:{number}")
-            else:
-                yield f"{name}:{number}", row["text"]
-
-
-def _parquet(name: str, path: Path, skipped: list[str]) -> Iterator[tuple[str, str]]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise ValueError(f"Reading {path} needs pyarrow: pip install pyarrow.") from error
-    file = parquet.ParquetFile(path)
-    if "text" not in file.schema_arrow.names:
-        raise ValueError(f'{path} has no column "text": rename the column that holds it.')
-    rows = (text for rows in file.iter_batches(columns=["text"]) for text in rows.column(0).to_pylist())
-    for number, text in enumerate(rows):
-        if isinstance(text, str):
-            yield f"{name}:{number}", text
-        else:
-            skipped.append(f"{name}:{number}")
-
-
-# ---- the held-out split --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which document is on which side of the split, decided before any is encoded.
-
-    Attributes:
-        splits: document name -> "train" or "val".
-        digests: document name -> sha256 of its UTF-8 text.
-        cut: where the only document is cut in two, in characters; None where there are several.
-        skipped: how many documents were left out, by reason.
-    """
-
-    splits: dict[str, str]
-    digests: dict[str, str]
-    cut: int | None
-    skipped: dict[str, int]
-
-
-def plan_split(source: str | Path, *, validation_share: float = 0.05, seed: int = 0) -> Plan:
-    """Hold out about `validation_share` of the documents, at least one, by a hash of seed and name.
-
-    A document keeps its side when others come or go. Empty documents are left out, and so are exact copies,
-    all but the one whose name sorts first: a held-out text that is also trained on measures memory. The only
-    document of a source is cut in two near the end of a line, and its tail is held out.
-
-    Raises: ValueError for a share outside (0, 1), or a source with nothing to split.
-    """
-    if not 0 < validation_share < 1:
-        raise ValueError(f"validation_share is {validation_share}: choose one between 0 and 1, such as 0.05.")
-    unreadable: list[str] = []
-    name_of: dict[str, str] = {}  # by digest
-    count = empty = 0
-    for name, text in documents(source, skipped=unreadable):
-        count += 1
-        empty += not text
-        if text:
-            digest = _digest(text)
-            name_of[digest] = min(name, name_of.get(digest, name))
-    skipped = {"unreadable": len(unreadable), "empty": empty, "copies": count - empty - len(name_of)}
-    if not name_of:
-        raise ValueError(f"{source} holds no text (left out: {skipped}): give a source of UTF-8 text.")
-    if len(name_of) == 1:
-        return _plan_cut(source, next(iter(name_of.values())), validation_share, skipped)
-
-    digests = {name: digest for digest, name in name_of.items()}
-    drawn = {name: int(_digest(f"{seed}\n{name}")[:13], 16) / 16**13 for name in digests}  # in [0, 1)
-    held_out = {name for name in drawn if drawn[name] < validation_share} or {
-        min(drawn, key=drawn.__getitem__)
-    }
-    if len(held_out) == len(drawn):
-        held_out.remove(max(drawn, key=drawn.__getitem__))
-    return Plan({name: "val" if name in held_out else "train" for name in digests}, digests, None, skipped)
-
-
-def _plan_cut(source: str | Path, name: str, share: float, skipped: dict[str, int]) -> Plan:
-    text = next(text for candidate, text in documents(source) if candidate == name)
-    if len(text) < 2:
-        raise ValueError(f"{source} holds one character: give a longer text, to train on and to hold out.")
-    wanted = min(max(round(len(text) * (1 - share)), 1), len(text) - 1)
-    after_line = text.rfind("\n", 0, wanted) + 1
-    cut = after_line or wanted
-    head, tail = f"{name} (head)", f"{name} (tail)"
-    digests = {head: _digest(text[:cut]), tail: _digest(text[cut:])}
-    return Plan({head: "train", tail: "val"}, digests, cut, skipped)
-
-
-def split_documents(source: str | Path, plan: Plan) -> Iterator[tuple[str, str, str]]:
-    """Yield ("train" or "val", name, text) of every document in the plan.
-
-    Raises: ValueError if a text is no longer the one that was planned with.
-    """
-    found = 0
-    for name, text in documents(source):
-        pieces = [(name, text)]
-        if plan.cut is not None:
-            pieces = [(f"{name} (head)", text[: plan.cut]), (f"{name} (tail)", text[plan.cut :])]
-        for piece, content in pieces:
-            if piece in plan.splits:
-                if _digest(content) != plan.digests[piece]:
-                    raise ValueError(f"{name} in {source} changed while it was read: run again.")
-                found += 1
-                yield plan.splits[piece], piece, content
-    if found != len(plan.splits):
-        raise ValueError(f"{source} lost documents while it was read: run again.")
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
 
 # ---- shards --------------------------------------------------------------------------------------
 
@@ -262,7 +80,7 @@ def build_shards(
     Writes, for each split, SPLIT.bin (token ids, uint32, little-endian) and SPLIT.idx.npy (where each
     document starts, int64, and the end), then meta.json. Everything is written beside the old files first and
     moved in when whole, so a failure leaves the old shards as they were. A process that is killed leaves at
-    most a `.building-*` folder, which may be deleted, and, killed during the move, no shards at all.
+    most a `.building-*` folder, which the next build removes, and, killed during the move, no shards at all.
 
     Args:
         source, validation_share, seed: as in `documents` and `plan_split`.
@@ -275,7 +93,7 @@ def build_shards(
         raise ValueError(f"{folder} lies inside {source}, whose text it would become: choose another folder.")
     plan = plan_split(source, validation_share=validation_share, seed=seed)
     parts = ["1", tokenizer.to_str(), validation_share, seed, sorted(plan.splits.items())]
-    fingerprint = _digest(json.dumps([*parts, sorted(plan.digests.items())]))
+    fingerprint = digest(json.dumps([*parts, sorted(plan.digests.items())]))
     existing = _whole_shards(folder)
     if existing is not None and existing.fingerprint == fingerprint:
         return existing
@@ -283,7 +101,8 @@ def build_shards(
     console = Console(stderr=True, quiet=not progress)
     with explain_full_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".building-", dir=folder))
+        _remove_dead_builds(folder)
+        staging = Path(tempfile.mkdtemp(prefix=f".building-{os.getpid()}-", dir=folder))
         try:
             counts = _write_tokens(source, plan, tokenizer, eos, staging, console)
             note = (
@@ -402,6 +221,17 @@ def _write_tokens(
     )
 
 
+def _remove_dead_builds(folder: Path) -> None:
+    """Delete what killed processes of this machine left: `.building-PID-*` whose process is gone."""
+    for left in folder.glob(".building-*-*"):
+        try:
+            os.kill(int(left.name.split("-")[1]), 0)
+        except (ValueError, ProcessLookupError):
+            shutil.rmtree(left, ignore_errors=True)
+        except PermissionError:
+            pass  # another user's, and alive
+
+
 def _write_synced(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
@@ -453,7 +283,11 @@ class PackedWindows:
         return len(self.tokens) // self.window
 
     def batch(self, first_sample: int, batch_size: int) -> Batch:
-        """Samples first_sample to first_sample + batch_size - 1, counted from the start of training."""
+        """Samples first_sample to first_sample + batch_size - 1, counted from the start of training.
+
+        Raises: ValueError for a batch of no samples.
+        """
+        _check_batch_size(batch_size)
         begins = [self._begin(sample) for sample in range(first_sample, first_sample + batch_size)]
         positions = (np.array(begins)[:, None] + np.arange(self.window)) % len(self.tokens)  # (b, w)
         documents_at = np.searchsorted(self.starts, positions, side="right") - 1
@@ -495,12 +329,13 @@ class ValidationBatches:
     if every id were equally likely.
 
     Args: as for PackedWindows; the last batch may have fewer rows.
-    Raises: ValueError for shards that are missing or damaged, or a window below 2.
+    Raises: ValueError for shards that are missing or damaged, a window below 2 or a batch of no rows.
     """
 
     def __init__(self, folder: str | Path, *, window: int, batch_size: int) -> None:
         if window < 2:
             raise ValueError(f"A window of {window} predicts nothing: choose 2 tokens or more.")
+        _check_batch_size(batch_size)
         self.meta = read_meta(folder)
         self.tokens, self.starts = _open_split(Path(folder), "val")
         self.window = window
@@ -545,6 +380,11 @@ class ValidationBatches:
         if document is not None:
             firsts, size = 1, self.bytes_of(document)
         return (nats / math.log(2) + firsts * math.log2(self.meta.vocab_size)) / size
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: choose 1 or more.")
 
 
 class Baseline(NamedTuple):

@@ -7,6 +7,8 @@ import lzma
 import math
 import os
 import re
+import subprocess
+import sys
 import sysconfig
 from itertools import pairwise
 from pathlib import Path
@@ -20,16 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import recipes.data as data
-from recipes.data import (
-    PackedWindows,
-    ValidationBatches,
-    build_shards,
-    compression_baselines,
-    documents,
-    plan_split,
-    read_meta,
-    split_documents,
-)
+import recipes.documents
+from recipes.data import PackedWindows, ValidationBatches, build_shards, compression_baselines, read_meta
+from recipes.documents import documents, plan_split, split_documents
 from recipes.tokenizer import (
     EOS,
     byte_tokenizer,
@@ -273,7 +268,7 @@ def test_split_is_whole_disjoint_and_by_name_only(corpus):
 def test_split_ignores_the_order_of_enumeration(corpus, monkeypatch):
     expected = plan_split(corpus)
     found = list(documents(corpus))[::-1]
-    monkeypatch.setattr(data, "documents", lambda source, skipped=None: iter(found))
+    monkeypatch.setattr(recipes.documents, "documents", lambda source, skipped=None: iter(found))
     assert plan_split(corpus) == expected
 
 
@@ -375,6 +370,24 @@ def test_a_failure_half_way_leaves_the_old_shards(corpus, shards, monkeypatch):
     monkeypatch.setattr(os, "fsync", real)
     assert build_shards(corpus, byte_tokenizer(), shards, progress=False).documents["train"] > 0
     assert not list(shards.glob(".building-*"))
+
+
+def test_what_killed_builds_left_is_removed(corpus, shards):
+    """But not the folder of a build that still runs."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for pid in (dead.pid, os.getpid()):
+        (shards / f".building-{pid}-x").mkdir()
+    (corpus / "new.txt").write_text("new")
+    build_shards(corpus, byte_tokenizer(), shards, progress=False)
+    assert [path.name for path in shards.glob(".building-*")] == [f".building-{os.getpid()}-x"]
+
+
+def test_a_batch_of_no_rows(shards):
+    with pytest.raises(ValueError, match=r"batch_size is 0: choose 1 or more"):
+        PackedWindows(shards, "train", window=16).batch(0, 0)
+    with pytest.raises(ValueError, match=r"batch_size is -1: choose 1 or more"):
+        ValidationBatches(shards, window=16, batch_size=-1)
 
 
 @pytest.mark.parametrize("moved", range(1, 6))

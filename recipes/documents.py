@@ -1,0 +1,190 @@
+"""From a source of text to documents, and which of them are held out.
+
+    plan = plan_split("stdlib")
+    for split, name, text in split_documents("stdlib", plan): ...
+
+A document is a name and a text. Sources: the running Python's own library, folders, globs, single files.
+"""
+
+import glob
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+# Third-party code and tests: which are installed differs from machine to machine, the library itself hardly.
+STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+
+
+def documents(source: str | Path, *, skipped: list[str] | None = None) -> Iterator[tuple[str, str]]:
+    """Yield (name, text), in an order that does not depend on the file system.
+
+    Args:
+        source: "stdlib" (the *.py files of the running Python's standard library, without tests and
+            site-packages), a folder (its files, hidden ones left out), a glob, or one file. A .jsonl file
+            gives a document a line (field "text"), a .parquet file one a row (column "text"), any other file
+            is one document.
+        skipped: receives the names of what is not UTF-8, cannot be read, or has null for text.
+    Raises: ValueError for a source that is missing or empty, or has no field "text".
+    """
+    skipped = [] if skipped is None else skipped
+    for name, path in _files(str(source)):
+        if path.suffix == ".jsonl":
+            yield from _jsonl(name, path, skipped)
+        elif path.suffix == ".parquet":
+            yield from _parquet(name, path, skipped)
+        else:
+            try:
+                yield name, path.read_bytes().decode()  # not read_text, which would turn \r\n into \n
+            except (OSError, UnicodeDecodeError):
+                skipped.append(name)
+
+
+def _files(source: str) -> list[tuple[str, Path]]:
+    """Names relative to the source, so that a corpus copied elsewhere keeps its names and so its split."""
+    path = Path(source)
+    if source == "stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+        found = [p for p in root.rglob("*.py") if STDLIB_LEFT_OUT.isdisjoint(p.relative_to(root).parts)]
+    elif path.is_file():
+        return [(path.name, path)]
+    elif path.is_dir():
+        root = path
+        found = [p for p in path.rglob("*") if not any(q.startswith(".") for q in p.relative_to(path).parts)]
+    elif glob.has_magic(source):
+        fixed = [str(p) for p in [*reversed(path.parents)] if not glob.has_magic(str(p))]
+        root = Path(fixed[-1])
+        found = [Path(p) for p in glob.glob(source, recursive=True)]
+    else:
+        raise ValueError(f'There is nothing at {source}: give "stdlib", a folder, a glob or a file.')
+    files = sorted((p.relative_to(root).as_posix(), p) for p in found if p.is_file())
+    if not files:
+        raise ValueError(f"{source} holds no files: give a folder or a glob that does.")
+    return files
+
+
+def _jsonl(name: str, path: Path, skipped: list[str]) -> Iterator[tuple[str, str]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path} line {number} is not JSON ({error}): mend or remove it.") from error
+            if not isinstance(row, dict) or "text" not in row:
+                raise ValueError(f'{path} line {number} has no field "text": rename the field that holds it.')
+            try:
+                row["text"].encode()
+            except (AttributeError, UnicodeEncodeError):  # not a string, or half a surrogate pair: no UTF-8
+                skipped.append(f"{name}:{number}")
+            else:
+                yield f"{name}:{number}", row["text"]
+
+
+def _parquet(name: str, path: Path, skipped: list[str]) -> Iterator[tuple[str, str]]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise ValueError(f"Reading {path} needs pyarrow: pip install pyarrow.") from error
+    file = parquet.ParquetFile(path)
+    if "text" not in file.schema_arrow.names:
+        raise ValueError(f'{path} has no column "text": rename the column that holds it.')
+    rows = (text for rows in file.iter_batches(columns=["text"]) for text in rows.column(0).to_pylist())
+    for number, text in enumerate(rows):
+        if isinstance(text, str):
+            yield f"{name}:{number}", text
+        else:
+            skipped.append(f"{name}:{number}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which document is on which side of the split, decided before any is encoded.
+
+    Attributes:
+        splits: document name -> "train" or "val".
+        digests: document name -> sha256 of its UTF-8 text.
+        cut: where the only document is cut in two, in characters; None where there are several.
+        skipped: how many documents were left out, by reason.
+    """
+
+    splits: dict[str, str]
+    digests: dict[str, str]
+    cut: int | None
+    skipped: dict[str, int]
+
+
+def plan_split(source: str | Path, *, validation_share: float = 0.05, seed: int = 0) -> Plan:
+    """Hold out about `validation_share` of the documents, at least one, by a hash of seed and name.
+
+    A document keeps its side when others come or go. Empty documents are left out, and so are exact copies,
+    all but the one whose name sorts first: a held-out text that is also trained on measures memory. The only
+    document of a source is cut in two near the end of a line, and its tail is held out.
+
+    Raises: ValueError for a share outside (0, 1), or a source with nothing to split.
+    """
+    if not 0 < validation_share < 1:
+        raise ValueError(f"validation_share is {validation_share}: choose one between 0 and 1, such as 0.05.")
+    unreadable: list[str] = []
+    name_of: dict[str, str] = {}  # by digest
+    count = empty = 0
+    for name, text in documents(source, skipped=unreadable):
+        count += 1
+        empty += not text
+        if text:
+            key = digest(text)
+            name_of[key] = min(name, name_of.get(key, name))
+    skipped = {"unreadable": len(unreadable), "empty": empty, "copies": count - empty - len(name_of)}
+    if not name_of:
+        raise ValueError(f"{source} holds no text (left out: {skipped}): give a source of UTF-8 text.")
+    if len(name_of) == 1:
+        return _plan_cut(source, next(iter(name_of.values())), validation_share, skipped)
+
+    digests = {name: key for key, name in name_of.items()}
+    drawn = {name: int(digest(f"{seed}\n{name}")[:13], 16) / 16**13 for name in digests}  # in [0, 1)
+    held_out = {name for name in drawn if drawn[name] < validation_share} or {
+        min(drawn, key=drawn.__getitem__)
+    }
+    if len(held_out) == len(drawn):
+        held_out.remove(max(drawn, key=drawn.__getitem__))
+    return Plan({name: "val" if name in held_out else "train" for name in digests}, digests, None, skipped)
+
+
+def _plan_cut(source: str | Path, name: str, share: float, skipped: dict[str, int]) -> Plan:
+    text = next(text for candidate, text in documents(source) if candidate == name)
+    if len(text) < 2:
+        raise ValueError(f"{source} holds one character: give a longer text, to train on and to hold out.")
+    wanted = min(max(round(len(text) * (1 - share)), 1), len(text) - 1)
+    after_line = text.rfind("\n", 0, wanted) + 1
+    cut = after_line or wanted
+    head, tail = f"{name} (head)", f"{name} (tail)"
+    digests = {head: digest(text[:cut]), tail: digest(text[cut:])}
+    return Plan({head: "train", tail: "val"}, digests, cut, skipped)
+
+
+def split_documents(source: str | Path, plan: Plan) -> Iterator[tuple[str, str, str]]:
+    """Yield ("train" or "val", name, text) of every document in the plan.
+
+    Raises: ValueError if a text is no longer the one that was planned with.
+    """
+    found = 0
+    for name, text in documents(source):
+        pieces = [(name, text)]
+        if plan.cut is not None:
+            pieces = [(f"{name} (head)", text[: plan.cut]), (f"{name} (tail)", text[plan.cut :])]
+        for piece, content in pieces:
+            if piece in plan.splits:
+                if digest(content) != plan.digests[piece]:
+                    raise ValueError(f"{name} in {source} changed while it was read: run again.")
+                found += 1
+                yield plan.splits[piece], piece, content
+    if found != len(plan.splits):
+        raise ValueError(f"{source} lost documents while it was read: run again.")
+
+
+def digest(text: str) -> str:
+    """Hex sha256 of the text's UTF-8 bytes."""
+    return hashlib.sha256(text.encode()).hexdigest()
