@@ -17,10 +17,10 @@ import os
 import shutil
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -328,22 +328,28 @@ class ValidationBatches:
     (document id -1) is not. A document's own first token has nothing before it; `bits_per_byte` charges it as
     if every id were equally likely.
 
-    Args: as for PackedWindows; the last batch may have fewer rows.
+    Args:
+        folder, window: as for PackedWindows.
+        batch_size: rows; the last batch may have fewer.
+        documents: only these, by their number in shard order; None means all.
     Raises: ValueError for shards that are missing or damaged, a window below 2 or a batch of no rows.
     """
 
-    def __init__(self, folder: str | Path, *, window: int, batch_size: int) -> None:
+    def __init__(
+        self, folder: str | Path, *, window: int, batch_size: int, documents: Sequence[int] | None = None
+    ) -> None:
         if window < 2:
             raise ValueError(f"A window of {window} predicts nothing: choose 2 tokens or more.")
         _check_batch_size(batch_size)
-        self.meta = read_meta(folder)
-        self.tokens, self.starts = _open_split(Path(folder), "val")
+        self.folder, self.meta = Path(folder), read_meta(folder)
+        self.tokens, self.starts = _open_split(self.folder, "val")
         self.window = window
         self.batch_size = batch_size
+        self.documents = range(len(self.meta.val_bytes)) if documents is None else documents
 
     def __len__(self) -> int:
         """Batches in one pass."""
-        predicted = np.diff(self.starts) - 1
+        predicted = np.diff(self.starts)[list(self.documents)] - 1
         rows = int((-(-predicted // (self.window - 1))).sum())
         return -(-rows // self.batch_size)
 
@@ -358,7 +364,8 @@ class ValidationBatches:
             yield ValidationBatch(input_ids, document_ids, torch.tensor([document for document, *_ in some]))
 
     def _rows(self) -> Iterator[tuple[int, int, int]]:
-        for document, (start, end) in enumerate(pairwise(self.starts.tolist())):
+        for document in self.documents:
+            start, end = self.starts[document : document + 2].tolist()
             for begin in range(start, end - 1, self.window - 1):
                 yield document, begin, min(begin + self.window, end)
 
@@ -374,12 +381,23 @@ class ValidationBatches:
 
         Args:
             nats: cross-entropy summed over the predicted tokens, of one document or of all.
-            document: which one; None for all.
+            document: which one; None for all that are iterated over.
         """
-        firsts, size = len(self.meta.val_bytes), self.meta.utf8_bytes["val"]
-        if document is not None:
-            firsts, size = 1, self.bytes_of(document)
-        return (nats / math.log(2) + firsts * math.log2(self.meta.vocab_size)) / size
+        measured = self.documents if document is None else [document]
+        size = sum(map(self.bytes_of, measured))
+        return (nats / math.log(2) + len(measured) * math.log2(self.meta.vocab_size)) / size
+
+    def part(self, tokens: int) -> "ValidationBatches":
+        """About so many of the held-out tokens, at least one document: a fixed draw, for a look during training."""
+        lengths, chosen = np.diff(self.starts), []
+        for document in np.random.default_rng(0).permutation(list(self.documents)).tolist():
+            if tokens >= lengths[document]:
+                chosen.append(document)
+                tokens -= int(lengths[document])
+        chosen = sorted(chosen) or [min(self.documents, key=lambda document: lengths[document])]
+        return ValidationBatches(
+            self.folder, window=self.window, batch_size=self.batch_size, documents=chosen
+        )
 
 
 def _check_batch_size(batch_size: int) -> None:
