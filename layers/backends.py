@@ -106,7 +106,7 @@ def explain_operation(operation: str, backend: str, like: Tensor) -> Explanation
     """Say what `choose` picks for such a tensor, and why nothing faster runs."""
     runs = choose(operation, backend, like)
     why = "named" if backend != "auto" else "fastest that can run here"
-    faster = []
+    faster: list[str] = []
     for implementation in OPERATIONS[operation]:
         if implementation.name == runs:
             return Explanation(operation, runs, f"{why}: {implementation.why}", "; ".join(faster) or "-")
