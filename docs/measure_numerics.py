@@ -68,19 +68,23 @@ def head(*cells: str) -> None:
 def forward_fp32() -> None:
     """Largest absolute differences of logits over seeds and lengths."""
     head(
-        "init std", "feed-forward", "logits rms", "ours − transformers", "ours − fp64", "transformers − fp64"
+        "init std", "feed-forward", "ours − theirs", "ours − fp64", "theirs − fp64", "ours, recurrent − fp64"
     )
     for std in (0.02, 0.1, 0.2):
         for kind, changes in (("MoE", {}), ("dense", {"num_experts": 0})):
-            worst, rms = [0.0, 0.0, 0.0], 0.0
+            worst = [0.0] * 4
             for seed in SEEDS:
                 ours, theirs, exact = triple(random_model(std, seed, **changes))
                 for length in LENGTHS:
                     ids = tokens(length, seed)
                     a, b, c = ours(ids).logits, theirs(ids).logits, exact(ids).logits
-                    rms = c.pow(2).mean().sqrt().item()
-                    worst = [max(x) for x in zip(worst, map(largest, (a, a, b), (b, c, c)), strict=True)]
-            row(std, kind, f"{rms:.2f}", *worst)
+                    ours.set_backend("delta_rule", "recurrent")
+                    d = ours(ids).logits
+                    ours.set_backend("delta_rule", "auto")
+                    worst = [
+                        max(x) for x in zip(worst, map(largest, (a, a, b, d), (b, c, c, c)), strict=True)
+                    ]
+            row(std, kind, *worst)
 
 
 def gradients_fp32() -> None:
@@ -101,7 +105,7 @@ def gradients_fp32() -> None:
             logits = model(ids).logits[:, :-1]
             nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
             grads.append(dict(released_gradients(model)))
-        # Gradients that are zero but for rounding, as of an expert that no token chose, have nothing to compare.
+        # Gradients that are zero but for rounding, as of an unchosen expert, have nothing to compare.
         least = 1e-6 * max(g.norm() for g in grads[2].values())
         names = [n for n, g in grads[2].items() if g.norm() > least]
         pairs = [{n: relative(grads[i][n], grads[j][n]) for n in names} for i, j in ((0, 1), (0, 2), (1, 2))]
@@ -130,26 +134,34 @@ def released_gradients(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def forward_bf16() -> None:
-    """Weights rounded to bf16 and stored so; fp64 uses the same rounded weights. Means over seeds."""
+    """Weights rounded to bf16 and stored so; fp64 uses the same ones. 300 tokens, means over seeds.
+
+    Relative rms error of logits; share of tokens with the most likely next token of fp64; share of (token,
+    layer) pairs with the experts of fp64.
+    """
     head(
-        "init std",
-        "feed-forward",
-        "ours, relative rms",
-        "transformers, relative rms",
-        "ours, same top token",
-        "theirs",
+        "init std", "feed-forward", "ours", "theirs", "ours, top token", "theirs, top token", "ours, experts"
     )
     for std in (0.02, 0.1):
         for kind, changes in (("MoE", {}), ("dense", {"num_experts": 0})):
-            sums = torch.zeros(4)
+            sums = torch.zeros(5)
             for seed in SEEDS:
                 ours, theirs, exact = triple(random_model(std, seed, **changes).bfloat16())
                 ids = tokens(300, seed)
                 a, b, c = ours(ids).logits, theirs(ids).logits, exact(ids).logits
                 same = [(x.argmax(-1) == c.argmax(-1)).float().mean().item() for x in (a, b)]
-                sums += torch.tensor([relative(a, c), relative(b, c), *same])
+                experts = same_experts(ours, exact, ids) if kind == "MoE" else 1.0
+                sums += torch.tensor([relative(a, c), relative(b, c), *same, experts])
             mean = (sums / len(SEEDS)).tolist()
-            row(std, kind, *mean[:2], *(f"{x:.1%}" for x in mean[2:]))
+            shares = [f"{x:.1%}" for x in mean[2:]]
+            row(std, kind, *mean[:2], *shares[:2], shares[2] if kind == "MoE" else "–")
+
+
+def same_experts(a: q.Qwen3Next, b: q.Qwen3Next, ids: Tensor) -> float:
+    """Share of (token, layer) pairs for which both models choose the same set of experts."""
+    chosen = [m.run_with_cache(ids, names_filter="blocks.*.hook_router_indices")[1] for m in (a, b)]
+    equal = [(chosen[0][n].sort(-1).values == chosen[1][n].sort(-1).values).all(-1) for n in chosen[0]]
+    return torch.stack(equal).float().mean().item()
 
 
 @torch.no_grad()
@@ -190,20 +202,19 @@ def _ways(model: q.Qwen3Next) -> list[tuple[str, str, float]]:
 
 
 def chunked_rule() -> None:
-    """The operation alone: 2 key heads, 4 value heads, widths 64 and 48, 300 tokens, a state of std 1."""
-    head("dtype", "log decay", "output", "state", "worst gradient")
-    for dtype in (torch.float32, torch.float64):
-        for name, scale in (("mild, mean −0.05", 0.05), ("strong, mean −5", 5.0)):
-            results = [_rule(backend, dtype, scale) for backend in ("chunked", "recurrent")]
-            exact = _rule("recurrent", torch.float64, scale) if dtype == torch.float32 else results[1]
-            (o, s, *g), (eo, es, *eg) = results[0], exact
-            row(
-                str(dtype).removeprefix("torch."),
-                name,
-                relative(o, eo),
-                relative(s, es),
-                max(map(relative, g, eg)),
-            )
+    """The operation alone against its token loop in fp64: relative error of output, state, worst gradient.
+
+    2 key heads, 4 value heads, widths 64 and 48, 300 tokens after a state of std 1.
+    """
+    head("dtype", "log decay", "backend", "output", "state", "worst gradient")
+    for dtype, backends in ((torch.float32, ("chunked", "recurrent")), (torch.float64, ("chunked",))):
+        for name, scale in (("mean −0.05", 0.05), ("mean −5", 5.0)):
+            exact, exact_state, *exact_grads = _rule("recurrent", torch.float64, scale)
+            for backend in backends:
+                o, state, *grads = _rule(backend, dtype, scale)
+                worst = max(map(relative, grads, exact_grads))
+                kind = str(dtype).removeprefix("torch.")
+                row(kind, name, backend, relative(o, exact), relative(state, exact_state), worst)
 
 
 def _rule(backend: str, dtype: torch.dtype, scale: float) -> list[Tensor]:
