@@ -183,7 +183,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return 130
     except (ValueError, RuntimeError, OSError) as error:
         # torch appends pages of native frames to some of its messages; the first line says what happened.
-        print(f"qwen3next: {str(error).splitlines()[0] if str(error) else error!r}", file=sys.stderr)
+        sentence = (str(error) or repr(error)).splitlines()[0]
+        print(f"qwen3next: {sentence}", file=sys.stderr)
         return 2
 
 

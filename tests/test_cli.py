@@ -110,7 +110,7 @@ def test_explain(folder, capsys):
         (["explain", "tiny", "--device", "gpu"], "'gpu' is no device"),
         (["generate", "nowhere", "--prompt", "x"], "nowhere is not a folder"),
         (["generate", "{tmp}", "--prompt", "x"], "tokenizer.json does not exist"),
-        (["generate", "{folder}", "--prompt", ""], "The prompt is empty"),
+        (["generate", "{folder}", "--prompt", ""], "qwen3next: The prompt is empty"),
         (["generate", "{folder}", "--prompt", "x", "--file", "y"], "choose one"),
         (["generate", "{folder}", "--file", "{tmp}/no.txt"], "no.txt"),
         (["generate", "{folder}", "--prompt", "x", "--temperature", "-1"], "must not be negative"),
