@@ -392,6 +392,7 @@ def _tracked(wanted: list[Entry], progress: bool, label: str) -> Iterator[Entry]
     if not progress:
         yield from wanted
         return
+    from rich.console import Console
     from rich.progress import track
 
-    yield from track(wanted, description=label)
+    yield from track(wanted, description=label, console=Console(stderr=True))  # stdout is for results
