@@ -81,13 +81,18 @@ def choose(operation: str, backend: str, like: Tensor) -> str:
 
     Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
     """
+    return choose_for(operation, backend, like.device, like.dtype)
+
+
+def choose_for(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """`choose` for tensors that need not exist."""
     if backend != "auto":
-        reason = why_not(operation, backend, like.device, like.dtype)
+        reason = why_not(operation, backend, device, dtype)
         if reason is not None:
             raise RuntimeError(f"The {backend!r} backend of {operation} cannot run here: {reason}.")
         return backend
     for implementation in OPERATIONS[operation]:
-        if implementation.missing(like.device, like.dtype) is None:
+        if implementation.missing(device, dtype) is None:
             return implementation.name
     raise AssertionError(f"{operation} has no implementation that always runs")
 
@@ -102,14 +107,14 @@ class Explanation:
     faster: str
 
 
-def explain_operation(operation: str, backend: str, like: Tensor) -> Explanation:
-    """Say what `choose` picks for such a tensor, and why nothing faster runs."""
-    runs = choose(operation, backend, like)
+def explain_operation(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> Explanation:
+    """Say what `choose` picks for such tensors, and why nothing faster runs."""
+    runs = choose_for(operation, backend, device, dtype)
     why = "named" if backend != "auto" else "fastest that can run here"
-    faster = []
+    faster: list[str] = []
     for implementation in OPERATIONS[operation]:
         if implementation.name == runs:
             return Explanation(operation, runs, f"{why}: {implementation.why}", "; ".join(faster) or "-")
-        reason = implementation.missing(like.device, like.dtype)
+        reason = implementation.missing(device, dtype)
         faster.append(f"{implementation.name}: {reason or 'choose it or auto'}")
     raise AssertionError

@@ -98,7 +98,7 @@ def _chunked(
     then O = diag(γ) Q S + (Γ ⊙ QKᵀ) V* and S ← γ_C S + (diag(γ_C / γ) K)ᵀ V*.
     A sequence that begins inside a chunk cuts Γ and γ there: entries across the cut are zero, all others unchanged.
     """
-    b, t, heads, width = v.shape
+    b, t, heads, _ = v.shape
     key_heads, share, pad = k.shape[2], heads // k.shape[2], -t % CHUNK
 
     def chunks(x: Tensor, groups: int) -> Tensor:  # (b t h …) → (b, key heads, groups, n, C, …)

@@ -93,7 +93,14 @@ class GatedAttention(nn.Module):
     """
 
     def __init__(
-        self, width: int, *, heads: int, kv_heads: int, head_dim: int, eps: float = 1e-6, backend: str = "auto"
+        self,
+        width: int,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        eps: float = 1e-6,
+        backend: str = "auto",
     ):
         super().__init__()
         if heads % kv_heads:
@@ -107,7 +114,11 @@ class GatedAttention(nn.Module):
         self.q_norm = RMSNorm(head_dim, eps=eps)
         self.k_norm = RMSNorm(head_dim, eps=eps)
 
-        self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()  # after norm, before RoPE
+        self.hook_q, self.hook_k, self.hook_v = (
+            HookPoint(),
+            HookPoint(),
+            HookPoint(),
+        )  # after norm, before RoPE
         self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
         self.hook_scores, self.hook_pattern = HookPoint(), HookPoint()  # (b h t s), only with backend "eager"
         self.hook_o = HookPoint()  # attention's answer before the gate, (b t h d)

@@ -48,7 +48,12 @@ class GatedDeltaNet(nn.Module):
         super().__init__()
         if value_heads % key_heads:
             raise ValueError(f"{value_heads} value heads cannot share {key_heads} key heads: make it a multiple.")
-        self.key_heads, self.value_heads, self.key_dim, self.value_dim = key_heads, value_heads, key_dim, value_dim
+        self.key_heads, self.value_heads, self.key_dim, self.value_dim = (
+            key_heads,
+            value_heads,
+            key_dim,
+            value_dim,
+        )
         self.eps, self.backend = eps, backend
         self.split = (key_heads * key_dim, key_heads * key_dim, value_heads * value_dim)
         channels = sum(self.split)
@@ -63,7 +68,11 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = nn.Linear(value_heads * value_dim, width, bias=False)
 
         self.hook_qkv = HookPoint()  # before the convolution, (b t channels)
-        self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()  # q, k after normalisation
+        self.hook_q, self.hook_k, self.hook_v = (
+            HookPoint(),
+            HookPoint(),
+            HookPoint(),
+        )  # q, k after normalisation
         self.hook_beta_logit, self.hook_beta, self.hook_log_decay = HookPoint(), HookPoint(), HookPoint()
         self.hook_o = HookPoint()  # what the memory answers, (b t h v)
         self.hook_gate_logit = HookPoint()  # z, (b t h v)
@@ -87,7 +96,11 @@ class GatedDeltaNet(nn.Module):
         """Mix tokens. `state`, where given, is read as what came before and replaced by what comes after."""
         qkv = self.hook_qkv(self.in_proj_qkv(x))
         qkv, conv = causal_conv(
-            qkv, self.conv_weight, state=state and state.conv, segments=segments, backend=self.conv_backend
+            qkv,
+            self.conv_weight,
+            state=None if state is None else state.conv,
+            segments=segments,
+            backend=self.conv_backend,
         )
         q, k, v = qkv.split(self.split, dim=-1)
         # Normalised in fp32; 1/√k on the query keeps q·k of order 1/√k, as in softmax attention.
@@ -105,7 +118,7 @@ class GatedDeltaNet(nn.Module):
             v,
             log_decay,
             beta,
-            state=state and state.memory,
+            state=None if state is None else state.memory,
             segments=segments,
             backend=self.backend,
         )

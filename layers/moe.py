@@ -23,8 +23,8 @@ class RouterStats(NamedTuple):
     """
 
     load: Float[Tensor, "*layers e"]
-    balance: Float[Tensor, "*layers"]  # noqa: F722
-    z: Float[Tensor, "*layers"]  # noqa: F722
+    balance: Float[Tensor, "*layers"]
+    z: Float[Tensor, "*layers"]
 
 
 class Experts(nn.Module):
@@ -123,7 +123,10 @@ class SparseMoE(nn.Module):
 
         self.hook_router_logits, self.hook_router_weights = HookPoint(), HookPoint()  # (b t e), (b t k)
         self.hook_router_indices = HookPoint()  # (b t k)
-        self.hook_shared_gate, self.hook_shared_out = HookPoint(), HookPoint()  # (b t 1), (b t width) before its gate
+        self.hook_shared_gate, self.hook_shared_out = (
+            HookPoint(),
+            HookPoint(),
+        )  # (b t 1), (b t width) before its gate
 
     def forward(
         self, x: Float[Tensor, "b t width"], *, mask: Bool[Tensor, "b t"] | None = None, stats: bool = True

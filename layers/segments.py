@@ -47,7 +47,8 @@ class Segments:
         """Packed rows: (b, t) integers, neighbours with equal ids are one sequence, -1 is padding."""
         if document_ids.ndim != 2 or document_ids.is_floating_point():
             raise ValueError(f"document_ids must be integers of shape (b, t), got {tuple(document_ids.shape)}.")
-        return cls(*document_ids.shape, document_ids.device, document_ids.long())
+        batch, length = document_ids.shape
+        return cls(batch, length, document_ids.device, document_ids.long())
 
     @classmethod
     def from_mask(cls, attention_mask: Tensor) -> "Segments":

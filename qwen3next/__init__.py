@@ -1,6 +1,16 @@
 """qwen3next: the open implementation of the Qwen3-Next architecture."""
 
 import layers
+
+__version__ = "0.1.0"
+
+# Before anything imports from it, or the error would be about a missing module.
+if getattr(layers, "__version__", None) != __version__:
+    raise ImportError(
+        f"Python found a package `layers` at {next(iter(layers.__path__))} that does not belong to qwen3next {__version__}. "
+        "Rename or remove that one, or put qwen3next before it on the path."
+    )
+
 from qwen3next import presets
 from qwen3next.cache import Cache
 from qwen3next.checkpoint import load, save
@@ -8,14 +18,6 @@ from qwen3next.config import ModelConfig
 from qwen3next.explain import explain
 from qwen3next.generate import generate, sample, stream
 from qwen3next.model import Losses, Output, Qwen3Next
-
-__version__ = "0.1.0"
-
-if getattr(layers, "__version__", None) != __version__:
-    raise ImportError(
-        f"Python found a package `layers` at {layers.__path__[0]} that does not belong to qwen3next {__version__}. "
-        "Rename or remove that one, or put qwen3next before it on the path."
-    )
 
 __all__ = [
     "Cache",

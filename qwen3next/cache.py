@@ -65,7 +65,13 @@ class Cache:
 
 
 def new_cache(
-    config: ModelConfig, *, batch: int, max_len: int, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    *,
+    batch: int,
+    max_len: int,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    device: torch.device,
 ) -> Cache:
     """An empty cache, allocated whole: KV in `kv_dtype`, convolution inputs in `dtype`, memory in fp32 or better."""
     if batch < 1 or max_len < 1:

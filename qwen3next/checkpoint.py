@@ -86,9 +86,7 @@ def _block(c: ModelConfig, theirs: str, ours: str, kind: str, sparse: bool) -> l
             ("up_proj", (inner, width), "gate_up_proj", slice(inner, 2 * inner)),
             ("down_proj", (width, inner), "down_proj", slice(None)),
         ):
-            found.append(
-                Entry(f"{theirs}mlp.experts.{e}.{name}.weight", shape, (Place(experts + tensor, (e, rows)),))
-            )
+            found.append(Entry(f"{theirs}mlp.experts.{e}.{name}.weight", shape, (Place(experts + tensor, (e, rows)),)))
     shared = "mlp.shared_expert."
     found += _swiglu(theirs + shared, ours + shared, width, c.shared_expert_intermediate_size)
     gate = "mlp.shared_expert_gate.weight"
@@ -118,10 +116,10 @@ def _full_attention(c: ModelConfig, theirs: str, ours: str) -> list[Entry]:
 
     both = (Place(f"{ours}q_proj.weight"), Place(f"{ours}gate_proj.weight"))
     shapes = {"k_proj": (kv * d, width), "v_proj": (kv * d, width), "o_proj": (width, heads * d)}
-    shapes |= {"q_norm": (d,), "k_norm": (d,)}
     return [
         Entry(f"{theirs}q_proj.weight", (2 * heads * d, width), both, split_gate, merge_gate),
         *(_whole(f"{theirs}{n}.weight", f"{ours}{n}.weight", shape) for n, shape in shapes.items()),
+        *(_whole(f"{theirs}{n}.weight", f"{ours}{n}.weight", (d,)) for n in ("q_norm", "k_norm")),
     ]
 
 
@@ -179,7 +177,11 @@ def to_released(config: ModelConfig, ours: Tensors) -> Iterator[tuple[str, Tenso
 
 
 def load(
-    path: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto", progress: bool = False
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    progress: bool = False,
 ) -> Qwen3Next:
     """Open a checkpoint folder (or a hub id, where huggingface_hub can reach it), streamed tensor by tensor.
 
@@ -225,7 +227,10 @@ def save(model: Qwen3Next, folder: str | Path, *, max_shard_bytes: int = 5 * 10*
     try:
         fresh.chmod(0o755)
         for kept in folder.iterdir() if folder.is_dir() else ():
-            if kept.suffix != ".safetensors" and kept.name not in ("config.json", "model.safetensors.index.json"):
+            if kept.suffix != ".safetensors" and kept.name not in (
+                "config.json",
+                "model.safetensors.index.json",
+            ):
                 (shutil.copytree if kept.is_dir() else shutil.copy2)(kept, fresh / kept.name)
         _write_shards(fresh, model.config, ours, max_shard_bytes)
         dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
@@ -252,7 +257,7 @@ def _write_shards(folder: Path, config: ModelConfig, ours: Tensors, limit: int) 
             used = 0
         shards[-1].append(entry)
         used, total = used + size, total + size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         tensors = {e.name: e.merge(*(p.of(ours).detach() for p in e.places)).contiguous().cpu() for e in shard}
@@ -315,20 +320,25 @@ def _with_mtp_as_found(config: ModelConfig, where: Mapping[str, str]) -> ModelCo
 
 
 def _check(
-    folder: Path, config: ModelConfig, wanted: list[Entry], where: Mapping[str, str], files: Mapping[str, safe_open]
+    folder: Path,
+    config: ModelConfig,
+    wanted: list[Entry],
+    where: Mapping[str, str],
+    files: Mapping[str, safe_open],
 ) -> dict[str, torch.dtype]:
     """Every wanted tensor is there in its shape and nothing else is; the dtype each is stored in."""
     names = {file: set(opened.keys()) for file, opened in files.items()}
-    present = {name for name, file in where.items() if name in names[file]}
-    present |= {name for found in names.values() for name in found}
+    if absent := sorted(name for name, file in where.items() if name not in names[file]):
+        file = folder / where[absent[0]]
+        raise ValueError(f"{file} lacks {_some(absent)}, which the index puts there: copy the checkpoint again.")
+    present = {name for found in names.values() for name in found}
     if config.tie_word_embeddings:
         present.discard("lm_head.weight")  # some writers repeat the tied embedding; it is not read
     expected = {entry.name for entry in wanted}
     if extra := sorted(present - expected):
         raise ValueError(f"{folder} holds {_some(extra)}, which config.json has no place for.")
-    if missing := sorted(expected - {name for name, file in where.items() if name in names[file]}):
-        file = where.get(missing[0], folder.name)
-        raise ValueError(f"{folder} lacks {_some(missing)} (looked in {file}), which config.json asks for.")
+    if missing := sorted(expected - where.keys()):
+        raise ValueError(f"{folder} lacks {_some(missing)}, which config.json asks for.")
     stored = {}
     for entry in wanted:
         piece = files[where[entry.name]].get_slice(entry.name)
@@ -382,6 +392,7 @@ def _tracked(wanted: list[Entry], progress: bool, label: str) -> Iterator[Entry]
     if not progress:
         yield from wanted
         return
+    from rich.console import Console
     from rich.progress import track
 
-    yield from track(wanted, description=label)
+    yield from track(wanted, description=label, console=Console(stderr=True))  # stdout is for results

@@ -1,6 +1,7 @@
 """The one configuration type: what a checkpoint's config.json says, under its own names."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -10,15 +11,59 @@ LAYER_TYPES = ("linear_attention", "full_attention")
 
 # Keys of released config.json files that do not change the mathematics. They are kept and written back.
 IRRELEVANT = frozenset(
-    """architectures transformers_version torch_dtype dtype use_cache output_router_logits output_hidden_states
-    output_attentions return_dict chunk_size_feed_forward is_encoder_decoder problem_type id2label label2id
-    _name_or_path attn_implementation _attn_implementation use_sliding_window sliding_window max_window_layers
-    torchscript tie_encoder_decoder task_specific_params tokenizer_class prefix
-    router_jitter_noise attention_dropout""".split()
+    [
+        "architectures",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "output_router_logits",
+        "output_hidden_states",
+        "output_attentions",
+        "return_dict",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "problem_type",
+        "id2label",
+        "label2id",
+        "_name_or_path",
+        "attn_implementation",
+        "_attn_implementation",
+        "use_sliding_window",
+        "sliding_window",
+        "max_window_layers",
+        "torchscript",
+        "tie_encoder_decoder",
+        "task_specific_params",
+        "tokenizer_class",
+        "prefix",
+        "router_jitter_noise",
+        "attention_dropout",
+    ]
 )
 # Keys that would change the mathematics if they had another value than the one here.
 FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "model_type": "qwen3_next"}
-REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+# A size that is not given is not guessed: the defaults of different readers differ.
+REQUIRED = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "rms_norm_eps",
+    "rope_theta",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +130,6 @@ class ModelConfig:
     def _check(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.type is int and not f.name.endswith("coef") and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ValueError(f"{f.name} must be a whole number, got {value!r}.")
             least = 0 if f.name in ("mtp_num_hidden_layers", "num_experts", "full_attention_interval") else 1
             if f.type is int and value < least:
                 raise ValueError(f"{f.name} must be at least {least}, got {value}.")
@@ -163,10 +206,10 @@ class ModelConfig:
         for key, expected in FIXED.items():
             if (value := values.pop(key, expected)) != expected:
                 raise ValueError(f"config.json has {key} {value!r}; only {expected!r} is supported.")
-        if missing := [key for key in REQUIRED if key not in values]:
-            raise ValueError(f"config.json lacks {', '.join(missing)}.")
         _read_rope(values)
         values = {key: value for key, value in values.items() if value is not None}
+        if missing := [key for key in REQUIRED if key not in values]:
+            raise ValueError(f"config.json lacks {', '.join(missing)}.")
         known = {f.name for f in fields(cls)} - {"extra"}
         unknown = sorted(values.keys() - known - IRRELEVANT)
         if unknown:
@@ -175,6 +218,9 @@ class ModelConfig:
                 "Remove what does not matter to the mathematics."
             )
         extra = {key: values.pop(key) for key in list(values) if key in IRRELEVANT}
+        for f in fields(cls):
+            if f.name in values:
+                values[f.name] = _typed(f.name, f.type, values[f.name])
         return cls(**values, extra=extra)
 
     def to_dict(self) -> dict[str, Any]:
@@ -201,11 +247,27 @@ class ModelConfig:
             raise ValueError(f"{path}: {error}") from error
 
 
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    """A value of config.json as its field's type; JSON writes 1e7 as 10000000, and lists for tuples."""
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if whole and kind not in (bool, float, Sequence[str], Sequence[int]):
+        return value
+    item = str if kind == Sequence[str] else int
+    listed = isinstance(value, (list, tuple)) and kind not in (bool, float, int, int | None)
+    if listed and all(isinstance(x, item) and not isinstance(x, bool) for x in value):
+        return tuple(value)
+    raise ValueError(f"{name} cannot be {value!r}.")
+
+
 def _read_rope(values: dict[str, Any]) -> None:
     """Merge the old keys (rope_theta, rope_scaling) with the new one (rope_parameters)."""
     for name in ("rope_parameters", "rope_scaling"):
         given = dict(values.pop(name, None) or {})
-        kind = given.pop("rope_type", given.pop("type", "default"))
+        kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
         if kind != "default":
             raise ValueError(f"config.json asks for {kind!r} RoPE in {name}; only the default one is supported yet.")
         for key, value in given.items():

@@ -1,10 +1,12 @@
 """What runs, and why."""
 
+import torch
+
 from layers.backends import Explanation, explain_operation
 from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import GatedDeltaNet
 from layers.moe import Experts
-from qwen3next.model import Qwen3Next
+from qwen3next.model import Qwen3Next, as_dtype
 
 
 class Table(list[Explanation]):
@@ -17,16 +19,40 @@ class Table(list[Explanation]):
         return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]) for row in rows)
 
 
-def explain(model: Qwen3Next) -> Table:
-    """One row an operation: the implementation that runs for this model's dtype and device, why, and what would be faster."""
-    like = model.embed_tokens.weight
+def explain(
+    model: Qwen3Next, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> Table:
+    """One row an operation: the implementation that runs, why, and what would be faster.
+
+    Args:
+        device, dtype: answer as if the model were there and so; None means where and what it is. A model made
+            under `torch.device("meta")`, too large to be allocated, can be asked about in this way.
+    Raises: ValueError for a dtype or device that torch does not know; RuntimeError where a backend that was
+        chosen with `model.set_backend` cannot run.
+    """
+    weight = model.embed_tokens.weight
+    where = weight.device if device is None else as_device(device)
+    kind = weight.dtype if dtype is None else as_dtype(dtype)
     rows: dict[str, Explanation] = {}
     for module in model.modules():
         if isinstance(module, GatedDeltaNet):
-            rows["delta_rule"] = explain_operation("delta_rule", module.backend, like)
-            rows["causal_conv"] = explain_operation("causal_conv", module.conv_backend, like)
+            rows["delta_rule"] = explain_operation("delta_rule", module.backend, where, kind)
+            rows["causal_conv"] = explain_operation("causal_conv", module.conv_backend, where, kind)
         elif isinstance(module, GatedAttention):
-            rows["attention"] = explain_operation("attention", module.backend, like)
+            rows["attention"] = explain_operation("attention", module.backend, where, kind)
         elif isinstance(module, Experts):
-            rows["experts"] = explain_operation("experts", module.backend, like)
+            rows["experts"] = explain_operation("experts", module.backend, where, kind)
     return Table(rows.values())
+
+
+def as_device(name: str | torch.device) -> torch.device:
+    """torch's device of that name; "auto" is CUDA where there is one, else the CPU.
+
+    Raises: ValueError for a name that is no device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"{name!r} is no device: choose auto, cpu, cuda or cuda:0.") from None

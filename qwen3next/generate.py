@@ -107,7 +107,9 @@ def _run_prompt(model: Qwen3Next, input_ids: Tensor, segments: Segments, cache: 
             )
         if held == input_ids.shape[1]:
             if cache.last_logits is None:
-                raise ValueError("The cache holds the whole prompt but not its last logits: fill it with model.prefill.")
+                raise ValueError(
+                    "The cache holds the whole prompt but not its last logits: fill it with model.prefill."
+                )
             return cache.last_logits
         input_ids, segments = input_ids[:, held:], Segments.full(input_ids[:, held:])
     # Only the last real token of a row needs logits, and with padding it is not the last column.

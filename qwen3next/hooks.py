@@ -45,8 +45,12 @@ class Hooked(nn.Module):
         silent: set[str] = set()
         with ExitStack() as stack:
             for names, fn in fwd_hooks:
+                # A forward does not run the MTP head: only who asks for it by name expects its points to fire.
+                named = [names] if isinstance(names, str) else [] if callable(names) else names
+                mtp_meant = any(name.startswith("mtp.") for name in named)
                 for name in self.match_hooks(names):
-                    silent.add(name)
+                    if mtp_meant or not name.startswith("mtp."):
+                        silent.add(name)
                     point = self.hook_dict[name]
 
                     def call(
@@ -70,9 +74,7 @@ class Hooked(nn.Module):
         with self.hooks(fwd_hooks):
             return self(*args, **kwargs)
 
-    def run_with_cache(
-        self, *args: Any, names_filter: Filter = "*", **kwargs: Any
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def run_with_cache(self, *args: Any, names_filter: Filter = "*", **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits, and the chosen inner tensors by name. With the default filter, points that do not fire are left out."""
         kept: dict[str, Tensor] = {}
 

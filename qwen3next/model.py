@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from layers.backends import choose
@@ -180,14 +180,10 @@ class Qwen3Next(Hooked, nn.Module):
         """An empty cache for `batch` sequences of up to `max_len` tokens; keys and values in the model's dtype or kv_dtype."""
         like = self.embed_tokens.weight
         kv = like.dtype if kv_dtype is None else as_dtype(kv_dtype)
-        return new_cache(
-            self.config, batch=batch, max_len=max_len, dtype=like.dtype, kv_dtype=kv, device=like.device
-        )
+        return new_cache(self.config, batch=batch, max_len=max_len, dtype=like.dtype, kv_dtype=kv, device=like.device)
 
     @torch.no_grad()
-    def prefill(
-        self, input_ids: Int[Tensor, "b t"], cache: Cache, chunk_size: int = 4096
-    ) -> Iterator[tuple[int, int]]:
+    def prefill(self, input_ids: Int[Tensor, "b t"], cache: Cache, chunk_size: int = 4096) -> Iterator[tuple[int, int]]:
         """Run a prompt into the cache in chunks; yields (tokens done, tokens in all) after each."""
         total = input_ids.shape[1]
         for begin in range(0, total, chunk_size):
@@ -206,7 +202,7 @@ class Qwen3Next(Hooked, nn.Module):
         choose(operation, name, self.embed_tokens.weight)
         for module in self.modules():
             if isinstance(module, kinds[operation]):
-                module.backend = name
+                setattr(module, "backend", name)  # noqa: B010
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and safetensors in the released layout, MTP included."""

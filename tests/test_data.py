@@ -77,9 +77,7 @@ def bpe():
 
 def held_out(source, **options):
     return [
-        (name, text)
-        for split, name, text in split_documents(source, plan_split(source, **options))
-        if split == "val"
+        (name, text) for split, name, text in split_documents(source, plan_split(source, **options)) if split == "val"
     ]
 
 
@@ -176,9 +174,7 @@ def test_stdlib():
     names = [name for name, _ in documents("stdlib")]
     assert names == sorted(names)
     assert {"dataclasses.py", "json/decoder.py"} <= set(names)
-    assert not any(
-        part in name.split("/") for name in names for part in ("site-packages", "test", "__pycache__")
-    )
+    assert not any(part in name.split("/") for name in names for part in ("site-packages", "test", "__pycache__"))
     text = dict(documents("stdlib"))["dataclasses.py"]
     assert text.encode() == (Path(sysconfig.get_path("stdlib")) / "dataclasses.py").read_bytes()
 
@@ -307,9 +303,7 @@ def test_shards_hold_every_document_and_its_eos(corpus, shards):
         tokens = np.fromfile(shards / f"{split}.bin", dtype="<u4")
         starts = np.load(shards / f"{split}.idx.npy")
         assert starts.dtype == np.int64
-        assert (
-            len(tokens) == starts[-1] == meta.tokens[split] == meta.utf8_bytes[split] + meta.documents[split]
-        )
+        assert len(tokens) == starts[-1] == meta.tokens[split] == meta.utf8_bytes[split] + meta.documents[split]
         pieces = [tokens[a:b] for a, b in pairwise(starts)]
         assert all(piece[-1] == meta.eos_id == 256 for piece in pieces)
         texts[split] = [bytes(piece[:-1].astype(np.uint8)).decode() for piece in pieces]
@@ -323,9 +317,7 @@ def test_shards_hold_every_document_and_its_eos(corpus, shards):
 def test_same_inputs_are_reused_and_any_change_rebuilds(corpus, shards, bpe, monkeypatch):
     def build(tokenizer=None, **options):
         options = {"validation_share": 0.2, **options}
-        return build_shards(
-            corpus, tokenizer or byte_tokenizer(), shards, progress=False, **options
-        ).fingerprint
+        return build_shards(corpus, tokenizer or byte_tokenizer(), shards, progress=False, **options).fingerprint
 
     first = read_meta(shards).fingerprint
     with monkeypatch.context() as patch:
@@ -361,9 +353,7 @@ def test_a_failure_half_way_leaves_the_old_shards(corpus, shards, monkeypatch):
 
         calls.clear()
         monkeypatch.setattr(os, "fsync", fsync)
-        with pytest.raises(
-            OSError, match=r"The disk that holds .* is full: nothing was changed; free some space"
-        ):
+        with pytest.raises(OSError, match=r"The disk that holds .* is full: nothing was changed; free some space"):
             build_shards(corpus, byte_tokenizer(), shards, progress=False)
         assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
     assert len(PackedWindows(shards, "train", window=16)) > 0
@@ -528,9 +518,7 @@ def test_each_held_out_token_is_predicted_once(corpus, shards, window, batch_siz
     for batch in batches:
         rounds += 1
         assert batch.input_ids.shape == batch.document_ids.shape == (len(batch.documents), window)
-        for ids, marks, document in zip(
-            batch.input_ids, batch.document_ids, batch.documents.tolist(), strict=True
-        ):
+        for ids, marks, document in zip(batch.input_ids, batch.document_ids, batch.documents.tolist(), strict=True):
             length = int((marks == 0).sum())
             assert length >= 2
             assert (marks[:length] == 0).all()

@@ -35,7 +35,10 @@ def test_norms_compute_in_fp32_and_cast_where_the_checkpoints_do():
     x = normal(4, 64).bfloat16()
     weight = normal(64, seed=1).bfloat16()
     unit = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
-    for zero_centred, expected in ((True, (unit * (1 + weight.float())).bfloat16()), (False, weight * unit.bfloat16())):
+    for zero_centred, expected in (
+        (True, (unit * (1 + weight.float())).bfloat16()),
+        (False, weight * unit.bfloat16()),
+    ):
         norm = RMSNorm(64, zero_centred=zero_centred).bfloat16()
         norm.weight.data.copy_(weight)
         assert torch.equal(norm(x), expected)
@@ -50,9 +53,7 @@ def test_rotation_is_a_rotation_by_position():
             # fp32 angles, as the checkpoints were trained with: 100000 has 24 bits, its angle about 3e-3 of error.
             angle = float(torch.tensor(p, dtype=torch.float32) * (1.0 / 1e4 ** (torch.tensor(2 * i) / 4)))
             a, b = x[0, t, :, i], x[0, t, :, i + 2]
-            torch.testing.assert_close(
-                y[0, t, :, i], a * math.cos(angle) - b * math.sin(angle), rtol=0, atol=1e-6
-            )
+            torch.testing.assert_close(y[0, t, :, i], a * math.cos(angle) - b * math.sin(angle), rtol=0, atol=1e-6)
             torch.testing.assert_close(y[0, t, :, i + 2], b * math.cos(angle) + a * math.sin(angle), rtol=0, atol=1e-6)
     assert torch.equal(y[..., 4:], x[..., 4:])
 

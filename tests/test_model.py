@@ -201,7 +201,10 @@ def test_the_80b_preset_builds_on_meta():
         (lambda m: m(ids(2, 3), segments=Segments.from_lengths([[3]])), "segments describe"),
         (lambda m: m(ids(2, 3), cache=m.new_cache(batch=1)), "made for 1 sequences and 2"),
         (lambda m: m(ids(1, 9), cache=m.new_cache(max_len=8)), "larger max_len"),
-        (lambda m: m(ids(1, 4), segments=Segments.from_lengths([[2, 2]]), cache=m.new_cache()), "one sequence a row"),
+        (
+            lambda m: m(ids(1, 4), segments=Segments.from_lengths([[2, 2]]), cache=m.new_cache()),
+            "one sequence a row",
+        ),
         (lambda m: m.new_cache(max_len=0), "at least one"),
         (lambda m: m.new_cache(kv_dtype="int3"), "floating-point"),
         (lambda m: m.set_backend("attention", "magic"), "no backend"),
@@ -218,8 +221,8 @@ def test_a_refused_call_leaves_the_cache_as_it_was():
     cache = model.new_cache(max_len=8)
     model(ids(1, 5), cache=cache)
     before = [v.clone() for layer in cache.layers for v in vars(layer).values()]
-    for bad in (ids(1, 4), torch.tensor([[97]])):
-        with pytest.raises(ValueError):
+    for bad, sentence in ((ids(1, 4), "max_len"), (torch.tensor([[97]]), "tokenizer")):
+        with pytest.raises(ValueError, match=sentence):
             model(bad, cache=cache)
     assert cache.lengths == (5,)
     assert all(

@@ -82,7 +82,8 @@ def test_loss_and_every_gradient(pair, t):
     theirs_by_name = dict(by_expert({n: p.grad for n, p in their.named_parameters()}))
     assert ours_by_name.keys() == theirs_by_name.keys()
     for name, grad in ours_by_name.items():
-        assert (grad - theirs_by_name[name]).abs().max() <= 1e-5, name
+        # Gradients of embeddings are of order 1 / their size, here 10: the bound is on what is of order 1.
+        assert (grad - theirs_by_name[name]).abs().max() <= 1e-5 * grad.abs().max().clamp(min=1), name
 
 
 def by_expert(tensors):

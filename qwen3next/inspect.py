@@ -1,0 +1,178 @@
+"""What a configuration amounts to: parameters, layers, bytes of context. Nothing is allocated."""
+
+from dataclasses import dataclass
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from torch import nn
+
+from layers.moe import Experts
+from qwen3next.config import ModelConfig
+from qwen3next.model import Qwen3Next
+
+CONTEXTS = (4096, 32_768, 262_144, 1_048_576)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters.
+
+    Attributes:
+        main: the model without MTP. A tied head is the embedding and counts once.
+        mtp: the multi-token prediction layer, which shares embedding and head and counts neither.
+        active: what a token of the main model uses: everything in `main`, of the routed experts only the
+            share top_k / experts. The embedding counts whole, although a token reads one row of it.
+        embedding: the embedding alone; an untied head has as many again, in `main` and `active`.
+    """
+
+    main: int
+    mtp: int
+    active: int
+    embedding: int
+
+    @property
+    def total(self) -> int:
+        """Main model and MTP layer: what a checkpoint stores."""
+        return self.main + self.mtp
+
+
+def on_meta(config: ModelConfig) -> Qwen3Next:
+    """The model without memory for its parameters: names, shapes and hook points only."""
+    with torch.device("meta"):
+        return Qwen3Next(config)
+
+
+def count_parameters(config: ModelConfig) -> Counts:
+    """Count the parameters of a configuration of any size, in seconds and without memory for them."""
+    return _counts(on_meta(config))
+
+
+def _counts(model: Qwen3Next) -> Counts:
+    total, active = _total_and_active(model, model.config)
+    mtp, mtp_active = (0, 0) if model.mtp is None else _total_and_active(model.mtp, model.config)
+    return Counts(total - mtp, mtp, active - mtp_active, model.embed_tokens.weight.numel())
+
+
+def _total_and_active(module: nn.Module, config: ModelConfig) -> tuple[int, int]:
+    """Parameters of a module, and those a token uses; shared ones once."""
+    total = sum(p.numel() for p in module.parameters())
+    routed = sum(p.numel() for m in module.modules() if isinstance(m, Experts) for p in m.parameters())
+    # Exact in whole numbers: every expert is as large as the others.
+    return total, total - routed + routed * config.num_experts_per_tok // max(config.num_experts, 1)
+
+
+def describe(config: ModelConfig) -> Group:
+    """Tables to print with rich: the model, layers by kind, the parameters of each kind, bytes of context."""
+    model = on_meta(config)
+    kinds: dict[tuple[str, bool], list[int]] = {}
+    for i, mixer in enumerate(config.layer_types):
+        kinds.setdefault((mixer, config.is_sparse(i)), []).append(i)
+    parts = [("model", _model_table(model)), ("layers by kind", _layer_table(model, kinds))]
+    for (mixer, sparse), layers in kinds.items():
+        title = f"parameters of a layer: {_mixer(mixer)}, {'mixture of experts' if sparse else 'dense'}"
+        parts.append((title, _parameter_table(model.blocks[layers[0]])))
+    title = (
+        "context of one sequence: keys and values in 2 bytes a number, recurrent state in fp32, MTP left out"
+    )
+    parts.append((title, _context_table(config)))
+    return Group(*(line for title, table in parts for line in (f"[bold]{title}[/bold]", table, "")))
+
+
+def _table(*headers: str, numbers_from: int) -> Table:
+    table = Table(box=SIMPLE_HEAD, show_header=any(headers), show_edge=False, pad_edge=False)
+    for i, header in enumerate(headers):
+        table.add_column(header, justify="right" if i >= numbers_from else "left")
+    return table
+
+
+def _model_table(model: Qwen3Next) -> Table:
+    c, counts = model.config, _counts(model)
+    table = _table("", "", numbers_from=2)
+    head = "tied to the embedding" if c.tie_word_embeddings else "a matrix of its own"
+    mtp = f", and {short(counts.mtp)} in the MTP layer" if counts.mtp else ", no MTP layer"
+    table.add_row("parameters", short(counts.main) + mtp)
+    table.add_row("active a token", f"{short(counts.active)}, embedding and head included, MTP not")
+    table.add_row("embedding", f"{c.vocab_size} x {c.hidden_size} = {short(counts.embedding)}; head: {head}")
+    table.add_row("longest context", f"{c.max_position_embeddings} tokens in training")
+    table.add_row("RoPE", f"first {c.rotary_dim} of {c.head_dim} dimensions, theta {c.rope_theta:,.0f}")
+    return table
+
+
+def _layer_table(model: Qwen3Next, kinds: dict[tuple[str, bool], list[int]]) -> Table:
+    c = model.config
+    table = _table("layers", "token mixer", "feed-forward", "parameters", "active", "memory", numbers_from=3)
+    for (mixer, sparse), layers in kinds.items():
+        total, active = _total_and_active(model.blocks[layers[0]], c)
+        one = c.replace(num_hidden_layers=1, layer_types=(mixer,), mlp_only_layers=())
+        if mixer == "full_attention":
+            heads = f"{c.num_attention_heads} query, {c.num_key_value_heads} key heads of {c.head_dim}"
+            memory = f"{binary(one.bytes_per_token())} a token"
+        else:
+            key = f"{c.linear_num_key_heads} key heads of {c.linear_key_head_dim}"
+            heads = f"{key}, {c.linear_num_value_heads} value heads of {c.linear_value_head_dim}"
+            memory = f"{binary(one.bytes_per_sequence())} a sequence"
+        feed_forward = f"SwiGLU of {c.intermediate_size}"
+        if sparse:
+            routed = f"{c.num_experts_per_tok} of {c.num_experts} experts of {c.moe_intermediate_size}"
+            feed_forward = f"{routed}, shared of {c.shared_expert_intermediate_size}"
+        name = f"{len(layers)} x {_mixer(mixer)}\n{_ranges(layers)}"
+        table.add_row(
+            name, heads, feed_forward, f"{short(total)} each", f"{short(active)} each", f"{memory}, each"
+        )
+    return table
+
+
+def _parameter_table(block: nn.Module) -> Table:
+    table = _table("name", "shape", "numbers", numbers_from=1)
+    for name, parameter in block.named_parameters():
+        table.add_row(name, " x ".join(map(str, parameter.shape)), f"{parameter.numel():,}")
+    return table
+
+
+def _context_table(config: ModelConfig) -> Table:
+    """The last column is the same model with softmax attention in every layer: what the hybrid saves."""
+    table = _table("tokens", "keys and values", "state", "together", "all layers softmax", numbers_from=0)
+    softmax = config.replace(layer_types=("full_attention",) * config.num_hidden_layers)
+    state = config.bytes_per_sequence()
+    for tokens in CONTEXTS:
+        kv = tokens * config.bytes_per_token()
+        table.add_row(
+            f"{tokens:,}", *map(binary, (kv, state, kv + state, tokens * softmax.bytes_per_token()))
+        )
+    return table
+
+
+def _mixer(kind: str) -> str:
+    return "Gated DeltaNet" if kind == "linear_attention" else "gated attention"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0-2, 4-6, 8: neighbours drawn together, a long list cut in its middle."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and runs[-1][-1] == n - 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    texts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return ", ".join(texts if len(texts) <= 4 else [*texts[:2], "…", texts[-1]])
+
+
+def short(n: int) -> str:
+    """A count with three or four digits: 79.67B, 311.2M, 41.5K."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if n >= size:
+            return f"{n / size:.2f}{unit}" if unit == "B" else f"{n / size:.1f}{unit}"
+    return str(n)
+
+
+def binary(n: int) -> str:
+    """Bytes in binary units: 24 KiB, 73.7 MiB, 6.07 GiB."""
+    size, unit = float(n), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"

@@ -1,0 +1,141 @@
+"""Which implementation runs, why, and that kernels get the arguments they should."""
+
+import sys
+import types
+
+import pytest
+import torch
+from conftest import small_model
+
+import layers.backends as backends
+import qwen3next as q
+from layers.causal_conv import causal_conv
+from layers.delta_rule import gated_delta_rule
+from layers.segments import Segments
+
+CUDA = torch.device("cuda")
+
+
+def test_auto_takes_the_fastest_that_can_run(monkeypatch):
+    cpu = torch.zeros(1)
+    assert [backends.choose(name, "auto", cpu) for name in backends.OPERATIONS] == [
+        "chunked",
+        "torch",
+        "sdpa",
+        "grouped",
+    ]
+    monkeypatch.setattr(backends, "fla_missing", lambda: None)
+    assert backends.why_not("delta_rule", "fla", CUDA, torch.bfloat16) is None
+    assert "float64" in backends.why_not("delta_rule", "fla", CUDA, torch.float64)
+    monkeypatch.setattr(backends, "fla_missing", lambda: "not installed")
+    assert backends.why_not("delta_rule", "fla", CUDA, torch.bfloat16) == "not installed"
+
+
+def test_a_named_backend_runs_or_raises():
+    with pytest.raises(RuntimeError, match="cannot run here: flash-linear-attention's kernels run on CUDA"):
+        small_model().set_backend("delta_rule", "fla")
+    with pytest.raises(RuntimeError, match=r"no torch\.float64"):
+        small_model(dtype=torch.float64).set_backend("experts", "grouped")
+
+
+def test_explain_says_what_runs_and_what_would_be_faster():
+    model = small_model()
+    model.set_backend("attention", "eager")
+    table = q.explain(model)
+    rows = {row.operation: row for row in table}
+    assert rows.keys() == backends.OPERATIONS.keys()
+    assert (rows["attention"].runs, rows["attention"].why[:5]) == ("eager", "named")
+    assert "fla: " in rows["delta_rule"].faster
+    assert "delta_rule" in str(table)
+
+
+def test_every_backend_gives_the_same_model():
+    tokens = torch.arange(80).view(1, 80)
+    model = small_model()
+    expected = model(tokens).logits
+    for operation, names in {
+        "delta_rule": ["recurrent"],
+        "attention": ["eager"],
+        "experts": ["loop"],
+    }.items():
+        for name in names:
+            model.set_backend(operation, name)
+            torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def fake_fla(monkeypatch):
+    """FLA's documented signatures, computed by our reference: what we pass must mean what we meant."""
+    calls = []
+
+    def kernel(name):
+        def run(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None):
+            calls.append(name)
+            assert scale == 1.0
+            assert output_final_state
+            assert g.dtype == beta.dtype == torch.float32
+            assert initial_state is None or initial_state.dtype == torch.float32
+            if cu_seqlens is None:
+                return gated_delta_rule(q, k, v, g, beta, state=initial_state, backend="recurrent")
+            assert q.shape[0] == 1
+            outputs, states = [], []
+            for i, (begin, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
+                cut = (x[:, begin:end] for x in (q, k, v, g, beta))
+                state = None if initial_state is None else initial_state[i : i + 1]
+                o, s = gated_delta_rule(*cut, state=state, backend="recurrent")
+                outputs.append(o)
+                states.append(s)
+            return torch.cat(outputs, 1), torch.cat(states)
+
+        return run
+
+    def conv(x, weight, bias=None, residual=None, initial_state=None, activation=None, backend="triton"):
+        calls.append("causal_conv1d")
+        assert activation == "silu"
+        assert initial_state.shape == (x.shape[0], x.shape[2], weight.shape[1])
+        return causal_conv(x, weight, state=initial_state[..., 1:].mT, backend="torch")
+
+    rule = types.ModuleType("fla.ops.gated_delta_rule")
+    rule.chunk_gated_delta_rule, rule.fused_recurrent_gated_delta_rule = kernel("chunk"), kernel("fused")
+    convolution = types.ModuleType("fla.modules.convolution")
+    convolution.causal_conv1d = conv
+    for name, module in {
+        "fla": types.ModuleType("fla"),
+        "fla.ops": types.ModuleType("fla.ops"),
+        "fla.modules": types.ModuleType("fla.modules"),
+        "fla.ops.gated_delta_rule": rule,
+        "fla.modules.convolution": convolution,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    for implementations in ("delta_rule", "causal_conv"):
+        fla, *others = backends.OPERATIONS[implementations]
+        here = backends.Implementation(fla.name, fla.why)
+        monkeypatch.setitem(backends.OPERATIONS, implementations, (here, *others))
+    return calls
+
+
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_fla_is_called_as_meant(fake_fla, state, packed):
+    from test_delta_rule import inputs
+
+    x = inputs(40, dtype=torch.float32, state=state)
+    ids = torch.tensor([[-1] * 3 + [0] * 20 + [1] * 17, [0] * 5 + [1] * 5 + [2] * 25 + [-1] * 5])
+    segments = Segments.from_document_ids(ids) if packed else None
+    o, final = gated_delta_rule(**x, segments=segments, backend="fla")
+    expected, last = gated_delta_rule(**x, segments=segments, backend="recurrent")
+    torch.testing.assert_close(o, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(final, last, rtol=0, atol=1e-6)
+    assert fake_fla == ["chunk"]
+
+
+def test_fla_serves_the_whole_model(fake_fla):
+    """Prefill takes the chunked kernel, decoding the fused one, both the fused convolution."""
+    model, tokens = small_model(), torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        cache = model.new_cache(batch=2, max_len=10)
+        got = [model(tokens[:, :9], cache=cache).logits, model(tokens[:, 9:], cache=cache).logits]
+        assert fake_fla == ["causal_conv1d", "chunk"] * 3 + ["causal_conv1d", "fused"] * 3
+        for operation in ("delta_rule", "causal_conv"):
+            backends.OPERATIONS[operation] = backends.OPERATIONS[operation][1:]
+        torch.testing.assert_close(torch.cat(got, 1), model(tokens).logits, rtol=0, atol=1e-5)

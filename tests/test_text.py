@@ -1,0 +1,56 @@
+"""Text from byte tokens: nothing broken is shown, nothing shown is taken back."""
+
+import random
+
+import pytest
+
+from qwen3next.text import TextStream
+
+
+def decode(ids: list[int]) -> str:
+    return bytes(ids).decode("utf-8", errors="replace")
+
+
+def test_no_character_is_shown_before_its_last_byte():
+    stream = TextStream(decode)
+    steps = [stream.push(byte) for byte in "aé漢🎉".encode()]
+    assert steps == ["a", "", "é", "", "", "漢", "", "", "", "🎉"]
+
+
+def test_an_incomplete_character_at_the_end_is_dropped():
+    stream = TextStream(decode)
+    assert "".join(stream.push(byte) for byte in "a漢".encode()[:-1]) + stream.finish() == "a"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_equals_decoding_at_once(seed):
+    """Random bytes, broken sequences included, over several windows."""
+    rng = random.Random(seed)
+    data = (
+        b"".join(rng.choice([b"a", "é".encode(), "🎉".encode(), rng.randbytes(2)]) for _ in range(200)) + b"."
+    )
+    stream, shown = TextStream(decode), ""
+    for i, byte in enumerate(data):
+        shown += stream.push(byte)
+        assert decode(list(data[: i + 1])).startswith(shown)
+    assert shown == decode(list(data))
+
+
+@pytest.mark.parametrize(
+    "text, stop, shown, stopped",
+    [
+        ("one END two", ("END",), "one ", True),
+        ("one EN", ("END",), "one EN", False),  # a beginning that came to nothing is given out at the end
+        ("EEND", ("END",), "E", True),
+        ("a\n\nb", ("\n\n", "b"), "a", True),
+        ("xyz", ("",), "xyz", False),
+    ],
+)
+def test_stop_strings(text, stop, shown, stopped):
+    stream = TextStream(decode, stop=stop)
+    pieces = []
+    for byte in text.encode():
+        pieces.append(stream.push(byte))
+        assert "END" not in "".join(pieces)
+    assert "".join(pieces) + stream.finish() == shown
+    assert stream.stopped is stopped
