@@ -75,9 +75,7 @@ def save_state(folder: Path, state: TrainingState, model: nn.Module, optimizer: 
     header = asdict(state) | {"python": random.getstate(), "numpy": [kind, np.asarray(words).tolist(), *rest]}
 
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(
-        ".saving-*"
-    ):  # by a process that was killed; a folder belongs to one run at a time
+    for left in folder.glob(".saving-*"):  # by a process that was killed; a folder belongs to one run at a time
         left.unlink()
     path = folder / f"step-{state.step:08d}.safetensors"
     fresh = folder / f".saving-{os.getpid()}"
@@ -149,9 +147,7 @@ def _read(path: Path, *, tensors: bool) -> tuple[TrainingState, dict[str, Any], 
             stored = {name: file.get_tensor(name) for name in names}
         fields = {name: header[name] for name in TrainingState.__dataclass_fields__}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): delete it, and resuming takes the state before it."
-        ) from error
+        raise ValueError(f"{path} is damaged ({error}): delete it, and resuming takes the state before it.") from error
     return TrainingState(**fields), header, stored
 
 

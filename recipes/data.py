@@ -105,11 +105,7 @@ def build_shards(
         staging = Path(tempfile.mkdtemp(prefix=f".building-{os.getpid()}-", dir=folder))
         try:
             counts = _write_tokens(source, plan, tokenizer, eos, staging, console)
-            note = (
-                ""
-                if plan.cut is None
-                else "One document only: its head is for training, its tail is held out."
-            )
+            note = "" if plan.cut is None else "One document only: its head is for training, its tail is held out."
             vocab_size = tokenizer.get_vocab_size()
             meta = Meta(fingerprint, eos, vocab_size, "uint32", *counts, plan.skipped, note)
             _write_synced(staging / "meta.json", json.dumps(asdict(meta), indent=1).encode())
@@ -172,9 +168,7 @@ def _whole_shards(folder: Path) -> Meta | None:
 
 
 def _damaged(folder: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"The shards in {folder} are damaged ({error}): delete the folder and build them again."
-    )
+    return ValueError(f"The shards in {folder} are damaged ({error}): delete the folder and build them again.")
 
 
 class TokenCounts(NamedTuple):
@@ -395,9 +389,7 @@ class ValidationBatches:
                 chosen.append(document)
                 tokens -= int(lengths[document])
         chosen = sorted(chosen) or [min(self.documents, key=lambda document: lengths[document])]
-        return ValidationBatches(
-            self.folder, window=self.window, batch_size=self.batch_size, documents=chosen
-        )
+        return ValidationBatches(self.folder, window=self.window, batch_size=self.batch_size, documents=chosen)
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -145,9 +145,7 @@ def plan_split(source: str | Path, *, validation_share: float = 0.05, seed: int 
 
     digests = {name: key for key, name in name_of.items()}
     drawn = {name: int(digest(f"{seed}\n{name}")[:13], 16) / 16**13 for name in digests}  # in [0, 1)
-    held_out = {name for name in drawn if drawn[name] < validation_share} or {
-        min(drawn, key=drawn.__getitem__)
-    }
+    held_out = {name for name in drawn if drawn[name] < validation_share} or {min(drawn, key=drawn.__getitem__)}
     if len(held_out) == len(drawn):
         held_out.remove(max(drawn, key=drawn.__getitem__))
     return Plan({name: "val" if name in held_out else "train" for name in digests}, digests, None, skipped)

@@ -124,9 +124,7 @@ def compressed(baselines: list[Baseline]) -> tuple[float, float]:
     return gzip / total, xz / total
 
 
-def draw_loss(
-    rows: list[Row], path: Path, *, final: float | None, gzip: float, xz: float, title: str
-) -> None:
+def draw_loss(rows: list[Row], path: Path, *, final: float | None, gzip: float, xz: float, title: str) -> None:
     """Draw a run: the training loss, and bits per byte of held-out text beside the compressors'.
 
     Args:

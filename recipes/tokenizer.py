@@ -46,8 +46,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """
     if vocab_size < 257:
         raise ValueError(
-            f"vocab_size is {vocab_size}; 256 bytes and {EOS} need 257, so choose that or more, "
-            "or byte_tokenizer()."
+            f"vocab_size is {vocab_size}; 256 bytes and {EOS} need 257, so choose that or more, or byte_tokenizer()."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
