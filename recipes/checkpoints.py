@@ -96,8 +96,12 @@ def save_state(folder: Path, state: TrainingState, model: nn.Module, optimizer: 
         finally:
             fresh.unlink(missing_ok=True)
     for old in sorted(folder.glob("step-*.safetensors"))[:-KEEP]:
-        old.unlink()
+        _forget(old)
     return path
+
+
+def _forget(path: Path) -> None:
+    path.unlink()
 
 
 def read_state(path: Path) -> TrainingState:

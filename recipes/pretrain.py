@@ -158,6 +158,7 @@ class Run:
     precision: str
     metrics: Metrics
     live: Live
+    skips: int = 0  # in a row
 
     def to_the_end(self) -> None:
         """Step until `state.total`, saving on the way; see `train` for what it raises."""
@@ -165,15 +166,11 @@ class Run:
         part = self.held_out.part(16_384)
         begun, before = time.perf_counter(), state.elapsed
         durations: list[float] = []
-        skipped = 0
         with stop_on_signal() as asked:
             while state.total is None or state.step < state.total:
                 started = time.perf_counter()
                 row = self.step()
                 durations.append(time.perf_counter() - started)
-                skipped = skipped + 1 if row["skipped"] else 0
-                if skipped == SKIPS_IN_A_ROW:
-                    raise FloatingPointError(self._diverged(f"{skipped} gradients in a row were not finite"))
                 measured = state.total is None and (len(durations) >= MEASURED_STEPS or bool(asked))
                 if measured or state.step % settings.eval_every == 0 or state.step == state.total:
                     started = time.perf_counter()
@@ -218,8 +215,12 @@ class Run:
         row["skipped"] = not math.isfinite(norm)
         row["gradient_norm"] = None if row["skipped"] else norm  # JSON has no infinity
         if row["skipped"]:
+            self.skips += 1
+            if self.skips == SKIPS_IN_A_ROW:
+                raise FloatingPointError(self._diverged(f"{self.skips} gradients in a row were not finite"))
             self.live.say(f"Step {row['step']}: the gradient is not finite; the step is skipped.")
         else:
+            self.skips = 0
             self.optimizer.step()
         row["step_tokens"] = sum(batch.input_ids.numel() for batch in micro)
         state.step += 1

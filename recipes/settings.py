@@ -27,7 +27,7 @@ class Settings:
         data: "stdlib" (this Python's standard library), a folder, a glob or a file.
         tokenizer: "bytes", "bpe:N" (learnt from the training documents) or a tokenizer.json.
         preset: a name out of qwen3next.presets, or a config.json; the vocabulary's size is the tokenizer's.
-        steps: how long to train, in optimizer steps.
+        steps: how long to train, in optimizer steps; 1000 where `minutes` is not given either.
         minutes: how long to train, in minutes: the first steps tell how many fit.
         batch_size: windows in a micro-batch.
         window: tokens in a window.
@@ -72,6 +72,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.steps is not None and self.minutes is not None:
             raise ValueError("Both steps and minutes are given: choose one of the two.")
+        if self.steps is None and self.minutes is None:
+            object.__setattr__(self, "steps", 1000)
         for name in (
             "batch_size",
             "accumulate",
@@ -177,7 +179,7 @@ def refuse_changes(kind: str, before: dict[str, Any], now: dict[str, Any]) -> No
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise ValueError(
-                f"This run was started with {kind} {name} = {before.get(name)} and now has {now.get(name)}: "
+                f"This run was started with the {kind} {name} = {before.get(name)!r}, now it is {now.get(name)!r}: "
                 "resume with what it had, or start a new run in another --out."
             )
 
