@@ -48,6 +48,7 @@ from recipes.settings import (
 from recipes.steps import accumulate_gradients, held_out_nats, learning_rate, parameter_groups
 from recipes.tokenizer import save_tokenizer, write_atomically
 
+LOOK = 16_384  # held-out tokens that are measured during training
 SKIPS_IN_A_ROW = 10  # steps with a non-finite gradient before a run gives up
 
 
@@ -163,7 +164,7 @@ class Run:
     def to_the_end(self) -> None:
         """Step until `state.total`, saving on the way; see `train` for what it raises."""
         state, settings = self.state, self.settings
-        part = self.held_out.part(16_384)
+        part = self.held_out.part(LOOK)
         begun, before = time.perf_counter(), state.elapsed
         durations: list[float] = []
         with stop_on_signal() as asked:
@@ -290,14 +291,17 @@ def finish(
         precision=precision,
     )
     write_atomically(out / "result.json", (json.dumps(asdict(result), indent=1) + "\n").encode())
+    measures = f"{result.bits_per_byte:.3f} bits per byte (gzip -9 {gzip:.3f}, xz -9 {xz:.3f})"
     try:
         title = f"{settings.preset}, {result.parameters / 1e6:.1f}M parameters, {result.tokens:,} tokens"
-        draw_loss(rows, out / "loss.png", final=result.bits_per_byte, gzip=gzip, xz=xz, title=title)
+        part = compressed([baselines[i] for i in held_out.part(LOOK).documents])
+        title = f"{title}: {measures} on all held-out text"
+        draw_loss(rows, out / "loss.png", gzip=part[0], xz=part[1], title=title)
     except ImportError as error:
         console.print(str(error))
     console.print(
-        f"{result.bits_per_byte:.3f} bits per byte on held-out text (gzip -9 {gzip:.3f}, xz -9 {xz:.3f}) after "
-        f"{result.steps} steps, {result.tokens:,} tokens, {clock(result.seconds)}. The model is in {out / 'model'}.",
+        f"{measures} on held-out text after {result.steps} steps, {result.tokens:,} tokens, {clock(result.seconds)}. "
+        f"The model is in {out / 'model'}.",
         highlight=False,
         soft_wrap=True,
     )

@@ -124,14 +124,13 @@ def compressed(baselines: list[Baseline]) -> tuple[float, float]:
     return gzip / total, xz / total
 
 
-def draw_loss(rows: list[Row], path: Path, *, final: float | None, gzip: float, xz: float, title: str) -> None:
+def draw_loss(rows: list[Row], path: Path, *, gzip: float, xz: float, title: str) -> None:
     """Draw a run: the training loss, and bits per byte of held-out text beside the compressors'.
 
     Args:
         rows: of metrics.jsonl.
         path: the picture, .png.
-        final: bits per byte on all held-out text after the last step, if measured.
-        gzip, xz: bits per byte of the same text.
+        gzip, xz: bits per byte of the part of the held-out text that `rows` measure.
     Raises: ImportError, in a sentence, without matplotlib.
     """
     try:
@@ -150,13 +149,15 @@ def draw_loss(rows: list[Row], path: Path, *, final: float | None, gzip: float, 
     measured = [r for r in rows if "val_bits_per_byte" in r]
     minutes = [r["elapsed"] / 60 for r in measured]
     values = [r["val_bits_per_byte"] for r in measured]
-    right.plot(minutes, values, color="#1f4e9c", marker="o", markersize=4, label="model, part of the text")
-    if final is not None and rows:
-        end = rows[-1]["elapsed"] / 60
-        right.plot([end], [final], "D", color="#c2410c", label=f"model, all of it: {final:.3f}", zorder=3)
-    right.axhline(gzip, color="#555555", linestyle="--", linewidth=1.2, label=f"gzip -9: {gzip:.3f}")
-    right.axhline(xz, color="#555555", linestyle=":", linewidth=1.6, label=f"xz -9: {xz:.3f}")
-    right.set(xlabel="minutes of training", ylabel="bits per byte", title="held-out text (lower is better)")
+    right.plot(minutes, values, color="#1f4e9c", marker="o", markersize=4, label="model")
+    right.axhline(gzip, color="#c2410c", linestyle="--", linewidth=1.4, label=f"gzip -9: {gzip:.2f}")
+    right.axhline(xz, color="#15803d", linestyle=":", linewidth=1.8, label=f"xz -9: {xz:.2f}")
+    if values:
+        right.annotate(
+            f"{values[-1]:.2f}", (minutes[-1], values[-1]), xytext=(0, -14), textcoords="offset points", ha="center"
+        )
+        right.set_ylim(min(*values, xz) - 0.3, min(max(values), 5.0) + 0.2)  # the first looks would hide the end
+    right.set(xlabel="minutes of training", ylabel="bits per byte", title="part of the held-out text")
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
