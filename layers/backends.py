@@ -59,7 +59,7 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
     ),
     "experts": (
         Implementation(
-            "grouped", "one grouped matmul over all experts; a single token reads its own in place", _grouped
+            "grouped", "one grouped matmul for all experts; a single token reads its own in place", _grouped
         ),
         Implementation("loop", "one expert after another, the definition"),
     ),
