@@ -51,14 +51,16 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
     ),
     "causal_conv": (
         Implementation("fla", "fused Triton kernel", _fla),
-        Implementation("torch", "depthwise conv1d"),
+        Implementation("torch", "one pass a tap, in torch"),
     ),
     "attention": (
         Implementation("sdpa", "torch's fused attention"),
         Implementation("eager", "shows scores and pattern"),
     ),
     "experts": (
-        Implementation("grouped", "one grouped matmul over all experts", _grouped),
+        Implementation(
+            "grouped", "one grouped matmul for all experts; a single token reads its own in place", _grouped
+        ),
         Implementation("loop", "one expert after another, the definition"),
     ),
 }

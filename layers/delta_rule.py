@@ -42,7 +42,7 @@ def gated_delta_rule(
         beta: write strength in [0, 1]; 1 replaces what k recalls.
         state: memory before the first token; None means zeros. Not modified.
         segments: where sequences begin and end; None means every row is one sequence.
-        backend: "recurrent" (token loop, the definition), "chunked" (torch matmuls), "fla" (Triton, CUDA); "auto" picks.
+        backend: "recurrent" (token loop, the definition), "chunked" (torch), "fla" (Triton, CUDA); "auto" picks.
     Returns: output (b t h v) in v's dtype and the memory after each row's last token (b h k v), fp32 or better.
     Raises: ValueError for an unknown backend or head counts that do not divide; RuntimeError where a named backend
         cannot run here.
@@ -74,18 +74,24 @@ def _recurrent(
 ) -> tuple[Tensor, Tensor]:
     """The definition, token by token."""
     share = v.shape[2] // k.shape[2]
-    q, k = q.repeat_interleave(share, dim=2), k.repeat_interleave(share, dim=2)
     decay = log_decay.exp()
     if starts is not None:
         decay = decay.masked_fill(starts[..., None], 0.0)
-    outputs = []
+
+    def heads_first(x: Tensor) -> Tensor:  # (b t h d) → (b · h, t, d)
+        return x.transpose(1, 2).flatten(0, 1)
+
+    q, k = (heads_first(x.repeat_interleave(share, dim=2)) for x in (q, k))
+    v, beta, decay = heads_first(v), heads_first(beta[..., None]), heads_first(decay[..., None])
+    b, h = state.shape[:2]
+    state, outputs = state.flatten(0, 1), []
     for t in range(v.shape[1]):
-        state = state * decay[:, t, :, None, None]
-        recalled = (k[:, t, :, None] @ state).squeeze(2)  # (b, h, v)
-        written = beta[:, t, :, None] * (v[:, t] - recalled)
-        state = state + k[:, t, :, :, None] * written[:, :, None]
-        outputs.append((q[:, t, :, None] @ state).squeeze(2))
-    return torch.stack(outputs, dim=1), state
+        q_t, k_t, v_t, beta_t, decay_t = (x[:, t : t + 1] for x in (q, k, v, beta, decay))
+        state = decay_t * state
+        written = beta_t * (v_t - k_t @ state)
+        state = torch.baddbmm(state, k_t.mT, written)
+        outputs.append(q_t @ state)
+    return torch.cat(outputs, dim=1).unflatten(0, (b, h)).transpose(1, 2), state.unflatten(0, (b, h))
 
 
 def _chunked(
@@ -94,7 +100,7 @@ def _chunked(
     """The same in matrix products over chunks of C tokens; only two of them a chunk are sequential.
 
     Within a chunk, Γ_ij is the decay between tokens j and i, γ_i from the chunk's start to i. The writes of a chunk
-    solve a unit lower-triangular system: V* = T diag(β) V − T diag(βγ) K S with T = (I + tril(diag(β) (Γ ⊙ KKᵀ), −1))⁻¹;
+    solve a unit lower-triangular system: V* = T diag(β) V − T diag(βγ) K S, T = (I + tril(diag(β) (Γ ⊙ KKᵀ), −1))⁻¹;
     then O = diag(γ) Q S + (Γ ⊙ QKᵀ) V* and S ← γ_C S + (diag(γ_C / γ) K)ᵀ V*.
     A sequence that begins inside a chunk cuts Γ and γ there: entries across the cut are zero, all others unchanged.
     """

@@ -43,19 +43,23 @@ class Experts(nn.Module):
 
         Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
         """
-        if self.backend == "auto" and x.shape[0] == 1:
+        if self.backend == "auto" and x.shape[0] == 1 and not torch.is_grad_enabled():
             return self._single(x, weights, indices)
-        choice = choose("experts", self.backend, x)
-        if self.backend == "auto" and self._odd_rows(x):
-            choice = "loop"
-        return self._grouped(x, weights, indices) if choice == "grouped" else self._loop(x, weights, indices)
+        grouped = choose("experts", self.chosen, x) == "grouped"
+        return self._grouped(x, weights, indices) if grouped else self._loop(x, weights, indices)
+
+    @property
+    def chosen(self) -> str:
+        """The backend asked for; on "auto", "loop" for rows that grouped_mm refuses: it wants multiples of 16 bytes."""
+        odd = any(rows * self.down_proj.element_size() % 16 for rows in self.down_proj.shape[1:])
+        return "loop" if odd and self.backend == "auto" else self.backend
 
     def _single(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """One token: its experts are read in place; sorting and grouping would cost more than the products."""
         y = torch.zeros_like(x)
         for slot, e in enumerate(indices[0].tolist()):
             gate, up = F.linear(x, self.gate_up_proj[e]).chunk(2, dim=-1)
-            y = y + F.linear(F.silu(gate) * up, self.down_proj[e]) * weights[:, slot, None]
+            y = torch.addcmul(y, F.linear(F.silu(gate) * up, self.down_proj[e]), weights[:, slot, None])
         return y
 
     def _loop(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
@@ -77,10 +81,6 @@ class Experts(nn.Module):
         out = _grouped_linear(F.silu(gate) * up, self.down_proj, ends)
         out = out * weights.flatten()[order, None]
         return torch.zeros_like(x).index_add(0, token, out.to(x.dtype))
-
-    def _odd_rows(self, x: Tensor) -> bool:
-        """grouped_mm wants rows that are multiples of 16 bytes."""
-        return any(rows * x.element_size() % 16 for rows in (self.down_proj.shape[1], self.down_proj.shape[2]))
 
     def extra_repr(self) -> str:
         e, width, inner = self.down_proj.shape

@@ -7,7 +7,8 @@ __version__ = "0.1.0"
 # Before anything imports from it, or the error would be about a missing module.
 if getattr(layers, "__version__", None) != __version__:
     raise ImportError(
-        f"Python found a package `layers` at {next(iter(layers.__path__))} that does not belong to qwen3next {__version__}. "
+        f"Python found a package `layers` at {next(iter(layers.__path__))} "
+        f"that does not belong to qwen3next {__version__}. "
         "Rename or remove that one, or put qwen3next before it on the path."
     )
 

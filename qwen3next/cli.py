@@ -204,14 +204,10 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
 
 def _tokenizer(folder: Path) -> Tokenizer:
     if not folder.is_dir():
-        raise ValueError(
-            f"{folder} is not a folder: give one that holds config.json, safetensors and tokenizer.json."
-        )
+        raise ValueError(f"{folder} is not a folder: give one that holds config.json, safetensors and tokenizer.json.")
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(
-            f"{path} does not exist: copy the tokenizer.json that the model was trained with there."
-        )
+        raise ValueError(f"{path} does not exist: copy the tokenizer.json that the model was trained with there.")
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception

@@ -68,7 +68,7 @@ REQUIRED = [
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Sizes and choices of a model. Field names are those of the released config.json; defaults are Qwen3-Next-80B-A3B's.
+    """Sizes and choices of a model. Field names are those of the released config.json, defaults Qwen3-Next-80B-A3B's.
 
     Not in a config.json: `mtp_num_hidden_layers` (found from the tensors of a checkpoint), `router_z_loss_coef` and
     `mtp_loss_coef` (weights of losses in training), and `extra` (harmless keys, kept to be written back).
@@ -152,8 +152,8 @@ class ModelConfig:
             )
         if not 0 < self.partial_rotary_factor <= 1 or self.rotary_dim < 2 or self.rotary_dim % 2:
             raise ValueError(
-                f"head_dim {self.head_dim} x partial_rotary_factor {self.partial_rotary_factor} gives {self.rotary_dim} "
-                "rotated dimensions: make it an even number from 2 to head_dim."
+                f"head_dim {self.head_dim} x partial_rotary_factor {self.partial_rotary_factor} gives "
+                f"{self.rotary_dim} rotated dimensions: make it an even number from 2 to head_dim."
             )
         if self.mtp_num_hidden_layers > 1:
             raise ValueError("mtp_num_hidden_layers is 0 or 1: Qwen3-Next has one MTP layer, applied repeatedly.")

@@ -16,7 +16,7 @@ class Table(list[Explanation]):
         rows = [("operation", "runs", "why", "what would be faster")]
         rows += [(e.operation, e.runs, e.why, e.faster) for e in self]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]) for row in rows)
+        return "\n".join("  ".join([*map(str.ljust, row, widths), row[3]]) for row in rows)
 
 
 def explain(
@@ -41,7 +41,7 @@ def explain(
         elif isinstance(module, GatedAttention):
             rows["attention"] = explain_operation("attention", module.backend, where, kind)
         elif isinstance(module, Experts):
-            rows["experts"] = explain_operation("experts", module.backend, where, kind)
+            rows["experts"] = explain_operation("experts", module.chosen, where, kind)
     return Table(rows.values())
 
 

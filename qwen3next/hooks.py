@@ -75,7 +75,7 @@ class Hooked(nn.Module):
             return self(*args, **kwargs)
 
     def run_with_cache(self, *args: Any, names_filter: Filter = "*", **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits, and the chosen inner tensors by name. With the default filter, points that do not fire are left out."""
+        """Logits, and the chosen inner tensors by name. With the default filter, silent points are left out."""
         kept: dict[str, Tensor] = {}
 
         def keep(x: Tensor, hook: HookPoint) -> None:

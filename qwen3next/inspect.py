@@ -73,9 +73,7 @@ def describe(config: ModelConfig) -> Group:
     for (mixer, sparse), layers in kinds.items():
         title = f"parameters of a layer: {_mixer(mixer)}, {'mixture of experts' if sparse else 'dense'}"
         parts.append((title, _parameter_table(model.blocks[layers[0]])))
-    title = (
-        "context of one sequence: keys and values in 2 bytes a number, recurrent state in fp32, MTP left out"
-    )
+    title = "context of one sequence: keys and values in 2 bytes a number, recurrent state in fp32, MTP left out"
     parts.append((title, _context_table(config)))
     return Group(*(line for title, table in parts for line in (f"[bold]{title}[/bold]", table, "")))
 
@@ -118,9 +116,7 @@ def _layer_table(model: Qwen3Next, kinds: dict[tuple[str, bool], list[int]]) -> 
             routed = f"{c.num_experts_per_tok} of {c.num_experts} experts of {c.moe_intermediate_size}"
             feed_forward = f"{routed}, shared of {c.shared_expert_intermediate_size}"
         name = f"{len(layers)} x {_mixer(mixer)}\n{_ranges(layers)}"
-        table.add_row(
-            name, heads, feed_forward, f"{short(total)} each", f"{short(active)} each", f"{memory}, each"
-        )
+        table.add_row(name, heads, feed_forward, f"{short(total)} each", f"{short(active)} each", f"{memory}, each")
     return table
 
 
@@ -138,9 +134,7 @@ def _context_table(config: ModelConfig) -> Table:
     state = config.bytes_per_sequence()
     for tokens in CONTEXTS:
         kv = tokens * config.bytes_per_token()
-        table.add_row(
-            f"{tokens:,}", *map(binary, (kv, state, kv + state, tokens * softmax.bytes_per_token()))
-        )
+        table.add_row(f"{tokens:,}", *map(binary, (kv, state, kv + state, tokens * softmax.bytes_per_token())))
     return table
 
 

@@ -177,7 +177,7 @@ class Qwen3Next(Hooked, nn.Module):
         return summed / max(len(logits), 1), len(logits)
 
     def new_cache(self, batch: int = 1, max_len: int = 4096, kv_dtype: str | torch.dtype | None = None) -> Cache:
-        """An empty cache for `batch` sequences of up to `max_len` tokens; keys and values in the model's dtype or kv_dtype."""
+        """An empty cache for `batch` sequences of up to `max_len` tokens; KV in `kv_dtype` or the model's dtype."""
         like = self.embed_tokens.weight
         kv = like.dtype if kv_dtype is None else as_dtype(kv_dtype)
         return new_cache(self.config, batch=batch, max_len=max_len, dtype=like.dtype, kv_dtype=kv, device=like.device)

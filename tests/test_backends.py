@@ -51,7 +51,7 @@ def test_explain_says_what_runs_and_what_would_be_faster():
 
 def test_every_backend_gives_the_same_model():
     tokens = torch.arange(80).view(1, 80)
-    model = small_model()
+    model = small_model(dtype=torch.float64)  # rounding out of the way; grouped experts, fp32 only, are tested by layer
     expected = model(tokens).logits
     for operation, names in {
         "delta_rule": ["recurrent"],
@@ -60,7 +60,7 @@ def test_every_backend_gives_the_same_model():
     }.items():
         for name in names:
             model.set_backend(operation, name)
-            torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=1e-10)
 
 
 @pytest.fixture

@@ -26,9 +26,7 @@ def test_an_incomplete_character_at_the_end_is_dropped():
 def test_equals_decoding_at_once(seed):
     """Random bytes, broken sequences included, over several windows."""
     rng = random.Random(seed)
-    data = (
-        b"".join(rng.choice([b"a", "é".encode(), "🎉".encode(), rng.randbytes(2)]) for _ in range(200)) + b"."
-    )
+    data = b"".join(rng.choice([b"a", "é".encode(), "🎉".encode(), rng.randbytes(2)]) for _ in range(200)) + b"."
     stream, shown = TextStream(decode), ""
     for i, byte in enumerate(data):
         shown += stream.push(byte)
