@@ -8,25 +8,25 @@ _SMALL: dict[str, Any] = {"partial_rotary_factor": 0.25, "rope_theta": 1e4, "max
 
 
 def tiny(**changes: Any) -> ModelConfig:
-    """Trains in minutes on two CPU cores: 4 layers, bytes as tokens."""
+    """Trains in minutes on two CPU cores: 4 layers, 2.3M parameters and the embeddings, tied; bytes as tokens."""
     values = _SMALL | {
         "vocab_size": 257,
-        "hidden_size": 192,
-        "intermediate_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 384,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 64,
+        "head_dim": 32,
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
-        "linear_key_head_dim": 64,
-        "linear_value_head_dim": 64,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
         "num_experts": 8,
         "num_experts_per_tok": 2,
-        "moe_intermediate_size": 192,
-        "shared_expert_intermediate_size": 192,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 128,
         "eos_token_id": 256,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": True,
     }
     return ModelConfig(**(values | changes))
 

@@ -38,7 +38,7 @@ class TrainingState:
         total: steps in all, fixed once; the schedule hangs on it.
         settings, model, fingerprint: the recipe's settings, the model's configuration and the data's fingerprint,
             to refuse another run's state.
-        threads: CPU threads; with another number the last bits of sums may differ.
+        threads: CPU threads; with another number the last bits of sums would differ.
     """
 
     settings: dict[str, Any]

@@ -55,7 +55,7 @@ class Settings:
     batch_size: int = 4
     window: int = 256
     accumulate: int = 1
-    lr: float = 3e-3
+    lr: float = 4e-3
     warmup: int = 50
     schedule: Literal["wsd", "cosine"] = "wsd"
     weight_decay: float = 0.1

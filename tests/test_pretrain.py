@@ -279,7 +279,7 @@ def test_a_second_signal_interrupts_at_once():
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"lr": 1.0}, r"started with the setting lr = 0\.003, now it is 1\.0: resume with what it had"),
+        ({"lr": 1.0}, r"started with the setting lr = 0\.004, now it is 1\.0: resume with what it had"),
         ({"window": 16}, "setting window = 32, now it is 16"),
         ({"data": "stdlib"}, "setting data"),
         ({"resume": False}, "already holds a run: add --resume to go on with it, or choose another --out"),
