@@ -7,7 +7,7 @@ READY := $(VENV)/.qwen3next-installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu lint types format wheel bench clean
+.PHONY: help demo test test-slow test-gpu test-kernels lint types format wheel bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,18 @@ test-slow: $(READY) ## the slow tests
 
 test-gpu: $(READY) ## the tests that need a CUDA device
 	$(RUN) -m pytest -m gpu
+
+# An environment of its own: where transformers finds FLA's kernels it binds them, GPU or not.
+KERNELS := .venv-kernels
+$(KERNELS)/.installed: pyproject.toml constraints.txt
+	test -x $(KERNELS)/bin/python || $(PYTHON) -m venv $(KERNELS)
+	$(KERNELS)/bin/python -m pip install -c constraints.txt torch==2.13.0
+	$(KERNELS)/bin/python -m pip install -c constraints.txt -e . pytest beartype triton==3.7.1
+	$(KERNELS)/bin/python -m pip install --no-deps einops fla-core==0.6.0 flash-linear-attention==0.6.0
+	@touch $@
+
+test-kernels: $(KERNELS)/.installed ## flash-linear-attention's kernels in Triton's interpreter, without a GPU
+	$(ONE_THREAD) $(KERNELS)/bin/python -m pytest tests/kernels
 
 lint: $(READY) types ## style and types
 	$(RUN) -m ruff check .

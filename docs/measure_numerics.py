@@ -67,9 +67,7 @@ def head(*cells: str) -> None:
 @torch.no_grad()
 def forward_fp32() -> None:
     """Largest absolute differences of logits over seeds and lengths."""
-    head(
-        "init std", "feed-forward", "ours − theirs", "ours − fp64", "theirs − fp64", "ours, recurrent − fp64"
-    )
+    head("init std", "feed-forward", "ours − theirs", "ours − fp64", "theirs − fp64", "ours, recurrent − fp64")
     for std in (0.02, 0.1, 0.2):
         for kind, changes in (("MoE", {}), ("dense", {"num_experts": 0})):
             worst = [0.0] * 4
@@ -81,9 +79,7 @@ def forward_fp32() -> None:
                     ours.set_backend("delta_rule", "recurrent")
                     d = ours(ids).logits
                     ours.set_backend("delta_rule", "auto")
-                    worst = [
-                        max(x) for x in zip(worst, map(largest, (a, a, b, d), (b, c, c, c)), strict=True)
-                    ]
+                    worst = [max(x) for x in zip(worst, map(largest, (a, a, b, d), (b, c, c, c)), strict=True)]
             row(std, kind, *worst)
 
 
@@ -139,9 +135,7 @@ def forward_bf16() -> None:
     Relative rms error of logits; share of tokens with the most likely next token of fp64; share of (token,
     layer) pairs with the experts of fp64.
     """
-    head(
-        "init std", "feed-forward", "ours", "theirs", "ours, top token", "theirs, top token", "ours, experts"
-    )
+    head("init std", "feed-forward", "ours", "theirs", "ours, top token", "theirs, top token", "ours, experts")
     for std in (0.02, 0.1):
         for kind, changes in (("MoE", {}), ("dense", {"num_experts": 0})):
             sums = torch.zeros(5)

@@ -178,7 +178,7 @@ def _fla(
     # The fused kernel has no backward; the chunked one is built for many tokens.
     single = v.shape[1] == 1 and not torch.is_grad_enabled()
     if segments is not None:
-        cu_seqlens = segments.cu_seqlens
+        cu_seqlens = segments.cu_seqlens.long()
         q, k, v, log_decay, beta = (x.flatten(0, 1)[None] for x in (q, k, v, log_decay, beta))
         rows = segments.starts.sum(1) + 1  # segments of each row
         last = rows.cumsum(0) - 1

@@ -48,7 +48,8 @@ class Segments:
         if document_ids.ndim != 2 or document_ids.is_floating_point():
             raise ValueError(f"document_ids must be integers of shape (b, t), got {tuple(document_ids.shape)}.")
         batch, length = document_ids.shape
-        return cls(batch, length, document_ids.device, document_ids.long())
+        whole = bool(((document_ids == document_ids[:, :1]) & (document_ids >= 0)).all())  # takes the faster paths
+        return cls(batch, length, document_ids.device, None if whole else document_ids.long())
 
     @classmethod
     def from_mask(cls, attention_mask: Tensor) -> "Segments":

@@ -105,3 +105,24 @@ def test_pattern_rows_sum_to_one(model):
     assert pattern.shape == (2, 4, 6, 6)
     torch.testing.assert_close(pattern.sum(-1), torch.ones(2, 4, 6))
     assert pattern.triu(1).abs().sum() == 0
+
+
+def test_hooks_come_and_go_on_a_compiled_model():
+    """Unless something that the forward reads changes, a compiled frame never looks at hooks again."""
+
+    class Tiny(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.point = HookPoint()
+
+        def forward(self, x):
+            return self.point(x * 2) + 1
+
+    model = Tiny()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x = torch.ones(2)
+    for factor in (0, 5):
+        assert compiled(x).tolist() == [3, 3]
+        with model.point.register_forward_hook(lambda _m, _args, y, factor=factor: y * factor):
+            assert compiled(x).tolist() == [2 * factor + 1] * 2
+    assert compiled(x).tolist() == [3, 3]

@@ -59,3 +59,10 @@ def test_bad_input_is_refused():
         Segments.from_document_ids(torch.zeros(3))
     with pytest.raises(ValueError, match="one sequence a row"):
         Segments.from_document_ids(torch.tensor([[0, 1]])).after((0,))
+
+
+def test_rows_of_one_whole_sequence_are_plain():
+    assert Segments.from_mask(torch.ones(2, 3)).plain
+    assert Segments.from_document_ids(torch.tensor([[4, 4], [5, 5]])).plain
+    assert not Segments.from_document_ids(torch.tensor([[4, 4], [4, 5]])).plain
+    assert not Segments.from_mask(torch.tensor([[1, 1], [0, 0]])).plain

@@ -36,9 +36,7 @@ class Flow:
         """A box whose top is at y; its text may have several lines."""
         face = PLAIN if plain else self.color
         self.ax.add_patch(
-            FancyBboxPatch(
-                (x, y - h), w, h, boxstyle="round,pad=0,rounding_size=0.15", fc=face, ec=EDGE, lw=0.8
-            )
+            FancyBboxPatch((x, y - h), w, h, boxstyle="round,pad=0,rounding_size=0.15", fc=face, ec=EDGE, lw=0.8)
         )
         self.ax.text(x + w / 2, y - h / 2, text, ha="center", va="center", fontsize=7.4, linespacing=1.35)
 

@@ -1,0 +1,115 @@
+"""flash-linear-attention's real kernels, run by Triton's interpreter on the CPU, against our definitions.
+
+`make test-kernels` runs this in an environment of its own: triton is large, and transformers binds FLA's kernels
+wherever it finds them, GPU or not.
+"""
+
+import builtins
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ["FLA_FLASH_QLA"] = "0"
+
+import pytest
+import torch
+
+triton_tuner = pytest.importorskip("triton.runtime.autotuner")
+
+
+def _first_config(self, *args, **kwargs):
+    """There is no driver to time configurations with: take the first, without what only a compiler understands."""
+    compiler = {"num_warps", "num_stages", "num_ctas", "maxnreg"}
+    chosen = {name: value for name, value in self.configs[0].all_kwargs().items() if name not in compiler}
+    return self.fn.run(*args, **kwargs, **chosen)
+
+
+triton_tuner.Autotuner.run = _first_config
+
+import fla.modules.convolution
+import fla.ops.gated_delta_rule  # noqa: F401
+
+import layers.backends as backends
+from layers.causal_conv import causal_conv
+from layers.delta_rule import gated_delta_rule
+from layers.norm import l2_normalise
+from layers.segments import Segments
+
+
+class _Int(int):
+    def to(self, *_args, **_options):
+        return self
+
+
+def _range(*bounds):
+    """Loop counters of compiled kernels are tensors with a `.to`; the interpreter hands out bare ints."""
+    numbers = (int(b.handle.data.item()) if hasattr(b, "handle") else int(b) for b in bounds)
+    return [_Int(i) for i in builtins.range(*numbers)]
+
+
+for name, module in list(sys.modules.items()):
+    if name.startswith("fla.") and module is not None:
+        module.__dict__["range"] = _range
+
+
+@pytest.fixture(autouse=True)
+def fla_anywhere(monkeypatch):
+    """Let the backend be chosen although there is no CUDA."""
+    for operation in ("delta_rule", "causal_conv"):
+        fla, *others = backends.OPERATIONS[operation]
+        monkeypatch.setitem(backends.OPERATIONS, operation, (backends.Implementation(fla.name, fla.why), *others))
+
+
+PACKED = Segments.from_document_ids(
+    torch.tensor([[-1] * 3 + [0] * 50 + [1] * 47, [0] * 5 + [1] * 5 + [2] * 75 + [-1] * 15])
+)
+
+
+def inputs(t, state):
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g)
+
+    x = {
+        "q": l2_normalise(normal(2, t, 2, 32)) * 32**-0.5,
+        "k": l2_normalise(normal(2, t, 2, 32)),
+        "v": normal(2, t, 4, 32),
+        "log_decay": -normal(2, t, 4).exp(),
+        "beta": normal(2, t, 4).sigmoid(),
+    }
+    return x | ({"state": normal(2, 4, 32, 32)} if state else {})
+
+
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("segments", [None, PACKED], ids=["plain", "packed"])
+def test_chunked_kernel_values_and_gradients(segments, state):
+    """Relative to the largest entry: the kernel keeps fp32, with sums in another order."""
+    results = []
+    for backend in ("fla", "recurrent"):
+        x = {name: value.requires_grad_() for name, value in inputs(100, state).items()}
+        o, final = gated_delta_rule(**x, segments=segments, backend=backend)
+        if segments is not None:
+            o = o * segments.mask[..., None, None]
+        (o.square().sum() + final.square().sum()).backward()
+        results.append((o, final, *(value.grad for value in x.values())))
+    for kernel, definition in zip(*results, strict=True):
+        assert (kernel - definition).abs().max() <= 2e-5 * definition.abs().max()
+
+
+def test_fused_kernel_of_one_token():
+    with torch.no_grad():
+        kernel = gated_delta_rule(**inputs(1, True), backend="fla")
+        definition = gated_delta_rule(**inputs(1, True), backend="recurrent")
+    for a, b in zip(kernel, definition, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("t", [1, 2, 20])
+def test_convolution_kernel(t):
+    g = torch.Generator().manual_seed(0)
+    x, weight, state = (torch.randn(*shape, generator=g) for shape in ((2, t, 32), (32, 4), (2, 3, 32)))
+    kernel = causal_conv(x, weight, state=state, backend="fla")
+    definition = causal_conv(x, weight, state=state, backend="torch")
+    for a, b in zip(kernel, definition, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
