@@ -25,6 +25,7 @@ def tiny(**changes: Any) -> ModelConfig:
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 128,
         "shared_expert_intermediate_size": 128,
+        "router_aux_loss_coef": 1e-2,  # with the usual 1e-3, one expert of a layer serves every token after 500 steps
         "eos_token_id": 256,
         "tie_word_embeddings": True,
     }

@@ -86,6 +86,7 @@ def save_state(folder: Path, state: TrainingState, model: nn.Module, optimizer: 
                 fresh,
                 metadata={"state": json.dumps(header)},
             )
+            fresh.chmod(0o644)  # safetensors' 0600 would hide the file from other users of the folder
             _sync(fresh)
             os.replace(fresh, path)
             _sync(folder)  # or a power cut could forget the new name

@@ -72,7 +72,8 @@ def run(demo: Demo, *, console: Console | None = None) -> Result:
     if unfinished and comparable(recorded(folder)) == comparable(settings):
         result = train(recorded(folder), console=console)
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        if (folder / "settings.json").exists():  # a run's folder, and none that only has its name
+            shutil.rmtree(folder)
         result = train(settings, console=console)
 
     model, tokenizer = q.load(folder / "model"), load_tokenizer(folder / "model")
