@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 
 import qwen3next as q
@@ -106,6 +105,19 @@ def test_unfinished_goes_on_and_finished_starts_anew(finished, monkeypatch):
     assert seen == [(True, True), (False, False)]
 
 
+def test_a_folder_that_only_has_the_name_of_a_run_is_left_alone(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("mine")
+
+    def train(settings, *, console):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(Demo(out=tmp_path))
+    assert (tmp_path / "run" / "mine.txt").read_text() == "mine"
+
+
 def test_when_a_bar_was_passed():
     rows = [{"elapsed": 60.0 * i, "val_bits_per_byte": 3.0 - i} for i in range(3)] + [{"elapsed": 200.0}]
     assert passed(rows, 1.5) == "after 2.0 minutes"
@@ -115,4 +127,3 @@ def test_when_a_bar_was_passed():
 def test_errors_are_sentences(capsys, tmp_path):
     assert demo.main(["--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "demo")]) == 1
     assert "There is nothing at" in capsys.readouterr().err
-    assert torch.get_num_threads() > 0
