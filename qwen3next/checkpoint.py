@@ -262,6 +262,7 @@ def _write_shards(folder: Path, config: ModelConfig, ours: Tensors, limit: int) 
         name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         tensors = {e.name: e.merge(*(p.of(ours).detach() for p in e.places)).contiguous().cpu() for e in shard}
         save_file(tensors, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(0o644)  # safetensors' 0600 would hide the model from other users of the folder
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

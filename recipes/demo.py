@@ -23,7 +23,7 @@ from torch import Tensor
 import qwen3next as q
 from layers.segments import Segments
 from recipes.data import Baseline, ValidationBatches
-from recipes.pretrain import LOOK, Result, Stopped, train
+from recipes.pretrain import LOOK, Result, Stopped, exit_status, train
 from recipes.report import Row, clock, compressed, read_metrics
 from recipes.settings import Settings, comparable, read_baselines, recorded
 from recipes.tokenizer import load_tokenizer, write_atomically
@@ -244,18 +244,15 @@ def _escape(text: str) -> str:
 
 def main(args: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    try:
-        run(tyro.cli(Demo, args=args, prog="python -m recipes.demo"))
-    except Stopped as stopped:
-        print(f"{stopped.args[0].split(' Go on')[0]} Run the demo again to go on.", file=sys.stderr)
-        return 128 + stopped.signal
-    except KeyboardInterrupt:
-        print("Interrupted; what was saved before is whole.", file=sys.stderr)
-        return 130
-    except (ValueError, FloatingPointError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+
+    def program() -> None:
+        try:
+            run(tyro.cli(Demo, args=args, prog="python -m recipes.demo"))
+        except Stopped as stopped:
+            sentence = f"{stopped.args[0].split(' Go on')[0]} Run the demo again to go on."
+            raise Stopped(stopped.signal, sentence) from None
+
+    return exit_status(program)
 
 
 if __name__ == "__main__":

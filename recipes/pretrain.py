@@ -15,7 +15,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -312,13 +312,10 @@ def command(out: Path) -> str:
     return f"python -m recipes.pretrain --resume --out {shlex.quote(str(out))}"
 
 
-def main(args: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+def exit_status(program: Callable[[], object]) -> int:
+    """Run it; what a user can cause or mend ends as a sentence on stderr and a status of its own."""
     try:
-        settings = tyro.cli(Settings, args=args, prog="python -m recipes.pretrain")
-        if settings.resume:  # once more, over what the run was started with
-            settings = tyro.cli(Settings, args=args, prog="python -m recipes.pretrain", default=recorded(settings.out))
-        train(settings)
+        program()
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signal
@@ -329,6 +326,18 @@ def main(args: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     return 0
+
+
+def main(args: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+
+    def program() -> None:
+        settings = tyro.cli(Settings, args=args, prog="python -m recipes.pretrain")
+        if settings.resume:  # once more, over what the run was started with
+            settings = tyro.cli(Settings, args=args, prog="python -m recipes.pretrain", default=recorded(settings.out))
+        train(settings)
+
+    return exit_status(program)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Logits, loss and every gradient against transformers' Qwen3NextForCausalLM, in fp32, on random weights.
 
-Tolerance: 1e-5 absolute on logits of order 1. Both sides are about 2e-6 away from fp64 there. (Random models with a
-much larger initializer_range amplify rounding: at 0.2 transformers itself is 1e-3 away from fp64.)
+Tolerance: 1e-5 absolute on logits of order 1; the largest difference seen is 3e-6, and one per cent more in a single
+weight matrix moves logits by 5e-3 or more. (Random models with a much larger initializer_range amplify rounding: at 0.2
+transformers itself is 1e-3 away from fp64. docs/numerics.md has the figures.)
 """
 
 import pytest
@@ -33,7 +34,7 @@ CASES = {
 
 
 def theirs(**changes):
-    config = small_config(mtp_num_hidden_layers=0, initializer_range=0.05, **changes)
+    config = small_config(mtp_num_hidden_layers=0, initializer_range=0.03, **changes)
     values = {k: v for k, v in config.to_dict().items() if k != "mtp_num_hidden_layers"}
     torch.manual_seed(0)
     model = transformers.Qwen3NextForCausalLM(transformers.Qwen3NextConfig(**values)).eval()
