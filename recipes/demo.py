@@ -94,7 +94,8 @@ def run(demo: Demo, *, console: Console | None = None) -> Result:
     console.rule()
     console.print(
         f"In {demo.out}: loss.png, samples.md, report.md and run/model, in the released layout. What to try next:\n"
-        f"  qwen3next generate {folder / 'model'} --prompt 'import os'\n"
+        f"  qwen3next generate {folder / 'model'} --temperature 0.6 "
+        "--prompt $'class Reader:\\n    def __init__(self, '\n"
         f"  python -m recipes.pretrain --data YOUR_FOLDER --minutes 30 --out runs/mine\n"
         f"  tensorboard --logdir {folder}",
         highlight=False,
