@@ -1,6 +1,7 @@
 """Counts against the released model's published sizes and against models that are really built."""
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -64,3 +65,18 @@ def test_numbers_are_short():
         "73.7 MiB",
         "6 GiB",
     ]
+
+
+def test_the_table_of_presets_is_what_the_presets_are():
+    page = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for name, make in presets.ALL.items():
+        config = make()
+        counts = count_parameters(config)
+        numbers = (
+            config.num_hidden_layers,
+            config.hidden_size,
+            f"{config.num_experts} / {config.num_experts_per_tok}",
+            *(f"{n:,}" for n in (counts.main, counts.active, counts.mtp)),
+            *(f"{n:,}" for n in (config.bytes_per_token(), config.bytes_per_sequence())),
+        )
+        assert f"| `{name}` | " + " | ".join(map(str, numbers)) + " |" in page
