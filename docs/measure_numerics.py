@@ -18,7 +18,7 @@ import qwen3next as q
 from layers.delta_rule import gated_delta_rule
 from layers.norm import l2_normalise
 from layers.segments import Segments
-from qwen3next.checkpoint import to_released
+from qwen3next.released import to_released
 
 LENGTHS = (1, 63, 64, 65, 300)
 SEEDS = (0, 1)

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import qwen3next as q
-from qwen3next.checkpoint import entries, to_released
+from qwen3next.released import entries, to_released
 
 
 def stored(folder):

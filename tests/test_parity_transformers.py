@@ -11,7 +11,7 @@ from conftest import small_config
 
 import qwen3next as q
 from layers.segments import Segments
-from qwen3next.checkpoint import to_released
+from qwen3next.released import to_released
 
 transformers = pytest.importorskip("transformers")
 
