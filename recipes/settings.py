@@ -10,8 +10,9 @@ import torch
 from tokenizers import Tokenizer
 
 import qwen3next as q
-from recipes.data import Baseline, Meta, build_shards, compression_baselines, read_meta
+from recipes.data import Baseline, compression_baselines
 from recipes.documents import plan_split, split_documents
+from recipes.shards import Meta, build_shards, read_meta
 from recipes.tokenizer import byte_tokenizer, eos_id, load_tokenizer, save_tokenizer, train_bpe, write_atomically
 
 MEASURED_STEPS = 20  # that tell how many fit into `minutes`

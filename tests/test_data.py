@@ -21,10 +21,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import recipes.data as data
 import recipes.documents
-from recipes.data import PackedWindows, ValidationBatches, build_shards, compression_baselines, read_meta
+import recipes.shards
+from recipes.data import PackedWindows, ValidationBatches, compression_baselines
 from recipes.documents import documents, plan_split, split_documents
+from recipes.shards import build_shards, read_meta
 from recipes.tokenizer import (
     EOS,
     byte_tokenizer,
@@ -321,7 +322,7 @@ def test_same_inputs_are_reused_and_any_change_rebuilds(corpus, shards, bpe, mon
 
     first = read_meta(shards).fingerprint
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_write_tokens", lambda *args: pytest.fail("built again"))
+        patch.setattr(recipes.shards, "_write_tokens", lambda *args: pytest.fail("built again"))
         assert build() == first
     seen = {first, build(seed=1), build(validation_share=0.3), build(bpe)}  # bpe last: its eos is looked at
     assert read_meta(shards).eos_id == eos_id(bpe)
