@@ -32,13 +32,13 @@ class KVState:
 
         Where rows have unequal lengths, the shorter ones are followed by stale or zero places that callers must mask.
         """
-        ends = [past + n for past, n in zip(segments.past, segments.real_lengths, strict=True)]
+        ends = segments.ends
         if max(ends) > self.k.shape[1]:
             raise ValueError(
                 f"The cache holds {self.k.shape[1]} tokens and {max(ends)} are needed: make it with a larger max_len."
             )
         for buffer, new in ((self.k, k), (self.v, v)):
-            if segments.plain and len(set(segments.past)) == 1:
+            if segments.aligned:
                 buffer[:, segments.past[0] : ends[0]] = new.detach()
             else:
                 for r, (past, end) in enumerate(zip(segments.past, ends, strict=True)):
@@ -143,7 +143,7 @@ class GatedAttention(nn.Module):
         if state is not None:
             k, v = state.append(k, v, segments)
             mask = None
-            if not segments.plain or len(set(segments.past)) > 1:  # rows end at different places
+            if not segments.aligned:  # rows end at different places
                 mask = segments.positions[:, None, :, None] >= torch.arange(k.shape[1], device=k.device)
         y = attend(
             q,

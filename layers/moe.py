@@ -123,10 +123,8 @@ class SparseMoE(nn.Module):
 
         self.hook_router_logits, self.hook_router_weights = HookPoint(), HookPoint()  # (b t e), (b t k)
         self.hook_router_indices = HookPoint()  # (b t k)
-        self.hook_shared_gate, self.hook_shared_out = (
-            HookPoint(),
-            HookPoint(),
-        )  # (b t 1), (b t width) before its gate
+        self.hook_shared_gate = HookPoint()  # (b t 1)
+        self.hook_shared_out = HookPoint()  # (b t width) before its gate
 
     def forward(
         self, x: Float[Tensor, "b t width"], *, mask: Bool[Tensor, "b t"] | None = None, stats: bool = True

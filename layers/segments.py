@@ -130,6 +130,16 @@ class Segments:
         return tuple(self.mask.sum(1).tolist())
 
     @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens of each row's sequence with these counted in: where a cache stands afterwards."""
+        return tuple(past + new for past, new in zip(self.past, self.real_lengths, strict=True))
+
+    @property
+    def aligned(self) -> bool:
+        """Every row is one whole sequence and all stand at the same place: no masks, no row by row."""
+        return self.plain and len(set(self.past)) == 1
+
+    @cached_property
     def first(self) -> Tensor:
         """(b,) index of the first real token of each row; 0 where a row has none."""
         return self.mask.int().argmax(1)

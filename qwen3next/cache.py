@@ -43,21 +43,20 @@ class Cache:
                 f"The cache was made for {self.tokens.shape[0]} sequences and {input_ids.shape[0]} are given: "
                 "make it with batch= that many."
             )
-        ends = [past + new for past, new in zip(self.lengths, segments.real_lengths, strict=True)]
-        if max(ends) > self.max_len:
+        segments = segments.after(self.lengths)
+        if max(segments.ends) > self.max_len:
             raise ValueError(
-                f"The cache holds {self.max_len} tokens a sequence and {max(ends)} are needed: "
+                f"The cache holds {self.max_len} tokens a sequence and {max(segments.ends)} are needed: "
                 "make it with a larger max_len."
             )
-        return segments.after(self.lengths)
+        return segments
 
     def advance(self, input_ids: Tensor, segments: Segments) -> None:
         """Note that these tokens, a result of `admit`, are now part of every layer's state."""
-        ends = tuple(past + new for past, new in zip(segments.past, segments.real_lengths, strict=True))
-        for r, (past, end) in enumerate(zip(segments.past, ends, strict=True)):
+        for r, (past, end) in enumerate(zip(segments.past, segments.ends, strict=True)):
             first = 0 if segments.plain else int(segments.first[r])
             self.tokens[r, past:end] = input_ids[r, first : first + end - past]
-        self.lengths, self.last_logits = ends, None
+        self.lengths, self.last_logits = segments.ends, None
 
     def nbytes(self) -> int:
         """Bytes of all tensors that grow with layers or context (token ids left out)."""
@@ -77,7 +76,6 @@ def new_cache(
     if batch < 1 or max_len < 1:
         raise ValueError(f"A cache needs at least one sequence and one token, got batch={batch}, max_len={max_len}.")
     c = config
-    channels = 2 * c.linear_num_key_heads * c.linear_key_head_dim + c.linear_num_value_heads * c.linear_value_head_dim
     layers: list[KVState | DeltaNetState] = []
     for kind in c.layer_types:
         if kind == "full_attention":
@@ -85,7 +83,7 @@ def new_cache(
             k, v = (torch.zeros(shape, dtype=kv_dtype, device=device) for _ in range(2))
             layers.append(KVState(k, v))
         else:
-            conv = torch.zeros(batch, c.linear_conv_kernel_dim - 1, channels, dtype=dtype, device=device)
+            conv = torch.zeros(batch, c.linear_conv_kernel_dim - 1, c.conv_channels, dtype=dtype, device=device)
             heads = (c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
             memory = at_least_fp32(torch.zeros(batch, *heads, dtype=dtype, device=device))
             layers.append(DeltaNetState(conv, memory))

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen3next.config import ModelConfig
-from qwen3next.model import Qwen3Next, as_dtype
+from qwen3next.model import Qwen3Next, as_device, as_dtype
 from qwen3next.released import Entry, Tensors, entries
 
 
@@ -42,13 +42,12 @@ def load(
     where = _locate(folder)
     config = _with_mtp_as_found(config, where)
     wanted = entries(config)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     with ExitStack() as stack:
         files = {f: stack.enter_context(_open(folder / f)) for f in sorted(set(where.values()))}
         stored = _check(folder, config, wanted, where, files)
         with torch.device("meta"):
             model = Qwen3Next(config)
-        ours = _allocate(model, wanted, stored, None if dtype == "auto" else as_dtype(dtype), torch.device(device))
+        ours = _allocate(model, wanted, stored, None if dtype == "auto" else as_dtype(dtype), as_device(device))
         with torch.no_grad():
             for entry in _tracked(wanted, progress, f"loading {folder.name}"):
                 tensor = files[where[entry.name]].get_tensor(entry.name)
@@ -124,7 +123,7 @@ def _folder(path: str | Path) -> Path:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:
+    except Exception as error:  # no client, no network, no such id: the client raises many kinds
         raise ValueError(f"{path} is neither a folder here nor to be had from the hub ({error}).") from error
 
 
@@ -161,7 +160,7 @@ def _with_mtp_as_found(config: ModelConfig, where: Mapping[str, str]) -> ModelCo
     found = int(any(name.startswith("mtp.") for name in where))
     if config.mtp_num_hidden_layers and not found:
         warnings.warn("This checkpoint has no MTP tensors: loaded without multi-token prediction.", stacklevel=3)
-    return config.replace(mtp_num_hidden_layers=found, layer_types=config.layer_types)
+    return config.replace(mtp_num_hidden_layers=found)
 
 
 def _check(

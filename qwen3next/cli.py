@@ -18,10 +18,9 @@ from tokenizers import Tokenizer
 from qwen3next import inspect, presets
 from qwen3next.checkpoint import load
 from qwen3next.config import ModelConfig
-from qwen3next.explain import as_device
 from qwen3next.explain import explain as explain_model
 from qwen3next.generate import stream
-from qwen3next.model import as_dtype
+from qwen3next.model import as_device, as_dtype
 from qwen3next.text import TextStream
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -80,8 +79,6 @@ def generate(
         raise ValueError("torch finds no CUDA device here: choose --device cpu.")
     model = load(folder, dtype=dtype, device=target, progress=not quiet and sys.stderr.isatty())
     ids = tokenizer.encode(text).ids
-    eos = model.config.eos_token_id
-    ends = eos if isinstance(eos, tuple) else () if eos is None else (eos,)
     began, first, made = time.perf_counter(), 0.0, 0
     output = TextStream(lambda tokens: tokenizer.decode(tokens), stop=stop)
     for token in stream(
@@ -91,7 +88,7 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        stop_tokens=(*ends, *stop_tokens),
+        stop_tokens=(*model.config.stop_tokens, *stop_tokens),
         seed=seed,
     ):
         first, made = first or time.perf_counter(), made + 1

@@ -176,17 +176,21 @@ class ModelConfig:
 
     def bytes_per_sequence(self, conv_bytes: int = 2) -> int:
         """Bytes of recurrent (fp32) and convolution state of one sequence, whatever its length."""
-        key, value = (n * d for n, d in self._linear_heads)
         memory = self.linear_num_value_heads * self.linear_key_head_dim * self.linear_value_head_dim * 4
-        conv = (2 * key + value) * (self.linear_conv_kernel_dim - 1) * conv_bytes
+        conv = self.conv_channels * (self.linear_conv_kernel_dim - 1) * conv_bytes
         return self.layer_types.count("linear_attention") * (memory + conv)
 
     @property
-    def _linear_heads(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        return (
-            (self.linear_num_key_heads, self.linear_key_head_dim),
-            (self.linear_num_value_heads, self.linear_value_head_dim),
-        )
+    def conv_channels(self) -> int:
+        """Channels of a Gated DeltaNet layer's convolution: all q, all k, all v."""
+        keys = self.linear_num_key_heads * self.linear_key_head_dim
+        return 2 * keys + self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The ids of eos_token_id, which may be none, one or several."""
+        eos = self.eos_token_id
+        return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
     def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with some fields changed. A new num_hidden_layers or interval makes the layer types anew."""

@@ -6,7 +6,7 @@ from layers.backends import Explanation, explain_operation
 from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import GatedDeltaNet
 from layers.moe import Experts
-from qwen3next.model import Qwen3Next, as_dtype
+from qwen3next.model import Qwen3Next, as_device, as_dtype
 
 
 class Table(list[Explanation]):
@@ -43,16 +43,3 @@ def explain(
         elif isinstance(module, Experts):
             rows["experts"] = explain_operation("experts", module.chosen, where, kind)
     return Table(rows.values())
-
-
-def as_device(name: str | torch.device) -> torch.device:
-    """torch's device of that name; "auto" is CUDA where there is one, else the CPU.
-
-    Raises: ValueError for a name that is no device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"{name!r} is no device: choose auto, cpu, cuda or cuda:0.") from None

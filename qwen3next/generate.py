@@ -71,8 +71,7 @@ def stream(
     segments = Segments.full(input_ids) if segments is None else segments
     if min(segments.real_lengths) < 1:
         raise ValueError("A prompt is empty: give every row at least one token.")
-    eos = model.config.eos_token_id
-    stop = (eos if isinstance(eos, tuple) else () if eos is None else (eos,)) if stop_tokens is None else stop_tokens
+    stop = model.config.stop_tokens if stop_tokens is None else stop_tokens
     stops = torch.tensor(list(stop), dtype=torch.long, device=input_ids.device)
     generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
     if cache is None:
@@ -112,10 +111,12 @@ def _run_prompt(model: Qwen3Next, input_ids: Tensor, segments: Segments, cache: 
                 )
             return cache.last_logits
         input_ids, segments = input_ids[:, held:], Segments.full(input_ids[:, held:])
-    # Only the last real token of a row needs logits, and with padding it is not the last column.
-    hidden = model(input_ids, segments=segments, cache=cache, logits_to_keep=1).hidden
-    rows = torch.arange(input_ids.shape[0], device=input_ids.device)
-    cache.last_logits = model.hook_logits(model.lm_head(hidden[rows, segments.end - 1]))
+    out = model(input_ids, segments=segments, cache=cache, logits_to_keep=1)
+    if segments.plain:
+        cache.last_logits = out.logits[:, -1]
+    else:  # with padding, a row's last real token is not in the last column
+        rows = torch.arange(input_ids.shape[0], device=input_ids.device)
+        cache.last_logits = model.hook_logits(model.lm_head(out.hidden[rows, segments.end - 1]))
     return cache.last_logits
 
 

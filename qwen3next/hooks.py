@@ -1,7 +1,7 @@
 """Read or replace inner tensors by name."""
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,16 +23,17 @@ class Hooked(nn.Module):
 
     def match_hooks(self, names: Filter) -> list[str]:
         """Names that a glob, a list of globs or a predicate chooses. Raises: ValueError where none is chosen."""
+        known = self.hook_dict
         if callable(names):
-            chosen = [name for name in self.hook_dict if names(name)]
-            patterns: Iterable[str] = ["the predicate"] if not chosen else []
+            chosen = [name for name in known if names(name)]
+            unmatched = ["the predicate"] if not chosen else []
         else:
-            patterns = [names] if isinstance(names, str) else list(names)
-            found = {p: fnmatch.filter(self.hook_dict, p) for p in patterns}
-            chosen = [name for name in self.hook_dict if any(name in matches for matches in found.values())]
-            patterns = [p for p, matches in found.items() if not matches]
-        if patterns:
-            raise ValueError(f"No hook point matches {', '.join(patterns)}: model.hook_dict lists them all.")
+            found = {p: set(fnmatch.filter(known, p)) for p in ([names] if isinstance(names, str) else names)}
+            matched = set().union(*found.values())
+            chosen = [name for name in known if name in matched]
+            unmatched = [p for p, matches in found.items() if not matches]
+        if unmatched:
+            raise ValueError(f"No hook point matches {', '.join(unmatched)}: model.hook_dict lists them all.")
         return chosen
 
     @contextmanager
@@ -43,6 +44,7 @@ class Hooked(nn.Module):
             fired (unless not `must_fire`), as with scores and pattern where attention does not run "eager".
         """
         silent: set[str] = set()
+        points = self.hook_dict
         with ExitStack() as stack:
             for names, fn in fwd_hooks:
                 # A forward does not run the MTP head: only who asks for it by name expects its points to fire.
@@ -51,7 +53,6 @@ class Hooked(nn.Module):
                 for name in self.match_hooks(names):
                     if mtp_meant or not name.startswith("mtp."):
                         silent.add(name)
-                    point = self.hook_dict[name]
 
                     def call(
                         module: nn.Module, _args: Any, output: Tensor, name: str = name, fn: Hook = fn
@@ -60,7 +61,7 @@ class Hooked(nn.Module):
                         assert isinstance(module, HookPoint)
                         return fn(output, module)
 
-                    stack.enter_context(_handle(point.register_forward_hook(call)))
+                    stack.enter_context(points[name].register_forward_hook(call))
             yield
         if silent and must_fire:
             raise RuntimeError(
@@ -84,11 +85,3 @@ class Hooked(nn.Module):
         with self.hooks([(names_filter, keep)], must_fire=names_filter != "*"):
             output = self(*args, **kwargs)
         return output.logits, kept
-
-
-@contextmanager
-def _handle(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()

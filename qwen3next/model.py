@@ -225,3 +225,16 @@ def as_dtype(name: str | torch.dtype) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"{name!r} is no floating-point dtype: choose float32, bfloat16 or float16.")
     return dtype
+
+
+def as_device(name: str | torch.device) -> torch.device:
+    """torch's device of that name; "auto" is CUDA where there is one, else the CPU.
+
+    Raises: ValueError for a name that is no device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"{name!r} is no device: choose auto, cpu, cuda or cuda:0.") from None
