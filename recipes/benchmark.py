@@ -1,7 +1,7 @@
 """How fast is it beside transformers, on the same weights, in the same run?
 
-    python -m recipes.benchmark            prefill, decode and a training step, fp32, about five minutes on 2 cores
-    python -m recipes.benchmark --quick    shorter lengths, about two minutes
+    python -m recipes.benchmark            prefill, decode and a training step, fp32, about two minutes on 2 cores
+    python -m recipes.benchmark --quick    shorter lengths, about one minute
 
 Repetitions are interleaved (ours, theirs, ours, …), so that a machine that slows down slows both; each row gives the
 median of the pairwise ratios and the spread. The logits of both are compared before anything is timed.
