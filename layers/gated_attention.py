@@ -1,5 +1,6 @@
 """Softmax attention with a sigmoid gate on its output: every fourth token mixer of Qwen3-Next."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,8 @@ from layers.rope import Rotation
 from layers.segments import Segments
 
 Heads = Float[Tensor, "b t h d"]
+# Rows of the gate's projection a head, given head_dim.
+GATE_ROWS: dict[str, Callable[[int], int]] = {"elementwise": lambda d: d, "headwise": lambda _: 1, "none": lambda _: 0}
 
 
 @dataclass
@@ -89,7 +92,12 @@ def attend(
 class GatedAttention(nn.Module):
     """Grouped-query attention with normed q and k, partial RoPE, and y · σ(gate_proj(x)) before the output projection.
 
-    Source: arXiv:2505.06708, the elementwise gate on the attention's output.
+    Args:
+        gate: "elementwise", "headwise" (one number a head) or "none".
+        qk_norm: whether q and k are normed a head at a time, before RoPE.
+        zero_centred: the kind of those norms, see `RMSNorm`.
+        bias: whether all projections have one.
+    Source: arXiv:2505.06708, the gates on the attention's output (G1).
     """
 
     def __init__(
@@ -100,19 +108,26 @@ class GatedAttention(nn.Module):
         kv_heads: int,
         head_dim: int,
         eps: float = 1e-6,
+        gate: str = "elementwise",
+        qk_norm: bool = True,
+        zero_centred: bool = True,
+        bias: bool = False,
         backend: str = "auto",
     ):
         super().__init__()
         if heads % kv_heads:
             raise ValueError(f"{heads} query heads cannot share {kv_heads} key heads: make it a multiple.")
+        if gate not in GATE_ROWS:
+            raise ValueError(f"There is no gate {gate!r}: choose {', '.join(GATE_ROWS)}.")
         self.heads, self.kv_heads, self.head_dim, self.backend = heads, kv_heads, head_dim, backend
-        self.q_proj = nn.Linear(width, heads * head_dim, bias=False)
-        self.gate_proj = nn.Linear(width, heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * head_dim, width, bias=False)
-        self.q_norm = RMSNorm(head_dim, eps=eps)
-        self.k_norm = RMSNorm(head_dim, eps=eps)
+        self.q_proj = nn.Linear(width, heads * head_dim, bias=bias)
+        gate_rows = GATE_ROWS[gate](head_dim)
+        self.gate_proj = nn.Linear(width, heads * gate_rows, bias=bias) if gate_rows else None
+        self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * head_dim, width, bias=bias)
+        self.q_norm = RMSNorm(head_dim, eps=eps, zero_centred=zero_centred) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head_dim, eps=eps, zero_centred=zero_centred) if qk_norm else nn.Identity()
 
         self.hook_q, self.hook_k, self.hook_v = (
             HookPoint(),
@@ -122,7 +137,8 @@ class GatedAttention(nn.Module):
         self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
         self.hook_scores, self.hook_pattern = HookPoint(), HookPoint()  # (b h t s), only with backend "eager"
         self.hook_o = HookPoint()  # attention's answer before the gate, (b t h d)
-        self.hook_gate_logit, self.hook_gate = HookPoint(), HookPoint()
+        if self.gate_proj is not None:
+            self.hook_gate_logit, self.hook_gate = HookPoint(), HookPoint()  # (b t h d), or (b t h 1) headwise
         self.hook_gated = HookPoint()  # the input of o_proj, (b t h d)
 
     def forward(
@@ -154,5 +170,8 @@ class GatedAttention(nn.Module):
             hook_scores=self.hook_scores,
             hook_pattern=self.hook_pattern,
         )
-        gate = self.hook_gate(self.hook_gate_logit(self.gate_proj(x).unflatten(-1, (self.heads, -1))).sigmoid())
-        return self.o_proj(self.hook_gated(self.hook_o(y) * gate).flatten(-2))
+        y = self.hook_o(y)
+        if self.gate_proj is not None:
+            logit = self.hook_gate_logit(self.gate_proj(x).unflatten(-1, (self.heads, -1)))
+            y = y * self.hook_gate(logit.sigmoid())
+        return self.o_proj(self.hook_gated(y).flatten(-2))

@@ -19,9 +19,11 @@ from qwen3next.config import ModelConfig
 from qwen3next.explain import explain
 from qwen3next.generate import generate, sample, stream
 from qwen3next.model import Losses, Output, Qwen3Next
+from qwen3next.released import Layout
 
 __all__ = [
     "Cache",
+    "Layout",
     "Losses",
     "ModelConfig",
     "Output",

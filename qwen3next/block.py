@@ -20,7 +20,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, *, mixer: str, sparse: bool):
         super().__init__()
         c = config
-        self.input_layernorm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.input_layernorm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, zero_centred=c.zero_centred_norms)
         if mixer == "linear_attention":
             self.linear_attn = GatedDeltaNet(
                 c.hidden_size,
@@ -38,8 +38,12 @@ class Block(nn.Module):
                 kv_heads=c.num_key_value_heads,
                 head_dim=c.head_dim,
                 eps=c.rms_norm_eps,
+                gate=c.attention_gate,
+                qk_norm=c.use_qk_norm,
+                zero_centred=c.zero_centred_norms,
+                bias=c.attention_bias,
             )
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, zero_centred=c.zero_centred_norms)
         self.mlp: SparseMoE | SwiGLU
         if sparse:
             self.mlp = SparseMoE(

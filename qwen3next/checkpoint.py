@@ -1,23 +1,36 @@
-"""Checkpoint folders in the released layout: config.json and safetensors, nothing else is read."""
+"""Checkpoint folders in the released layouts: a model from one, and one from a model."""
 
 import json
 import math
-import os
 import shutil
-import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from qwen3next.config import ModelConfig
+from qwen3next.atomic import fresh_folder
+from qwen3next.json_files import read_object, typed
 from qwen3next.model import Qwen3Next, as_device, as_dtype
-from qwen3next.released import Entry, Tensors, entries
+from qwen3next.opened import INDEX, SINGLE, Opened, open_checkpoint
+from qwen3next.released import Entry, Layout, Tensors, entries
+from qwen3next.tensor_files import write
+
+T = TypeVar("T")
+# What belongs to a text model beside its weights, and travels with them.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+)
 
 
 def load(
@@ -29,214 +42,138 @@ def load(
 ) -> Qwen3Next:
     """Open a checkpoint folder (or a hub id, where huggingface_hub can reach it), streamed tensor by tensor.
 
+    Memory at the peak is that of the model and one tensor of the folder.
+
     Args:
-        dtype: "auto" keeps every tensor as stored; else linear maps and embeddings are cast, while A_log, dt_bias and
-            the norms keep the precision they are stored in, which their arithmetic uses.
+        dtype: "auto" keeps every tensor as stored, and what is stored in FP8 in the dtype that config.json names; else
+            linear maps and embeddings are cast, while A_log, dt_bias and the norms keep the precision they are stored
+            in, which their arithmetic uses.
         device: "auto" is CUDA where there is one, else the CPU.
         progress: show a bar on the terminal.
     Raises: ValueError that names file and tensor for anything missing, left over, misshapen, truncated or unsafe;
         nothing is left half-loaded.
     """
-    folder = _folder(path)
-    config = ModelConfig.load(folder)
-    where = _locate(folder)
-    config = _with_mtp_as_found(config, where)
-    wanted = entries(config)
-    with ExitStack() as stack:
-        files = {f: stack.enter_context(_open(folder / f)) for f in sorted(set(where.values()))}
-        stored = _check(folder, config, wanted, where, files)
+    cast, target = None if dtype == "auto" else as_dtype(dtype), as_device(device)
+    opened = open_checkpoint(path)
+    with opened.files:
         with torch.device("meta"):
-            model = Qwen3Next(config)
-        ours = _allocate(model, wanted, stored, None if dtype == "auto" else as_dtype(dtype), as_device(device))
+            model = Qwen3Next(opened.config)
+        ours = _allocate(model, opened, cast, target)
         with torch.no_grad():
-            for entry in _tracked(wanted, progress, f"loading {folder.name}"):
-                tensor = files[where[entry.name]].get_tensor(entry.name)
-                for place, piece in zip(entry.places, entry.split(tensor), strict=True):
+            for entry in tracked(opened.wanted, progress, f"loading {opened.folder.name}"):
+                for place, piece in zip(entry.places, entry.split(opened.read(entry.name)), strict=True):
                     place.of(ours).copy_(piece)
+    model.layout, model.origin = opened.layout, opened.folder
+    generation = opened.folder / "generation_config.json"
+    if generation.is_file():
+        model.generation_config = read_object(generation, "a generation configuration")
+        eos = model.generation_config.get("eos_token_id")
+        typed(f"{generation}: eos_token_id", int | Sequence[int] | None, eos if eos is not None else ())
     return model
 
 
-def save(model: Qwen3Next, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
+def save(
+    model: Qwen3Next,
+    folder: str | Path,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+    layout: Layout | None = None,
+    progress: bool = False,
+) -> None:
     """Write config.json and safetensors in the released layout, which transformers and inference engines read.
 
-    The new files are made beside the folder and then take its place by renaming, so that a crash leaves a whole
-    checkpoint: the new one, or the old one (between the two renames, as .NAME-old-PID). Other files of the folder, such
-    as a tokenizer's, are kept.
+    The tokenizer, the chat template and generation_config.json of the folder that the model was loaded from come along;
+    other files of the target folder are kept. The new files are made beside the folder and then take its place by
+    renaming, so that a crash leaves a whole checkpoint: the old one or the new one.
+
+    Args:
+        max_shard_bytes: a file holds no more, unless a single tensor is larger.
+        layout: how tensors are arranged; None means as the model was loaded, or else as its family was released.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    found = model.layout or Layout.released(model.config)
+    layout = layout or Layout(**{**vars(found), "prefix": "model."})  # without a vision tower there is no other prefix
     ours = dict(model.named_parameters())
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        fresh.chmod(0o755)
-        for kept in folder.iterdir() if folder.is_dir() else ():
-            if kept.suffix != ".safetensors" and kept.name not in (
-                "config.json",
-                "model.safetensors.index.json",
-            ):
-                (shutil.copytree if kept.is_dir() else shutil.copy2)(kept, fresh / kept.name)
-        _write_shards(fresh, model.config, ours, max_shard_bytes)
-        dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-        config = model.config.to_dict() | {"torch_dtype": dtype}
-        config.pop("dtype", None)  # transformers' newer name for the same
-        (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        old = folder.with_name(f".{folder.name}-old-{os.getpid()}")
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
+    with fresh_folder(folder, replaced=is_weights) as fresh:
+        if model.origin is not None and model.origin.is_dir():
+            copy_companions(model.origin, fresh)
+        plan = [(e, place_dtype(e, ours)) for e in entries(model.config, layout)]
+        tensors = ((e.name, e.merge(*(p.of(ours).detach() for p in e.places))) for e, _ in plan)
+        write_shards(fresh, plan, tracked(tensors, progress, f"saving {folder.name}", len(plan)), max_shard_bytes)
+        write_config(fresh, model.config.to_dict(), model.embed_tokens.weight.dtype)
 
 
-def _write_shards(folder: Path, config: ModelConfig, ours: Tensors, limit: int) -> None:
-    shards: list[list[Entry]] = [[]]
+def is_weights(name: str) -> bool:
+    """Whether a file of a checkpoint folder holds weights or their description, which a new checkpoint replaces."""
+    return name.endswith(".safetensors") or name in ("config.json", INDEX)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def write_config(folder: Path, values: dict[str, object], dtype: torch.dtype) -> None:
+    """config.json for weights of that dtype, which are not quantised."""
+    values = {k: v for k, v in values.items() if k not in ("dtype", "torch_dtype", "quantization_config")}
+    values["torch_dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def place_dtype(entry: Entry, ours: Tensors) -> torch.dtype:
+    return entry.places[0].of(ours).dtype
+
+
+def write_shards(
+    folder: Path, plan: list[tuple[Entry, torch.dtype]], tensors: Iterator[tuple[str, Tensor]], limit: int
+) -> None:
+    """Write the planned tensors, which come in this order, into as few files as the limit allows, and their index."""
+    if limit < 1:
+        raise ValueError(f"max_shard_bytes must be positive, got {limit}.")
+    shards: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
     used = total = 0
-    for entry in entries(config):
-        size = math.prod(entry.shape) * entry.places[0].of(ours).element_size()
+    for entry, dtype in plan:
+        size = math.prod(entry.shape) * dtype.itemsize
         if used + size > limit and shards[-1]:
             shards.append([])
             used = 0
-        shards[-1].append(entry)
+        shards[-1].append((entry.name, dtype, entry.shape))
         used, total = used + size, total + size
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {e.name: e.merge(*(p.of(ours).detach() for p in e.places)).contiguous().cpu() for e in shard}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        (folder / name).chmod(0o644)  # safetensors' 0600 would hide the model from other users of the folder
-        weight_map |= dict.fromkeys(tensors, name)
+        name = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        write(folder / name, shard, (next(tensors) for _ in shard))
+        weight_map |= {tensor: name for tensor, _, _ in shard}
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _folder(path: str | Path) -> Path:
-    """A local folder, downloading a hub id's config and safetensors where the hub can be reached."""
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "~", "/")):
-        raise ValueError(f"{path} is not a folder: give one that holds config.json and safetensors, or a hub id.")
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # no client, no network, no such id: the client raises many kinds
-        raise ValueError(f"{path} is neither a folder here nor to be had from the hub ({error}).") from error
-
-
-def _locate(folder: Path) -> dict[str, str]:
-    """Which file of the folder holds each tensor."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            where = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{index} is not a safetensors index ({error!r}): copy it again.") from error
-        for name, file in where.items():
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise ValueError(f"{index} puts {name} into {file!r}, which is not a safetensors file of this folder.")
-            if not (folder / file).is_file():
-                raise ValueError(f"{folder / file} is missing and should hold {name}: copy the checkpoint again.")
-        return where
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise ValueError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json.")
-    with _open(single) as file:
-        return dict.fromkeys(file.keys(), single.name)
-
-
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}): copy it again.") from error
-
-
-def _with_mtp_as_found(config: ModelConfig, where: Mapping[str, str]) -> ModelConfig:
-    """A qwen3_next config.json does not say whether the MTP layer is there: the tensors do."""
-    found = int(any(name.startswith("mtp.") for name in where))
-    if config.mtp_num_hidden_layers and not found:
-        warnings.warn("This checkpoint has no MTP tensors: loaded without multi-token prediction.", stacklevel=3)
-    return config.replace(mtp_num_hidden_layers=found)
-
-
-def _check(
-    folder: Path,
-    config: ModelConfig,
-    wanted: list[Entry],
-    where: Mapping[str, str],
-    files: Mapping[str, safe_open],
-) -> dict[str, torch.dtype]:
-    """Every wanted tensor is there in its shape and nothing else is; the dtype each is stored in."""
-    names = {file: set(opened.keys()) for file, opened in files.items()}
-    if absent := sorted(name for name, file in where.items() if name not in names[file]):
-        file = folder / where[absent[0]]
-        raise ValueError(f"{file} lacks {_some(absent)}, which the index puts there: copy the checkpoint again.")
-    present = {name for found in names.values() for name in found}
-    if config.tie_word_embeddings:
-        present.discard("lm_head.weight")  # some writers repeat the tied embedding; it is not read
-    expected = {entry.name for entry in wanted}
-    if extra := sorted(present - expected):
-        raise ValueError(f"{folder} holds {_some(extra)}, which config.json has no place for.")
-    if missing := sorted(expected - where.keys()):
-        raise ValueError(f"{folder} lacks {_some(missing)}, which config.json asks for.")
-    stored = {}
-    for entry in wanted:
-        piece = files[where[entry.name]].get_slice(entry.name)
-        if tuple(piece.get_shape()) != entry.shape:
-            raise ValueError(
-                f"{folder / where[entry.name]}: {entry.name} has shape {list(piece.get_shape())}, "
-                f"config.json asks for {list(entry.shape)}."
-            )
-        kind = piece.get_dtype()
-        if kind not in _DTYPES:
-            raise ValueError(f"{folder / where[entry.name]}: {entry.name} is stored as {kind}, which is not supported.")
-        stored[entry.name] = _DTYPES[kind]
-    return stored
-
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _allocate(
-    model: Qwen3Next,
-    wanted: list[Entry],
-    stored: Mapping[str, torch.dtype],
-    dtype: torch.dtype | None,
-    device: torch.device,
-) -> dict[str, Tensor]:
+def _allocate(model: Qwen3Next, opened: Opened, dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
     """Give every parameter memory in its dtype; that of the tensors that fill it, unless cast."""
-    filled_from: dict[str, set[torch.dtype]] = {}
-    for entry in wanted:
-        for place in entry.places:
-            filled_from.setdefault(place.name, set()).add(stored[entry.name])
     shared: dict[Tensor, torch.nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             name = f"{prefix}.{leaf}" if prefix else leaf
             if parameter not in shared:
-                kinds = filled_from[name]
-                if len(kinds) > 1:
-                    raise ValueError(f"{name} would be filled from tensors of dtypes {sorted(map(str, kinds))}.")
-                exact = name.endswith(("A_log", "dt_bias", "norm.weight")) or "_norm_" in name or "layernorm" in name
-                kind = next(iter(kinds)) if dtype is None or exact else dtype
+                kind = opened.dtypes[name] if dtype is None or stays_exact(name) else dtype
                 shared[parameter] = torch.nn.Parameter(torch.empty(parameter.shape, dtype=kind, device=device))
             setattr(module, leaf, shared[parameter])
     return dict(model.named_parameters())
 
 
-def _tracked(wanted: list[Entry], progress: bool, label: str) -> Iterator[Entry]:
+def stays_exact(name: str) -> bool:
+    """Whether a tensor of this name (ours or released) keeps its stored precision in a cast."""
+    return name.endswith(("A_log", "dt_bias", "norm.weight")) or "_norm_" in name or "layernorm" in name
+
+
+def tracked(items: Iterable[T], progress: bool, label: str, total: int | None = None) -> Iterator[T]:
+    """The items, with a bar on the terminal if `progress`."""
     if not progress:
-        yield from wanted
+        yield from items
         return
     from rich.console import Console
     from rich.progress import track
 
-    yield from track(wanted, description=label, console=Console(stderr=True))  # stdout is for results
+    yield from track(items, description=label, total=total, console=Console(stderr=True))  # stdout is for results

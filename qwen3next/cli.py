@@ -88,7 +88,7 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        stop_tokens=(*model.config.stop_tokens, *stop_tokens),
+        stop_tokens=(*model.stop_tokens, *stop_tokens),
         seed=seed,
     ):
         first, made = first or time.perf_counter(), made + 1

@@ -1,80 +1,30 @@
 """The one configuration type: what a checkpoint's config.json says, under its own names."""
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-LAYER_TYPES = ("linear_attention", "full_attention")
+from qwen3next.families import FAMILIES, harmless, read, unwrap, write
+from qwen3next.json_files import read_object, typed
 
-# Keys of released config.json files that do not change the mathematics. They are kept and written back.
-IRRELEVANT = frozenset(
-    [
-        "architectures",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "use_cache",
-        "output_router_logits",
-        "output_hidden_states",
-        "output_attentions",
-        "return_dict",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-        "problem_type",
-        "id2label",
-        "label2id",
-        "_name_or_path",
-        "attn_implementation",
-        "_attn_implementation",
-        "use_sliding_window",
-        "sliding_window",
-        "max_window_layers",
-        "torchscript",
-        "tie_encoder_decoder",
-        "task_specific_params",
-        "tokenizer_class",
-        "prefix",
-        "router_jitter_noise",
-        "attention_dropout",
-    ]
-)
-# Keys that would change the mathematics if they had another value than the one here.
-FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "model_type": "qwen3_next"}
-# A size that is not given is not guessed: the defaults of different readers differ.
-REQUIRED = [
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "linear_num_key_heads",
-    "linear_num_value_heads",
-    "linear_key_head_dim",
-    "linear_value_head_dim",
-    "linear_conv_kernel_dim",
-    "num_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "shared_expert_intermediate_size",
-    "rms_norm_eps",
-    "rope_theta",
-]
+LAYER_TYPES = ("linear_attention", "full_attention")
+GATES = ("elementwise", "headwise", "none")
+MOST_LAYERS, MOST_EXPERTS = 10_000, 100_000  # beyond, a number is a mistake, and counting up to it would hang
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Sizes and choices of a model. Field names are those of the released config.json, defaults Qwen3-Next-80B-A3B's.
 
-    Not in a config.json: `mtp_num_hidden_layers` (found from the tensors of a checkpoint), `router_z_loss_coef` and
-    `mtp_loss_coef` (weights of losses in training), and `extra` (harmless keys, kept to be written back).
+    Not in a released config.json: `attention_gate` and `zero_centred_norms` (which the model_type or flags of other
+    names say), `router_z_loss_coef` and `mtp_loss_coef` (weights of losses in training), `extra` (harmless keys, kept
+    to be written back) and `outer` (what stands around a nested text_config, the vision tower's sizes for instance).
+    `mtp_num_hidden_layers` is set from the tensors when a checkpoint is loaded.
     Raises: ValueError, on construction, for sizes that contradict each other.
     """
 
+    model_type: str = "qwen3_next"  # which layout a checkpoint has; the mathematics is in the other fields
     vocab_size: int = 151_936
     hidden_size: int = 2048
     intermediate_size: int = 5120
@@ -85,12 +35,16 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 262_144
     initializer_range: float = 0.02
+    zero_centred_norms: bool = True  # scale 1 + w, multiplied in fp32; else w, multiplied after the cast
 
     num_attention_heads: int = 16
     num_key_value_heads: int = 2
     head_dim: int = 256
     rope_theta: float = 1e7
     partial_rotary_factor: float = 0.25
+    attention_gate: str = "elementwise"  # or "headwise", one number a head, or "none"
+    use_qk_norm: bool = True
+    attention_bias: bool = False  # of q, k, v, o and the gate
 
     linear_num_key_heads: int = 16
     linear_num_value_heads: int = 32
@@ -115,6 +69,7 @@ class ModelConfig:
     eos_token_id: int | Sequence[int] | None = None
     pad_token_id: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    outer: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -122,17 +77,28 @@ class ModelConfig:
             set_field(self, name, tuple(getattr(self, name)))
         if isinstance(self.eos_token_id, list):
             set_field(self, "eos_token_id", tuple(self.eos_token_id))
-        if not self.layer_types and self.full_attention_interval > 0:
+        if not self.layer_types and self.full_attention_interval > 0 and self.num_hidden_layers <= MOST_LAYERS:
             types = (LAYER_TYPES[(i + 1) % self.full_attention_interval == 0] for i in range(self.num_hidden_layers))
             set_field(self, "layer_types", tuple(types))
         self._check()
 
     def _check(self) -> None:
+        if self.model_type not in FAMILIES:
+            raise ValueError(f"model_type {self.model_type!r} is none of {', '.join(FAMILIES)}.")
+        if self.attention_gate not in GATES:
+            raise ValueError(f"attention_gate {self.attention_gate!r} is none of {', '.join(GATES)}.")
         for f in fields(self):
             value = getattr(self, f.name)
             least = 0 if f.name in ("mtp_num_hidden_layers", "num_experts", "full_attention_interval") else 1
             if f.type is int and value < least:
                 raise ValueError(f"{f.name} must be at least {least}, got {value}.")
+            if f.type is float and value < 0:
+                raise ValueError(f"{f.name} must not be negative, got {value}.")
+        for name, most in (("num_hidden_layers", MOST_LAYERS), ("num_experts", MOST_EXPERTS)):
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}.")
+        if not self.rope_theta:
+            raise ValueError("rope_theta must not be 0.")
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_types names {len(self.layer_types)} layers and num_hidden_layers is {self.num_hidden_layers}: "
@@ -200,81 +166,48 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
-        """Read the contents of a qwen3_next config.json, as released or as transformers 5 writes it.
+        """Read the contents of a config.json of any supported model_type, as released or as transformers 5 writes it.
 
         Raises: ValueError for another model_type, a missing size, an unknown key or contradicting values.
         """
-        values = dict(values)
-        if "model_type" not in values:
-            raise ValueError("config.json has no model_type: this does not look like a model's configuration.")
-        for key, expected in FIXED.items():
-            if (value := values.pop(key, expected)) != expected:
-                raise ValueError(f"config.json has {key} {value!r}; only {expected!r} is supported.")
-        _read_rope(values)
-        values = {key: value for key, value in values.items() if value is not None}
-        if missing := [key for key in REQUIRED if key not in values]:
-            raise ValueError(f"config.json lacks {', '.join(missing)}.")
-        known = {f.name for f in fields(cls)} - {"extra"}
-        unknown = sorted(values.keys() - known - IRRELEVANT)
-        if unknown:
+        family, text, outer = unwrap(values)
+        text = read(family, text)
+        known = {f.name: f.type for f in fields(cls) if f.name not in ("extra", "outer", "model_type")}
+        if unknown := sorted(k for k, v in text.items() if k not in known and not harmless(k, v)):
             raise ValueError(
                 f"config.json has {', '.join(unknown)}, which this model does not know and so cannot honour. "
                 "Remove what does not matter to the mathematics."
             )
-        extra = {key: values.pop(key) for key in list(values) if key in IRRELEVANT}
-        for f in fields(cls):
-            if f.name in values:
-                values[f.name] = _typed(f.name, f.type, values[f.name])
-        return cls(**values, extra=extra)
+        extra = {key: text[key] for key in text if key not in known}
+        given = {key: typed(key, known[key], v) for key, v in text.items() if key in known and v is not None}
+        return cls(model_type=family.model_type, extra=extra, outer=outer, **given)
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a config.json in the released form; `from_dict` reads them back to an equal configuration."""
-        values: dict[str, Any] = {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}
-        values |= {"hidden_act": "silu", "attention_bias": False, "rope_scaling": None}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            values[f.name] = list(value) if isinstance(value, tuple) else value
-        return values | values.pop("extra")
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("outer", "model_type")}
+        text = write(FAMILIES[self.model_type], values)
+        text = {key: list(value) if isinstance(value, tuple) else value for key, value in text.items()}
+        if not self.outer:
+            return text
+        for key in ("architectures", "quantization_config"):
+            if key in self.outer:
+                text.pop(key, None)
+        return {**self.outer, "text_config": text}
+
+    def text_only(self) -> "ModelConfig":
+        """The language model alone, where this one stood as text_config beside a vision tower."""
+        kept = {key: self.outer[key] for key in ("torch_dtype", "dtype") if key in self.outer}
+        return self.replace(outer={}, extra={**kept, **self.extra}) if self.outer else self
 
     @classmethod
     def load(cls, path: str | Path) -> "ModelConfig":
         """Read a config.json, or the one in a folder. Raises: ValueError that names the file."""
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
+        if not path.exists():
+            raise ValueError(f"{path} does not exist: a model folder holds a config.json.")
+        values = read_object(path, "a model configuration")
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise ValueError(f"{path} does not exist: a model folder holds a config.json.") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a model configuration: {error}.") from error
+            return cls.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-
-
-def _typed(name: str, kind: Any, value: Any) -> Any:
-    """A value of config.json as its field's type; JSON writes 1e7 as 10000000, and lists for tuples."""
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if whole and kind not in (bool, float, Sequence[str], Sequence[int]):
-        return value
-    item = str if kind == Sequence[str] else int
-    listed = isinstance(value, (list, tuple)) and kind not in (bool, float, int, int | None)
-    if listed and all(isinstance(x, item) and not isinstance(x, bool) for x in value):
-        return tuple(value)
-    raise ValueError(f"{name} cannot be {value!r}.")
-
-
-def _read_rope(values: dict[str, Any]) -> None:
-    """Merge the old keys (rope_theta, rope_scaling) with the new one (rope_parameters)."""
-    for name in ("rope_parameters", "rope_scaling"):
-        given = dict(values.pop(name, None) or {})
-        kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
-        if kind != "default":
-            raise ValueError(f"config.json asks for {kind!r} RoPE in {name}; only the default one is supported yet.")
-        for key, value in given.items():
-            if values.get(key, value) != value:
-                raise ValueError(f"config.json gives {key} twice, {values[key]} and {value}.")
-            values[key] = value

@@ -62,7 +62,7 @@ def stream(
         input_ids: (b, t) prompts; the whole text also where `cache` holds a beginning of it already.
         segments: `Segments.from_mask(mask)` for prompts padded to equal length, on either side.
         cache: continue from this one, which is extended; None makes one of the right size.
-        stop_tokens: ids that end a row (yielded, then −1); None means the config's eos_token_id.
+        stop_tokens: ids that end a row (yielded, then −1); None means `model.stop_tokens`.
         seed: for sampling; equal seeds give equal tokens on one machine. None takes torch's global generator.
     Raises: ValueError for a prompt that is not what the cache holds, or does not fit it.
     """
@@ -71,7 +71,7 @@ def stream(
     segments = Segments.full(input_ids) if segments is None else segments
     if min(segments.real_lengths) < 1:
         raise ValueError("A prompt is empty: give every row at least one token.")
-    stop = model.config.stop_tokens if stop_tokens is None else stop_tokens
+    stop = model.stop_tokens if stop_tokens is None else stop_tokens
     stops = torch.tensor(list(stop), dtype=torch.long, device=input_ids.device)
     generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
     if cache is None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from qwen3next.cache import Cache, new_cache
 from qwen3next.config import ModelConfig
 from qwen3next.hooks import Hooked
 from qwen3next.mtp import MTP
+from qwen3next.released import Layout
 
 
 @dataclass
@@ -66,12 +68,16 @@ class Qwen3Next(Hooked, nn.Module):
         self.blocks = nn.ModuleList(
             Block(config, mixer=kind, sparse=config.is_sparse(i)) for i, kind in enumerate(config.layer_types)
         )
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, zero_centred=config.zero_centred_norms)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = MTP(config) if config.mtp_num_hidden_layers else None
         self.hook_embed, self.hook_final_norm, self.hook_logits = HookPoint(), HookPoint(), HookPoint()
         for name, point in self.hook_dict.items():
             point.name = name
+        # Set by `load`: the arrangement and folder of the checkpoint, and what its generation_config.json says.
+        self.layout: Layout | None = None
+        self.origin: Path | None = None
+        self.generation_config: dict[str, Any] = {}
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.reset_parameters()
@@ -83,6 +89,8 @@ class Qwen3Next(Hooked, nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=std)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, Experts):
                 nn.init.normal_(module.gate_up_proj, std=std)
                 nn.init.normal_(module.down_proj, std=std)
@@ -209,6 +217,12 @@ class Qwen3Next(Hooked, nn.Module):
         from qwen3next.checkpoint import save
 
         save(self, folder)
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Ids that end a text: generation_config.json's eos_token_id, else config.json's."""
+        eos = self.generation_config.get("eos_token_id", self.config.stop_tokens)
+        return (eos,) if isinstance(eos, int) else tuple(eos or ())
 
     @property
     def vocab_size(self) -> int:

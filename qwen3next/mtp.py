@@ -22,13 +22,13 @@ class MTP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         c = config
-        self.pre_fc_norm_embedding = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
-        self.pre_fc_norm_hidden = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.pre_fc_norm_embedding = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, zero_centred=c.zero_centred_norms)
+        self.pre_fc_norm_hidden = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, zero_centred=c.zero_centred_norms)
         self.fc = nn.Linear(2 * c.hidden_size, c.hidden_size, bias=False)
         self.blocks = nn.ModuleList(
             Block(c, mixer="full_attention", sparse=c.num_experts > 0) for _ in range(c.mtp_num_hidden_layers)
         )
-        self.norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, zero_centred=c.zero_centred_norms)
 
     def forward(
         self,

@@ -1,11 +1,13 @@
 """The tensors of a released checkpoint and the places in our parameters that they fill.
 
 Every released tensor is described by one `Entry`. Reading splits a tensor into pieces, writing merges them; the two
-are inverse to the bit, and serve anything of the parameters' shapes: gradients, moments.
+are inverse to the bit, and serve anything of the parameters' shapes: gradients, moments. A `Layout` says which of the
+released arrangements a folder has; families and versions differ in nothing else.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,129 +39,215 @@ class Entry:
     merge: Callable[..., Tensor] = lambda x: x
 
 
-def entries(config: ModelConfig) -> list[Entry]:
-    """The tensors of a qwen3_next checkpoint, in the order of the layers."""
+@dataclass(frozen=True)
+class Layout:
+    """How a folder arranges its tensors.
+
+    Attributes:
+        prefix: what the names of the language model begin with; beside a vision tower, "model.language_model.".
+        flat_projections: Gated DeltaNet's rows as qkv | z | b | a (Qwen3.5) instead of key head by key head in two
+            tensors (Qwen3-Next).
+        gate_by_group: q_proj's rows are, per key head, its queries and then their gates (the gated-attention study),
+            instead of query and gate per query head.
+        fused_experts, fused_mtp_experts: all experts of a layer in two tensors, instead of three an expert.
+    """
+
+    prefix: str = "model."
+    flat_projections: bool = False
+    gate_by_group: bool = False
+    fused_experts: bool = False
+    fused_mtp_experts: bool = False
+
+    @classmethod
+    def released(cls, config: ModelConfig) -> "Layout":
+        """The arrangement that the family of this configuration was released in."""
+        return cls(
+            flat_projections=config.model_type in ("qwen3_5_text", "qwen3_5_moe_text"),
+            gate_by_group=config.model_type == "qwen3",
+            fused_experts=config.model_type == "qwen3_5_moe_text",
+        )
+
+    @classmethod
+    def found(cls, config: ModelConfig, names: Collection[str]) -> "Layout":
+        """The arrangement of a folder that holds tensors of these names."""
+        usual, flat = (
+            cls.released(config),
+            {name.endswith(".in_proj_qkv.weight") for name in names if ".in_proj_qkv" in name},
+        )
+        fused = [name for name in names if name.endswith(".mlp.experts.gate_up_proj")]
+        single = [name for name in names if ".mlp.experts.0.up_proj." in name]
+        prefixes = [p for p in PREFIXES if f"{p}embed_tokens.weight" in names]
+        return cls(
+            prefix=prefixes[0] if prefixes else usual.prefix,
+            flat_projections=flat.pop() if len(flat) == 1 else usual.flat_projections,
+            gate_by_group=usual.gate_by_group,
+            fused_experts=_either(fused, single, usual.fused_experts, mtp=False),
+            fused_mtp_experts=_either(fused, single, usual.fused_mtp_experts, mtp=True),
+        )
+
+
+PREFIXES = ("model.language_model.", "model.", "")  # the last: a backbone saved without its head
+VISION = ("model.visual.", "visual.")
+
+
+def _either(fused: list[str], single: list[str], usual: bool, *, mtp: bool) -> bool:
+    has_fused, has_single = (any(name.startswith("mtp.") == mtp for name in names) for names in (fused, single))
+    return has_fused if has_fused != has_single else usual
+
+
+def entries(config: ModelConfig, layout: Layout | None = None) -> Iterator[Entry]:
+    """The tensors of a checkpoint in the given layout (the released one of its family, if None), layer by layer."""
     c, width = config, config.hidden_size
-    found = [
-        _whole("model.embed_tokens.weight", "embed_tokens.weight", (c.vocab_size, width)),
-        _whole("model.norm.weight", "norm.weight", (width,)),
-    ]
+    layout = Layout.released(config) if layout is None else layout
+    prefix = layout.prefix
+    yield _whole(f"{prefix}embed_tokens.weight", "embed_tokens.weight", (c.vocab_size, width))
+    yield _whole(f"{prefix}norm.weight", "norm.weight", (width,))
     if not c.tie_word_embeddings:
-        found.append(_whole("lm_head.weight", "lm_head.weight", (c.vocab_size, width)))
+        yield _whole("lm_head.weight", "lm_head.weight", (c.vocab_size, width))
     for i, kind in enumerate(c.layer_types):
-        found += _block(c, f"model.layers.{i}.", f"blocks.{i}.", kind, c.is_sparse(i))
+        yield from _block(c, layout, f"{prefix}layers.{i}.", f"blocks.{i}.", kind, c.is_sparse(i), layout.fused_experts)
     for i in range(c.mtp_num_hidden_layers):
-        found.append(_whole("mtp.fc.weight", "mtp.fc.weight", (width, 2 * width)))
+        yield _whole("mtp.fc.weight", "mtp.fc.weight", (width, 2 * width))
         for norm in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
-            found.append(_whole(f"mtp.{norm}.weight", f"mtp.{norm}.weight", (width,)))
-        found += _block(c, f"mtp.layers.{i}.", f"mtp.blocks.{i}.", "full_attention", c.num_experts > 0)
-    return found
+            yield _whole(f"mtp.{norm}.weight", f"mtp.{norm}.weight", (width,))
+        sparse, fused = c.num_experts > 0, layout.fused_mtp_experts
+        yield from _block(c, layout, f"mtp.layers.{i}.", f"mtp.blocks.{i}.", "full_attention", sparse, fused)
 
 
 def _whole(released: str, ours: str, shape: tuple[int, ...]) -> Entry:
     return Entry(released, shape, (Place(ours),))
 
 
-def _block(c: ModelConfig, theirs: str, ours: str, kind: str, sparse: bool) -> list[Entry]:
+def _block(
+    c: ModelConfig, layout: Layout, theirs: str, ours: str, kind: str, sparse: bool, fused: bool
+) -> Iterator[Entry]:
     width = c.hidden_size
-    found = [_whole(f"{theirs}{n}.weight", f"{ours}{n}.weight", (width,)) for n in _BLOCK_NORMS]
-    mixer = _linear_attention if kind == "linear_attention" else _full_attention
-    found += mixer(c, theirs, ours)
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        yield _whole(f"{theirs}{norm}.weight", f"{ours}{norm}.weight", (width,))
+    if kind == "linear_attention":
+        yield from _linear_attention(c, layout, f"{theirs}linear_attn.", f"{ours}linear_attn.")
+    else:
+        yield from _full_attention(c, layout, f"{theirs}self_attn.", f"{ours}self_attn.")
+    theirs, ours = f"{theirs}mlp.", f"{ours}mlp."
     if not sparse:
-        return found + _swiglu(f"{theirs}mlp.", f"{ours}mlp.", width, c.intermediate_size)
-    inner, experts = c.moe_intermediate_size, f"{ours}mlp.experts."
-    found.append(_whole(f"{theirs}mlp.gate.weight", f"{ours}mlp.router.weight", (c.num_experts, width)))
+        yield from _swiglu(theirs, ours, width, c.intermediate_size)
+        return
+    yield _whole(f"{theirs}gate.weight", f"{ours}router.weight", (c.num_experts, width))
+    yield from _experts(c, f"{theirs}experts.", f"{ours}experts.", fused)
+    yield from _swiglu(f"{theirs}shared_expert.", f"{ours}shared_expert.", width, c.shared_expert_intermediate_size)
+    yield _whole(f"{theirs}shared_expert_gate.weight", f"{ours}shared_expert_gate.weight", (1, width))
+
+
+def _swiglu(theirs: str, ours: str, width: int, inner: int) -> Iterator[Entry]:
+    for name, shape in (("gate_proj", (inner, width)), ("up_proj", (inner, width)), ("down_proj", (width, inner))):
+        yield _whole(f"{theirs}{name}.weight", f"{ours}{name}.weight", shape)
+
+
+def _experts(c: ModelConfig, theirs: str, ours: str, fused: bool) -> Iterator[Entry]:
+    """Gate rows above up rows in one tensor and down in another for all experts; or three tensors an expert."""
+    width, inner = c.hidden_size, c.moe_intermediate_size
+    if fused:
+        yield _whole(f"{theirs}gate_up_proj", f"{ours}gate_up_proj", (c.num_experts, 2 * inner, width))
+        yield _whole(f"{theirs}down_proj", f"{ours}down_proj", (c.num_experts, width, inner))
+        return
     for e in range(c.num_experts):
         for name, shape, tensor, rows in (
             ("gate_proj", (inner, width), "gate_up_proj", slice(0, inner)),
             ("up_proj", (inner, width), "gate_up_proj", slice(inner, 2 * inner)),
             ("down_proj", (width, inner), "down_proj", slice(None)),
         ):
-            found.append(Entry(f"{theirs}mlp.experts.{e}.{name}.weight", shape, (Place(experts + tensor, (e, rows)),)))
-    shared = "mlp.shared_expert."
-    found += _swiglu(theirs + shared, ours + shared, width, c.shared_expert_intermediate_size)
-    gate = "mlp.shared_expert_gate.weight"
-    return [*found, _whole(theirs + gate, ours + gate, (1, width))]
+            yield Entry(f"{theirs}{e}.{name}.weight", shape, (Place(ours + tensor, (e, rows)),))
 
 
-_BLOCK_NORMS = ("input_layernorm", "post_attention_layernorm")
-
-
-def _swiglu(theirs: str, ours: str, width: int, inner: int) -> list[Entry]:
-    shapes = {"gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
-    return [_whole(f"{theirs}{n}.weight", f"{ours}{n}.weight", shape) for n, shape in shapes.items()]
-
-
-def _full_attention(c: ModelConfig, theirs: str, ours: str) -> list[Entry]:
-    theirs, ours = f"{theirs}self_attn.", f"{ours}self_attn."
+def _full_attention(c: ModelConfig, layout: Layout, theirs: str, ours: str) -> Iterator[Entry]:
     width, d = c.hidden_size, c.head_dim
     heads, kv = c.num_attention_heads, c.num_key_value_heads
+    gate_rows = {"elementwise": d, "headwise": 1, "none": 0}[c.attention_gate]
+    kinds: list[tuple[str, tuple[int, ...]]] = [("weight", (width,))]
+    if c.attention_bias:
+        kinds.append(("bias", ()))
+    for kind, columns in kinds:
+        q = f"{theirs}q_proj.{kind}"
+        if gate_rows:
+            places = (Place(f"{ours}q_proj.{kind}"), Place(f"{ours}gate_proj.{kind}"))
+            groups = kv if layout.gate_by_group else heads
+            parts = (heads // groups * d, heads // groups * gate_rows)  # rows of a group: queries, then gates
+            split, merge = partial(_split_groups, groups, parts), partial(_merge_groups, groups)
+            yield Entry(q, (heads * (d + gate_rows), *columns), places, split, merge)
+        else:
+            yield _whole(q, f"{ours}q_proj.{kind}", (heads * d, *columns))
+        for name in ("k_proj", "v_proj"):
+            yield _whole(f"{theirs}{name}.{kind}", f"{ours}{name}.{kind}", (kv * d, *columns))
+    yield _whole(f"{theirs}o_proj.weight", f"{ours}o_proj.weight", (width, heads * d))
+    if c.attention_bias:
+        yield _whole(f"{theirs}o_proj.bias", f"{ours}o_proj.bias", (width,))
+    if c.use_qk_norm:
+        for name in ("q_norm", "k_norm"):
+            yield _whole(f"{theirs}{name}.weight", f"{ours}{name}.weight", (d,))
 
-    def split_gate(x: Tensor) -> tuple[Tensor, ...]:
-        """Rows per head: d of the query, then d of its gate."""
-        query, gate = x.unflatten(0, (heads, 2, d)).unbind(1)
-        return query.flatten(0, 1), gate.flatten(0, 1)
 
-    def merge_gate(query: Tensor, gate: Tensor) -> Tensor:
-        return torch.stack([x.unflatten(0, (heads, d)) for x in (query, gate)], dim=1).flatten(0, 2)
-
-    both = (Place(f"{ours}q_proj.weight"), Place(f"{ours}gate_proj.weight"))
-    shapes = {"k_proj": (kv * d, width), "v_proj": (kv * d, width), "o_proj": (width, heads * d)}
-    return [
-        Entry(f"{theirs}q_proj.weight", (2 * heads * d, width), both, split_gate, merge_gate),
-        *(_whole(f"{theirs}{n}.weight", f"{ours}{n}.weight", shape) for n, shape in shapes.items()),
-        *(_whole(f"{theirs}{n}.weight", f"{ours}{n}.weight", (d,)) for n in ("q_norm", "k_norm")),
-    ]
-
-
-def _linear_attention(c: ModelConfig, theirs: str, ours: str) -> list[Entry]:
-    theirs, ours = f"{theirs}linear_attn.", f"{ours}linear_attn."
+def _linear_attention(c: ModelConfig, layout: Layout, theirs: str, ours: str) -> Iterator[Entry]:
     width, groups = c.hidden_size, c.linear_num_key_heads
     k, heads = c.linear_key_head_dim, c.linear_num_value_heads
     v = c.linear_value_head_dim * heads // groups  # value rows beside one key head
     keys, values, taps = groups * k, groups * v, c.linear_conv_kernel_dim
-
-    def split_qkvz(x: Tensor) -> tuple[Tensor, ...]:
-        """Rows per key head: its q, its k, the v and the z of the value heads that share it."""
-        q, key, value, z = (p.flatten(0, 1) for p in x.unflatten(0, (groups, -1)).split((k, k, v, v), dim=1))
-        return torch.cat((q, key, value)), z
-
-    def merge_qkvz(qkv: Tensor, z: Tensor) -> Tensor:
-        parts = (*qkv.split((keys, keys, values)), z)
-        return torch.cat([p.unflatten(0, (groups, -1)) for p in parts], dim=1).flatten(0, 1)
-
-    def split_ba(x: Tensor) -> tuple[Tensor, ...]:
-        """Rows per key head: b, then a, of the value heads that share it."""
-        b, a = x.unflatten(0, (groups, 2, -1)).unbind(1)
-        return b.flatten(0, 1), a.flatten(0, 1)
-
-    def merge_ba(b: Tensor, a: Tensor) -> Tensor:
-        return torch.stack([p.unflatten(0, (groups, -1)) for p in (b, a)], dim=1).flatten(0, 2)
-
-    def at(*names: str) -> tuple[Place, ...]:
-        return tuple(Place(ours + name) for name in names)
-
-    qkvz = at("in_proj_qkv.weight", "in_proj_z.weight")
-    ba = at("in_proj_b.weight", "in_proj_a.weight")
     channels = 2 * keys + values
-    return [
-        Entry(f"{theirs}in_proj_qkvz.weight", (channels + values, width), qkvz, split_qkvz, merge_qkvz),
-        Entry(f"{theirs}in_proj_ba.weight", (2 * heads, width), ba, split_ba, merge_ba),
-        Entry(
-            f"{theirs}conv1d.weight",
-            (channels, 1, taps),
-            at("conv_weight"),
-            lambda x: (x.squeeze(1),),
-            lambda x: x.unsqueeze(1),
-        ),
-        _whole(f"{theirs}A_log", f"{ours}A_log", (heads,)),
-        _whole(f"{theirs}dt_bias", f"{ours}dt_bias", (heads,)),
-        _whole(f"{theirs}norm.weight", f"{ours}norm.weight", (c.linear_value_head_dim,)),
-        _whole(f"{theirs}out_proj.weight", f"{ours}out_proj.weight", (width, values)),
-    ]
+    if layout.flat_projections:
+        for name, rows in (
+            ("in_proj_qkv", channels),
+            ("in_proj_z", values),
+            ("in_proj_b", heads),
+            ("in_proj_a", heads),
+        ):
+            yield _whole(f"{theirs}{name}.weight", f"{ours}{name}.weight", (rows, width))
+    else:
+        # Rows per key head: its q, its k, the v and the z of the value heads that share it; likewise b and a.
+        yield Entry(
+            f"{theirs}in_proj_qkvz.weight",
+            (channels + values, width),
+            (Place(f"{ours}in_proj_qkv.weight"), Place(f"{ours}in_proj_z.weight")),
+            partial(_split_qkvz, groups, (k, k, v, v)),
+            partial(_merge_qkvz, groups, (keys, keys, values)),
+        )
+        yield Entry(
+            f"{theirs}in_proj_ba.weight",
+            (2 * heads, width),
+            (Place(f"{ours}in_proj_b.weight"), Place(f"{ours}in_proj_a.weight")),
+            partial(_split_groups, groups, (heads // groups, heads // groups)),
+            partial(_merge_groups, groups),
+        )
+    yield Entry(
+        f"{theirs}conv1d.weight",
+        (channels, 1, taps),
+        (Place(f"{ours}conv_weight"),),
+        lambda x: (x.squeeze(1),),
+        lambda x: x.unsqueeze(1),
+    )
+    yield _whole(f"{theirs}A_log", f"{ours}A_log", (heads,))
+    yield _whole(f"{theirs}dt_bias", f"{ours}dt_bias", (heads,))
+    yield _whole(f"{theirs}norm.weight", f"{ours}norm.weight", (c.linear_value_head_dim,))
+    yield _whole(f"{theirs}out_proj.weight", f"{ours}out_proj.weight", (width, values))
 
 
-def to_released(config: ModelConfig, ours: Tensors) -> Iterator[tuple[str, Tensor]]:
+def _split_groups(groups: int, parts: tuple[int, ...], x: Tensor) -> tuple[Tensor, ...]:
+    """Rows that repeat a pattern of parts, group by group: each part's rows together."""
+    return tuple(part.flatten(0, 1) for part in x.unflatten(0, (groups, -1)).split(parts, dim=1))
+
+
+def _merge_groups(groups: int, *parts: Tensor) -> Tensor:
+    return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
+
+
+def _split_qkvz(groups: int, parts: tuple[int, ...], x: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v, z = _split_groups(groups, parts, x)
+    return torch.cat((q, k, v)), z
+
+
+def _merge_qkvz(groups: int, parts: tuple[int, ...], qkv: Tensor, z: Tensor) -> Tensor:
+    return _merge_groups(groups, *qkv.split(parts), z)
+
+
+def to_released(config: ModelConfig, ours: Tensors, layout: Layout | None = None) -> Iterator[tuple[str, Tensor]]:
     """The released names and tensors for our parameters, or for anything of their shapes: gradients, moments."""
-    for entry in entries(config):
+    for entry in entries(config, layout):
         yield entry.name, entry.merge(*(place.of(ours) for place in entry.places))

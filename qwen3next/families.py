@@ -1,0 +1,248 @@
+"""How each line of released checkpoints spells its config.json.
+
+One `ModelConfig` spans them all: a family says which of its fields a config.json of that model_type must give, which it
+leaves unsaid, and which keys of other names mean one of ours.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "rope_theta",
+)
+LINEAR = (
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+)
+EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
+_DENSE = {
+    "num_experts": 0,
+    "num_experts_per_tok": 10,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": (),
+    "router_aux_loss_coef": 1e-3,
+}
+_GATED_HYBRID = {"attention_gate": "elementwise", "zero_centred_norms": True, "use_qk_norm": True}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model_type.
+
+    Attributes:
+        required: sizes that its config.json must give: the defaults of different readers differ.
+        implied: values of our fields that its config.json does not spell; written only where they differ.
+        fixed: keys that would change the mathematics if they had another value.
+        gate_flags: keys that say by true which `attention_gate` there is.
+        wrapper: the model_type that holds this one as text_config beside a vision tower.
+        rope_parameters: whether RoPE's numbers are written nested, as transformers 5 does, or beside the others.
+    """
+
+    model_type: str
+    architecture: str
+    required: tuple[str, ...]
+    implied: Mapping[str, Any]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    gate_flags: Mapping[str, str] = field(default_factory=dict)
+    wrapper: str | None = None
+    rope_parameters: bool = False
+
+
+_FIXED_35 = {"mamba_ssm_dtype": "float32", "output_gate_type": "swish", "mtp_use_dedicated_embeddings": False}
+_TRAINING = {"router_z_loss_coef": 0.0, "mtp_loss_coef": 0.1}
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family(
+            "qwen3_next",
+            "Qwen3NextForCausalLM",
+            required=(*SIZES, "intermediate_size", *LINEAR, *EXPERTS),
+            implied=_GATED_HYBRID | _TRAINING,
+        ),
+        Family(
+            "qwen3_5_text",
+            "Qwen3_5ForCausalLM",
+            required=(*SIZES, "intermediate_size", *LINEAR),
+            implied=_GATED_HYBRID | _DENSE | _TRAINING,
+            fixed=_FIXED_35,
+            gate_flags={"attn_output_gate": "elementwise"},
+            wrapper="qwen3_5",
+            rope_parameters=True,
+        ),
+        Family(
+            "qwen3_5_moe_text",
+            "Qwen3_5MoeForCausalLM",
+            required=(*SIZES, *LINEAR, *EXPERTS),
+            implied=_GATED_HYBRID
+            | _TRAINING
+            | {"intermediate_size": 5120, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": ()},
+            fixed=_FIXED_35,
+            gate_flags={"attn_output_gate": "elementwise"},
+            wrapper="qwen3_5_moe",
+            rope_parameters=True,
+        ),
+        Family(
+            "qwen3",  # and the gated-attention study's models, which add flags to it
+            "Qwen3ForCausalLM",
+            required=(*SIZES, "intermediate_size"),
+            implied=_DENSE
+            | _TRAINING
+            | {
+                "attention_gate": "none",
+                "zero_centred_norms": False,
+                "partial_rotary_factor": 1.0,
+                "full_attention_interval": 1,
+                "mtp_num_hidden_layers": 0,
+                "linear_num_key_heads": 16,
+                "linear_num_value_heads": 32,
+                "linear_key_head_dim": 128,
+                "linear_value_head_dim": 128,
+                "linear_conv_kernel_dim": 4,
+            },
+            fixed={"use_sliding_window": False},
+            gate_flags={"headwise_attn_output_gate": "headwise", "elementwise_attn_output_gate": "elementwise"},
+        ),
+    )
+}
+WRAPPERS = {family.wrapper: family for family in FAMILIES.values() if family.wrapper}
+
+# Keys of released config.json files that do not change the mathematics. They are kept and written back.
+_BYSTANDERS = """
+    architectures transformers_version torch_dtype dtype use_cache output_router_logits output_hidden_states
+    output_attentions return_dict return_dict_in_generate chunk_size_feed_forward is_encoder_decoder is_decoder
+    add_cross_attention problem_type id2label label2id _name_or_path name_or_path attn_implementation
+    _attn_implementation sliding_window max_window_layers torchscript tie_encoder_decoder task_specific_params
+    tokenizer_class prefix router_jitter_noise attention_dropout mrope_section mrope_interleaved quantization_config
+    finetuning_task use_bfloat16 pruned_heads cross_attention_hidden_size sep_token_id decoder_start_token_id
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences output_scores forced_bos_token_id forced_eos_token_id remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens auto_map image_token_id video_token_id
+    vision_start_token_id vision_end_token_id language_model_only comment description license model_name base_model
+    use_sliding_window
+"""
+IRRELEVANT = frozenset(_BYSTANDERS.split())
+_NOTE_PREFIXES = ("_", "unsloth_", "transformers_")  # what tools write about themselves
+
+
+def harmless(key: str, value: Any) -> bool:
+    """Whether an unknown key cannot change the mathematics: a known bystander, a tool's note, or a thing turned off."""
+    off = value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
+    return key in IRRELEVANT or key.startswith(_NOTE_PREFIXES) or off
+
+
+def unwrap(values: Mapping[str, Any]) -> tuple[Family, dict[str, Any], dict[str, Any]]:
+    """The family of a config.json, the keys of its text model, and those around it where that is nested."""
+    if "model_type" not in values:
+        raise ValueError("config.json has no model_type: this does not look like a model's configuration.")
+    kind = values["model_type"]
+    if isinstance(kind, str) and kind in FAMILIES:
+        return FAMILIES[kind], {key: value for key, value in values.items() if key != "model_type"}, {}
+    if not isinstance(kind, str) or kind not in WRAPPERS:
+        known = ", ".join([*FAMILIES, *WRAPPERS])
+        raise ValueError(f"config.json has model_type {kind!r}; supported are {known}.")
+    family, text = WRAPPERS[kind], values.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ValueError(
+            f"config.json of model_type {kind!r} has no text_config, where the language model's sizes are."
+        )
+    if text.get("model_type", family.model_type) not in (family.model_type, kind):
+        raise ValueError(f"text_config has model_type {text['model_type']!r}, which does not belong into {kind!r}.")
+    outer = {key: value for key, value in values.items() if key != "text_config"}
+    inner = {key: value for key, value in text.items() if key != "model_type"}
+    for key in ("tie_word_embeddings", "quantization_config"):  # said at either level
+        if inner.get(key) is None and outer.get(key) is not None:
+            inner[key] = outer[key]
+    return family, inner, outer
+
+
+def read(family: Family, values: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a text model's config.json under our names, checked; what is left unsaid is filled in."""
+    values = dict(values)
+    for key, expected in {"hidden_act": "silu", **family.fixed}.items():
+        value = values.pop(key, None)
+        if value is not None and value != expected and not (expected == "swish" and value == "silu"):
+            raise ValueError(f"config.json has {key} {value!r}; only {expected!r} is supported.")
+    read_rope(values)
+    _read_gate(family, values)
+    if family.model_type == "qwen3":
+        if (bias := values.pop("qkv_bias", None)) is not None:  # the study's name, for all four projections
+            values["attention_bias"] = bias
+        if values.get("head_dim") is None and isinstance(values.get("hidden_size"), int):
+            heads = values.get("num_attention_heads")
+            if isinstance(heads, int) and heads > 0 and values["hidden_size"] % heads == 0:
+                values["head_dim"] = values["hidden_size"] // heads
+    if missing := [key for key in family.required if values.get(key) is None]:
+        raise ValueError(f"config.json lacks {', '.join(missing)}.")
+    quantised = values.get("quantization_config")
+    if quantised is not None and (not isinstance(quantised, Mapping) or quantised.get("quant_method") != "fp8"):
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
+        raise ValueError(f"config.json says the weights are quantised with {method!r}; only 'fp8' blocks are read.")
+    return {**family.implied, **{k: v for k, v in values.items() if v is not None or k not in family.implied}}
+
+
+def _read_gate(family: Family, values: dict[str, Any]) -> None:
+    given = {flag: values.pop(flag) for flag in family.gate_flags if values.get(flag) is not None}
+    if wrong := [flag for flag, value in given.items() if not isinstance(value, bool)]:
+        raise ValueError(f"{wrong[0]} cannot be {given[wrong[0]]!r}.")
+    kinds = [family.gate_flags[flag] for flag, value in given.items() if value]
+    if len(kinds) > 1:
+        raise ValueError(f"config.json has {' and '.join(given)} both true: an output has one gate.")
+    if given and "attention_gate" not in values:
+        values["attention_gate"] = kinds[0] if kinds else "none"
+
+
+def read_rope(values: dict[str, Any]) -> None:
+    """Merge the old keys (rope_theta, rope_scaling) with the new one (rope_parameters)."""
+    for name in ("rope_parameters", "rope_scaling"):
+        given = values.pop(name, None)
+        if given is None:
+            continue
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{name} cannot be {given!r}.")
+        given = dict(given)
+        old, new = given.pop("type", None), given.pop("rope_type", None)
+        kind = new or old or "default"
+        if kind not in ("default", "mrope"):  # mrope: on text, all three of its positions are the token's
+            raise ValueError(f"config.json asks for {kind!r} RoPE in {name}; only the default one is supported yet.")
+        for key, value in given.items():
+            if values.get(key) is not None and values[key] != value:
+                raise ValueError(f"config.json gives {key} twice, {values[key]} and {value}.")
+            values[key] = value
+
+
+def write(family: Family, values: dict[str, Any]) -> dict[str, Any]:
+    """The reverse of `read`: all our fields, `extra` among them, as that family spells them."""
+    extra = dict(values.pop("extra"))
+    values = {k: v for k, v in values.items() if k not in family.implied or v != family.implied[k]}
+    written: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
+    written |= {"hidden_act": "silu", **family.fixed, **values}
+    gate = values.get("attention_gate", family.implied["attention_gate"])
+    if gate == "none" or gate in family.gate_flags.values():
+        written |= {flag: gate == kind for flag, kind in family.gate_flags.items()}
+        if family.gate_flags:
+            written.pop("attention_gate", None)
+    mrope = {key: extra.pop(key) for key in ("mrope_section", "mrope_interleaved") if key in extra}
+    if family.rope_parameters:
+        rope = {key: written.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in written}
+        written["rope_parameters"] = {"rope_type": "default", **rope, **mrope}
+    else:
+        written |= {"rope_scaling": None, **mrope}
+    if family.model_type == "qwen3":
+        written["qkv_bias"] = written["attention_bias"]
+    return written | extra
