@@ -192,7 +192,7 @@ class Opened:
                         f"the weight's blocks ask for {list(shapes[0])}."
                     )
                 elif self.scales[name].dtype not in (*FLOATS, torch.float8_e8m0fnu):
-                    yield f"{self.scales[name].path}: {name}_scale_inv is stored as {self.scales[name].dtype}."
+                    yield f"{self.scales[name].path}: {name}_scale_inv is stored as {CODES[self.scales[name].dtype]}."
         if lone := sorted(n for n in self.scales if n not in self.stored or self.stored[n].dtype not in QUANTISED):
             yield f"{self.scales[lone[0]].path} holds {lone[0]}_scale_inv, and {lone[0]} is not stored in FP8."
 
