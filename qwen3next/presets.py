@@ -105,4 +105,39 @@ def qwen3_next_80b_a3b(**changes: Any) -> ModelConfig:
     return ModelConfig(**({"bos_token_id": 151_643, "eos_token_id": 151_645} | changes))
 
 
-ALL = {f.__name__: f for f in (tiny, small, medium, large, qwen3_next_80b_a3b)}
+def qwen3_coder_next(**changes: Any) -> ModelConfig:
+    """Qwen3-Coder-Next: Qwen3-Next-80B-A3B's sizes with another RoPE base."""
+    return qwen3_next_80b_a3b(**({"rope_theta": 5e6} | changes))
+
+
+_QWEN3_5: dict[str, Any] = {"vocab_size": 248_320, "eos_token_id": 248_044}
+
+
+def qwen3_5_27b(**changes: Any) -> ModelConfig:
+    """Qwen3.5-27B, Qwen3.6-27B and Qwen3.8-27B as released, without their vision towers: dense."""
+    values = _QWEN3_5 | {
+        "model_type": "qwen3_5_text",
+        "hidden_size": 5120,
+        "intermediate_size": 17_408,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 4,
+        "linear_num_value_heads": 48,
+        "num_experts": 0,
+    }
+    return ModelConfig(**(values | changes))
+
+
+def qwen3_5_35b_a3b(**changes: Any) -> ModelConfig:
+    """Qwen3.5-35B-A3B and Qwen3.6-35B-A3B as released, without their vision towers."""
+    values = _QWEN3_5 | {
+        "model_type": "qwen3_5_moe_text",
+        "num_hidden_layers": 40,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+    }
+    return ModelConfig(**(values | changes))
+
+
+RELEASED = (qwen3_next_80b_a3b, qwen3_coder_next, qwen3_5_27b, qwen3_5_35b_a3b)
+ALL = {f.__name__: f for f in (tiny, small, medium, large, *RELEASED)}
