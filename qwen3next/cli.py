@@ -9,6 +9,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 from qwen3next import presets
+from qwen3next.commands.chat import chat
 from qwen3next.commands.explain import explain
 from qwen3next.commands.generate import generate
 from qwen3next.commands.inspect import inspect
@@ -16,6 +17,7 @@ from qwen3next.commands.inspect import inspect
 # A command returns its exit status, or None for 0. Its docstring is its help, the first sentence its line in the table.
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "generate": generate,
+    "chat": chat,
     "inspect": inspect,
     "explain": explain,
 }

@@ -27,9 +27,13 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: copy the tokenizer.json that the model was trained with there.")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path} is not a tokenizer ({error}).") from error
+    # Left over from training in some files; a prompt is neither cut nor filled up.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def open_model(folder: Path, *, device: str, dtype: Dtype, quiet: bool) -> Qwen3Next:
