@@ -50,12 +50,12 @@ class TextStream:
             self.stopped = True
             text, self._waiting = self._waiting[: min(found)], ""
             return text
-        held = max((_overlap(self._waiting, s) for s in self._stop), default=0)
+        held = max((overlap(self._waiting, s) for s in self._stop), default=0)
         cut = len(self._waiting) - held
         text, self._waiting = self._waiting[:cut], self._waiting[cut:]
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of the text that a stop string begins with."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

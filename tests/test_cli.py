@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import qwen3next
 from qwen3next import Qwen3Next, cli, presets
+from qwen3next.commands import common
 
 ROOT = Path(qwen3next.__file__).parents[1]
 
@@ -140,17 +141,46 @@ def test_interrupt(folder, capsys, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load", interrupted)
+    monkeypatch.setattr(common, "load", interrupted)
     assert cli.main(["generate", str(folder), "--prompt", "x"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_help_teaches(capsys):
-    for command in ([], ["generate"], ["inspect"], ["explain"]):
-        with pytest.raises(SystemExit) as end:
-            cli.main([*command, "--help"])
-        assert end.value.code == 0
-        assert "$ qwen3next " in capsys.readouterr().out
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_teaches(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: qwen3next {command} ")
+    assert f"$ qwen3next {command} " in out
+
+
+def test_help_fits_a_screen_and_names_every_command(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert all(f"• {command}" in out for command in cli.COMMANDS)
+    assert "`qwen3next COMMAND --help`" in out
+    assert out.count("\n") < 50
+
+
+def test_a_misspelt_command_is_told_what_there_is(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["inspct", "tiny"])
+    assert end.value.code == 2
+    assert "inspect" in capsys.readouterr().err
+
+
+def test_a_command_chooses_its_exit_status(monkeypatch):
+    def differs(same: bool = False) -> int:
+        """Say with the status."""
+        return 0 if same else 1
+
+    monkeypatch.setitem(cli.COMMANDS, "differs", differs)
+    assert cli.main(["differs"]) == 1
+    assert cli.main(["differs", "--same"]) == 0
 
 
 def run(*args, **options):

@@ -1,0 +1,156 @@
+"""A conversation with a checkpoint: history, the cache between turns, replies as they are made."""
+
+import time
+from collections.abc import Generator, Mapping
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from qwen3next.cache import Cache
+from qwen3next.chat_template import ChatTemplate
+from qwen3next.generate import stream
+from qwen3next.generation_config import GenerationConfig
+from qwen3next.messages import Content, History, Message, check_messages
+from qwen3next.model import Qwen3Next
+from qwen3next.reply import ReplyReader, Stats
+from qwen3next.thinking import OPEN, Piece, ThinkingSplitter
+
+__all__ = ["ChatTemplate", "Conversation", "GenerationConfig", "Stats", "ThinkingSplitter"]
+
+
+class Conversation(History):
+    """A history, and a model that continues it.
+
+    Args:
+        generation: how to sample and where to stop; None is greedy, until config.json's eos_token_id. A template's
+            eos_token stops as well.
+        system: the system prompt; None leaves it to the template.
+        variables: what else the template reads, e.g. {"enable_thinking": False}.
+        max_context: tokens of prompt and reply together; None means the model's max_position_embeddings.
+    Attributes:
+        stats: of the last reply.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3Next,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        *,
+        generation: GenerationConfig | None = None,
+        system: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        max_context: int | None = None,
+    ):
+        super().__init__(system=system)
+        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.generation = GenerationConfig() if generation is None else generation
+        self.variables = dict(variables or {})
+        self.max_context = model.config.max_position_embeddings if max_context is None else max_context
+        if self.max_context < 1:
+            raise ValueError(f"max_context must be at least 1, got {max_context}.")
+        self.stats: Stats | None = None
+        self._cache: Cache | None = None
+        self._stop_text = template.special_tokens.get("eos_token")
+        given = self.generation.stop_tokens
+        self._stop_tokens = set(model.config.stop_tokens if given is None else given)
+        if self._stop_text and (token := tokenizer.token_to_id(self._stop_text)) is not None:
+            self._stop_tokens.add(token)
+
+    def reply(
+        self,
+        text: Content,
+        *,
+        max_new_tokens: int = 2048,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> Generator[Piece, None, None]:
+        """Answer the user: yields ("thinking", text) and ("answer", text) as they are made.
+
+        The exchange joins the history when the reply ends. Close the generator to end it early: what was said so far is
+        kept, and if nothing was, the history stays as it is.
+
+        Args:
+            temperature, top_k, top_p: None means what `generation` says.
+        Raises: ValueError for a conversation that is too long or that the template refuses; the history stays as it is.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        check_messages(messages)
+        prompt = self.template.render(messages, variables=self.variables)
+        ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        if not ids:
+            raise ValueError("The chat template makes an empty prompt of this conversation.")
+        if len(ids) >= self.max_context:
+            raise ValueError(
+                f"The conversation has {len(ids)} tokens, which leaves no room for a reply in a context of "
+                f"{self.max_context}: take messages back, or begin anew."
+            )
+        g = self.generation
+        options = {
+            "max_new_tokens": min(max_new_tokens, self.max_context - len(ids)),
+            "temperature": g.temperature if temperature is None else temperature,
+            "top_k": g.top_k if top_k is None else top_k,
+            "top_p": g.top_p if top_p is None else top_p,
+            "seed": seed,
+            "stop_tokens": sorted(self._stop_tokens),
+        }
+        reader = ReplyReader(
+            self.tokenizer,
+            stop_tokens=self._stop_tokens,
+            stop_text=self._stop_text,
+            opened=prompt.rstrip().endswith(OPEN),
+        )
+        return self._answer(messages, ids, reader, options)
+
+    def _answer(
+        self, messages: list[Message], ids: list[int], reader: ReplyReader, options: dict[str, Any]
+    ) -> Generator[Piece, None, None]:
+        cache, reused = self._take_cache(ids)
+        self.stats = stats = Stats(len(ids), reused)
+        said = {"thinking": "", "answer": ""}
+        try:
+            for kind, text in self._pieces(cache, ids, reader, stats, options):
+                said[kind] += text
+                # Kept only where no layer is ahead of another: Ctrl-C within a forward leaves no cache behind.
+                self._cache = cache
+                yield kind, text
+                self._cache = None
+            self._cache = cache
+        finally:
+            if any(said.values()) or stats.ended != "interrupted":
+                thinking = {"reasoning_content": said["thinking"]} if said["thinking"] else {}
+                self.messages = [*messages, {"role": "assistant", "content": said["answer"], **thinking}]
+
+    def _pieces(
+        self, cache: Cache, ids: list[int], reader: ReplyReader, stats: Stats, options: dict[str, Any]
+    ) -> Generator[Piece, None, None]:
+        began = time.perf_counter()
+        prompt = torch.tensor([ids], device=cache.tokens.device)
+        for _ in self.model.prefill(prompt[:, stats.reused :], cache):
+            pass
+        for token in stream(self.model, prompt, cache=cache, **options):
+            pieces = reader.push(int(token))
+            stats.new += 1
+            stats.seconds = time.perf_counter() - began
+            stats.prompt_seconds = stats.prompt_seconds or stats.seconds
+            yield from pieces
+            if reader.ended:
+                break
+        stats.ended = "stop" if reader.ended else "length"
+        yield from reader.finish()
+
+    def _take_cache(self, ids: list[int]) -> tuple[Cache, int]:
+        """The cache of the turns before, where the prompt begins with what it holds, else a new one; tokens it holds.
+
+        The state of a Gated DeltaNet layer cannot be cut back, so a cache with anything else in it is of no use.
+        """
+        cache, self._cache = self._cache, None
+        if cache is not None:
+            held = cache.lengths[0]
+            if held <= len(ids) and cache.tokens[0, :held].tolist() == ids[:held]:
+                return cache, held
+            del cache  # before the next one is allocated
+        return self.model.new_cache(max_len=self.max_context), 0

@@ -1,0 +1,62 @@
+"""What commands share: types of their arguments, opening a checkpoint, printing tables."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from tokenizers import Tokenizer
+
+from qwen3next import presets
+from qwen3next.checkpoint import load
+from qwen3next.config import ModelConfig
+from qwen3next.model import Qwen3Next, as_device
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+Target = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR|PRESET")]
+
+
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """The folder's tokenizer.json. Raises: ValueError that says what is missing."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: give one that holds config.json, safetensors and tokenizer.json.")
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: copy the tokenizer.json that the model was trained with there.")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path} is not a tokenizer ({error}).") from error
+    # Left over from training in some files; a prompt is neither cut nor filled up.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def open_model(folder: Path, *, device: str, dtype: Dtype, quiet: bool) -> Qwen3Next:
+    """The folder's model, with a bar on a terminal. Raises: ValueError for a device that is not here."""
+    target = as_device(device)
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch finds no CUDA device here: choose --device cpu.")
+    return load(folder, dtype=dtype, device=target, progress=not quiet and sys.stderr.isatty())
+
+
+def config_of(target: str) -> ModelConfig:
+    """The configuration of a folder, a config.json or a preset. Raises: ValueError for anything else."""
+    if target in presets.ALL:
+        return presets.ALL[target]()
+    if not Path(target).exists():
+        names = ", ".join(presets.ALL)
+        raise ValueError(f"{target!r} is neither a folder or config.json here nor a preset ({names}).")
+    return ModelConfig.load(target)
+
+
+def show(renderable: object) -> None:
+    """Print through plain stdout, so that a closed pipe is met here and not inside rich."""
+    console = Console() if sys.stdout.isatty() else Console(width=150)
+    with console.capture() as capture:
+        console.print(renderable)
+    print(capture.get(), end="", flush=True)

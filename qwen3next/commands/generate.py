@@ -1,0 +1,96 @@
+"""`qwen3next generate`: continue plain text."""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from qwen3next.commands.common import Dtype, Folder, open_model, open_tokenizer
+from qwen3next.generate import stream
+from qwen3next.text import TextStream
+
+
+def generate(
+    folder: Folder,
+    prompt: str | None = None,
+    file: Path | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop: tuple[str, ...] = (),
+    stop_tokens: tuple[int, ...] = (),
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    quiet: bool = False,
+) -> None:
+    """Continue a prompt; the text appears as it is made, and the speed on stderr at the end.
+
+    The prompt is continued as it stands: for a chat model, write its chat markup into it.
+
+    $ qwen3next generate DIR --prompt "def fibonacci(n):"
+    $ qwen3next generate DIR --file story.txt --temperature 0.8
+    $ cat story.txt | qwen3next generate DIR --quiet > more.txt
+
+    Args:
+        folder: checkpoint: config.json, *.safetensors, tokenizer.json.
+        prompt: text to continue. Without it and --file, stdin is read to its end.
+        file: UTF-8 file whose text is continued.
+        max_new_tokens: tokens to make at most.
+        temperature: 0 takes the most likely token each time; larger is more varied.
+        top_k: draw among so many most likely tokens; 0 means all.
+        top_p: draw among the most likely tokens that together have this probability.
+        seed: for a temperature above 0; the same seed gives the same text on one machine.
+        stop: end before this string; may be repeated.
+        stop_tokens: end after this token id, beside the model's end-of-text; may be repeated.
+        device: auto (CUDA where there is one), cpu, cuda, cuda:1, ...
+        dtype: auto keeps each tensor as stored.
+        quiet: write nothing to stderr but errors.
+    """
+    text = _read_prompt(prompt, file)
+    tokenizer = open_tokenizer(folder)
+    model = open_model(folder, device=device, dtype=dtype, quiet=quiet)
+    weight = model.lm_head.weight
+    ids = tokenizer.encode(text).ids
+    began, first, made = time.perf_counter(), 0.0, 0
+    output = TextStream(lambda tokens: tokenizer.decode(tokens), stop=stop)
+    for token in stream(
+        model,
+        torch.tensor([ids], dtype=torch.long, device=weight.device),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop_tokens=(*model.stop_tokens, *stop_tokens),
+        seed=seed,
+    ):
+        first, made = first or time.perf_counter(), made + 1
+        print(output.push(int(token)), end="", flush=True)
+        if output.stopped:
+            break
+    now = time.perf_counter()
+    print(output.finish(), flush=True)
+    if not quiet:
+        # The first token belongs to the prompt's forward; the speed is that of the steps after it.
+        rate = f", {(made - 1) / (now - first):.1f} tok/s" if made > 1 else ""
+        print(
+            f"{len(ids)} prompt tokens in {first - began:.2f} s, {made} new in {now - began:.2f} s{rate} "
+            f"({weight.device}, {str(weight.dtype).removeprefix('torch.')})",
+            file=sys.stderr,
+        )
+
+
+def _read_prompt(prompt: str | None, file: Path | None) -> str:
+    if prompt is not None and file is not None:
+        raise ValueError("Both --prompt and --file are given: choose one.")
+    if prompt is None and file is None and sys.stdin.isatty():
+        raise ValueError("There is no prompt: give --prompt or --file, or pipe text in.")
+    try:
+        text = prompt if prompt is not None else sys.stdin.read() if file is None else file.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file or 'stdin'} is not UTF-8 text.") from None
+    if not text:
+        raise ValueError("The prompt is empty: there is nothing to continue.")
+    return text

@@ -1,0 +1,24 @@
+"""`qwen3next inspect`: what a configuration amounts to."""
+
+from qwen3next.commands.common import Target, config_of, show
+from qwen3next.inspect import describe, on_meta
+
+
+def inspect(target: Target, hooks: bool = False) -> None:
+    """Describe a model: parameters, layers, shapes, bytes of context. Reads config.json only; takes seconds.
+
+    The configuration of a released checkpoint does not say whether it has an MTP layer; one is counted.
+
+    $ qwen3next inspect qwen3_next_80b_a3b
+    $ qwen3next inspect DIR
+    $ qwen3next inspect tiny --hooks | grep blocks.0
+
+    Args:
+        target: checkpoint folder, config.json, or name of a preset.
+        hooks: print the names of the model's hook points instead, one a line.
+    """
+    config = config_of(target)
+    if hooks:
+        print("\n".join(on_meta(config).hook_dict), flush=True)
+    else:
+        show(describe(config))
