@@ -10,9 +10,12 @@ import tyro
 
 from qwen3next import presets
 from qwen3next.commands.chat import chat
+from qwen3next.commands.convert import convert
+from qwen3next.commands.diff import diff
 from qwen3next.commands.explain import explain
 from qwen3next.commands.generate import generate
 from qwen3next.commands.inspect import inspect
+from qwen3next.commands.verify import verify
 
 # A command returns its exit status, or None for 0. Its docstring is its help, the first sentence its line in the table.
 COMMANDS: dict[str, Callable[..., int | None]] = {
@@ -20,6 +23,9 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "chat": chat,
     "inspect": inspect,
     "explain": explain,
+    "verify": verify,
+    "convert": convert,
+    "diff": diff,
 }
 
 DESCRIPTION = f"""The Qwen3-Next architecture at the command line.
@@ -32,7 +38,8 @@ A preset is a size without weights: {", ".join(presets.ALL)}.
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command with these arguments, or the program's. Returns the exit status.
 
-    0 done, 2 for what the user can mend (a sentence on stderr), 130 after Ctrl-C, 141 after a closed pipe.
+    0 done, 1 where `verify` or `diff` found something, 2 for what the user can mend (a sentence on stderr), 130 after
+    Ctrl-C, 141 after a closed pipe.
     """
     args = sys.argv[1:] if args is None else args
     try:

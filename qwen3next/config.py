@@ -116,7 +116,9 @@ class ModelConfig:
             raise ValueError(
                 f"num_experts_per_tok is {self.num_experts_per_tok} of {self.num_experts} experts: choose fewer."
             )
-        if not 0 < self.partial_rotary_factor <= 1 or self.rotary_dim < 2 or self.rotary_dim % 2:
+        if not 0 < self.partial_rotary_factor <= 1:
+            raise ValueError(f"partial_rotary_factor must be above 0, 1 at most, got {self.partial_rotary_factor}.")
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
             raise ValueError(
                 f"head_dim {self.head_dim} x partial_rotary_factor {self.partial_rotary_factor} gives "
                 f"{self.rotary_dim} rotated dimensions: make it an even number from 2 to head_dim."

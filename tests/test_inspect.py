@@ -80,3 +80,15 @@ def test_the_table_of_presets_is_what_the_presets_are():
             *(f"{n:,}" for n in (config.bytes_per_token(), config.bytes_per_sequence())),
         )
         assert f"| `{name}` | " + " | ".join(map(str, numbers)) + " |" in page
+
+
+@pytest.mark.parametrize("make", presets.RELEASED)
+def test_the_family_pages_say_what_the_presets_are(make):
+    config = make()
+    counts = count_parameters(config)
+    cells = [f"`{make.__name__}`", str(config.num_hidden_layers), str(config.hidden_size)]
+    cells += [f"{config.num_experts} / {config.num_experts_per_tok}"] * bool(config.num_experts)
+    cells += [short(counts.main)] + [short(counts.active)] * bool(config.num_experts) + [short(counts.mtp)]
+    cells += [binary(n) for n in (2 * counts.total, config.bytes_per_token(), config.bytes_per_sequence())]
+    page = Path(__file__).parent.parent / "docs" / "families" / f"{config.model_type.removesuffix('_text')}.md"
+    assert "| " + " | ".join(cells) + " |" in page.read_text(encoding="utf-8")

@@ -1,0 +1,59 @@
+"""`qwen3next convert`: a checkpoint in another arrangement or precision."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from qwen3next.commands.common import Dtype, Folder
+from qwen3next.convert import convert as convert_folder
+from qwen3next.inspect import binary
+
+Out = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+
+
+def convert(
+    source: Folder,
+    target: Out,
+    experts: Literal["keep", "fused", "single"] = "keep",
+    dtype: Dtype = "auto",
+    drop_mtp: bool = False,
+    drop_vision: bool = False,
+    shard_gb: float = 5.0,
+    quiet: bool = False,
+) -> None:
+    """Rewrite a checkpoint: experts fused or single, another dtype, FP8 to bf16, with or without MTP and vision tower.
+
+    One tensor is in memory at a time. OUT appears when it is whole, and may be DIR itself. Tokenizer, chat template and
+    other describing files are copied.
+
+    $ qwen3next convert Qwen3.5-35B-A3B-FP8 Qwen3.5-35B-A3B-bf16
+    $ qwen3next convert DIR OUT --experts single --dtype bfloat16
+    $ qwen3next convert DIR OUT --drop-mtp --drop-vision
+
+    Args:
+        source: checkpoint: config.json and *.safetensors.
+        target: folder to write, or to replace.
+        experts: fused is two tensors a layer, single is three an expert.
+        dtype: auto keeps each tensor's, FP8 becomes the dtype it stands for; A_log, dt_bias and norms keep theirs.
+        drop_mtp: leave out the multi-token prediction layer.
+        drop_vision: leave out the vision tower, which makes a text model.
+        shard_gb: files hold no more than so many 10^9 bytes.
+        quiet: show no bar.
+    """
+    config = convert_folder(
+        source,
+        target,
+        experts=None if experts == "keep" else experts,
+        dtype=dtype,
+        mtp=not drop_mtp,
+        vision=not drop_vision,
+        max_shard_bytes=int(shard_gb * 10**9),
+        progress=not quiet and sys.stderr.isatty(),
+    )
+    if not quiet:
+        files = sorted(target.glob("*.safetensors"))
+        size = binary(sum(file.stat().st_size for file in files))
+        kind = config.outer.get("model_type", config.model_type)
+        print(f"{target}: {kind}, {size} in {len(files)} file{'s' * (len(files) > 1)}", file=sys.stderr)

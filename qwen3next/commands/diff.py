@@ -1,0 +1,53 @@
+"""`qwen3next diff`: two checkpoints, tensor by tensor."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from qwen3next.commands.common import Folder, show
+from qwen3next.diff import diff as diff_folders
+from qwen3next.diff import diff_config
+from qwen3next.opened import open_checkpoint
+
+Second = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR2")]
+# Keys that say how a file was written, not what the model is.
+ABOUT_FILES = ("torch_dtype", "dtype", "quantization_config", "transformers_version", "architectures")
+
+
+def diff(a: Folder, b: Second, limit: int = 40, quiet: bool = False) -> int:
+    """Compare two checkpoints tensor by tensor, whatever their arrangement: fused or single experts, FP8, prefixes.
+
+    Ends with status 0 where all tensors are equal, 1 where some are not.
+
+    $ qwen3next diff DIR DIR2
+    $ qwen3next diff base finetuned --limit 0      # all of them
+
+    Args:
+        a: checkpoint A.
+        b: checkpoint B.
+        limit: show so many differences, largest first; 0 shows all.
+        quiet: show no bar.
+    """
+    left, right = open_checkpoint(a), open_checkpoint(b)
+    for key, (x, y) in diff_config(left, right).items():
+        if key not in ABOUT_FILES:
+            print(f"config.json: {key} is {x} in A, {y} in B", flush=True)
+    found = list(diff_folders(left, right, progress=not quiet and sys.stderr.isatty()))
+    if not found:
+        print(f"equal: {len(left.wanted)} tensors", flush=True)
+        return 0
+    found.sort(key=lambda d: -d.relative)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for header in ("tensor, as named in A", "differs in", "largest |A - B|", "|A - B| / |A|", ""):
+        table.add_column(header, justify="right" if "|" in header else "left")
+    for d in found[: limit or None]:
+        numbers = (f"{d.largest:.3g}", f"{d.relative:.3g}") if d.what == "values" else ("", "")
+        table.add_row(d.name, d.what, *numbers, d.detail)
+    show(table)
+    left_out = f", {len(found) - limit} not shown" if limit and len(found) > limit else ""
+    print(f"{len(found)} of {len(left.wanted)} tensors of A, or beside them in B, differ{left_out}", flush=True)
+    return 1
