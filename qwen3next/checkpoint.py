@@ -4,13 +4,17 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from layers.int8_experts import Int8Experts
+from layers.offloaded_experts import OffloadedExperts
 from qwen3next.atomic import fresh_folder
+from qwen3next.expert_weights import PLACES, fill_int8, parse_bytes, replace_experts, routed
 from qwen3next.json_files import read_object, typed
 from qwen3next.model import Qwen3Next, as_device, as_dtype
 from qwen3next.opened import INDEX, SINGLE, Opened, open_checkpoint
@@ -39,6 +43,8 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     progress: bool = False,
+    experts: str = "memory",
+    expert_cache: str | int = "2GiB",
 ) -> Qwen3Next:
     """Open a checkpoint folder (or a hub id, where huggingface_hub can reach it), streamed tensor by tensor.
 
@@ -50,26 +56,42 @@ def load(
             in, which their arithmetic uses.
         device: "auto" is CUDA where there is one, else the CPU.
         progress: show a bar on the terminal.
+        experts: where routed experts are. "memory"; "int8", in a byte a weight with a scale an output row; "mmap", in
+            the files, from which the experts that tokens route to are read into a cache, so that a model runs that is
+            several times larger than memory. docs/larger_than_memory.md has figures.
+        expert_cache: bytes for experts read from the files, as "2GiB"; `model.expert_cache.report` tells the hit rate.
     Raises: ValueError that names file and tensor for anything missing, left over, misshapen, truncated or unsafe;
         nothing is left half-loaded.
     """
     cast, target = None if dtype == "auto" else as_dtype(dtype), as_device(device)
+    if experts not in PLACES:
+        raise ValueError(f"experts {experts!r} is none of {', '.join(PLACES)}.")
+    budget = parse_bytes(expert_cache)
     opened = open_checkpoint(path)
-    with opened.files:
+    with ExitStack() as failed:
+        failed.callback(opened.files.close)
         with torch.device("meta"):
             model = Qwen3Next(opened.config)
+        if experts != "memory":
+            replace_experts(model, opened, experts, dtype=cast, cache=budget)
         ours = _allocate(model, opened, cast, target)
         with torch.no_grad():
             for entry in tracked(opened.wanted, progress, f"loading {opened.folder.name}"):
+                if experts != "memory" and routed(entry.places[0].name):
+                    if experts == "int8":
+                        fill_int8(model, opened, entry)
+                    continue
                 for place, piece in zip(entry.places, entry.split(opened.read(entry.name)), strict=True):
                     place.of(ours).copy_(piece)
+        if experts == "mmap":
+            failed.pop_all()  # experts go on being read
     model.layout, model.origin = opened.layout, opened.folder
     generation = opened.folder / "generation_config.json"
     if generation.is_file():
         model.generation_config = read_object(generation, "a generation configuration")
         eos = model.generation_config.get("eos_token_id")
         typed(f"{generation}: eos_token_id", int | Sequence[int] | None, eos if eos is not None else ())
-    return model
+    return model.to(target) if experts == "int8" else model
 
 
 def save(
@@ -91,6 +113,11 @@ def save(
         layout: how tensors are arranged; None means as the model was loaded, or else as its family was released.
     """
     folder = Path(folder)
+    if missing := [name for name, module in model.named_modules() if isinstance(module, (OffloadedExperts, Int8Experts))]:
+        raise ValueError(
+            f"{missing[0]} does not hold the released weights: save a model loaded with experts='memory', or use "
+            "`qwen3next convert`."
+        )
     found = model.layout or Layout.released(model.config)
     layout = layout or Layout(**{**vars(found), "prefix": "model."})  # without a vision tower there is no other prefix
     ours = dict(model.named_parameters())

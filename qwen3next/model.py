@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from layers.backends import choose
+from layers.expert_cache import ExpertCache
 from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import GatedDeltaNet
 from layers.hook_point import HookPoint
@@ -78,6 +79,7 @@ class Qwen3Next(Hooked, nn.Module):
         self.layout: Layout | None = None
         self.origin: Path | None = None
         self.generation_config: dict[str, Any] = {}
+        self.expert_cache: ExpertCache | None = None  # where routed experts stay in the files
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.reset_parameters()

@@ -80,6 +80,11 @@ class Opened:
         scale = self.files.read(stored, index if len(stored.shape) > 2 else None)
         return dequantise(weight, scale, self.block)
 
+    def nbytes(self, name: str, index: int | None = None) -> int:
+        """Bytes that `read` takes from the files, scales included."""
+        size = self.stored[name].nbytes + (self.scales[name].nbytes if name in self.scales else 0)
+        return size if index is None else size // self.stored[name].shape[0]
+
     @property
     def block(self) -> tuple[int, int] | None:
         """Rows and columns that share a scale in FP8 weights; None: all do."""

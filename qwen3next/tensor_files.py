@@ -9,6 +9,7 @@ import json
 import math
 import os
 import struct
+import threading
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -120,6 +121,7 @@ class Files:
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()  # experts are read by several threads
 
     def read(self, stored: Stored, index: int | None = None, *, into: Tensor | None = None) -> Tensor:
         """A stored tensor, or `[index]` of it, in CPU memory; `into`, where given, is contiguous and is filled.
@@ -151,8 +153,9 @@ class Files:
 
     def _fill(self, path: Path, target: memoryview, begin: int) -> None:
         try:
-            if path not in self._open:
-                self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            with self._lock:
+                if path not in self._open:
+                    self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             done = 0
             while done < len(target):
                 count = os.preadv(self._open[path], [target[done:]], begin + done)

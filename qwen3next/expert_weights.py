@@ -1,0 +1,115 @@
+"""Where a loaded model's routed experts are: in memory, in int8, or in the files until a token needs them."""
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from layers.expert_cache import ExpertCache, Read
+from layers.int8_experts import Int8Experts
+from layers.moe import SparseMoE
+from layers.offloaded_experts import OffloadedExperts
+from qwen3next.model import Qwen3Next
+from qwen3next.opened import Opened
+from qwen3next.released import Entry
+
+PLACES = ("memory", "mmap", "int8")
+UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+UNITS |= {f"{u}B": UNITS[u] for u in "KMGT"} | {f"{u}IB": 2 ** (10 * i) for i, u in enumerate("KMGT", start=1)}
+
+
+def parse_bytes(size: str | int) -> int:
+    """Bytes from "2GiB", "500MB" or a number. Raises: ValueError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", str(size).strip())
+    if found is None or found[2].upper() not in UNITS:
+        raise ValueError(f"{size!r} is no size: write it as 2GiB, 500MB or a number of bytes.")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def routed(name: str) -> bool:
+    """Whether a parameter of ours belongs to routed experts."""
+    return ".mlp.experts." in name
+
+
+def replace_experts(model: Qwen3Next, opened: Opened, place: str, *, dtype: torch.dtype | None, cache: int) -> None:
+    """Put what `place` asks for into a model without memory, instead of its `Experts`.
+
+    Args:
+        dtype: of experts once they are read; None means as stored.
+        cache: bytes for experts read from the files.
+    """
+    if place == "mmap":
+        model.expert_cache = ExpertCache(cache)
+    for name, module in model.named_modules():
+        if isinstance(module, SparseMoE):
+            count, width, inner = module.experts.down_proj.shape
+            full = f"{name}.experts."
+            if place == "int8":
+                with torch.device("cpu"):
+                    module.experts = Int8Experts(width, inner, count)
+            else:
+                assert model.expert_cache is not None
+                kind = dtype or opened.dtypes[f"{full}down_proj"]
+                read = reader(opened, full, inner)
+                module.experts = OffloadedExperts(width, inner, count, read=read, cache=model.expert_cache, dtype=kind)
+
+
+def fill_int8(model: Qwen3Next, opened: Opened, entry: Entry) -> None:
+    """Quantise the experts in one tensor of the folder, one expert in memory at a time."""
+    (place,) = entry.places
+    module_name, _, leaf = place.name.rpartition(".")
+    experts = model.get_submodule(module_name)
+    assert isinstance(experts, Int8Experts)
+    inner = experts.down_proj.shape[2]
+    for e, rows, x in _experts_in(opened, entry):
+        if leaf == "down_proj":
+            experts.fill("down_proj", e, x)
+        elif rows.start is None:
+            experts.fill("gate_proj", e, x[:inner])
+            experts.fill("up_proj", e, x[inner:])
+        else:
+            experts.fill("gate_proj" if rows.start == 0 else "up_proj", e, x)
+
+
+def _experts_in(opened: Opened, entry: Entry) -> Iterator[tuple[int, slice, Tensor]]:
+    (place,) = entry.places
+    if place.index:
+        e, rows = place.index
+        assert isinstance(e, int) and isinstance(rows, slice)
+        yield e, rows, opened.read(entry.name)
+    else:
+        for e in range(entry.shape[0]):
+            yield e, slice(None), opened.read(entry.name, e)
+
+
+def reader(opened: Opened, ours: str, inner: int) -> Read:
+    """What reads one expert of the layer whose parameters begin with `ours` from the folder's files.
+
+    A tensor that is stored as it is wanted goes from the file into its place; others through a copy of one expert.
+    """
+    single: dict[int, list[tuple[str, str, slice]]] = {}
+    fused: dict[str, str] = {}
+    for entry in opened.wanted:
+        place = entry.places[0]
+        if place.name.startswith(ours):
+            if place.index:
+                e, rows = place.index
+                assert isinstance(e, int) and isinstance(rows, slice)
+                single.setdefault(e, []).append((place.name.removeprefix(ours), entry.name, rows))
+            else:
+                fused[place.name.removeprefix(ours)] = entry.name
+
+    def read(e: int, gate_up: Tensor, down: Tensor) -> int:
+        targets, count = {"gate_up_proj": gate_up, "down_proj": down}, 0
+        parts = single.get(e) or [(leaf, name, slice(None)) for leaf, name in fused.items()]
+        for leaf, name, rows in parts:
+            target, index = targets[leaf][rows], None if single else e
+            if opened.stored[name].dtype == target.dtype:
+                opened.files.read(opened.stored[name], index, into=target)
+            else:
+                target.copy_(opened.read(name, index))
+            count += opened.nbytes(name, index)
+        return count
+
+    return read
