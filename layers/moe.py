@@ -1,5 +1,6 @@
 """The sparse mixture of experts with a shared expert."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,34 @@ class RouterStats(NamedTuple):
     z: Float[Tensor, "*layers"]
 
 
+def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """One expert's feed-forward of rows x."""
+    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down)
+
+
+# What experts are, wherever their weights lie, is a function of e and the rows routed to it.
+Expert = Callable[[int, Tensor], Tensor]
+
+
+def loop(x: Tensor, weights: Tensor, indices: Tensor, expert: Expert) -> Tensor:
+    """The definition: every expert in use is asked once, in rising order."""
+    y = torch.zeros_like(x)
+    for e in sorted(set(indices.flatten().tolist())):
+        token, slot = (indices == e).nonzero(as_tuple=True)
+        out = expert(e, x[token]) * weights[token, slot, None]
+        y = y.index_add(0, token, out.to(x.dtype))
+    return y
+
+
+def one_token(x: Tensor, weights: Tensor, indices: Tensor, expert: Expert) -> Tensor:
+    """One token's experts in the order of its choices; sorting and grouping would cost more than the products."""
+    y = torch.zeros_like(x)
+    for slot, e in enumerate(indices[0].tolist()):
+        y = torch.addcmul(y, expert(e, x), weights[:, slot, None])
+    return y
+
+
 class Experts(nn.Module):
     """e SwiGLU feed-forwards in two stacked tensors: gate rows above up rows."""
 
@@ -44,9 +73,9 @@ class Experts(nn.Module):
         Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
         """
         if self.backend == "auto" and x.shape[0] == 1 and not torch.is_grad_enabled():
-            return self._single(x, weights, indices)
+            return one_token(x, weights, indices, self._expert)
         grouped = choose("experts", self.chosen, x) == "grouped"
-        return self._grouped(x, weights, indices) if grouped else self._loop(x, weights, indices)
+        return self._grouped(x, weights, indices) if grouped else loop(x, weights, indices, self._expert)
 
     @property
     def chosen(self) -> str:
@@ -54,23 +83,8 @@ class Experts(nn.Module):
         odd = any(rows * self.down_proj.element_size() % 16 for rows in self.down_proj.shape[1:])
         return "loop" if odd and self.backend == "auto" else self.backend
 
-    def _single(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """One token: its experts are read in place; sorting and grouping would cost more than the products."""
-        y = torch.zeros_like(x)
-        for slot, e in enumerate(indices[0].tolist()):
-            gate, up = F.linear(x, self.gate_up_proj[e]).chunk(2, dim=-1)
-            y = torch.addcmul(y, F.linear(F.silu(gate) * up, self.down_proj[e]), weights[:, slot, None])
-        return y
-
-    def _loop(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """The definition."""
-        y = torch.zeros_like(x)
-        for e in sorted(set(indices.flatten().tolist())):
-            token, slot = (indices == e).nonzero(as_tuple=True)
-            gate, up = F.linear(x[token], self.gate_up_proj[e]).chunk(2, dim=-1)
-            out = F.linear(F.silu(gate) * up, self.down_proj[e]) * weights[token, slot, None]
-            y = y.index_add(0, token, out.to(x.dtype))
-        return y
+    def _expert(self, e: int, x: Tensor) -> Tensor:
+        return swiglu(x, self.gate_up_proj[e], self.down_proj[e])
 
     def _grouped(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """Sort the (token, expert) pairs by expert, so that each expert's rows are neighbours; no host sync."""

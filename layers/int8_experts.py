@@ -1,0 +1,130 @@
+"""Experts in a quarter of fp32's memory: int8 weights, one fp32 scale per output row."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float32, Int, Int8
+from torch import Tensor, nn
+
+from layers.moe import loop, one_token
+
+# Rows of x up to which torch's int8 kernel beats a bf16 product with converted weights (docs/log.md).
+PACKED_ROWS = 8
+
+
+def quantise_rows(weight: Float[Tensor, "rows cols"]) -> tuple[Int8[Tensor, "rows cols"], Float32[Tensor, "rows"]]:
+    """weight ≈ q · scale[:, None], symmetric: scale is a row's largest magnitude / 127; a row of zeros has scale 1.
+
+    Raises: ValueError where a weight is infinite or not a number.
+    """
+    weight = weight.detach().float()
+    largest = weight.abs().amax(dim=1)
+    if not largest.isfinite().all():
+        raise ValueError("Cannot quantise infinite or NaN weights: check the checkpoint.")
+    scale = largest / 127
+    scale = torch.where(scale > 0, scale, 1.0)
+    q = (weight / scale[:, None]).round().clamp(-127, 127)  # a subnormal scale is too coarse to stay below 127
+    return q.to(torch.int8), scale
+
+
+def dequantise(q: Int8[Tensor, "rows cols"], scale: Float32[Tensor, "rows"]) -> Float32[Tensor, "rows cols"]:
+    return q * scale[:, None]
+
+
+class _Int8Linear(torch.autograd.Function):
+    """x times (q · scale)ᵀ. Saves q and scale for the backward pass, where autograd would save converted weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(q, scale)
+        # torch's bf16 kernel reads past the end of columns that are not a multiple of 16 (2.13); in fp32 it is slow.
+        if x.shape[0] <= PACKED_ROWS and x.dtype == torch.bfloat16 and x.device.type == "cpu" and q.shape[1] % 32 == 0:
+            return torch.ops.aten._weight_int8pack_mm(x.contiguous(), q, scale.bfloat16())
+        y = F.linear(x, q.to(x.dtype))  # exact: whole numbers up to 127
+        return (y * scale).to(y.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        q, scale = ctx.saved_tensors
+        return (grad * scale).to(grad.dtype) @ q.to(grad.dtype), None, None
+
+
+def int8_linear(
+    x: Float[Tensor, "n cols"], q: Int8[Tensor, "rows cols"], scale: Float32[Tensor, "rows"]
+) -> Float[Tensor, "n rows"]:
+    """F.linear(x, dequantise(q, scale)) without the dequantised matrix; gradients reach x alone."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return _Int8Linear.apply(x, q, scale)
+
+
+class Int8Experts(nn.Module):
+    """`Experts` in int8. Made empty; `fill` quantises one matrix at a time, so that a loader can stream."""
+
+    def __init__(self, width: int, inner: int, count: int):
+        super().__init__()
+        self.gate_up_proj: Tensor
+        self.down_proj: Tensor
+        self.gate_up_scale: Tensor
+        self.down_scale: Tensor
+        self.register_buffer("gate_up_proj", torch.zeros(count, 2 * inner, width, dtype=torch.int8))
+        self.register_buffer("down_proj", torch.zeros(count, width, inner, dtype=torch.int8))
+        self.register_buffer("gate_up_scale", torch.ones(count, 2 * inner, dtype=torch.float32))
+        self.register_buffer("down_scale", torch.ones(count, width, dtype=torch.float32))
+        self._squares: dict[str, dict[int, tuple[float, float]]] = {}  # by matrix and expert: of error, of weights
+
+    def fill(self, name: str, e: int, weight: Float[Tensor, "rows cols"]) -> None:
+        """Quantise expert e's "gate_proj" (inner, width), "up_proj" (inner, width) or "down_proj" (width, inner).
+
+        Raises: ValueError for another name or shape, and for weights that are not finite.
+        """
+        inner = self.down_proj.shape[2]
+        if name == "down_proj":
+            q, scale = self.down_proj[e], self.down_scale[e]
+        elif name in ("gate_proj", "up_proj"):
+            half = slice(0, inner) if name == "gate_proj" else slice(inner, None)
+            q, scale = self.gate_up_proj[e, half], self.gate_up_scale[e, half]
+        else:
+            raise ValueError(f"Experts have no {name!r}: choose 'gate_proj', 'up_proj' or 'down_proj'.")
+        if weight.shape != q.shape:
+            raise ValueError(f"{name} of an expert is {list(q.shape)} here, not {list(weight.shape)}.")
+        new_q, new_scale = quantise_rows(weight)
+        q.copy_(new_q)
+        scale.copy_(new_scale)
+        difference = dequantise(new_q, new_scale) - weight.float()
+        squares = difference.norm().item() ** 2, weight.float().norm().item() ** 2
+        self._squares.setdefault(name, {})[e] = squares
+
+    @property
+    def error(self) -> dict[str, float]:
+        """‖dequantised − original‖ / ‖original‖ (Frobenius) over the experts filled so far, for each kind of matrix."""
+        totals = {
+            name: [sum(column) for column in zip(*of.values(), strict=True)] for name, of in self._squares.items()
+        }
+        return {name: (wrong / whole) ** 0.5 if whole else 0.0 for name, (wrong, whole) in totals.items()}
+
+    def forward(
+        self, x: Float[Tensor, "n width"], weights: Float[Tensor, "n k"], indices: Int[Tensor, "n k"]
+    ) -> Float[Tensor, "n width"]:
+        """Σ_j weights[:, j] · expert[indices[:, j]](x)."""
+        single = x.shape[0] == 1 and not torch.is_grad_enabled()
+        return (one_token if single else loop)(x, weights, indices, self._expert)
+
+    def _expert(self, e: int, x: Tensor) -> Tensor:
+        gate, up = int8_linear(x, self.gate_up_proj[e], self.gate_up_scale[e]).chunk(2, dim=-1)
+        return int8_linear(F.silu(gate) * up, self.down_proj[e], self.down_scale[e])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Int8Experts":
+        """Move with the model; but `model.bfloat16()` must not round the scales, so they pass as whole numbers."""
+        for name in ("gate_up_scale", "down_scale"):
+            setattr(self, name, getattr(self, name).view(torch.int32))
+        super()._apply(fn, recurse)
+        for name in ("gate_up_scale", "down_scale"):
+            setattr(self, name, getattr(self, name).view(torch.float32))
+        return self
+
+    def extra_repr(self) -> str:
+        e, width, inner = self.down_proj.shape
+        return f"{e} x ({width} -> {inner} -> {width}), int8"
