@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 
 from qwen3next.chat import Conversation
+from qwen3next.commands.interrupt import patient_ctrl_c
 from qwen3next.commands.screen import Screen, note
 from qwen3next.thinking import Piece
 
@@ -76,15 +77,21 @@ class Session:
         screen, before = Screen(show_thinking=self._show_thinking), self.conversation.messages
         reply = self._reply(text)
         try:
-            with closing(reply):
+            with closing(reply), patient_ctrl_c(self._speaks) as stop:
                 for kind, piece in reply:
                     screen.write(kind, piece)
+                    if stop:
+                        break
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
         finally:
             screen.end()
         self._report(kept=self.conversation.messages is not before)
+
+    def _speaks(self) -> bool:
+        stats = self.conversation.stats
+        return self.interactive and stats is not None and stats.new > 0
 
     def _obey(self, line: str) -> None:
         if line.startswith("/"):
