@@ -98,6 +98,20 @@ def test_the_cache_is_continued_by_all_it_holds(ascii64):
     assert chat.stats.reused == 0
 
 
+def test_a_long_conversation_moves_to_a_larger_cache(ascii64, monkeypatch):
+    coder, model = ascii64
+    chat, sizes = talk(model, coder), []
+    new_cache = type(model).new_cache
+    monkeypatch.setattr(type(model), "new_cache", lambda *a, **k: sizes.append(k["max_len"]) or new_cache(*a, **k))
+    for text, new in (("Hello", 9), ("again", 9), ("x" * 4100, 2)):
+        said = say(chat, text, max_new_tokens=new)
+    assert sizes == [4096, 8192]
+    assert chat.stats.reused > 0
+    fresh = talk(model, coder)
+    fresh.messages = chat.messages[:-2]
+    assert say(fresh, "x" * 4100, max_new_tokens=2) == said
+
+
 def test_an_interrupted_reply_keeps_what_was_said(ascii64):
     coder, model = ascii64
     chat = talk(model, coder)

@@ -63,7 +63,7 @@ def test_each_line_of_a_script_is_a_message(chat, tmp_path):
     script = 'one\n\n"""two\n  lines\n"""\n /slash\n/system Be brief.\n/save ' + f"{tmp_path / 'chat.json'}\n"
     status, out, err = chat(stdin=script, replies=["1", "2\n", THOUGHT])
     assert (status, out) == (0, "1\n2\n<think>\nhm\n</think>\n\nFour.\n")
-    assert "7 messages." in err
+    assert "Messages in the conversation: 7\n" in err
     assert json.loads((tmp_path / "chat.json").read_text(encoding="utf-8")) == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "one"},
@@ -129,10 +129,16 @@ def test_the_first_error_ends_a_script(chat, args, stdin, sentence):
     assert err.count("\n") == 1
 
 
-def test_a_folder_without_template(chat, tmp_path):
-    (tmp_path / "plain").mkdir()
-    tokenizer().save(str(tmp_path / "plain" / "tokenizer.json"))
-    assert cli.main(["chat", str(tmp_path / "plain"), "--message", "x"]) == 2
+def test_a_folder_without_template(tmp_path, capsys):
+    tokenizer().save(str(tmp_path / "tokenizer.json"))
+    assert cli.main(["chat", str(tmp_path), "--message", "x"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("qwen3next: ")
+    assert err.endswith(
+        "has no chat template (chat_template.jinja, chat_template.json, or chat_template in "
+        "tokenizer_config.json): `qwen3next generate` continues plain text.\n"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +198,7 @@ def test_a_terminal(folder, tmp_path):
         terminal.type("\x03")
         assert ", stopped" in terminal.until(">>> ")
         terminal.type(f"/save {tmp_path / 'chat.json'}\n")
-        terminal.until("2 messages.*\n>>> ")
+        terminal.until("Messages in the conversation: 2.*\n>>> ")
         user, reply = json.loads((tmp_path / "chat.json").read_text(encoding="utf-8"))
         assert user["content"] == "Hello"
         assert len(reply["content"]) >= 20

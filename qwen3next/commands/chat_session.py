@@ -60,6 +60,8 @@ class Session:
                     return
                 self._obey(line)
             except EOFError:
+                if self.interactive:
+                    print(file=sys.stderr)  # the prompt's line is still open
                 return
             except KeyboardInterrupt:
                 if not self.interactive:
@@ -70,7 +72,7 @@ class Session:
             except (ValueError, RuntimeError, OSError) as error:
                 if not self.interactive:
                     raise
-                note((str(error) or repr(error)).splitlines()[0])
+                print((str(error) or repr(error)).splitlines()[0], file=sys.stderr)
 
     def ask(self, text: str) -> None:
         """Print the reply to one message. Ctrl-C on a terminal stops it, and what was said is kept."""
@@ -100,7 +102,7 @@ class Session:
                 raise ValueError(f"There is no command {name}: /help lists them; a message may begin with a space.")
             self._commands[name](rest.strip())
             if name != "/help":
-                self._say(f"{len(self.conversation.messages)} messages.")
+                self._say(f"Messages in the conversation: {len(self.conversation.messages)}")
             return
         if line.startswith('"""'):
             line = self._several_lines(line.removeprefix('"""'))
