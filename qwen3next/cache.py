@@ -58,6 +58,16 @@ class Cache:
             self.tokens[r, past:end] = input_ids[r, first : first + end - past]
         self.lengths, self.last_logits = segments.ends, None
 
+    def move_to(self, larger: "Cache") -> "Cache":
+        """Continue in a cache of the same model with a larger max_len; returns it."""
+        for old, new in zip(self.layers, larger.layers, strict=True):
+            for name, tensor in vars(old).items():
+                place = getattr(new, name)  # as large in the dimension after the batch, or larger
+                place[:, : tensor.shape[1]] = tensor
+        larger.tokens[:, : self.max_len] = self.tokens
+        larger.lengths, larger.last_logits = self.lengths, self.last_logits
+        return larger
+
     def nbytes(self) -> int:
         """Bytes of all tensors that grow with layers or context (token ids left out)."""
         return sum(x.nbytes for layer in self.layers for x in vars(layer).values())

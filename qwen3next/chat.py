@@ -108,7 +108,7 @@ class Conversation(History):
     def _answer(
         self, messages: list[Message], ids: list[int], reader: ReplyReader, options: dict[str, Any]
     ) -> Generator[Piece, None, None]:
-        cache, reused = self._take_cache(ids)
+        cache, reused = self._take_cache(ids, len(ids) + options["max_new_tokens"])
         self.stats = stats = Stats(len(ids), reused)
         said = {"thinking": "", "answer": ""}
         try:
@@ -142,15 +142,19 @@ class Conversation(History):
         stats.ended = "stop" if reader.ended else "length"
         yield from reader.finish()
 
-    def _take_cache(self, ids: list[int]) -> tuple[Cache, int]:
+    def _take_cache(self, ids: list[int], length: int) -> tuple[Cache, int]:
         """The cache of the turns before, where the prompt begins with what it holds, else a new one; tokens it holds.
 
         The state of a Gated DeltaNet layer cannot be cut back, so a cache with anything else in it is of no use.
         """
+        # Powers of two, so that a long conversation moves a few times only, and a short one takes little memory.
+        max_len = min(self.max_context, max(4096, 1 << (length - 1).bit_length()))
         cache, self._cache = self._cache, None
         if cache is not None:
             held = cache.lengths[0]
             if held <= len(ids) and cache.tokens[0, :held].tolist() == ids[:held]:
-                return cache, held
+                return (
+                    cache if cache.max_len >= length else cache.move_to(self.model.new_cache(max_len=max_len))
+                ), held
             del cache  # before the next one is allocated
-        return self.model.new_cache(max_len=self.max_context), 0
+        return self.model.new_cache(max_len=max_len), 0

@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 
 from qwen3next.chat import Conversation
+from qwen3next.commands.interrupt import patient_ctrl_c
 from qwen3next.commands.screen import Screen, note
 from qwen3next.thinking import Piece
 
@@ -59,6 +60,8 @@ class Session:
                     return
                 self._obey(line)
             except EOFError:
+                if self.interactive:
+                    print(file=sys.stderr)  # the prompt's line is still open
                 return
             except KeyboardInterrupt:
                 if not self.interactive:
@@ -69,22 +72,28 @@ class Session:
             except (ValueError, RuntimeError, OSError) as error:
                 if not self.interactive:
                     raise
-                note((str(error) or repr(error)).splitlines()[0])
+                print((str(error) or repr(error)).splitlines()[0], file=sys.stderr)
 
     def ask(self, text: str) -> None:
         """Print the reply to one message. Ctrl-C on a terminal stops it, and what was said is kept."""
         screen, before = Screen(show_thinking=self._show_thinking), self.conversation.messages
         reply = self._reply(text)
         try:
-            with closing(reply):
+            with closing(reply), patient_ctrl_c(self._speaks) as stop:
                 for kind, piece in reply:
                     screen.write(kind, piece)
+                    if stop:
+                        break
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
         finally:
             screen.end()
         self._report(kept=self.conversation.messages is not before)
+
+    def _speaks(self) -> bool:
+        stats = self.conversation.stats
+        return self.interactive and stats is not None and stats.new > 0
 
     def _obey(self, line: str) -> None:
         if line.startswith("/"):
@@ -93,7 +102,7 @@ class Session:
                 raise ValueError(f"There is no command {name}: /help lists them; a message may begin with a space.")
             self._commands[name](rest.strip())
             if name != "/help":
-                self._say(f"{len(self.conversation.messages)} messages.")
+                self._say(f"Messages in the conversation: {len(self.conversation.messages)}")
             return
         if line.startswith('"""'):
             line = self._several_lines(line.removeprefix('"""'))
