@@ -131,7 +131,7 @@ class SparseMoE(nn.Module):
             raise ValueError(f"Cannot route to {top_k} of {experts} experts: choose 1 to {experts}.")
         self.top_k, self.renormalise = top_k, renormalise
         self.router = nn.Linear(width, experts, bias=False)
-        self.experts = Experts(width, inner, experts, backend=backend)
+        self.experts: nn.Module = Experts(width, inner, experts, backend=backend)
         self.shared_expert = SwiGLU(width, shared_inner)
         self.shared_expert_gate = nn.Linear(width, 1, bias=False)
 

@@ -23,7 +23,7 @@ class Conversation(History):
     """A history, and a model that continues it.
 
     Args:
-        generation: how to sample and where to stop; None is greedy, until config.json's eos_token_id. A template's
+        generation: how to sample and where to stop; None is what the model's folder says. A template's
             eos_token stops as well.
         system: the system prompt; None leaves it to the template.
         variables: what else the template reads, e.g. {"enable_thinking": False}.
@@ -45,7 +45,7 @@ class Conversation(History):
     ):
         super().__init__(system=system)
         self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.generation = GenerationConfig() if generation is None else generation
+        self.generation = model.generation_config if generation is None else generation
         self.variables = dict(variables or {})
         self.max_context = model.config.max_position_embeddings if max_context is None else max_context
         if self.max_context < 1:
@@ -54,7 +54,7 @@ class Conversation(History):
         self._cache: Cache | None = None
         self._stop_text = template.special_tokens.get("eos_token")
         given = self.generation.stop_tokens
-        self._stop_tokens = set(model.config.stop_tokens if given is None else given)
+        self._stop_tokens = set(model.stop_tokens if given is None else given)
         if self._stop_text and (token := tokenizer.token_to_id(self._stop_text)) is not None:
             self._stop_tokens.add(token)
 

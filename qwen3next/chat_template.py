@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, meta
 
-from qwen3next.files import read_object
+from qwen3next.json_files import read_object
 from qwen3next.template_sandbox import environment
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names that messages carry their thinking under
@@ -41,13 +41,13 @@ class ChatTemplate:
         Raises: ValueError where there is none, or where it is damaged.
         """
         folder = Path(folder)
-        config = read_object(folder / "tokenizer_config.json")
+        config = read_object(folder / "tokenizer_config.json", "a tokenizer's configuration", optional=True)
         try:
             source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise ValueError(f"{folder / 'chat_template.jinja'} is not UTF-8 text.") from None
         except FileNotFoundError:
-            legacy = read_object(folder / "chat_template.json")
+            legacy = read_object(folder / "chat_template.json", "a chat template", optional=True)
             found = legacy.get("chat_template") or config.get("chat_template")
             if not found:
                 raise ValueError(

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +15,7 @@ from layers.int8_experts import Int8Experts
 from layers.offloaded_experts import OffloadedExperts
 from qwen3next.atomic import fresh_folder
 from qwen3next.expert_weights import PLACES, fill_int8, parse_bytes, replace_experts, routed
-from qwen3next.json_files import read_object, typed
+from qwen3next.generation_config import GenerationConfig
 from qwen3next.model import Qwen3Next, as_device, as_dtype
 from qwen3next.opened import INDEX, SINGLE, Opened, open_checkpoint
 from qwen3next.released import Entry, Layout, Tensors, entries
@@ -86,11 +86,7 @@ def load(
         if experts == "mmap":
             failed.pop_all()  # experts go on being read
     model.layout, model.origin = opened.layout, opened.folder
-    generation = opened.folder / "generation_config.json"
-    if generation.is_file():
-        model.generation_config = read_object(generation, "a generation configuration")
-        eos = model.generation_config.get("eos_token_id")
-        typed(f"{generation}: eos_token_id", int | Sequence[int] | None, eos if eos is not None else ())
+    model.generation_config = GenerationConfig.load(opened.folder, quiet=True)
     return model.to(target) if experts == "int8" else model
 
 
@@ -113,7 +109,9 @@ def save(
         layout: how tensors are arranged; None means as the model was loaded, or else as its family was released.
     """
     folder = Path(folder)
-    if missing := [name for name, module in model.named_modules() if isinstance(module, (OffloadedExperts, Int8Experts))]:
+    if missing := [
+        name for name, module in model.named_modules() if isinstance(module, (OffloadedExperts, Int8Experts))
+    ]:
         raise ValueError(
             f"{missing[0]} does not hold the released weights: save a model loaded with experts='memory', or use "
             "`qwen3next convert`."

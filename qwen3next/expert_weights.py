@@ -4,15 +4,15 @@ import re
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layers.expert_cache import ExpertCache, Read
 from layers.int8_experts import Int8Experts
-from layers.moe import SparseMoE
+from layers.moe import Experts, SparseMoE
 from layers.offloaded_experts import OffloadedExperts
 from qwen3next.model import Qwen3Next
 from qwen3next.opened import Opened
-from qwen3next.released import Entry
+from qwen3next.released import Entry, Place
 
 PLACES = ("memory", "mmap", "int8")
 UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -43,16 +43,18 @@ def replace_experts(model: Qwen3Next, opened: Opened, place: str, *, dtype: torc
         model.expert_cache = ExpertCache(cache)
     for name, module in model.named_modules():
         if isinstance(module, SparseMoE):
+            assert isinstance(module.experts, Experts)
             count, width, inner = module.experts.down_proj.shape
             full = f"{name}.experts."
             if place == "int8":
                 with torch.device("cpu"):
-                    module.experts = Int8Experts(width, inner, count)
+                    experts: nn.Module = Int8Experts(width, inner, count)
             else:
                 assert model.expert_cache is not None
                 kind = dtype or opened.dtypes[f"{full}down_proj"]
-                read = reader(opened, full, inner)
-                module.experts = OffloadedExperts(width, inner, count, read=read, cache=model.expert_cache, dtype=kind)
+                read = reader(opened, full)
+                experts = OffloadedExperts(width, inner, count, read=read, cache=model.expert_cache, dtype=kind)
+            module.experts = experts
 
 
 def fill_int8(model: Qwen3Next, opened: Opened, entry: Entry) -> None:
@@ -75,15 +77,21 @@ def fill_int8(model: Qwen3Next, opened: Opened, entry: Entry) -> None:
 def _experts_in(opened: Opened, entry: Entry) -> Iterator[tuple[int, slice, Tensor]]:
     (place,) = entry.places
     if place.index:
-        e, rows = place.index
-        assert isinstance(e, int) and isinstance(rows, slice)
-        yield e, rows, opened.read(entry.name)
+        yield *_expert(place), opened.read(entry.name)
     else:
         for e in range(entry.shape[0]):
             yield e, slice(None), opened.read(entry.name, e)
 
 
-def reader(opened: Opened, ours: str, inner: int) -> Read:
+def _expert(place: Place) -> tuple[int, slice]:
+    """The expert whose rows a place is."""
+    e, rows = place.index
+    assert isinstance(e, int)
+    assert isinstance(rows, slice)
+    return e, rows
+
+
+def reader(opened: Opened, ours: str) -> Read:
     """What reads one expert of the layer whose parameters begin with `ours` from the folder's files.
 
     A tensor that is stored as it is wanted goes from the file into its place; others through a copy of one expert.
@@ -94,8 +102,7 @@ def reader(opened: Opened, ours: str, inner: int) -> Read:
         place = entry.places[0]
         if place.name.startswith(ours):
             if place.index:
-                e, rows = place.index
-                assert isinstance(e, int) and isinstance(rows, slice)
+                e, rows = _expert(place)
                 single.setdefault(e, []).append((place.name.removeprefix(ours), entry.name, rows))
             else:
                 fused[place.name.removeprefix(ours)] = entry.name

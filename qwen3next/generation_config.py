@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen3next.files import read_object
+from qwen3next.json_files import read_object
 
 # What others apply and `sample` does not, with the value that asks for nothing.
 NOT_APPLIED = {"repetition_penalty": 1.0, "min_p": 0.0, "typical_p": 1.0, "no_repeat_ngram_size": 0}
@@ -25,14 +25,16 @@ class GenerationConfig:
     stop_tokens: tuple[int, ...] | None = None
 
     @classmethod
-    def load(cls, folder: str | Path) -> "GenerationConfig":
+    def load(cls, folder: str | Path, *, quiet: bool = False) -> "GenerationConfig":
         """Read a folder's generation_config.json, where there is one.
 
-        Without do_sample it is greedy whatever the temperature, as in transformers. Warns of what is not applied here.
+        Without do_sample it is greedy whatever the temperature, as in transformers. Warns, unless
+        `quiet`, of what is not applied here.
         Raises: ValueError for a value of another type or outside its range.
         """
         path = Path(folder) / "generation_config.json"
-        values = {key: value for key, value in read_object(path).items() if value is not None}
+        given = read_object(path, "a generation configuration", optional=True)
+        values = {key: value for key, value in given.items() if value is not None}
         temperature, top_k, top_p = values.get("temperature", 1.0), values.get("top_k", 0), values.get("top_p", 1.0)
         stops = values.get("eos_token_id", [])
         stops = stops if isinstance(stops, list) else [stops]
@@ -45,7 +47,7 @@ class GenerationConfig:
             if not right:
                 raise ValueError(f"{path} has {key} {values[key]!r}: make it {rule}.")
         for key, neutral in NOT_APPLIED.items():
-            if values.get(key, neutral) != neutral:
+            if values.get(key, neutral) != neutral and not quiet:
                 warnings.warn(f"{path} asks for {key} {values[key]}, which is not applied here.", stacklevel=2)
         return cls(
             temperature=float(temperature) if values.get("do_sample", False) else 0.0,

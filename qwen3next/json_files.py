@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,25 @@ def parse(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def read_object(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises: ValueError that names the file and `what` it should have been."""
+def read(path: Path, what: str) -> Any:
+    """The value in a JSON file. Raises: ValueError that names the file and `what` it should have been."""
     try:
-        value = parse(path.read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError(f"it holds a {type(value).__name__}, not an object")
+        return parse(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: it should be {what}.") from None
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): a model folder holds {what} there.") from error
+        raise ValueError(f"{path} cannot be read ({error.strerror}): it should be {what}.") from error
     except ValueError as error:  # broken JSON and broken UTF-8 are kinds of it
         raise ValueError(f"{path} is not {what}: {error}.") from error
+
+
+def read_object(path: Path, what: str, *, optional: bool = False) -> dict[str, Any]:
+    """The JSON object in a file; an empty one where an `optional` file is not there. Raises as `read`."""
+    if optional and not path.is_file():
+        return {}
+    value = read(path, what)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not {what}: it must hold a JSON object, not {type(value).__name__}.")
     return value
 
 
@@ -57,3 +67,14 @@ def typed(name: str, kind: Any, value: Any) -> Any:
         return tuple(value)
     shown = repr(value)
     raise ValueError(f"{name} cannot be {shown if len(shown) < 80 else shown[:77] + '...'}.")
+
+
+def write(path: Path, values: object) -> None:
+    """Write under a temporary name and rename, so that the file is never seen half-written."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen3next.files import read_json, write_json
+from qwen3next.json_files import read, write
 
 Message = dict[str, Any]
 Content = str | list[dict[str, Any]]
@@ -60,11 +60,11 @@ class History:
 
     def save(self, path: str | Path) -> None:
         """Write the messages as JSON, whole or not at all."""
-        write_json(Path(path), self.messages)
+        write(Path(path), self.messages)
 
     def load(self, path: str | Path) -> None:
         """Continue the messages of a JSON file. Raises: ValueError that names it, with the history as it was."""
-        messages = read_json(Path(path))
+        messages = read(Path(path), "a saved conversation")
         if not isinstance(messages, list):
             raise ValueError(f"{path} must hold a JSON list of messages.")
         try:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,7 @@ from layers.segments import Segments
 from qwen3next.block import Block
 from qwen3next.cache import Cache, new_cache
 from qwen3next.config import ModelConfig
+from qwen3next.generation_config import GenerationConfig
 from qwen3next.hooks import Hooked
 from qwen3next.mtp import MTP
 from qwen3next.released import Layout
@@ -78,7 +78,7 @@ class Qwen3Next(Hooked, nn.Module):
         # Set by `load`: the arrangement and folder of the checkpoint, and what its generation_config.json says.
         self.layout: Layout | None = None
         self.origin: Path | None = None
-        self.generation_config: dict[str, Any] = {}
+        self.generation_config = GenerationConfig()
         self.expert_cache: ExpertCache | None = None  # where routed experts stay in the files
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -223,8 +223,8 @@ class Qwen3Next(Hooked, nn.Module):
     @property
     def stop_tokens(self) -> tuple[int, ...]:
         """Ids that end a text: generation_config.json's eos_token_id, else config.json's."""
-        eos = self.generation_config.get("eos_token_id", self.config.stop_tokens)
-        return (eos,) if isinstance(eos, int) else tuple(eos or ())
+        given = self.generation_config.stop_tokens
+        return self.config.stop_tokens if given is None else given
 
     @property
     def vocab_size(self) -> int:

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,10 @@ def write_random(config: q.ModelConfig, folder: Path, *, seed: int) -> None:
     write_config(folder, config.to_dict(), torch.bfloat16)
 
 
+def _write_pid(procs: str) -> None:
+    Path(procs).write_text(str(os.getpid()))
+
+
 @contextmanager
 def limited(limit: int) -> Iterator[tuple[str, Any]]:
     """How memory is limited, in words, and what a child process runs first to be under it."""
@@ -82,7 +87,8 @@ def limited(limit: int) -> Iterator[tuple[str, Any]]:
                 group.rmdir()
             continue
         try:
-            yield "control group, file cache counted", lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
+            procs = str(group / "cgroup.procs")
+            yield "control group, file cache counted", partial(_write_pid, procs)
         finally:
             for _ in range(100):  # the group is busy until its last process is gone
                 with suppress(OSError):
@@ -90,7 +96,7 @@ def limited(limit: int) -> Iterator[tuple[str, Any]]:
                     break
                 time.sleep(0.05)
         return
-    yield "address space", lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    yield "address space", partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit))
 
 
 def least_misses(trace: list[tuple[int, int]], slots: int) -> int:
@@ -194,7 +200,9 @@ def main(
     try:
         if not (model / "config.json").exists():
             config = config_of(parse_bytes(size))
-            print(f"writing {config.num_hidden_layers} layers of {config.num_experts} experts to {model}", file=sys.stderr)
+            print(
+                f"writing {config.num_hidden_layers} layers of {config.num_experts} experts to {model}", file=sys.stderr
+            )
             write_random(config, model, seed=seed)
         stored = sum(file.stat().st_size for file in model.glob("*.safetensors"))
         with limited(parse_bytes(limit)) as (how, enter):
@@ -207,7 +215,11 @@ def main(
         if done.returncode:
             raise SystemExit(f"The limited process ended with status {done.returncode}: is {limit} too little?")
         found = json.loads(done.stdout) | {"stored_bytes": stored, "limit_bytes": parse_bytes(limit), "limited_by": how}
-        found |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "size_over_limit": stored / parse_bytes(limit)}
+        found |= {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "size_over_limit": stored / parse_bytes(limit),
+        }
         if out is not None:
             out.write_text(json.dumps(found, indent=2) + "\n")
         for key, value in found.items():

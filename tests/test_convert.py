@@ -116,6 +116,7 @@ def quantise(folder, block=(16, 24), dtype=torch.float32):
     meant = {}
     tensors = load_file(folder / "model.safetensors")
     for name, x in list(tensors.items()):
+        tensors[name] = x.bfloat16() if "norm" not in name and "A_log" not in name else x
         if x.ndim < 2 or not name.endswith(("_proj.weight", "_proj", "qkv.weight")) or "in_proj_a" in name:
             continue
         scale = torch.zeros(*x.shape[:-2], -(-x.shape[-2] // block[0]), -(-x.shape[-1] // block[1]))
