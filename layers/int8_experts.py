@@ -24,7 +24,7 @@ def quantise_rows(weight: Float[Tensor, "rows cols"]) -> tuple[Int8[Tensor, "row
         raise ValueError("Cannot quantise infinite or NaN weights: check the checkpoint.")
     scale = largest / 127
     scale = torch.where(scale > 0, scale, 1.0)
-    q = (weight / scale[:, None]).round().clamp(-127, 127)  # a subnormal scale is too coarse to stay below 127
+    q = (weight / scale[:, None]).round_().clamp_(-127, 127)  # a subnormal scale is too coarse to stay below 127
     return q.to(torch.int8), scale
 
 
@@ -90,12 +90,12 @@ class Int8Experts(nn.Module):
             raise ValueError(f"Experts have no {name!r}: choose 'gate_proj', 'up_proj' or 'down_proj'.")
         if weight.shape != q.shape:
             raise ValueError(f"{name} of an expert is {list(q.shape)} here, not {list(weight.shape)}.")
+        weight = weight.detach().float()
         new_q, new_scale = quantise_rows(weight)
         q.copy_(new_q)
         scale.copy_(new_scale)
-        difference = dequantise(new_q, new_scale) - weight.float()
-        squares = difference.norm().item() ** 2, weight.float().norm().item() ** 2
-        self._squares.setdefault(name, {})[e] = squares
+        wrong = dequantise(new_q, new_scale).sub_(weight)
+        self._squares.setdefault(name, {})[e] = wrong.norm().item() ** 2, weight.norm().item() ** 2
 
     @property
     def error(self) -> dict[str, float]:
