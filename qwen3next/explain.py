@@ -5,7 +5,9 @@ import torch
 from layers.backends import Explanation, explain_operation
 from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import GatedDeltaNet
+from layers.int8_experts import Int8Experts
 from layers.moe import Experts
+from layers.offloaded_experts import OffloadedExperts
 from qwen3next.model import Qwen3Next, as_device, as_dtype
 
 
@@ -42,4 +44,10 @@ def explain(
             rows["attention"] = explain_operation("attention", module.backend, where, kind)
         elif isinstance(module, Experts):
             rows["experts"] = explain_operation("experts", module.chosen, where, kind)
+        elif isinstance(module, OffloadedExperts):
+            faster = "load with experts='memory', or 'int8', where it fits; a larger expert_cache"
+            rows["experts"] = Explanation("experts", "mmap", "read from the files as tokens route to them", faster)
+        elif isinstance(module, Int8Experts):
+            faster = "for many tokens at once: load with experts='memory'"
+            rows["experts"] = Explanation("experts", "int8", "a byte a weight and a scale an output row", faster)
     return Table(rows.values())

@@ -210,6 +210,8 @@ class Qwen3Next(Hooked, nn.Module):
         if operation not in kinds:
             raise ValueError(f"There is no operation {operation!r} to choose for: {', '.join(kinds)}.")
         choose(operation, name, self.embed_tokens.weight)
+        if not any(isinstance(module, kinds[operation]) for module in self.modules()):
+            raise ValueError(f"This model has no {operation} of its own whose backend could be chosen: see q.explain.")
         for module in self.modules():
             if isinstance(module, kinds[operation]):
                 setattr(module, "backend", name)  # noqa: B010

@@ -171,7 +171,7 @@ def test_special_tokens_are_texts_or_objects(tmp_path):
         ({"tokenizer_config": {"chat_template": None}}, "has no chat template"),
         ({"tokenizer_config": {"chat_template": [{"name": "rag", "template": "x"}]}}, r"named \['rag'\] and none"),
         ({"tokenizer_config": {"chat_template": 3}}, "must be text"),
-        ({"tokenizer_config": "{"}, "cannot be read as JSON"),
+        ({"tokenizer_config": "{"}, "is not a tokenizer"),
         ({"tokenizer_config": []}, "must hold a JSON object"),
         ({"jinja": "{% if %}"}, "broken at line 1"),
     ],

@@ -43,7 +43,7 @@ def test_mmap_losses_and_gradients(folder):
         model.loss(ids).total.backward()
     expected = dict(whole.named_parameters())
     for name, p in lazy.named_parameters():
-        assert (p.grad - expected[name].grad).abs().max() <= 1e-6 * max(1, float(p.grad.abs().max())), name
+        assert (p.grad - expected[name].grad).abs().max() <= 1e-5 * max(1, float(p.grad.abs().max())), name
 
 
 def test_only_what_is_routed_to_is_read(folder):

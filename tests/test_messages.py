@@ -95,7 +95,7 @@ def test_what_is_no_json_is_one_sentence(tmp_path, content):
     path = tmp_path / "chat.json"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"chat.json (cannot be read as JSON|does not exist)"):
+    with pytest.raises(ValueError, match=r"chat.json (is not a saved conversation|does not exist)"):
         History().load(path)
 
 

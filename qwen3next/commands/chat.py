@@ -6,7 +6,7 @@ from typing import Literal
 
 from qwen3next.chat import ChatTemplate, Conversation, GenerationConfig
 from qwen3next.commands.chat_session import Session
-from qwen3next.commands.common import Dtype, Folder, open_model, open_tokenizer
+from qwen3next.commands.common import Dtype, ExpertPlace, Folder, open_model, open_tokenizer, say_reads
 from qwen3next.thinking import Piece
 
 
@@ -24,6 +24,8 @@ def chat(
     seed: int | None = None,
     device: str = "auto",
     dtype: Dtype = "auto",
+    experts: ExpertPlace = "memory",
+    expert_cache: str = "2GiB",
     quiet: bool = False,
 ) -> None:
     """Talk to a checkpoint through its own chat template; replies appear as they are made.
@@ -49,6 +51,8 @@ def chat(
         seed: for a temperature above 0; the same seed gives the same conversation on one machine.
         device: auto (CUDA where there is one), cpu, cuda, cuda:1, ...
         dtype: auto keeps each tensor as stored.
+        experts: memory; int8, in a byte a weight; mmap, read from the files as tokens need them.
+        expert_cache: memory for experts that were read from the files.
         quiet: write nothing to stderr but errors and, on a terminal, the prompt.
     """
     if message is not None and not message.strip():
@@ -59,7 +63,7 @@ def chat(
     if think != "auto" and "enable_thinking" not in template.reads:
         raise ValueError("This chat template does not read enable_thinking: leave --think out.")
     conversation = Conversation(
-        open_model(folder, device=device, dtype=dtype, quiet=quiet),
+        open_model(folder, device=device, dtype=dtype, experts=experts, cache=expert_cache, quiet=quiet),
         tokenizer,
         template,
         generation=generation,
@@ -85,3 +89,5 @@ def chat(
         session.run()
     else:
         session.ask(message)
+    if not quiet:
+        say_reads(conversation.model)

@@ -12,9 +12,11 @@ from tokenizers import Tokenizer
 from qwen3next import presets
 from qwen3next.checkpoint import load
 from qwen3next.config import ModelConfig
+from qwen3next.inspect import binary
 from qwen3next.model import Qwen3Next, as_device
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+ExpertPlace = Literal["memory", "mmap", "int8"]
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 Target = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR|PRESET")]
 
@@ -36,12 +38,24 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def open_model(folder: Path, *, device: str, dtype: Dtype, quiet: bool) -> Qwen3Next:
+def open_model(folder: Path, *, device: str, dtype: Dtype, experts: ExpertPlace, cache: str, quiet: bool) -> Qwen3Next:
     """The folder's model, with a bar on a terminal. Raises: ValueError for a device that is not here."""
     target = as_device(device)
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch finds no CUDA device here: choose --device cpu.")
-    return load(folder, dtype=dtype, device=target, progress=not quiet and sys.stderr.isatty())
+    progress = not quiet and sys.stderr.isatty()
+    return load(folder, dtype=dtype, device=target, progress=progress, experts=experts, expert_cache=cache)
+
+
+def say_reads(model: Qwen3Next) -> None:
+    """On stderr, what was read from the files for the tokens so far, where experts stay there."""
+    if model.expert_cache is not None:
+        report = model.expert_cache.report
+        print(
+            f"experts: {report.hit_rate:.0%} found in the cache, {binary(int(report.bytes_per_token))} read "
+            f"a token, {binary(model.expert_cache.nbytes)} of cache in use",
+            file=sys.stderr,
+        )
 
 
 def config_of(target: str) -> ModelConfig:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from qwen3next.commands.common import Dtype, Folder, open_model, open_tokenizer
+from qwen3next.commands.common import Dtype, ExpertPlace, Folder, open_model, open_tokenizer, say_reads
 from qwen3next.generate import stream
 from qwen3next.text import TextStream
 
@@ -24,6 +24,8 @@ def generate(
     stop_tokens: tuple[int, ...] = (),
     device: str = "auto",
     dtype: Dtype = "auto",
+    experts: ExpertPlace = "memory",
+    expert_cache: str = "2GiB",
     quiet: bool = False,
 ) -> None:
     """Continue a prompt; the text appears as it is made, and the speed on stderr at the end.
@@ -47,11 +49,13 @@ def generate(
         stop_tokens: end after this token id, beside the model's end-of-text; may be repeated.
         device: auto (CUDA where there is one), cpu, cuda, cuda:1, ...
         dtype: auto keeps each tensor as stored.
+        experts: memory; int8, in a byte a weight; mmap, read from the files as tokens need them.
+        expert_cache: memory for experts that were read from the files.
         quiet: write nothing to stderr but errors.
     """
     text = _read_prompt(prompt, file)
     tokenizer = open_tokenizer(folder)
-    model = open_model(folder, device=device, dtype=dtype, quiet=quiet)
+    model = open_model(folder, device=device, dtype=dtype, experts=experts, cache=expert_cache, quiet=quiet)
     weight = model.lm_head.weight
     ids = tokenizer.encode(text).ids
     began, first, made = time.perf_counter(), 0.0, 0
@@ -80,6 +84,7 @@ def generate(
             f"({weight.device}, {str(weight.dtype).removeprefix('torch.')})",
             file=sys.stderr,
         )
+        say_reads(model)
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:
