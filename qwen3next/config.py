@@ -173,6 +173,8 @@ class ModelConfig:
         Raises: ValueError for another model_type, a missing size, an unknown key or contradicting values.
         """
         family, text, outer = unwrap(values)
+        # Said although it goes without saying: written back as long as it stays true.
+        spelt = {key: value for key, value in text.items() if key in family.implied and value is not None}
         text = read(family, text)
         known = {f.name: f.type for f in fields(cls) if f.name not in ("extra", "outer", "model_type")}
         if unknown := sorted(k for k, v in text.items() if k not in known and not harmless(k, v)):
@@ -180,7 +182,7 @@ class ModelConfig:
                 f"config.json has {', '.join(unknown)}, which this model does not know and so cannot honour. "
                 "Remove what does not matter to the mathematics."
             )
-        extra = {key: text[key] for key in text if key not in known}
+        extra = spelt | {key: text[key] for key in text if key not in known}
         given = {key: typed(key, known[key], v) for key, v in text.items() if key in known and v is not None}
         return cls(model_type=family.model_type, extra=extra, outer=outer, **given)
 

@@ -230,6 +230,7 @@ def write(family: Family, values: dict[str, Any]) -> dict[str, Any]:
     """The reverse of `read`: all our fields, `extra` among them, as that family spells them."""
     extra = dict(values.pop("extra"))
     values = {k: v for k, v in values.items() if k not in family.implied or v != family.implied[k]}
+    extra = {k: v for k, v in extra.items() if k not in family.implied or k not in values}
     written: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     written |= {"hidden_act": "silu", **family.fixed, **values}
     gate = values.get("attention_gate", family.implied["attention_gate"])

@@ -70,10 +70,9 @@ class Layout:
     @classmethod
     def found(cls, config: ModelConfig, names: Collection[str]) -> "Layout":
         """The arrangement of a folder that holds tensors of these names."""
-        usual, flat = (
-            cls.released(config),
-            {name.endswith(".in_proj_qkv.weight") for name in names if ".in_proj_qkv" in name},
-        )
+        usual = cls.released(config)
+        # ".in_proj_qkv." or ".in_proj_qkvz.", if there is any Gated DeltaNet layer
+        flat = {".in_proj_qkv." in name for name in names if ".in_proj_qkv" in name}
         fused = [name for name in names if name.endswith(".mlp.experts.gate_up_proj")]
         single = [name for name in names if ".mlp.experts.0.up_proj." in name]
         prefixes = [p for p in PREFIXES if f"{p}embed_tokens.weight" in names]

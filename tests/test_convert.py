@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_families import TOWER, make, quietly_load, stored, tokens
 
 import qwen3next as q
+from qwen3next import cli
 from qwen3next.convert import convert
 from qwen3next.diff import diff, diff_config
 from qwen3next.opened import open_checkpoint
@@ -261,3 +262,30 @@ def test_verify_says_everything_at_once(folder):
     assert any("pytorch_model.bin" in notice for notice in verify(folder).notices)
     (folder / "config.json").write_text("{}")
     assert "no model_type" in verify(folder).problems[0]
+
+
+def test_commands(folder, tmp_path, capsys):
+    (folder / "tokenizer.json").unlink()
+    assert cli.main(["verify", str(folder), "--values"]) == 0
+    assert "in order: qwen3_5_moe_text, with MTP" in capsys.readouterr().out
+    assert cli.main(["convert", str(folder), str(tmp_path / "b"), "--experts", "single", "--drop-mtp"]) == 0
+    assert "qwen3_5_moe_text" in capsys.readouterr().err
+    assert cli.main(["diff", str(folder), str(folder)]) == 0
+    assert capsys.readouterr().out.startswith("equal: ")
+    assert cli.main(["diff", str(folder), str(tmp_path / "b"), "--limit", "3"]) == 1
+    out = capsys.readouterr().out
+    assert "config.json: mtp_num_hidden_layers is 1 in A, 0 in B" in out
+    assert "only in A" in out
+    assert "not shown" in out
+    (tmp_path / "b" / "model.safetensors").write_bytes(b"")
+    assert cli.main(["verify", str(tmp_path / "b")]) == 1
+    assert capsys.readouterr().out.startswith("problem: ")
+    for command in (["convert", "nowhere", "x"], ["diff", "nowhere", "x"], ["verify", "nowhere"]):
+        assert cli.main(command) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1
+        assert "nowhere is not a folder" in err
+    assert cli.main(["convert", str(folder), str(tmp_path / "c"), "--shard-gb", "-1"]) == 2
+    assert "must be positive" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()

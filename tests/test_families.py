@@ -10,6 +10,7 @@ import warnings
 import gated_qwen3
 import pytest
 import torch
+from conftest import small_model
 from safetensors.torch import load_file, save_file
 
 import qwen3next as q
@@ -289,3 +290,73 @@ def test_ungated_study_model_is_transformers_qwen3(tmp_path):
     their = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32").eval()
     with torch.no_grad():
         assert (their(tokens(30)).logits - gated_qwen3.logits(c, tensors, tokens(30))).abs().max() <= 1e-5
+
+
+def released_form(folder, *, moe, tied, mtp_fused):
+    """A folder as Qwen3.5 is released: nested, beside a vision tower, main experts fused, MTP's either way."""
+    kind = "qwen3_5_moe" if moe else "qwen3_5"
+    changes = {"model_type": f"{kind}_text", "tie_word_embeddings": tied, "initializer_range": 0.03}
+    changes |= {} if moe else {"num_experts": 0}
+    model = small_model(**changes)
+    layout = q.Layout(
+        prefix="model.language_model.", flat_projections=True, fused_experts=True, fused_mtp_experts=mtp_fused
+    )
+    tensors = {n: x.detach().clone() for n, x in to_released(model.config, dict(model.named_parameters()), layout)}
+    tensors["model.visual.patch_embed.proj.weight"] = torch.zeros(8, 3, 2, 4, 4)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    text = model.config.to_dict()
+    for key in ("architectures", "router_aux_loss_coef") + (("intermediate_size",) if moe else ()):
+        text.pop(key, None)
+    text["rope_parameters"] |= {"mrope_interleaved": True, "mrope_section": [2, 1, 1]}
+    text |= {
+        "model_type": f"{kind}_text",
+        "attn_output_gate": True,
+        "output_gate_type": "swish",
+        "mamba_ssm_dtype": "float32",
+        "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False,
+        "mlp_only_layers": [],
+        "use_cache": True,
+        "dtype": "float32",
+    }
+    config = {
+        "architectures": ["Qwen3_5MoeForConditionalGeneration" if moe else "Qwen3_5ForConditionalGeneration"],
+        "image_token_id": 90,
+        "model_type": kind,
+        "text_config": text,
+        "tie_word_embeddings": tied,
+        "transformers_version": "4.57.0.dev0",
+        "unsloth_fixed_mtp": True,
+        "video_token_id": 91,
+        "vision_config": TOWER | {"model_type": kind},
+        "vision_end_token_id": 92,
+        "vision_start_token_id": 93,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return model
+
+
+@pytest.mark.parametrize("moe", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("mtp_fused", [False, True])
+def test_the_released_form_opens_here_and_there(tmp_path, moe, tied, mtp_fused):
+    model = released_form(tmp_path, moe=moe, tied=tied, mtp_fused=mtp_fused)
+    with pytest.warns(UserWarning, match=r"vision tower \(1 tensors") as warned:
+        ours = q.load(tmp_path)
+    assert len(warned) == 1  # MTP is there
+    for (name, a), b in zip(model.named_parameters(), ours.named_parameters(), strict=True):
+        assert name == b[0]
+        assert torch.equal(a, b[1]), name
+    assert ours.layout.fused_mtp_experts == (mtp_fused and moe)
+    their = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32").eval()
+    with torch.no_grad():
+        assert (their(tokens(40)).logits - ours(tokens(40)).logits).abs().max() <= 1e-5
+    whole = q.ModelConfig.load(tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text())
+    again = whole.to_dict()
+    for key in told.keys() - {"text_config"}:
+        assert again[key] == told[key], key
+    for key in told["text_config"]:
+        assert again["text_config"][key] == told["text_config"][key], key
+    ours.save_pretrained(tmp_path / "saved")
+    assert q.load(tmp_path / "saved").config == ours.config.replace(extra=q.load(tmp_path / "saved").config.extra)
