@@ -295,7 +295,7 @@ def test_ungated_study_model_is_transformers_qwen3(tmp_path):
 def released_form(folder, *, moe, tied, mtp_fused):
     """A folder as Qwen3.5 is released: nested, beside a vision tower, main experts fused, MTP's either way."""
     kind = "qwen3_5_moe" if moe else "qwen3_5"
-    changes = {"model_type": f"{kind}_text", "tie_word_embeddings": tied, "initializer_range": 0.03}
+    changes = {"model_type": f"{kind}_text", "tie_word_embeddings": tied, "initializer_range": 0.02}
     changes |= {} if moe else {"num_experts": 0}
     model = small_model(**changes)
     layout = q.Layout(
