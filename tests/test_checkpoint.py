@@ -6,18 +6,12 @@ import struct
 import pytest
 import torch
 from conftest import small_config, small_model
+from parity import stored
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import qwen3next as q
 from qwen3next.released import entries, to_released
-
-
-def stored(folder):
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
 
 
 def assert_same_bytes(a, b):

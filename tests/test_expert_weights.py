@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from conftest import small_model
+from parity import tokens
 from test_convert import quantise
-from test_families import tokens
 
 import qwen3next as q
 from qwen3next.convert import convert

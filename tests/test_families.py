@@ -11,10 +11,10 @@ import gated_qwen3
 import pytest
 import torch
 from conftest import small_model
-from safetensors.torch import load_file, save_file
+from parity import check_cached, check_left_padding, stored, tokens
+from safetensors.torch import save_file
 
 import qwen3next as q
-from layers.segments import Segments
 from qwen3next.released import to_released
 
 transformers = pytest.importorskip("transformers")
@@ -116,10 +116,6 @@ def pair(request, tmp_path_factory):
     return model, quietly_load(folder), folder
 
 
-def tokens(t, b=2):
-    return torch.randint(0, 97, (b, t), generator=torch.Generator().manual_seed(t))
-
-
 @pytest.mark.parametrize("t", [1, 2, 63, 64, 65, 200])
 def test_logits(pair, t):
     their, ours, _ = pair
@@ -151,25 +147,11 @@ def test_every_gradient(pair):
 
 
 def test_cached(pair):
-    their, ours, _ = pair
-    ids = tokens(90)
-    cache, past = ours.new_cache(batch=2, max_len=90), None
-    for begin, end in ((0, 67), (67, 68), (68, 69), (69, 80), (80, 90)):
-        with torch.no_grad():
-            expected = their(ids[:, begin:end], past_key_values=past, use_cache=True)
-            got = ours(ids[:, begin:end], cache=cache).logits
-        past = expected.past_key_values
-        assert (got - expected.logits).abs().max() <= 1e-5
+    check_cached(*pair[:2])
 
 
 def test_left_padding(pair):
-    their, ours, _ = pair
-    ids, mask = tokens(70), torch.ones(2, 70, dtype=torch.long)
-    mask[0, :9] = 0
-    with torch.no_grad():
-        expected = their(ids, attention_mask=mask).logits
-        got = ours(ids, segments=Segments.from_mask(mask)).logits
-    assert (got - expected)[mask == 1].abs().max() <= 1e-5
+    check_left_padding(*pair[:2])
 
 
 def test_greedy_continuation(pair):
@@ -178,13 +160,6 @@ def test_greedy_continuation(pair):
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
     expected = their.generate(ids, max_new_tokens=12, **options)
     assert torch.equal(q.generate(ours, ids, max_new_tokens=12, stop_tokens=()), expected)
-
-
-def stored(folder):
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
 
 
 def test_what_we_save_opens_in_transformers_and_keeps_every_byte(pair, tmp_path):

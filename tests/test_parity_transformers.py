@@ -8,9 +8,9 @@ transformers itself is 1e-3 away from fp64. docs/numerics.md has the figures.)
 import pytest
 import torch
 from conftest import small_config
+from parity import check_cached, check_left_padding, tokens
 
 import qwen3next as q
-from layers.segments import Segments
 from qwen3next.released import to_released
 
 transformers = pytest.importorskip("transformers")
@@ -57,10 +57,6 @@ def pair(request, tmp_path_factory):
     return model, ours
 
 
-def tokens(t, b=2):
-    return torch.randint(0, 97, (b, t), generator=torch.Generator().manual_seed(t))
-
-
 @pytest.mark.parametrize("t", [1, 2, 5, 63, 64, 65, 129, 300])
 def test_logits(pair, t):
     their, ours = pair
@@ -102,26 +98,11 @@ def by_expert(tensors):
 
 
 def test_cached(pair):
-    """A prompt, then token by token, then a second chunk of several tokens."""
-    their, ours = pair
-    ids = tokens(90)
-    cache, past = ours.new_cache(batch=2, max_len=90), None
-    for begin, end in ((0, 67), (67, 68), (68, 69), (69, 80), (80, 90)):
-        with torch.no_grad():
-            expected = their(ids[:, begin:end], past_key_values=past, use_cache=True)
-            got = ours(ids[:, begin:end], cache=cache).logits
-        past = expected.past_key_values
-        assert (got - expected.logits).abs().max() <= 1e-5
+    check_cached(*pair[:2])
 
 
 def test_left_padding(pair):
-    their, ours = pair
-    ids, mask = tokens(70), torch.ones(2, 70, dtype=torch.long)
-    mask[0, :9] = 0
-    with torch.no_grad():
-        expected = their(ids, attention_mask=mask).logits
-        got = ours(ids, segments=Segments.from_mask(mask)).logits
-    assert (got - expected)[mask == 1].abs().max() <= 1e-5
+    check_left_padding(*pair[:2])
 
 
 def test_balance_loss_of_one_layer():
