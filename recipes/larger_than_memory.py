@@ -1,7 +1,7 @@
 """Run a checkpoint that is several times larger than memory, on CPU, and measure what it costs.
 
     python -m recipes.larger_than_memory                # 10 GB of random experts under 2.5 GiB; some five minutes
-    python -m recipes.larger_than_memory --size 1GB --limit 500MB --cache 100MB --new 8
+    python -m recipes.larger_than_memory --size 100MB --width 256 --limit 700MB --cache 20MB
 
 Writes a checkpoint of random weights, then generates from it in a process whose memory is limited: by a control group,
 which also counts the system's file cache, where one can be made (Linux, as root), else by the process's address space.
@@ -40,12 +40,22 @@ CGROUPS = (
 )
 
 
-def config_of(size: int) -> q.ModelConfig:
-    """Experts of the released 80B's shape, as many layers as `size` bytes in bf16 hold; the rest is small."""
-    experts, width, inner = 128, 2048, 512
+def config_of(size: int, width: int) -> q.ModelConfig:
+    """128 experts a layer, of the released 80B's proportions; as many layers as `size` bytes hold in bf16, at least 4."""
+    experts, inner = 128, width // 4
     layers = max(4, round(size / (experts * 3 * width * inner * 2)))
     return q.presets.qwen3_next_80b_a3b(
-        vocab_size=4096, num_hidden_layers=layers, num_experts=experts, mtp_num_hidden_layers=0, eos_token_id=None
+        vocab_size=4096,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 128,
+        linear_num_key_heads=width // 128,
+        linear_num_value_heads=width // 64,
+        num_experts=experts,
+        moe_intermediate_size=inner,
+        shared_expert_intermediate_size=inner,
+        mtp_num_hidden_layers=0,
+        eos_token_id=None,
     )
 
 
@@ -174,6 +184,7 @@ def main(
     prompt: int = 64,
     new: int = 64,
     seed: int = 0,
+    width: int = 2048,
     folder: Path | None = None,
     out: Path | None = None,
     child: bool = False,
@@ -187,6 +198,7 @@ def main(
         prompt: tokens of the prompt.
         new: tokens to generate.
         seed: of weights and prompt.
+        width: of the model, a multiple of 256; 2048 is the 80B's.
         folder: where to write the checkpoint, or where one is; None is a temporary folder, removed afterwards.
         out: write the figures here as JSON.
         child: be the limited process (for internal use).
@@ -199,7 +211,7 @@ def main(
     model = place / "model" if folder is None else place
     try:
         if not (model / "config.json").exists():
-            config = config_of(parse_bytes(size))
+            config = config_of(parse_bytes(size), width)
             print(
                 f"writing {config.num_hidden_layers} layers of {config.num_experts} experts to {model}", file=sys.stderr
             )
