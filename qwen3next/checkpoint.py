@@ -70,6 +70,7 @@ def load(
     opened = open_checkpoint(path)
     with ExitStack() as failed:
         failed.callback(opened.files.close)
+        generation = GenerationConfig.load(opened.folder, quiet=True)
         with torch.device("meta"):
             model = Qwen3Next(opened.config)
         if experts != "memory":
@@ -86,7 +87,7 @@ def load(
         if experts == "mmap":
             failed.pop_all()  # experts go on being read
     model.layout, model.origin = opened.layout, opened.folder
-    model.generation_config = GenerationConfig.load(opened.folder, quiet=True)
+    model.generation_config = generation
     return model.to(target) if experts == "int8" else model
 
 

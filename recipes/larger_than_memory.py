@@ -41,7 +41,7 @@ CGROUPS = (
 
 
 def config_of(size: int, width: int) -> q.ModelConfig:
-    """128 experts a layer, of the released 80B's proportions; as many layers as `size` bytes hold in bf16, at least 4."""
+    """128 experts a layer, of the released 80B's proportions; as many layers as `size` bytes hold, at least 4."""
     experts, inner = 128, width // 4
     layers = max(4, round(size / (experts * 3 * width * inner * 2)))
     return q.presets.qwen3_next_80b_a3b(
