@@ -53,8 +53,12 @@ class Session:
             with suppress(ImportError):
                 import readline  # noqa: F401  gives input() arrow keys and a history
             self._say("/help lists commands, Ctrl-C stops a reply, Ctrl-D leaves.")
+        interrupted = False
         while True:
             try:
+                if interrupted:
+                    interrupted = False
+                    print(file=sys.stderr)  # the line that was begun is forgotten
                 line = self._read(">>> ")
                 if line.rstrip() == "/exit":
                     return
@@ -66,7 +70,7 @@ class Session:
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise
-                print(file=sys.stderr)  # the line that was begun is forgotten
+                interrupted = True  # and no more is done here, where another Ctrl-C would end the session
             except BrokenPipeError:
                 raise
             except (ValueError, RuntimeError, OSError) as error:
