@@ -8,6 +8,7 @@ from torch import Tensor
 from layers.gated_attention import KVState
 from layers.gated_deltanet import DeltaNetState
 from layers.norm import at_least_fp32
+from layers.rope import Yarn
 from layers.segments import Segments
 from qwen3next.config import ModelConfig
 
@@ -20,12 +21,14 @@ class Cache:
         layers: one KVState or DeltaNetState a layer.
         tokens: (b, max_len) the token ids seen, row r's first `lengths[r]` places.
         lengths: tokens each row holds.
+        yarn: how RoPE was stretched where the keys were turned.
         last_logits: (b, vocab) after each row's last token, once `generate` or `prefill` has run; else None.
     """
 
     layers: list[KVState | DeltaNetState]
     tokens: Tensor
     lengths: tuple[int, ...]
+    yarn: Yarn | None = None
     last_logits: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -97,4 +100,4 @@ def new_cache(
             heads = (c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
             memory = at_least_fp32(torch.zeros(batch, *heads, dtype=dtype, device=device))
             layers.append(DeltaNetState(conv, memory))
-    return Cache(layers, torch.zeros(batch, max_len, dtype=torch.long, device=device), (0,) * batch)
+    return Cache(layers, torch.zeros(batch, max_len, dtype=torch.long, device=device), (0,) * batch, c.rope_scaling)

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from qwen3next.families import FAMILIES, harmless, read, unwrap, write
+from layers.rope import Yarn
+from qwen3next.families import FAMILIES, harmless, read, unwrap, with_yarn, write
 from qwen3next.json_files import read_object, typed
 
 LAYER_TYPES = ("linear_attention", "full_attention")
@@ -42,6 +43,7 @@ class ModelConfig:
     head_dim: int = 256
     rope_theta: float = 1e7
     partial_rotary_factor: float = 0.25
+    rope_scaling: Yarn | None = None
     attention_gate: str = "elementwise"  # or "headwise", one number a head, or "none"
     use_qk_norm: bool = True
     attention_bias: bool = False  # of q, k, v, o and the gate
@@ -149,6 +151,13 @@ class ModelConfig:
         return self.layer_types.count("linear_attention") * (memory + conv)
 
     @property
+    def longest_context(self) -> int:
+        """Tokens that positions were made for: those in training, more with YaRN."""
+        yarn = self.rope_scaling
+        extended = 0 if yarn is None else int(yarn.factor * yarn.original_max_position_embeddings)
+        return max(self.max_position_embeddings, extended)
+
+    @property
     def conv_channels(self) -> int:
         """Channels of a Gated DeltaNet layer's convolution: all q, all k, all v."""
         keys = self.linear_num_key_heads * self.linear_key_head_dim
@@ -183,13 +192,16 @@ class ModelConfig:
                 "Remove what does not matter to the mathematics."
             )
         extra = spelt | {key: text[key] for key in text if key not in known}
-        given = {key: typed(key, known[key], v) for key, v in text.items() if key in known and v is not None}
+        given = {key: v for key, v in text.items() if key in known and v is not None}
+        given = {key: v if isinstance(v, Yarn) else typed(key, known[key], v) for key, v in given.items()}
         return cls(model_type=family.model_type, extra=extra, outer=outer, **given)
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a config.json in the released form; `from_dict` reads them back to an equal configuration."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("outer", "model_type")}
         text = write(FAMILIES[self.model_type], values)
+        if self.rope_scaling is not None:
+            text = with_yarn(text, self.rope_scaling)
         text = {key: list(value) if isinstance(value, tuple) else value for key, value in text.items()}
         if not self.outer:
             return text

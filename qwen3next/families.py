@@ -4,9 +4,13 @@ One `ModelConfig` spans them all: a family says which of its fields a config.jso
 leaves unsaid, and which keys of other names mean one of ours.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from layers.rope import Yarn
+from qwen3next.json_files import typed
 
 SIZES = (
     "vocab_size",
@@ -209,8 +213,8 @@ def _read_gate(family: Family, values: dict[str, Any]) -> None:
 
 def read_rope(values: dict[str, Any]) -> None:
     """Merge the old keys (rope_theta, rope_scaling) with the new one (rope_parameters)."""
-    for name in ("rope_parameters", "rope_scaling"):
-        given = values.pop(name, None)
+    spelt = {name: values.pop(name, None) for name in ("rope_parameters", "rope_scaling")}
+    for name, given in spelt.items():
         if given is None:
             continue
         if not isinstance(given, Mapping):
@@ -218,17 +222,48 @@ def read_rope(values: dict[str, Any]) -> None:
         given = dict(given)
         old, new = given.pop("type", None), given.pop("rope_type", None)
         kind = new or old or "default"
-        if kind not in ("default", "mrope"):  # mrope: on text, all three of its positions are the token's
-            raise ValueError(f"config.json asks for {kind!r} RoPE in {name}; only the default one is supported yet.")
+        if kind == "yarn":
+            values["rope_scaling"] = read_yarn(given, values)
+        elif kind not in ("default", "mrope"):  # mrope: on text, all three of its positions are the token's
+            raise ValueError(f"config.json asks for {kind!r} RoPE in {name}; supported are 'default' and 'yarn'.")
         for key, value in given.items():
             if values.get(key) is not None and values[key] != value:
                 raise ValueError(f"config.json gives {key} twice, {values[key]} and {value}.")
             values[key] = value
 
 
+def read_yarn(given: dict[str, Any], values: Mapping[str, Any]) -> Yarn:
+    """Take YaRN's numbers out of a RoPE dictionary; what is unsaid follows from the rest, as in transformers."""
+    kinds = {f.name: f.type for f in fields(Yarn)} | {"factor": float, "attention_factor": float}
+    taken = {name: given.pop(name) for name in [*kinds, "mscale", "mscale_all_dim"] if given.get(name) is not None}
+    longest = values.get("max_position_embeddings")
+    taken.setdefault("original_max_position_embeddings", longest)
+    if (
+        "factor" not in taken
+        and isinstance(longest, int)
+        and isinstance(taken["original_max_position_embeddings"], int)
+    ):
+        taken["factor"] = longest / max(taken["original_max_position_embeddings"], 1)
+    scales = [typed(name, float, taken.pop(name, 0.0)) for name in ("mscale", "mscale_all_dim")]
+    numbers = {name: typed(name, kinds[name], value) for name, value in taken.items()}
+    if all(scales) and "attention_factor" not in numbers:
+        over, under = (0.1 * scale * math.log(max(numbers["factor"], 1.0)) + 1.0 for scale in scales)
+        numbers["attention_factor"] = over / under
+    return Yarn(**numbers)
+
+
+def with_yarn(written: dict[str, Any], yarn: Yarn) -> dict[str, Any]:
+    """A written config.json whose RoPE is extended."""
+    spelt = {"rope_type": "yarn", **{k: v for k, v in asdict(yarn).items() if v != getattr(Yarn, k, None)}}
+    if "rope_parameters" in written:
+        return {**written, "rope_parameters": written["rope_parameters"] | spelt}
+    return {**written, "rope_scaling": spelt}
+
+
 def write(family: Family, values: dict[str, Any]) -> dict[str, Any]:
     """The reverse of `read`: all our fields, `extra` among them, as that family spells them."""
     extra = dict(values.pop("extra"))
+    values.pop("rope_scaling")  # `with_yarn` adds it
     values = {k: v for k, v in values.items() if k not in family.implied or v != family.implied[k]}
     extra = {k: v for k, v in extra.items() if k not in family.implied or k not in values}
     written: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}

@@ -1,5 +1,6 @@
 """The model: embeddings, blocks, final norm, head, and the multi-token prediction head."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from layers.gated_deltanet import GatedDeltaNet
 from layers.hook_point import HookPoint
 from layers.moe import Experts, RouterStats
 from layers.norm import GatedRMSNorm, RMSNorm, at_least_fp32
-from layers.rope import Rotation, rotation
+from layers.rope import Rotation, Yarn, rotation
 from layers.segments import Segments
 from qwen3next.block import Block
 from qwen3next.cache import Cache, new_cache
@@ -79,6 +80,7 @@ class Qwen3Next(Hooked, nn.Module):
         self.layout: Layout | None = None
         self.origin: Path | None = None
         self.generation_config = GenerationConfig()
+        self._warned_of_length = False
         self.expert_cache: ExpertCache | None = None  # where routed experts stay in the files
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -131,7 +133,18 @@ class Qwen3Next(Hooked, nn.Module):
             )
         segments = Segments.full(input_ids) if segments is None else segments
         if cache is not None:
+            if cache.yarn != self.config.rope_scaling:
+                raise ValueError(
+                    "The cache was made with another RoPE scaling: its keys are turned otherwise. Make a new one."
+                )
             segments = cache.admit(input_ids, segments)
+        if not self._warned_of_length and segments.plain and max(segments.ends) > self.config.longest_context:
+            self._warned_of_length = True
+            warnings.warn(
+                f"Positions up to {max(segments.ends)} lie beyond the {self.config.longest_context} of this model: "
+                "its answers may be noise. model.extend_context(factor) stretches them (YaRN).",
+                stacklevel=3,
+            )
         if input_ids.device.type == "cpu" and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.vocab_size:
             raise ValueError(
                 f"input_ids hold {int(input_ids.min())} to {int(input_ids.max())}; this model knows "
@@ -139,7 +152,11 @@ class Qwen3Next(Hooked, nn.Module):
             )
         x = self.hook_embed(self.embed_tokens(input_ids))
         rope = rotation(
-            segments.positions, rotary_dim=self.config.rotary_dim, theta=self.config.rope_theta, dtype=x.dtype
+            segments.positions,
+            rotary_dim=self.config.rotary_dim,
+            theta=self.config.rope_theta,
+            dtype=x.dtype,
+            yarn=self.config.rope_scaling,
         )
         counted, aux = None if segments.plain else segments.mask, []
         for i, block in enumerate(self.blocks):
@@ -200,6 +217,16 @@ class Qwen3Next(Hooked, nn.Module):
             chunk = input_ids[:, begin : begin + chunk_size]
             cache.last_logits = self(chunk, cache=cache, logits_to_keep=1).logits[:, -1]
             yield min(begin + chunk_size, total), total
+
+    def extend_context(self, factor: float) -> None:
+        """Stretch RoPE by YaRN for contexts `factor` times as long as in training; 1 takes it back.
+
+        Caches made before are refused from now on. Short contexts lose a little: use the smallest factor that serves.
+        """
+        yarn = self.config.rope_scaling
+        longest = self.config.max_position_embeddings if yarn is None else yarn.original_max_position_embeddings
+        scaling = Yarn(factor=factor, original_max_position_embeddings=longest) if factor != 1 else None
+        self.config, self._warned_of_length = self.config.replace(rope_scaling=scaling), False
 
     def set_backend(self, operation: str, name: str) -> None:
         """Choose how "delta_rule", "attention" or "experts" runs in every layer; "auto" picks again.

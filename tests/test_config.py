@@ -79,7 +79,7 @@ def test_transformers_form_is_read():
         ({"model_type": "llama"}, "model_type 'llama'"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"attention_bias": 1}, "attention_bias cannot be"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "'yarn' RoPE"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4}}, "'linear' RoPE"),
         ({"rope_parameters": {"rope_theta": 5}}, "rope_theta twice"),
         ({"sparse_indexer": 1}, "sparse_indexer"),
         ({"num_hidden_layers": 47, "layer_types": ["full_attention"]}, "names 1 layers"),
