@@ -101,7 +101,7 @@ def _without_leaks(y: Tensor, history: Tensor, weight: Tensor, segments: Segment
 def _last_inputs(history: Tensor, carried: int, segments: Segments | None) -> Tensor:
     """The inputs that the token after each row's last one will need."""
     if segments is None:
-        return history[:, history.shape[1] - carried :].contiguous()
+        return history[:, history.shape[1] - carried :].clone()  # a view would keep all inputs of a long prompt alive
     place = segments.end[:, None] + torch.arange(carried, device=history.device)  # history lags x by `carried`
     last = history.gather(1, place[..., None].expand(-1, -1, history.shape[2]))
     # A short last sequence must not hand on the inputs of the one before it.

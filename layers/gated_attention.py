@@ -1,7 +1,6 @@
 """Softmax attention with a sigmoid gate on its output: every fourth token mixer of Qwen3-Next."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from layers.backends import choose
 from layers.hook_point import HookPoint
+from layers.kv_state import KVState
 from layers.norm import RMSNorm, at_least_fp32
 from layers.rope import Rotation
 from layers.segments import Segments
@@ -17,37 +17,6 @@ from layers.segments import Segments
 Heads = Float[Tensor, "b t h d"]
 # Rows of the gate's projection a head, given head_dim.
 GATE_ROWS: dict[str, Callable[[int], int]] = {"elementwise": lambda d: d, "headwise": lambda _: 1, "none": lambda _: 0}
-
-
-@dataclass
-class KVState:
-    """Keys (rotated) and values of the tokens seen, in buffers that are allocated once.
-
-    Attributes:
-        k, v: (b, max_len, kv_heads, d); row r holds a token at position p in place p, whatever the padding was.
-    """
-
-    k: Tensor
-    v: Tensor
-
-    def append(self, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of real tokens after `segments.past`; return all stored so far (b s kv_heads d).
-
-        Where rows have unequal lengths, the shorter ones are followed by stale or zero places that callers must mask.
-        """
-        ends = segments.ends
-        if max(ends) > self.k.shape[1]:
-            raise ValueError(
-                f"The cache holds {self.k.shape[1]} tokens and {max(ends)} are needed: make it with a larger max_len."
-            )
-        for buffer, new in ((self.k, k), (self.v, v)):
-            if segments.aligned:
-                buffer[:, segments.past[0] : ends[0]] = new.detach()
-            else:
-                for r, (past, end) in enumerate(zip(segments.past, ends, strict=True)):
-                    first = int(segments.first[r])
-                    buffer[r, past:end] = new[r, first : first + end - past].detach()
-        return self.k[:, : max(ends)], self.v[:, : max(ends)]
 
 
 def attend(

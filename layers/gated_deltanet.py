@@ -19,7 +19,7 @@ class DeltaNetState:
 
     Attributes:
         conv: (b, taps − 1, channels) last inputs of the convolution, in the model's dtype.
-        memory: (b, h, k, v) the recurrent state, fp32.
+        memory: (b, h, k, v) the recurrent state, fp32 unless a cache was made with less.
     """
 
     conv: Tensor
@@ -123,7 +123,7 @@ class GatedDeltaNet(nn.Module):
             backend=self.backend,
         )
         if state is not None:
-            state.conv, state.memory = conv.detach(), memory.detach()
+            state.conv, state.memory = conv.detach(), memory.detach().to(state.memory.dtype)
         z = self.hook_gate_logit(self.in_proj_z(x).unflatten(-1, (self.value_heads, -1)))
         y = self.hook_gated(self.norm(self.hook_o(o), z))
         return self.out_proj(y.flatten(-2))

@@ -13,7 +13,7 @@ if getattr(layers, "__version__", None) != __version__:
     )
 
 from qwen3next import presets
-from qwen3next.cache import Cache
+from qwen3next.cache import Cache, HybridCache
 from qwen3next.checkpoint import load, save
 from qwen3next.config import ModelConfig
 from qwen3next.explain import explain
@@ -23,6 +23,7 @@ from qwen3next.released import Layout
 
 __all__ = [
     "Cache",
+    "HybridCache",
     "Layout",
     "Losses",
     "ModelConfig",

@@ -3,9 +3,10 @@
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from layers.gated_attention import GatedAttention, KVState
+from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import DeltaNetState, GatedDeltaNet
 from layers.hook_point import HookPoint
+from layers.kv_state import KVState
 from layers.mlp import SwiGLU
 from layers.moe import RouterStats, SparseMoE
 from layers.norm import RMSNorm

@@ -1,35 +1,63 @@
 """What a model carries between calls: keys and values, recurrent memory, last convolution inputs."""
 
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from layers.gated_attention import KVState
 from layers.gated_deltanet import DeltaNetState
+from layers.kv_state import KVState
 from layers.norm import at_least_fp32
 from layers.rope import Yarn
 from layers.segments import Segments
 from qwen3next.config import ModelConfig
 
+State = KVState | DeltaNetState
+
 
 @dataclass
-class Cache:
+class Mark:
+    """A cache as it was at some point. States are shared with the cache, which replaces and never changes them.
+
+    `tokens` is None for a point on the cache's own way, whose tokens it still has.
+    """
+
+    lengths: tuple[int, ...]
+    layers: list[State]
+    last_logits: Tensor | None
+    tokens: Tensor | None = None
+
+
+@dataclass
+class HybridCache:
     """The state of `batch` sequences. Make one with `model.new_cache`; `model(ids, cache=cache)` reads and extends it.
 
     Attributes:
+        config: of the model that it belongs to.
         layers: one KVState or DeltaNetState a layer.
         tokens: (b, max_len) the token ids seen, row r's first `lengths[r]` places.
         lengths: tokens each row holds.
         yarn: how RoPE was stretched where the keys were turned.
+        history: calls that `rollback` can take back.
         last_logits: (b, vocab) after each row's last token, once `generate` or `prefill` has run; else None.
+        snapshots: marks by name.
     """
 
-    layers: list[KVState | DeltaNetState]
+    config: ModelConfig
+    layers: list[State]
     tokens: Tensor
     lengths: tuple[int, ...]
     yarn: Yarn | None = None
+    history: int = 0
     last_logits: Tensor | None = field(default=None, repr=False)
+    snapshots: dict[str, Mark] = field(default_factory=dict, repr=False)
+    _kept: deque[Mark] = field(default_factory=deque, repr=False)
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
 
     @property
     def max_len(self) -> int:
@@ -41,9 +69,9 @@ class Cache:
 
         Raises: ValueError for another batch size, packed rows, or more tokens than fit.
         """
-        if input_ids.shape[0] != self.tokens.shape[0]:
+        if input_ids.shape[0] != self.batch:
             raise ValueError(
-                f"The cache was made for {self.tokens.shape[0]} sequences and {input_ids.shape[0]} are given: "
+                f"The cache was made for {self.batch} sequences and {input_ids.shape[0]} are given: "
                 "make it with batch= that many."
             )
         segments = segments.after(self.lengths)
@@ -54,6 +82,13 @@ class Cache:
             )
         return segments
 
+    def keep(self) -> None:
+        """Keep this point for `rollback`, before a call that nothing refuses any more."""
+        if self.history:
+            self._kept.append(self._mark(share_kv=False))
+            while len(self._kept) > self.history:
+                self._kept.popleft()
+
     def advance(self, input_ids: Tensor, segments: Segments) -> None:
         """Note that these tokens, a result of `admit`, are now part of every layer's state."""
         for r, (past, end) in enumerate(zip(segments.past, segments.ends, strict=True)):
@@ -61,19 +96,129 @@ class Cache:
             self.tokens[r, past:end] = input_ids[r, first : first + end - past]
         self.lengths, self.last_logits = segments.ends, None
 
-    def move_to(self, larger: "Cache") -> "Cache":
-        """Continue in a cache of the same model with a larger max_len; returns it."""
-        for old, new in zip(self.layers, larger.layers, strict=True):
-            for name, tensor in vars(old).items():
-                place = getattr(new, name)  # as large in the dimension after the batch, or larger
-                place[:, : tensor.shape[1]] = tensor
-        larger.tokens[:, : self.max_len] = self.tokens
-        larger.lengths, larger.last_logits = self.lengths, self.last_logits
-        return larger
+    def snapshot(self, name: str) -> None:
+        """Remember this point; costs no time and, for the recurrent states, their memory."""
+        self.snapshots[name] = self._mark(share_kv=True)
+        self.snapshots[name].tokens = self.tokens[:, : max(self.lengths)].clone()
+
+    def restore(self, name: str) -> None:
+        """Go to a snapshot, which stays; `rollback` cannot go behind it. Raises: ValueError for an unknown name."""
+        if name not in self.snapshots:
+            raise ValueError(f"There is no snapshot {name!r}: {', '.join(self.snapshots) or 'none was taken'}.")
+        self._return_to(self.snapshots[name])
+        self._kept.clear()  # they are of the way that was left
+
+    def rollback(self, tokens: int) -> None:
+        """Take back the last so many tokens of every row, exactly, in all parts; or refuse and change nothing.
+
+        Possible to the beginnings of the last `history` calls, so in decoding by any number up to that.
+        Raises: ValueError where no state of that point is kept.
+        """
+        target = tuple(length - tokens for length in self.lengths)
+        if tokens < 0 or min(target) < 0:
+            raise ValueError(f"Cannot take back {tokens} of {min(self.lengths)} tokens.")
+        if tokens == 0:
+            return
+        for mark in reversed(self._kept):
+            if mark.lengths == target:
+                while self._kept[-1] is not mark:
+                    self._kept.pop()
+                self._kept.pop()
+                self._return_to(mark)
+                return
+        kept = ", ".join(str(mark.lengths[0]) for mark in self._kept) or "none"
+        raise ValueError(
+            f"No state after {target[0]} tokens is kept (kept: {kept}): make the cache with a larger history=, or "
+            "take a snapshot there."
+        )
+
+    def fork(self, n: int = 1) -> list["HybridCache"]:
+        """Copies that go on independently. Keys and values are shared until both sides are continued."""
+        return [self._with(self._mark(share_kv=True), self.tokens.clone()) for _ in range(n)]
+
+    def select(self, rows: Sequence[int] | Tensor) -> "HybridCache":
+        """A cache of these rows, in this order, any of them several times: for batches that shrink, and beams."""
+        index = torch.as_tensor(rows, device=self.tokens.device)
+        if not len(index) or int(index.min()) < 0 or int(index.max()) >= self.batch:
+            raise ValueError(f"rows must be numbers below {self.batch}, got {index.tolist()}.")
+        held = max(self.lengths)
+        layers: list[State] = []
+        for state in self.layers:
+            if isinstance(state, KVState):
+                layers.append(state.select(index, held))
+            else:
+                layers.append(DeltaNetState(state.conv[index], state.memory[index]))
+        logits = None if self.last_logits is None else self.last_logits[index]
+        lengths = tuple(self.lengths[i] for i in index.tolist())
+        return self._with(Mark(lengths, layers, logits), self.tokens[index])
+
+    reorder = select
+
+    def rewind_to(self, ids: Sequence[int]) -> int:
+        """Go to the furthest point known that is a beginning of `ids`; returns its tokens, 0 where there is none.
+
+        Considers where the cache stands, kept states and snapshots. For one row.
+        """
+        assert self.batch == 1
+        wanted, best, steps, name = torch.tensor(ids, device=self.tokens.device), 0, 0, ""
+        kept = [(mark.lengths[0], "", self.tokens[0]) for mark in self._kept]
+        named = [(m.lengths[0], key, m.tokens[0]) for key, m in self.snapshots.items() if m.tokens is not None]
+        for length, key, tokens in [(self.lengths[0], "", self.tokens[0]), *kept, *named]:
+            if best < length <= len(ids) and torch.equal(tokens[:length], wanted[:length]):
+                best, name, steps = length, key, self.lengths[0] - length
+        if name:
+            self.restore(name)
+        elif best:
+            self.rollback(steps)
+        return best
 
     def nbytes(self) -> int:
-        """Bytes of all tensors that grow with layers or context (token ids left out)."""
-        return sum(x.nbytes for layer in self.layers for x in vars(layer).values())
+        """Bytes of the state and of the keys and values held (token ids and snapshots left out)."""
+        held = max(self.lengths)
+        return sum(
+            s.bytes_per_token * held if isinstance(s, KVState) else s.conv.nbytes + s.memory.nbytes for s in self.layers
+        )
+
+    @property
+    def reserved(self) -> int:
+        """Bytes allocated: as `nbytes`, and the room that keys and values have left."""
+        return self.nbytes() + sum(
+            s.bytes_per_token * (s.capacity - max(self.lengths)) for s in self.layers if isinstance(s, KVState)
+        )
+
+    @staticmethod
+    def estimate(config: ModelConfig, tokens: int, *, kv_bytes: int = 2, conv_bytes: int = 2) -> int:
+        """Bytes that `nbytes` of one sequence of so many tokens will be."""
+        return tokens * config.bytes_per_token(kv_bytes) + config.bytes_per_sequence(conv_bytes)
+
+    def _mark(self, *, share_kv: bool) -> Mark:
+        """This point. Recurrent states are replaced and never written to; keys and values are, behind what is held."""
+        layers: list[State] = []
+        for s in self.layers:
+            if isinstance(s, KVState):
+                layers.append(s.share() if share_kv else s)
+            else:
+                layers.append(DeltaNetState(s.conv, s.memory))
+        return Mark(self.lengths, layers, self.last_logits)
+
+    def _return_to(self, mark: Mark) -> None:
+        for i, (now, then) in enumerate(zip(self.layers, mark.layers, strict=True)):
+            if isinstance(then, DeltaNetState):
+                self.layers[i] = DeltaNetState(then.conv, then.memory)
+            elif then is not now:
+                assert isinstance(then, KVState)
+                self.layers[i] = then.share()
+        if mark.tokens is not None:
+            self.tokens[:, : mark.tokens.shape[1]] = mark.tokens
+        self.lengths, self.last_logits = mark.lengths, mark.last_logits
+
+    def _with(self, mark: Mark, tokens: Tensor) -> "HybridCache":
+        return HybridCache(
+            self.config, mark.layers, tokens, mark.lengths, self.yarn, self.history, last_logits=mark.last_logits
+        )
+
+
+Cache = HybridCache
 
 
 def new_cache(
@@ -84,20 +229,25 @@ def new_cache(
     dtype: torch.dtype,
     kv_dtype: torch.dtype,
     device: torch.device,
-) -> Cache:
-    """An empty cache, allocated whole: KV in `kv_dtype`, convolution inputs in `dtype`, memory in fp32 or better."""
+    state_dtype: torch.dtype | None = None,
+    history: int = 0,
+) -> HybridCache:
+    """An empty cache: KV in `kv_dtype`, growing by blocks; convolution inputs in `dtype`, memory in `state_dtype`."""
     if batch < 1 or max_len < 1:
         raise ValueError(f"A cache needs at least one sequence and one token, got batch={batch}, max_len={max_len}.")
+    if history < 0:
+        raise ValueError(f"history must not be negative, got {history}.")
     c = config
-    layers: list[KVState | DeltaNetState] = []
+    layers: list[State] = []
     for kind in c.layer_types:
         if kind == "full_attention":
-            shape = (batch, max_len, c.num_key_value_heads, c.head_dim)
-            k, v = (torch.zeros(shape, dtype=kv_dtype, device=device) for _ in range(2))
-            layers.append(KVState(k, v))
+            like = torch.zeros(batch, 0, c.num_key_value_heads, c.head_dim, dtype=kv_dtype, device=device)
+            layers.append(KVState(like, max_len))
         else:
             conv = torch.zeros(batch, c.linear_conv_kernel_dim - 1, c.conv_channels, dtype=dtype, device=device)
             heads = (c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
-            memory = at_least_fp32(torch.zeros(batch, *heads, dtype=dtype, device=device))
+            memory = torch.zeros(batch, *heads, dtype=dtype, device=device)
+            memory = at_least_fp32(memory) if state_dtype is None else memory.to(state_dtype)
             layers.append(DeltaNetState(conv, memory))
-    return Cache(layers, torch.zeros(batch, max_len, dtype=torch.long, device=device), (0,) * batch, c.rope_scaling)
+    tokens = torch.zeros(batch, max_len, dtype=torch.long, device=device)
+    return HybridCache(c, layers, tokens, (0,) * batch, c.rope_scaling, history)

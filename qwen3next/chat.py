@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from qwen3next.cache import Cache
+from qwen3next.cache import HybridCache
 from qwen3next.chat_template import ChatTemplate
 from qwen3next.generate import stream
 from qwen3next.generation_config import GenerationConfig
@@ -15,6 +15,8 @@ from qwen3next.messages import Content, History, Message, check_messages
 from qwen3next.model import Qwen3Next
 from qwen3next.reply import ReplyReader, Stats
 from qwen3next.thinking import OPEN, Piece, ThinkingSplitter
+
+SNAPSHOTS = 4  # points between turns that stay; each has the memory of the recurrent states
 
 __all__ = ["ChatTemplate", "Conversation", "GenerationConfig", "Stats", "ThinkingSplitter"]
 
@@ -51,7 +53,7 @@ class Conversation(History):
         if self.max_context < 1:
             raise ValueError(f"max_context must be at least 1, got {max_context}.")
         self.stats: Stats | None = None
-        self._cache: Cache | None = None
+        self._cache: HybridCache | None = None
         self._stop_text = template.special_tokens.get("eos_token")
         given = self.generation.stop_tokens
         self._stop_tokens = set(model.stop_tokens if given is None else given)
@@ -108,7 +110,7 @@ class Conversation(History):
     def _answer(
         self, messages: list[Message], ids: list[int], reader: ReplyReader, options: dict[str, Any]
     ) -> Generator[Piece, None, None]:
-        cache, reused = self._take_cache(ids, len(ids) + options["max_new_tokens"])
+        cache, reused = self._take_cache(ids)
         self.stats = stats = Stats(len(ids), reused)
         said = {"thinking": "", "answer": ""}
         try:
@@ -125,12 +127,16 @@ class Conversation(History):
                 self.messages = [*messages, {"role": "assistant", "content": said["answer"], **thinking}]
 
     def _pieces(
-        self, cache: Cache, ids: list[int], reader: ReplyReader, stats: Stats, options: dict[str, Any]
+        self, cache: HybridCache, ids: list[int], reader: ReplyReader, stats: Stats, options: dict[str, Any]
     ) -> Generator[Piece, None, None]:
         began = time.perf_counter()
         prompt = torch.tensor([ids], device=cache.tokens.device)
         for _ in self.model.prefill(prompt[:, stats.reused :], cache):
             pass
+        # Where the next prompt leaves out this reply's thinking, or the exchange is taken back, it can begin here.
+        cache.snapshot(f"turn {len(self.messages)}")
+        for name in list(cache.snapshots)[:-SNAPSHOTS]:
+            del cache.snapshots[name]
         for token in stream(self.model, prompt, cache=cache, **options):
             pieces = reader.push(int(token))
             stats.new += 1
@@ -142,19 +148,10 @@ class Conversation(History):
         stats.ended = "stop" if reader.ended else "length"
         yield from reader.finish()
 
-    def _take_cache(self, ids: list[int], length: int) -> tuple[Cache, int]:
-        """The cache of the turns before, where the prompt begins with what it holds, else a new one; tokens it holds.
-
-        The state of a Gated DeltaNet layer cannot be cut back, so a cache with anything else in it is of no use.
-        """
-        # Powers of two, so that a long conversation moves a few times only, and a short one takes little memory.
-        max_len = min(self.max_context, max(4096, 1 << (length - 1).bit_length()))
+    def _take_cache(self, ids: list[int]) -> tuple[HybridCache, int]:
+        """The cache of the turns before, taken back to where the prompt leaves it, else a new one; tokens it holds."""
         cache, self._cache = self._cache, None
-        if cache is not None:
-            held = cache.lengths[0]
-            if held <= len(ids) and cache.tokens[0, :held].tolist() == ids[:held]:
-                return (
-                    cache if cache.max_len >= length else cache.move_to(self.model.new_cache(max_len=max_len))
-                ), held
-            del cache  # before the next one is allocated
-        return self.model.new_cache(max_len=max_len), 0
+        if cache is None:
+            return self.model.new_cache(max_len=self.max_context), 0
+        held = cache.rewind_to(ids)
+        return (cache, held) if held else (self.model.new_cache(max_len=self.max_context), 0)

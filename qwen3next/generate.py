@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from layers.segments import Segments
-from qwen3next.cache import Cache
+from qwen3next.cache import HybridCache
 from qwen3next.model import Qwen3Next
 
 
@@ -48,7 +48,7 @@ def stream(
     input_ids: Tensor,
     *,
     segments: Segments | None = None,
-    cache: Cache | None = None,
+    cache: HybridCache | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -93,7 +93,7 @@ def stream(
         cache.last_logits = logits
 
 
-def _run_prompt(model: Qwen3Next, input_ids: Tensor, segments: Segments, cache: Cache) -> Tensor:
+def _run_prompt(model: Qwen3Next, input_ids: Tensor, segments: Segments, cache: HybridCache) -> Tensor:
     """Run what the cache does not hold yet; logits (b, vocab) after each prompt's last token."""
     held = cache.lengths[0]
     if any(cache.lengths):

@@ -20,7 +20,7 @@ from layers.norm import GatedRMSNorm, RMSNorm, at_least_fp32
 from layers.rope import Rotation, Yarn, rotation
 from layers.segments import Segments
 from qwen3next.block import Block
-from qwen3next.cache import Cache, new_cache
+from qwen3next.cache import HybridCache, new_cache
 from qwen3next.config import ModelConfig
 from qwen3next.generation_config import GenerationConfig
 from qwen3next.hooks import Hooked
@@ -105,7 +105,7 @@ class Qwen3Next(Hooked, nn.Module):
         self,
         input_ids: Int[Tensor, "b t"],
         segments: Segments | None = None,
-        cache: Cache | None = None,
+        cache: HybridCache | None = None,
         logits_to_keep: int = 0,
     ) -> Output:
         """Predict the next token after each one.
@@ -121,7 +121,7 @@ class Qwen3Next(Hooked, nn.Module):
         return Output(logits, hidden, _stack(aux))
 
     def _backbone(
-        self, input_ids: Tensor, segments: Segments | None, cache: Cache | None, *, stats: bool
+        self, input_ids: Tensor, segments: Segments | None, cache: HybridCache | None, *, stats: bool
     ) -> tuple[Tensor, list[RouterStats], Rotation]:
         """Hidden states after the final norm, router statistics a sparse layer, and the rotation that was used."""
         if input_ids.ndim != 2 or not input_ids.numel() or input_ids.is_floating_point():
@@ -150,6 +150,8 @@ class Qwen3Next(Hooked, nn.Module):
                 f"input_ids hold {int(input_ids.min())} to {int(input_ids.max())}; this model knows "
                 f"0 to {self.vocab_size - 1}: was the text encoded with another tokenizer?"
             )
+        if cache is not None:
+            cache.keep()
         x = self.hook_embed(self.embed_tokens(input_ids))
         rope = rotation(
             segments.positions,
@@ -203,14 +205,37 @@ class Qwen3Next(Hooked, nn.Module):
         summed = F.cross_entropy(at_least_fp32(logits), target[place], reduction="sum")
         return summed / max(len(logits), 1), len(logits)
 
-    def new_cache(self, batch: int = 1, max_len: int = 4096, kv_dtype: str | torch.dtype | None = None) -> Cache:
-        """An empty cache for `batch` sequences of up to `max_len` tokens; KV in `kv_dtype` or the model's dtype."""
+    def new_cache(
+        self,
+        batch: int = 1,
+        max_len: int = 4096,
+        kv_dtype: str | torch.dtype | None = None,
+        state_dtype: str | torch.dtype | None = None,
+        history: int = 0,
+    ) -> HybridCache:
+        """An empty cache for `batch` sequences of up to `max_len` tokens; memory for them is taken as they come.
+
+        Args:
+            kv_dtype: of keys and values; None is the model's dtype.
+            state_dtype: of the recurrent states between calls; None is fp32, less loses precision with every call.
+            history: calls that `rollback` can take back; each keeps the recurrent states of one point.
+        """
         like = self.embed_tokens.weight
-        kv = like.dtype if kv_dtype is None else as_dtype(kv_dtype)
-        return new_cache(self.config, batch=batch, max_len=max_len, dtype=like.dtype, kv_dtype=kv, device=like.device)
+        return new_cache(
+            self.config,
+            batch=batch,
+            max_len=max_len,
+            dtype=like.dtype,
+            kv_dtype=like.dtype if kv_dtype is None else as_dtype(kv_dtype),
+            device=like.device,
+            state_dtype=None if state_dtype is None else as_dtype(state_dtype),
+            history=history,
+        )
 
     @torch.no_grad()
-    def prefill(self, input_ids: Int[Tensor, "b t"], cache: Cache, chunk_size: int = 4096) -> Iterator[tuple[int, int]]:
+    def prefill(
+        self, input_ids: Int[Tensor, "b t"], cache: HybridCache, chunk_size: int = 4096
+    ) -> Iterator[tuple[int, int]]:
         """Run a prompt into the cache in chunks; yields (tokens done, tokens in all) after each."""
         total = input_ids.shape[1]
         for begin in range(0, total, chunk_size):

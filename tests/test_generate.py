@@ -125,13 +125,3 @@ def test_a_cache_of_other_text_is_refused(model):
         q.generate(model, ids(1, 8, seed=1), cache=cache, max_new_tokens=2)
     with pytest.raises(ValueError, match="do not fit"):
         q.generate(model, ids(1, 5), cache=cache, max_new_tokens=30)
-
-
-def test_a_cache_moves_to_a_larger_one(model):
-    prompt = ids(2, 9)
-    cache = model.new_cache(batch=2, max_len=14)
-    first = q.generate(model, prompt, cache=cache, max_new_tokens=5)
-    cache = cache.move_to(model.new_cache(batch=2, max_len=40))
-    assert cache.max_len == 40
-    whole = q.generate(model, first, cache=cache, max_new_tokens=20)
-    assert torch.equal(whole, q.generate(model, prompt, max_new_tokens=25))

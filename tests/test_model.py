@@ -5,6 +5,7 @@ import torch
 from conftest import small_config, small_model
 
 import qwen3next as q
+from layers.kv_state import KVState
 from layers.segments import Segments
 
 
@@ -109,8 +110,8 @@ def test_a_padded_prompts_cache_equals_single_ones(model64, side):
             logits = model64(ids(3, 2, seed=9)[r : r + 1, extra], cache=alone).logits
         torch.testing.assert_close(last[r, extra], logits[0], rtol=0, atol=1e-10)
         for ours, theirs in zip(cache.layers, alone.layers, strict=True):
-            for name, value in vars(theirs).items():
-                got = getattr(ours, name)[r]
+            for name in ("k", "v") if isinstance(theirs, KVState) else ("conv", "memory"):
+                got, value = getattr(ours, name)[r], getattr(theirs, name)
                 if name in ("k", "v"):
                     got, value = got[: alone.lengths[0]], value[:, : alone.lengths[0]]
                 torch.testing.assert_close(got, value[0], rtol=0, atol=1e-10)
@@ -220,19 +221,24 @@ def test_a_refused_call_leaves_the_cache_as_it_was():
     model = small_model()
     cache = model.new_cache(max_len=8)
     model(ids(1, 5), cache=cache)
-    before = [v.clone() for layer in cache.layers for v in vars(layer).values()]
+
+    def contents():
+        pairs = ((y.k, y.v) if isinstance(y, KVState) else (y.conv, y.memory) for y in cache.layers)
+        return [x.clone() for pair in pairs for x in pair]
+
+    before = contents()
     for bad, sentence in ((ids(1, 4), "max_len"), (torch.tensor([[97]]), "tokenizer")):
         with pytest.raises(ValueError, match=sentence):
             model(bad, cache=cache)
     assert cache.lengths == (5,)
-    assert all(
-        torch.equal(a, v) for a, v in zip(before, (v for y in cache.layers for v in vars(y).values()), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(before, contents(), strict=True))
 
 
 def test_cache_bytes_follow_the_formula():
     config = small_config()
-    cache = small_model().new_cache(batch=3, max_len=50)
+    model = small_model()
+    cache = model.new_cache(batch=3, max_len=50)
+    model(ids(3, 50), cache=cache)
     assert cache.nbytes() == 3 * (50 * config.bytes_per_token(4) + config.bytes_per_sequence(4))
     big = q.presets.qwen3_next_80b_a3b()
     assert big.bytes_per_token() == 24 * 2**10

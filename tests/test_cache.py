@@ -1,0 +1,249 @@
+"""The cache: what it costs, forks, snapshots, rollback, rows; and a random walk against cold runs."""
+
+import gc
+
+import pytest
+import torch
+from conftest import small_model
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from parity import tokens
+
+import qwen3next as q
+from layers.kv_state import BLOCK, KVState
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model(dtype=torch.float64)
+
+
+def run(model, cache, ids):
+    with torch.no_grad():
+        cache.last_logits = model(ids, cache=cache, logits_to_keep=1).logits[:, -1]
+    return cache.last_logits
+
+
+def cold(model, ids):
+    with torch.no_grad():
+        return model(ids).logits[:, -1]
+
+
+def same(a, b):
+    return (a - b).abs().max() < 1e-10
+
+
+def test_bytes_are_those_of_the_formula(model):
+    cache = model.new_cache(batch=2, max_len=1000)
+    config = model.config
+    assert cache.reserved == cache.nbytes() == 2 * config.bytes_per_sequence(8) + cache_state_excess(config, 2)
+    for length in (10, 300):
+        run(model, cache, tokens(length - max(cache.lengths)))
+        expected = 2 * (length * config.bytes_per_token(8) + config.bytes_per_sequence(8))
+        assert cache.nbytes() == expected + cache_state_excess(config, 2)
+        assert cache.reserved - cache.nbytes() <= 2 * max(BLOCK, length // 4) * config.bytes_per_token(8) * 1.5
+    small = small_model().new_cache(max_len=10**6, kv_dtype="bfloat16")
+    assert small.reserved == config.bytes_per_sequence(4)  # an empty cache is no larger for its limit
+    assert q.HybridCache.estimate(q.presets.qwen3_next_80b_a3b(), 262_144) == 262_144 * 24_576 + 77_266_944
+
+
+def cache_state_excess(config, batch):
+    """The formula counts memory in fp32; in an fp64 model it is twice that."""
+    memory = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim * 4
+    return batch * memory * config.layer_types.count("linear_attention")
+
+
+def test_growth_changes_nothing(model):
+    ids = tokens(700, b=1)
+    cache = model.new_cache(max_len=700)
+    for begin in range(0, 700, 37):
+        last = run(model, cache, ids[:, begin : begin + 37])
+    assert same(last, cold(model, ids))
+    kv = next(s for s in cache.layers if isinstance(s, KVState))
+    assert kv.capacity == 700
+
+
+def test_forks_go_on_independently_and_share_until_then(model):
+    ids = tokens(40, b=1)
+    cache = model.new_cache(max_len=100)
+    run(model, cache, ids)
+    a, b = cache.fork(2)
+    kv = [next(s for s in c.layers if isinstance(s, KVState)) for c in (cache, a, b)]
+    assert kv[0].k.data_ptr() == kv[1].k.data_ptr() == kv[2].k.data_ptr()
+    more = [tokens(n, b=1) for n in (5, 6, 7)]
+    for c, m in zip((a, b, cache), more, strict=True):
+        assert same(run(model, c, m), cold(model, torch.cat((ids, m), dim=1)))
+    assert kv[0].k.data_ptr() != kv[1].k.data_ptr() != kv[2].k.data_ptr()
+    assert kv[1].k.data_ptr() != kv[0].k.data_ptr()
+    for c, m in zip((cache, a, b), (more[2], more[0], more[1]), strict=True):
+        whole = torch.cat((ids, m, more[0]), dim=1)
+        assert same(run(model, c, more[0]), cold(model, whole))
+
+
+def test_a_lone_fork_continues_in_place(model):
+    cache = model.new_cache(max_len=600)
+    run(model, cache, tokens(300, b=1))
+    (fork,) = cache.fork()
+    kv = next(s for s in fork.layers if isinstance(s, KVState))
+    before = kv.k.data_ptr()
+    run(model, fork, tokens(3, b=1))
+    assert kv.k.data_ptr() == before
+    del cache
+    gc.collect()
+    assert same(run(model, fork, tokens(4, b=1)), cold(model, torch.cat([tokens(n, b=1) for n in (300, 3, 4)], dim=1)))
+
+
+def test_snapshots_of_two_ways(model):
+    """A later snapshot survives going back to an earlier one and another way."""
+    doc, left, right = (tokens(n, b=1) for n in (30, 11, 17))
+    cache = model.new_cache(max_len=100)
+    at_doc = run(model, cache, doc)
+    cache.snapshot("doc")
+    at_left = run(model, cache, left)
+    cache.snapshot("left")
+    cache.restore("doc")
+    assert same(cache.last_logits, at_doc)
+    run(model, cache, right)
+    cache.restore("left")
+    assert same(cache.last_logits, at_left)
+    assert same(run(model, cache, right), cold(model, torch.cat((doc, left, right), dim=1)))
+    with pytest.raises(ValueError, match="no snapshot 'other': doc, left"):
+        cache.restore("other")
+
+
+def test_rollback_is_bit_exact_or_refused(model):
+    ids = tokens(50, b=2)
+    cache = model.new_cache(batch=2, max_len=60, history=4)
+    run(model, cache, ids[:, :40])
+    logits = [run(model, cache, ids[:, t : t + 1]) for t in range(40, 50)]
+    cache.rollback(3)
+    assert torch.equal(cache.last_logits, logits[6])
+    for t in range(47, 50):
+        assert torch.equal(run(model, cache, ids[:, t : t + 1]), logits[t - 40])
+    before = cache.lengths
+    for n in (5, 60, -1):
+        with pytest.raises(ValueError, match=r"No state after|Cannot take back"):
+            cache.rollback(n)
+        assert cache.lengths == before
+    cache.rollback(0)
+    plain = model.new_cache(batch=2, max_len=60)
+    run(model, plain, ids[:, :40])
+    with pytest.raises(ValueError, match="larger history"):
+        plain.rollback(1)
+
+
+def test_rows(model):
+    ids = tokens(20, b=3)
+    cache = model.new_cache(batch=3, max_len=40)
+    run(model, cache, ids)
+    chosen = cache.select([2, 0, 0])
+    more = tokens(5, b=3)
+    expected = cold(model, torch.cat((ids[[2, 0, 0]], more), dim=1))
+    assert same(run(model, chosen, more), expected)
+    assert same(run(model, cache, more), cold(model, torch.cat((ids, more), dim=1)))
+    with pytest.raises(ValueError, match="numbers below 3"):
+        cache.select([3])
+
+
+def test_rewind_to(model):
+    cache = model.new_cache(max_len=100, history=3)
+    ids = tokens(30, b=1)
+    assert cache.rewind_to([1, 2]) == 0
+    run(model, cache, ids[:, :10])
+    cache.snapshot("ten")
+    run(model, cache, ids[:, 10:20])
+    run(model, cache, ids[:, 20:21])
+    text = ids[0].tolist()
+    assert cache.rewind_to(text) == 21
+    assert cache.rewind_to(text[:20] + [0] * 3) == 20
+    assert cache.rewind_to(text[:15]) == 10
+    assert cache.lengths == (10,)
+    assert cache.rewind_to([*text[:9], 96 - text[9]]) == 0
+    assert same(run(model, cache, ids[:, 10:]), cold(model, ids))
+
+
+@pytest.mark.parametrize(("options", "bound"), [({"kv_dtype": "float32"}, 1e-4), ({"state_dtype": "bfloat16"}, 0.3)])
+def test_less_precision_costs_what_it_should(model, options, bound):
+    ids = tokens(60, b=1)
+    cache = model.new_cache(max_len=60, **options)
+    run(model, cache, ids[:, :50])
+    for t in range(50, 60):
+        last = run(model, cache, ids[:, t : t + 1])
+    gap = (last - cold(model, ids)).abs().max()
+    assert 0 < gap < bound
+
+
+class Walk(RuleBasedStateMachine):
+    """Whatever is done to caches, the next logits are those of a cold run of the same tokens."""
+
+    model = small_model(dtype=torch.float64, num_hidden_layers=2, layer_types=("linear_attention", "full_attention"))
+
+    @initialize(history=st.integers(0, 3))
+    def start(self, history):
+        self.caches = [(self.model.new_cache(max_len=120, history=history), [])]
+        self.seed = 0
+
+    def new_tokens(self, n):
+        self.seed += 1
+        return torch.randint(0, 97, (1, n), generator=torch.Generator().manual_seed(self.seed))
+
+    @rule(n=st.sampled_from([1, 1, 2, 7, 30]), which=st.integers(0, 3))
+    def go_on(self, n, which):
+        cache, said = self.caches[which % len(self.caches)]
+        if len(said) + n <= 120:
+            ids = self.new_tokens(n)
+            run(self.model, cache, ids)
+            said.extend(ids[0].tolist())
+
+    @precondition(lambda self: len(self.caches) < 4)
+    @rule(which=st.integers(0, 3))
+    def fork(self, which):
+        cache, said = self.caches[which % len(self.caches)]
+        self.caches.append((cache.fork()[0], list(said)))
+
+    @precondition(lambda self: len(self.caches) > 1)
+    @rule(which=st.integers(0, 3))
+    def forget(self, which):
+        self.caches.pop(which % len(self.caches))
+
+    @rule(which=st.integers(0, 3), name=st.sampled_from("ab"))
+    def snapshot(self, which, name):
+        self.caches[which % len(self.caches)][0].snapshot(name)
+
+    @rule(which=st.integers(0, 3), name=st.sampled_from("ab"))
+    def restore(self, which, name):
+        cache, said = self.caches[which % len(self.caches)]
+        if name in cache.snapshots:
+            mark = cache.snapshots[name]
+            cache.restore(name)
+            said[:] = mark.tokens[0].tolist()
+
+    @rule(which=st.integers(0, 3), n=st.sampled_from([1, 2, 7]))
+    def rollback(self, which, n):
+        cache, said = self.caches[which % len(self.caches)]
+        lengths = cache.lengths
+        try:
+            cache.rollback(n)
+        except ValueError:
+            assert cache.lengths == lengths
+        else:
+            del said[len(said) - n :]
+
+    @rule(which=st.integers(0, 3))
+    def select(self, which):
+        i = which % len(self.caches)
+        cache, said = self.caches[i]
+        self.caches[i] = (cache.select([0]), said)
+
+    @invariant()
+    def next_logits_are_those_of_a_cold_run(self):
+        for cache, said in getattr(self, "caches", []):
+            assert cache.lengths == (len(said),)
+            if said and cache.last_logits is not None:
+                assert cache.tokens[0, : len(said)].tolist() == said
+                assert same(cache.last_logits, cold(self.model, torch.tensor([said])))
+
+
+Walk.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestWalk = Walk.TestCase
