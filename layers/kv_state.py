@@ -98,9 +98,14 @@ class KVState:
         old.holders.discard(self)
         self._hold(_Buffer(*pair))
 
+    def fill(self, k: Tensor, v: Tensor) -> None:
+        """Hold these (b s kv_heads d), in place of what was held."""
+        self._buffer.holders.discard(self)
+        self._hold(_Buffer(k, v))
+        self._buffer.used = k.shape[1]
+
     def select(self, rows: Tensor, held: int) -> "KVState":
         """A state of its own with these rows, of which at most `held` tokens count."""
         other = KVState(self.k[:, :0][rows], self.max_len)
-        other._buffer.k, other._buffer.v = (x[:, :held].index_select(0, rows) for x in (self.k, self.v))
-        other._buffer.used = held
+        other.fill(*(x[:, :held].index_select(0, rows) for x in (self.k, self.v)))
         return other

@@ -1,4 +1,4 @@
-"""Folders that change all at once or not at all."""
+"""Folders and files that change all at once or not at all."""
 
 import ctypes
 import errno
@@ -31,6 +31,18 @@ def fresh_folder(folder: Path, *, replaced: Callable[[str], bool]) -> Iterator[P
         _take_place(fresh, folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+@contextmanager
+def fresh_file(path: Path) -> Iterator[Path]:
+    """A new file beside `path` that takes its place when the block ends well, and is gone when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        yield fresh
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def _take_place(fresh: Path, folder: Path) -> None:

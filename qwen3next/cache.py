@@ -1,8 +1,11 @@
 """What a model carries between calls: keys and values, recurrent memory, last convolution inputs."""
 
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +16,9 @@ from layers.norm import at_least_fp32
 from layers.rope import Yarn
 from layers.segments import Segments
 from qwen3next.config import ModelConfig
+
+if TYPE_CHECKING:
+    from qwen3next.model import Qwen3Next
 
 State = KVState | DeltaNetState
 
@@ -43,6 +49,7 @@ class HybridCache:
         history: calls that `rollback` can take back.
         last_logits: (b, vocab) after each row's last token, once `generate` or `prefill` has run; else None.
         snapshots: marks by name.
+        model: the one that made it, which a file of it names.
     """
 
     config: ModelConfig
@@ -53,6 +60,7 @@ class HybridCache:
     history: int = 0
     last_logits: Tensor | None = field(default=None, repr=False)
     snapshots: dict[str, Mark] = field(default_factory=dict, repr=False)
+    model: "weakref.ref[Qwen3Next] | None" = field(default=None, repr=False)
     _kept: deque[Mark] = field(default_factory=deque, repr=False)
 
     @property
@@ -85,7 +93,7 @@ class HybridCache:
     def keep(self) -> None:
         """Keep this point for `rollback`, before a call that nothing refuses any more."""
         if self.history:
-            self._kept.append(self._mark(share_kv=False))
+            self._kept.append(self.mark(share_kv=False))
             while len(self._kept) > self.history:
                 self._kept.popleft()
 
@@ -98,14 +106,14 @@ class HybridCache:
 
     def snapshot(self, name: str) -> None:
         """Remember this point; costs no time and, for the recurrent states, their memory."""
-        self.snapshots[name] = self._mark(share_kv=True)
+        self.snapshots[name] = self.mark(share_kv=True)
         self.snapshots[name].tokens = self.tokens[:, : max(self.lengths)].clone()
 
     def restore(self, name: str) -> None:
         """Go to a snapshot, which stays; `rollback` cannot go behind it. Raises: ValueError for an unknown name."""
         if name not in self.snapshots:
             raise ValueError(f"There is no snapshot {name!r}: {', '.join(self.snapshots) or 'none was taken'}.")
-        self._return_to(self.snapshots[name])
+        self.go_to(self.snapshots[name])
         self._kept.clear()  # they are of the way that was left
 
     def rollback(self, tokens: int) -> None:
@@ -124,7 +132,7 @@ class HybridCache:
                 while self._kept[-1] is not mark:
                     self._kept.pop()
                 self._kept.pop()
-                self._return_to(mark)
+                self.go_to(mark)
                 return
         kept = ", ".join(str(mark.lengths[0]) for mark in self._kept) or "none"
         raise ValueError(
@@ -134,7 +142,7 @@ class HybridCache:
 
     def fork(self, n: int = 1) -> list["HybridCache"]:
         """Copies that go on independently. Keys and values are shared until both sides are continued."""
-        return [self._with(self._mark(share_kv=True), self.tokens.clone()) for _ in range(n)]
+        return [self._with(self.mark(share_kv=True), self.tokens.clone()) for _ in range(n)]
 
     def select(self, rows: Sequence[int] | Tensor) -> "HybridCache":
         """A cache of these rows, in this order, any of them several times: for batches that shrink, and beams."""
@@ -186,12 +194,28 @@ class HybridCache:
             s.bytes_per_token * (s.capacity - max(self.lengths)) for s in self.layers if isinstance(s, KVState)
         )
 
+    def save(self, path: str | Path) -> None:
+        """Write this cache and its snapshots to a file, whole or not at all; `load` wants the same model."""
+        from qwen3next.cache_files import save_cache
+
+        model = None if self.model is None else self.model()
+        if model is None:
+            raise ValueError("The model of this cache is gone: save while it is there, so that the file can name it.")
+        save_cache(self, path, model)
+
+    @staticmethod
+    def load(path: str | Path, model: "Qwen3Next", *, max_len: int | None = None, history: int = 0) -> "HybridCache":
+        """Read what `save` wrote. Raises: ValueError for a damaged file, or another model's, dtype's or factor's."""
+        from qwen3next.cache_files import load_cache
+
+        return load_cache(path, model, max_len=max_len, history=history)
+
     @staticmethod
     def estimate(config: ModelConfig, tokens: int, *, kv_bytes: int = 2, conv_bytes: int = 2) -> int:
         """Bytes that `nbytes` of one sequence of so many tokens will be."""
         return tokens * config.bytes_per_token(kv_bytes) + config.bytes_per_sequence(conv_bytes)
 
-    def _mark(self, *, share_kv: bool) -> Mark:
+    def mark(self, *, share_kv: bool = True) -> Mark:
         """This point. Recurrent states are replaced and never written to; keys and values are, behind what is held."""
         layers: list[State] = []
         for s in self.layers:
@@ -201,7 +225,8 @@ class HybridCache:
                 layers.append(DeltaNetState(s.conv, s.memory))
         return Mark(self.lengths, layers, self.last_logits)
 
-    def _return_to(self, mark: Mark) -> None:
+    def go_to(self, mark: Mark) -> None:
+        """Stand where the mark was made."""
         for i, (now, then) in enumerate(zip(self.layers, mark.layers, strict=True)):
             if isinstance(then, DeltaNetState):
                 self.layers[i] = DeltaNetState(then.conv, then.memory)
@@ -214,7 +239,14 @@ class HybridCache:
 
     def _with(self, mark: Mark, tokens: Tensor) -> "HybridCache":
         return HybridCache(
-            self.config, mark.layers, tokens, mark.lengths, self.yarn, self.history, last_logits=mark.last_logits
+            self.config,
+            mark.layers,
+            tokens,
+            mark.lengths,
+            self.yarn,
+            self.history,
+            last_logits=mark.last_logits,
+            model=self.model,
         )
 
 

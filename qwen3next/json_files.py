@@ -2,10 +2,11 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from qwen3next.atomic import fresh_file
 
 LISTS: dict[Any, type] = {Sequence[str]: str, Sequence[int]: int, int | Sequence[int] | None: int}
 LARGEST = 2**40  # no size of a model is larger; numbers beyond would overflow somewhere, and not in a sentence
@@ -71,10 +72,5 @@ def typed(name: str, kind: Any, value: Any) -> Any:
 
 def write(path: Path, values: object) -> None:
     """Write under a temporary name and rename, so that the file is never seen half-written."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with fresh_file(path) as fresh:
+        fresh.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,6 +1,7 @@
 """The model: embeddings, blocks, final norm, head, and the multi-token prediction head."""
 
 import warnings
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,7 +222,7 @@ class Qwen3Next(Hooked, nn.Module):
             history: calls that `rollback` can take back; each keeps the recurrent states of one point.
         """
         like = self.embed_tokens.weight
-        return new_cache(
+        cache = new_cache(
             self.config,
             batch=batch,
             max_len=max_len,
@@ -231,6 +232,8 @@ class Qwen3Next(Hooked, nn.Module):
             state_dtype=None if state_dtype is None else as_dtype(state_dtype),
             history=history,
         )
+        cache.model = weakref.ref(self)
+        return cache
 
     @torch.no_grad()
     def prefill(

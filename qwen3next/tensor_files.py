@@ -10,10 +10,11 @@ import math
 import os
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -101,6 +102,14 @@ def read_header(path: Path) -> dict[str, Stored]:
     return found
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The strings that a file, whose header was read, says about itself."""
+    with path.open("rb") as file:
+        header = parse(file.read(struct.unpack("<Q", file.read(8))[0]))
+    found = header.get("__metadata__")
+    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
+
+
 def _entry(entry: object) -> tuple[torch.dtype, tuple[int, ...], int, int]:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError("its header entry does not say dtype, shape and data_offsets")
@@ -182,10 +191,13 @@ class Files:
 
 
 def write(
-    path: Path, plan: Sequence[tuple[str, torch.dtype, Sequence[int]]], tensors: Iterable[tuple[str, Tensor]]
+    path: Path,
+    plan: Sequence[tuple[str, torch.dtype, Sequence[int]]],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
 ) -> None:
     """Write a safetensors file of the planned tensors, which come in this order, one in memory at a time."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name, dtype, shape in plan:
         begin, end = end, end + math.prod(shape) * dtype.itemsize
