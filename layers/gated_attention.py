@@ -13,6 +13,7 @@ from layers.kv_state import KVState
 from layers.norm import RMSNorm, at_least_fp32
 from layers.rope import Rotation
 from layers.segments import Segments
+from layers.tiled_attention import tiled_attention
 
 Heads = Float[Tensor, "b t h d"]
 # Rows of the gate's projection a head, given head_dim.
@@ -39,9 +40,12 @@ def attend(
     t, s = q.shape[1], k.shape[1]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, time, d)
     square = mask is None and t == s
+    fused = choose("attention", backend, q) == "sdpa"
+    if fused and mask is None and t > 1 and q.device.type == "cpu" and not torch.is_grad_enabled():
+        return tiled_attention(q, k, v).transpose(1, 2)
     if mask is None and 1 < t < s:
         mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
-    if choose("attention", backend, q) == "sdpa":
+    if fused:
         # is_causal aligns the first query with the first key, so it serves only where t == s.
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=square, enable_gqa=k.shape[1] != q.shape[1]

@@ -22,20 +22,11 @@ if TYPE_CHECKING:
 
 FORMAT = "qwen3next cache 1"
 # Fields of a configuration that do not change what a cache holds.
-BESIDE = [
-    "extra",
-    "outer",
-    "initializer_range",
-    "max_position_embeddings",
-    "mtp_num_hidden_layers",
-    "rope_scaling",
-    "router_aux_loss_coef",
-    "router_z_loss_coef",
-    "mtp_loss_coef",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-]
+_BESIDE = """
+    extra outer initializer_range max_position_embeddings mtp_num_hidden_layers rope_scaling router_aux_loss_coef
+    router_z_loss_coef mtp_loss_coef bos_token_id eos_token_id pad_token_id
+"""
+BESIDE = _BESIDE.split()
 SAMPLES = 64  # numbers of each parameter that enter the fingerprint
 
 

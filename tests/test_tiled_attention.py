@@ -1,0 +1,48 @@
+"""Tiles against the definition, and that no cut of a prompt leaves a trace."""
+
+import pytest
+import torch
+from conftest import small_model
+from parity import tokens
+
+from layers.gated_attention import attend
+from layers.tiled_attention import TILE, tiled_attention
+
+
+@pytest.mark.parametrize("t", [2, TILE - 1, TILE, TILE + 1, 300])
+@pytest.mark.parametrize("past", [0, 1, 63, TILE, 200])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_values(t, past, dtype, bound):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, n, 16, dtype=dtype) for h, n in ((6, t), (2, past + t), (2, past + t)))
+    expected = attend(*(x.double().transpose(1, 2) for x in (q, k, v)), backend="eager").transpose(1, 2)
+    assert (tiled_attention(q, k, v) - expected).abs().max() < bound
+
+
+@pytest.mark.parametrize("width", [64, 256])
+@pytest.mark.parametrize("chunk", [64, 128, 192, 448])
+def test_chunked_prefill_is_bitwise_one_shot_in_bf16(chunk, width):
+    model = small_model(dtype=torch.bfloat16, hidden_size=width, head_dim=width // 2, moe_intermediate_size=width // 4)
+    ids = tokens(700, b=1)
+    one, parts = model.new_cache(max_len=701), model.new_cache(max_len=701)
+    for cache, size in ((one, 700), (parts, chunk)):
+        for _ in model.prefill(ids, cache, chunk_size=size):
+            pass
+    assert torch.equal(one.last_logits, parts.last_logits)
+    for a, b in zip(one.layers, parts.layers, strict=True):
+        for name in ("k", "v") if hasattr(a, "k") else ("conv", "memory"):
+            assert torch.equal(getattr(a, name)[:, :700], getattr(b, name)[:, :700])
+
+
+def test_chunked_prefill_is_close_in_fp32():
+    model = small_model(initializer_range=0.02)
+    ids = tokens(500, b=2)
+    with torch.no_grad():
+        whole = model(ids).logits
+        for chunk in (1, 37, 100, 333):
+            cache = model.new_cache(batch=2, max_len=500)
+            begin = 0 if chunk > 1 else 490
+            if begin:
+                model(ids[:, :begin], cache=cache)
+            parts = [model(ids[:, i : i + chunk], cache=cache).logits for i in range(begin, 500, chunk)]
+            assert (torch.cat(parts, dim=1) - whole[:, begin:]).abs().max() <= 1e-5
