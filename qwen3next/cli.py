@@ -10,6 +10,7 @@ import tyro
 
 from qwen3next import presets
 from qwen3next.commands.chat import chat
+from qwen3next.commands.context import context
 from qwen3next.commands.convert import convert
 from qwen3next.commands.diff import diff
 from qwen3next.commands.explain import explain
@@ -23,6 +24,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "chat": chat,
     "inspect": inspect,
     "explain": explain,
+    "context": context,
     "verify": verify,
     "convert": convert,
     "diff": diff,

@@ -246,6 +246,33 @@ class Qwen3Next(Hooked, nn.Module):
             cache.last_logits = self(chunk, cache=cache, logits_to_keep=1).logits[:, -1]
             yield min(begin + chunk_size, total), total
 
+    @torch.no_grad()
+    def score(
+        self, input_ids: Int[Tensor, "b t"], *, chunk_size: int = 1024, cache: HybridCache | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The loss of each token, −ln p, a chunk at a time: yields (tokens done, (b, n) losses), never all logits.
+
+        The first token of all has no loss. `cache` may hold what came before: then the first one here is scored by it.
+        """
+        batch, total = input_ids.shape
+        if chunk_size < 1 or total < 2 - (cache is not None):
+            raise ValueError(
+                "There is nothing to score: give two tokens, or one and a cache; chunk_size from 1."
+            )
+        if cache is None:
+            cache = self.new_cache(batch, max_len=total)
+        before = cache.last_logits
+        for begin in range(0, total, chunk_size):
+            chunk = input_ids[:, begin : begin + chunk_size]
+            logits = at_least_fp32(self(chunk, cache=cache).logits)
+            losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), chunk[:, 1:].flatten(), reduction="none")
+            losses = losses.view(batch, -1)
+            if before is not None:
+                first = F.cross_entropy(at_least_fp32(before), chunk[:, 0], reduction="none")
+                losses = torch.cat((first[:, None], losses), dim=1)
+            before = cache.last_logits = logits[:, -1]
+            yield begin + chunk.shape[1], losses
+
     def extend_context(self, factor: float) -> None:
         """Stretch RoPE by YaRN for contexts `factor` times as long as in training; 1 takes it back.
 

@@ -209,3 +209,14 @@ def test_a_closed_pipe_and_ctrl_c_are_silent(folder):
     assert process.wait(timeout=120) == 141
     assert process.stderr is not None
     assert process.stderr.read() == b""
+
+
+def test_context(capsys):
+    assert cli.main(["context", "qwen3_next_80b_a3b", "--tokens", "256k", "--tokens", "4096"]) == 0
+    out = capsys.readouterr().out
+    assert "262,144" in out
+    assert "6.07 GiB" in out
+    assert "4,096" in out
+    assert "positions reach 262,144 tokens" in out
+    assert cli.main(["context", "tiny", "--tokens", "many"]) == 2
+    assert "'many' is no number of tokens" in capsys.readouterr().err

@@ -1,0 +1,47 @@
+"""`qwen3next context`: what a context costs in memory."""
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from qwen3next.cache import HybridCache
+from qwen3next.commands.common import Target, config_of, show
+from qwen3next.inspect import binary
+
+KV_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def context(target: Target, tokens: tuple[str, ...] = (), batch: int = 1) -> None:
+    """Say how much memory a context takes: keys and values, recurrent state, and both in the dtypes there are.
+
+    $ qwen3next context qwen3_next_80b_a3b --tokens 256k
+    $ qwen3next context DIR --tokens 32k --tokens 1M --batch 8
+
+    Args:
+        target: checkpoint folder, config.json, or name of a preset.
+        tokens: length of the context, as 4096, 32k (times 1024) or 1M; may be repeated.
+        batch: sequences.
+    """
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}.")
+    config = config_of(target)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for header in ("tokens", "state", *(f"KV in {kind}" for kind in KV_BYTES), "state and bf16 KV"):
+        table.add_column(header, justify="right")
+    state = batch * HybridCache.estimate(config, 0)
+    for length in [parse_tokens(text) for text in tokens or ("4k", "32k", "256k", "1M")]:
+        kv = {kind: batch * length * config.bytes_per_token(size) for kind, size in KV_BYTES.items()}
+        table.add_row(f"{length:,}", *map(binary, (state, *kv.values(), state + kv["bfloat16"])))
+    show(table)
+    if config.longest_context:
+        print(f"positions reach {config.longest_context:,} tokens" + (" with YaRN" if config.rope_scaling else ""))
+
+
+def parse_tokens(text: str) -> int:
+    """4096, 32k or 1M; k is 1024. Raises: ValueError for anything else."""
+    digits, unit = text[:-1], text[-1:].lower()
+    if not unit.isalpha():
+        digits, unit = text, ""
+    scale = {"": 1, "k": 1024, "m": 1024**2}.get(unit)
+    if scale is None or not digits.isdigit() or not int(digits):
+        raise ValueError(f"{text!r} is no number of tokens: write it as 4096, 32k or 1M.")
+    return int(digits) * scale
