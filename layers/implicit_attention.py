@@ -7,6 +7,8 @@ repeats its algebra, and decays only ever enter as exp of differences within a c
 Sources: arXiv:2412.06464 eq. 8 to 10; arXiv:2403.01590 for reading such layers as attention (there without erasing).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -57,21 +59,11 @@ def carried(
     q, k, log_decay, beta = (at_least_fp32(x) for x in (q, k, log_decay, beta))
     log_decay, beta, number = _without_padding(log_decay, beta, segments)
     b, t, h = beta.shape
-    memory = torch.eye(k.shape[3], dtype=k.dtype, device=k.device).expand(b, h, -1, -1)
+    state = torch.eye(k.shape[3], dtype=k.dtype, device=k.device).expand(b, h, -1, -1)
+    nothing = k.new_zeros(()).expand(b, t, h, k.shape[3])
     pieces = []
     for begin in range(0, t, PIECE):
-        piece = slice(begin, begin + PIECE)
-        memory, within = _enter(memory, number, piece)
-        o, memory = gated_delta_rule(
-            q[:, piece],
-            k[:, piece],
-            k.new_zeros(()).expand(*beta[:, piece].shape, k.shape[3]),
-            log_decay[:, piece],
-            beta[:, piece],
-            state=memory,
-            segments=within,
-            backend="chunked",
-        )
+        o, state = _run(q, k, nothing, log_decay, beta, state, number, slice(begin, begin + PIECE))
         pieces.append(o.transpose(1, 2))
     return torch.cat(pieces, dim=2)
 
@@ -133,6 +125,52 @@ def written(
     """
     u = beta[..., None] * (at_least_fp32(v) - recalled(k, v, log_decay, beta, state=state, segments=segments))
     return u if segments is None else u.masked_fill(~segments.mask[..., None, None], 0.0)
+
+
+def states_at(
+    k: Keys,
+    v: Values,
+    log_decay: Gates,
+    beta: Gates,
+    positions: Sequence[int],
+    *,
+    state: State | None = None,
+    segments: Segments | None = None,
+) -> Float[Tensor, "b p h k v"]:
+    """The memory after each of these tokens, places along time in any order: as a loop would find it, in a few runs.
+
+    The sequence is cut after each position and memories are chained, so nothing is stored for the tokens between. Arguments as in `recalled`.
+    Raises: ValueError for a place that is not there.
+    """
+    k, v, log_decay, beta = (at_least_fp32(x) for x in (k, v, log_decay, beta))
+    if not positions or not all(0 <= p < v.shape[1] for p in positions):
+        raise ValueError(f"States are there after tokens 0 to {v.shape[1] - 1}, and {list(positions)} were asked for.")
+    log_decay, beta, number = _without_padding(log_decay, beta, segments)
+    if state is None:
+        state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
+    found, done = {}, 0
+    for position in sorted(set(positions)):
+        for begin in range(done, position + 1, PIECE):
+            piece = slice(begin, min(begin + PIECE, position + 1))
+            _, state = _run(k, k, v, log_decay, beta, state, number, piece)  # what is read with k is thrown away
+        found[position], done = state, position + 1
+    return torch.stack([found[p] for p in positions], dim=1)
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    number: Tensor | None,
+    piece: slice,
+) -> tuple[Tensor, Tensor]:
+    """A piece of the sequence, from the memory before it: output and the memory after it."""
+    state, within = _enter(state, number, piece)
+    q, k, v, log_decay, beta = (x[:, piece] for x in (q, k, v, log_decay, beta))
+    return gated_delta_rule(q, k, v, log_decay, beta, state=state, segments=within, backend="chunked")
 
 
 def _without_padding(

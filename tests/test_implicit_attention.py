@@ -96,6 +96,19 @@ def test_recalled_and_written_equal_the_token_loop(t, kind, narrow):
     torch.testing.assert_close(seen.written(**x, segments=segments), writes, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["plain", "packed"])
+def test_states_at_chosen_places_equal_the_token_loop(kind, narrow):
+    x, segments = inputs(200), layout(200, kind)
+    del x["q"]
+    *_, states = token_loop(**x, segments=segments)
+    places = [150, 0, 1, 69, 70, 71, 199, 70]
+    torch.testing.assert_close(
+        seen.states_at(**x, positions=places, segments=segments), states[:, places], rtol=0, atol=1e-12
+    )
+    with pytest.raises(ValueError, match="0 to 199"):
+        seen.states_at(**x, positions=[200])
+
+
 def test_every_state_follows_from_what_was_written():
     x = inputs(150)
     del x["q"]
