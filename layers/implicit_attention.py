@@ -139,7 +139,8 @@ def states_at(
 ) -> Float[Tensor, "b p h k v"]:
     """The memory after each of these tokens, places along time in any order: as a loop would find it, in a few runs.
 
-    The sequence is cut after each position and memories are chained, so nothing is stored for the tokens between. Arguments as in `recalled`.
+    The sequence is cut after each position and memories are chained: nothing is stored for the tokens between.
+    Arguments as in `recalled`.
     Raises: ValueError for a place that is not there.
     """
     k, v, log_decay, beta = (at_least_fp32(x) for x in (k, v, log_decay, beta))

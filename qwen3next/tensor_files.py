@@ -10,7 +10,7 @@ import math
 import os
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,10 +182,14 @@ class Files:
 
 
 def write(
-    path: Path, plan: Sequence[tuple[str, torch.dtype, Sequence[int]]], tensors: Iterable[tuple[str, Tensor]]
+    path: Path,
+    plan: Sequence[tuple[str, torch.dtype, Sequence[int]]],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a safetensors file of the planned tensors, which come in this order, one in memory at a time."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, dtype, shape in plan:
         begin, end = end, end + math.prod(shape) * dtype.itemsize
