@@ -154,10 +154,8 @@ class ResidualStream(CachedPoints):
             name = self.full_name(("gated", i))
             gated = at_least_fp32(self.need([name], ["blocks.*.hook_gated"])[0][:, as_index(pos_slice)])
             project = mixer.out_proj if isinstance(mixer, GatedDeltaNet) else mixer.o_proj
-            columns = (
-                at_least_fp32(project.weight.detach()).to(gated.device).unflatten(1, gated.shape[2:])
-            )  # (width, h, d)
-            results.append(torch.einsum("bthd,whd->hbtw", gated, columns))
+            weight = at_least_fp32(project.weight.detach()).to(gated.device)
+            results.append(torch.einsum("bthd,whd->hbtw", gated, weight.unflatten(1, gated.shape[2:])))
             labels += [f"L{i}H{h}" for h in range(gated.shape[2])]
         stack = torch.cat(results)
         return (stack, labels) if return_labels else stack
