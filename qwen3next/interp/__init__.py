@@ -5,6 +5,7 @@ from qwen3next.interp.activation_rows import ActivationRows
 from qwen3next.interp.ledger import Ledger
 from qwen3next.interp.points import CachedPoints, NotCachedError
 from qwen3next.interp.residual import Lens, ResidualStream
+from qwen3next.interp.steer import steer, steer_state
 from qwen3next.interp.stream import stream_activations
 
 __all__ = [
@@ -15,5 +16,7 @@ __all__ = [
     "Lens",
     "NotCachedError",
     "ResidualStream",
+    "steer",
+    "steer_state",
     "stream_activations",
 ]
