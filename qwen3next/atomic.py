@@ -36,7 +36,6 @@ def fresh_folder(folder: Path, *, replaced: Callable[[str], bool]) -> Iterator[P
 @contextmanager
 def fresh_file(path: Path) -> Iterator[Path]:
     """A new file beside `path` that takes its place when the block ends well, and is gone when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         yield fresh

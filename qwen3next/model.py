@@ -256,9 +256,7 @@ class Qwen3Next(Hooked, nn.Module):
         """
         batch, total = input_ids.shape
         if chunk_size < 1 or total < 2 - (cache is not None):
-            raise ValueError(
-                "There is nothing to score: give two tokens, or one and a cache; chunk_size from 1."
-            )
+            raise ValueError("There is nothing to score: give two tokens, or one and a cache; chunk_size from 1.")
         if cache is None:
             cache = self.new_cache(batch, max_len=total)
         before = cache.last_logits

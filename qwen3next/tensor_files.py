@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -194,10 +193,11 @@ def write(
     path: Path,
     plan: Sequence[tuple[str, torch.dtype, Sequence[int]]],
     tensors: Iterable[tuple[str, Tensor]],
-    metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
+    *,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a safetensors file of the planned tensors, which come in this order, one in memory at a time."""
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, dtype, shape in plan:
         begin, end = end, end + math.prod(shape) * dtype.itemsize

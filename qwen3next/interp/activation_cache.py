@@ -1,0 +1,80 @@
+"""One forward taken apart: what each part of the model wrote into the residual stream, and what the memories held.
+
+_, acts = model.run_with_cache(ids)
+cache = ActivationCache(acts, model)
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from layers.gated_deltanet import GatedDeltaNet
+from layers.implicit_attention import implicit_attention, recalled, states_at
+from layers.norm import at_least_fp32
+from qwen3next.interp.ledger import Ledger
+from qwen3next.interp.residual import ResidualStream
+
+
+class ActivationCache(ResidualStream):
+    """The tensors of one forward by name, and what follows from them.
+
+    Names, slices, devices, files: `CachedPoints`. Residual stream, heads, logits: `ResidualStream`. Memories: here.
+    """
+
+    def stack_activation(self, name: str, layers: Sequence[int] | None = None) -> tuple[Tensor, list[int]]:
+        """One point of every layer that has it, stacked, and which layers those are.
+
+        Layers of the other kind are left out. Raises: ValueError where both kinds have such a point, of other shapes.
+        """
+        found = []
+        for i in range(self.layers) if layers is None else [i % self.layers for i in layers]:
+            try:
+                found.append((i, self.full_name((name, i))))
+            except KeyError:
+                continue
+        if not found:
+            raise ValueError(f"No block has a point {name}: model.hook_dict lists them all.")
+        tensors = self.need([full for _, full in found], [full.replace(f".{i}.", ".*.", 1) for i, full in found[:1]])
+        if len({x.shape for x in tensors}) > 1:
+            raise ValueError(f"{name} differs in shape between layers: say linear_attn.{name} or self_attn.{name}.")
+        return torch.stack(tensors), [i for i, _ in found]
+
+    def implicit_attention(self, layer: int) -> Float[Tensor, "b h t s"]:
+        """The matrix with which this Gated DeltaNet layer's output is A v, for a forward without a cache."""
+        q, k, log_decay, beta = self._memory_points(layer, "q", "k", "log_decay", "beta")
+        return implicit_attention(q, k, log_decay, beta, segments=self.segments)
+
+    def state(
+        self, layer: int, pos: int | Sequence[int], *, before: Float[Tensor, "b h k v"] | None = None
+    ) -> Float[Tensor, "b h k v"] | Float[Tensor, "b p h k v"]:
+        """A Gated DeltaNet layer's memory after token `pos`, or after each of several, rebuilt from what was written.
+
+        Args:
+            before: the memory before the first cached token, where the forward continued a cache.
+        """
+        k, v, log_decay, beta = self._memory_points(layer, "k", "v", "log_decay", "beta")
+        places = [p + k.shape[1] if p < 0 else p for p in ([pos] if isinstance(pos, int) else pos)]
+        states = states_at(k, v, log_decay, beta, places, state=before, segments=self.segments)
+        return states[:, 0] if isinstance(pos, int) else states
+
+    def ledger(self, layer: int, *, before: Float[Tensor, "b h k v"] | None = None) -> Ledger:
+        """What each head of a Gated DeltaNet layer keeps, recalls, erases and writes, token by token."""
+        k, v, log_decay, beta = (at_least_fp32(x) for x in self._memory_points(layer, "k", "v", "log_decay", "beta"))
+        answer = recalled(k, v, log_decay, beta, state=before, segments=self.segments)
+        length = answer.norm(dim=-1)
+        mask = torch.ones_like(beta[..., 0], dtype=torch.bool) if self.segments is None else self.segments.mask
+        change = (beta[..., None] * (v - answer)).norm(dim=-1) * mask[..., None]
+        return Ledger(layer % self.layers, log_decay, beta, length, beta * length, change, mask)
+
+    def _memory_points(self, layer: int, *names: str) -> list[Tensor]:
+        mixer = self._mixer(layer)
+        if not isinstance(mixer, GatedDeltaNet):
+            kinds = self.model.config.layer_types
+            chosen = [i for i, kind in enumerate(kinds) if kind == "linear_attention"]
+            raise ValueError(f"Block {layer} is softmax attention and has no memory: choose one of {chosen}.")
+        if not self.from_start:
+            raise ValueError("The first tokens were sliced off, and memory builds on them: use the whole cache.")
+        prefix = f"blocks.{layer % self.layers}.linear_attn.hook_"
+        return self.need([prefix + name for name in names], [prefix + name for name in names])

@@ -1,0 +1,78 @@
+"""Reads what `stream_activations` wrote: any range of rows, from the shards that hold it, and nothing more."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qwen3next import json_files
+from qwen3next.interp.stream import INDEX
+from qwen3next.tensor_files import Files, Stored, read_header
+
+
+class ActivationRows:
+    """The rows of a folder, numbered in the order in which they lie there.
+
+    `len(rows)` counts them; `rows.columns` names the points, and token, position and row, with shape and dtype. A
+    folder that is still being written serves as far as it goes.
+
+    Raises: ValueError where there is no index, or a shard is missing or damaged.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        index = json_files.read_object(self.folder / INDEX, "an index of activations")
+        self.columns: dict[str, dict] = index["points"]
+        self.complete: bool = index["complete"]
+        self.ends = list(accumulate(shard["rows"] for shard in index["shards"]))
+        self._headers = [read_header(self.folder / shard["file"]) for shard in index["shards"]]
+        self._files = Files()
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def read(self, name: str, begin: int, end: int) -> Tensor:
+        """Rows begin to end − 1 of one column."""
+        if name not in self.columns:
+            raise ValueError(f"{self.folder} has no {name}: it holds {', '.join(self.columns)}.")
+        if not 0 <= begin < end <= len(self):
+            raise ValueError(f"{self.folder} has rows 0 to {len(self) - 1}: {begin} to {end - 1} are not all there.")
+        parts = []
+        for header, last in zip(self._headers, self.ends, strict=True):
+            stored = header[name]
+            first = last - stored.shape[0]
+            low, high = max(begin, first) - first, min(end, last) - first
+            if low < high:
+                parts.append(self._files.read(_rows(stored, low, high)))
+        return torch.cat(parts)
+
+    def batches(
+        self,
+        size: int,
+        names: Sequence[str] | None = None,
+        *,
+        begin: int = 0,
+        end: int | None = None,
+        seed: int | None = None,
+    ) -> Iterator[dict[str, Tensor]]:
+        """Columns in batches of `size` rows, the last maybe smaller, from `begin` up to `end`.
+
+        Args:
+            names: of columns; None means all.
+            seed: draws the order of the batches; rows within one stay neighbours, so write shuffled.
+        """
+        end = len(self) if end is None else end
+        starts = torch.arange(begin, end, size)
+        if seed is not None:
+            starts = starts[torch.randperm(len(starts), generator=torch.Generator().manual_seed(seed))]
+        for start in starts.tolist():
+            yield {name: self.read(name, start, min(start + size, end)) for name in names or self.columns}
+
+
+def _rows(stored: Stored, begin: int, end: int) -> Stored:
+    """A part of a stored tensor along its first axis."""
+    row = stored.nbytes // stored.shape[0]
+    return replace(stored, begin=stored.begin + begin * row, shape=(end - begin, *stored.shape[1:]))

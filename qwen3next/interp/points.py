@@ -1,0 +1,177 @@
+"""What one forward left at the hook points: found by name, sliced, moved, and kept in a file.
+
+Shapes: b batch, t tokens, s keys. The batch comes first; time is second, but third in scores and patterns (b h t s).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from layers.segments import Segments
+from qwen3next.model import Qwen3Next
+from qwen3next.tensor_files import Files, read_header, write
+
+Index = int | slice | Sequence[int]
+DOCUMENT_IDS = "segments.document_ids"  # in a file, beside the points
+
+
+class NotCachedError(KeyError):
+    """A point was not kept; says which names_filter keeps it."""
+
+    def __str__(self) -> str:  # KeyError's own would put the sentence in quotation marks
+        return str(self.args[0])
+
+
+class CachedPoints(Mapping[str, Tensor]):
+    """Tensors by point name, with the model they came from.
+
+    `cache["blocks.3.hook_resid_post"]`, or short `cache["resid_post", 3]`; `cache["beta", 0]` finds
+    blocks.0.linear_attn.hook_beta, and `cache["linear_attn.q", 0]` says which of several is meant.
+
+    Args:
+        acts: what `model.run_with_cache` gave. Not copied.
+        model: whose points they are.
+        segments: what that forward was given, where rows are packed or padded.
+    """
+
+    def __init__(self, acts: Mapping[str, Tensor], model: Qwen3Next, *, segments: Segments | None = None):
+        unknown = sorted(acts.keys() - model.hook_dict.keys())
+        if unknown:
+            raise ValueError(f"This model has no point {unknown[0]}: give the model that the tensors came from.")
+        self.acts, self.model, self.segments = dict(acts), model, segments
+        self.from_start = True  # false once the first tokens are sliced off: memory cannot be rebuilt then
+
+    def __getitem__(self, name: str | tuple[str, int]) -> Tensor:
+        full = name if isinstance(name, str) and name in self.acts else self.full_name(name)
+        if full not in self.acts:
+            raise NotCachedError(f"{full} was not kept: run_with_cache(…, names_filter={full!r}) keeps it.")
+        return self.acts[full]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.acts)
+
+    def __len__(self) -> int:
+        return len(self.acts)
+
+    def __repr__(self) -> str:
+        size = sum(x.nbytes for x in self.acts.values())
+        return f"{type(self).__name__}({len(self)} points, {size / 2**20:.1f} MiB)"
+
+    def full_name(self, name: str | tuple[str, int]) -> str:
+        """The model's name for a point given in full or in short. Raises: NotCachedError (a KeyError) for none."""
+        short, layer = (name, None) if isinstance(name, str) else name
+        module, _, point = short.rpartition(".")
+        point = point if point.startswith("hook_") else f"hook_{point}"
+        wanted = f"{module}.{point}" if module else point
+        where = "" if layer is None else f"blocks.{layer % self.layers}."
+        for full in self.model.hook_dict:
+            if full == where + wanted or (where and full.startswith(where) and full.endswith(f".{wanted}")):
+                return full
+        place = "outside the blocks" if layer is None else f"in block {layer}"
+        raise NotCachedError(f"There is no point {short} {place}: model.hook_dict lists them all.")
+
+    def need(self, names: Sequence[str], names_filter: Sequence[str]) -> list[Tensor]:
+        """Several points at once. Raises: NotCachedError that says which filter keeps them all."""
+        if any(name not in self.acts for name in names):
+            raise NotCachedError(f"Points are missing for this: run_with_cache(…, {names_filter=}) keeps them.")
+        return [self.acts[name] for name in names]
+
+    @property
+    def layers(self) -> int:
+        """Blocks of the model."""
+        return self.model.config.num_hidden_layers
+
+    def _like(self, acts: Mapping[str, Tensor], segments: Segments | None, *, from_start: bool) -> Self:
+        other = type(self)(acts, self.model, segments=segments)
+        other.from_start = from_start
+        return other
+
+    def to(self, target: torch.device | torch.dtype | str) -> Self:
+        """A copy on another device or in another floating-point dtype; indices stay integers."""
+        if isinstance(target, torch.dtype):
+            moved = {n: x.to(target) if x.is_floating_point() else x for n, x in self.acts.items()}
+            return self._like(moved, self.segments, from_start=self.from_start)
+        segments = self.segments
+        if segments is not None and segments.document_ids is not None:
+            segments = Segments.from_document_ids(segments.document_ids.to(target))
+        return self._like({n: x.to(target) for n, x in self.acts.items()}, segments, from_start=self.from_start)
+
+    def slice(self, batch: Index | None = None, pos: Index | None = None) -> Self:
+        """Some rows, some tokens. A number keeps its axis, of length 1; keys in patterns and scores all stay.
+
+        hook_logits is left out where `logits_to_keep` made it shorter than the rest.
+        """
+        batch_index, pos_index = as_index(batch), as_index(pos)
+        times = [x.shape[_time_axis(n)] for n, x in self.acts.items() if n != "hook_logits"]
+        t = max(times, default=0)
+        acts = {}
+        for name, x in self.acts.items():
+            axis = _time_axis(name)
+            if name == "hook_logits" and times and x.shape[axis] != t:
+                continue
+            x = x[batch_index]
+            acts[name] = x[:, pos_index] if axis == 1 else x[:, :, pos_index]
+        segments = self.segments
+        if segments is not None and segments.document_ids is not None:
+            segments = Segments.from_document_ids(segments.document_ids[batch_index][:, pos_index])
+        kept = torch.arange(t)[pos_index]
+        return self._like(acts, segments, from_start=self.from_start and torch.equal(kept, torch.arange(len(kept))))
+
+    def save(self, path: str | Path) -> None:
+        """Write all points into one safetensors file: whole, or not at all."""
+        path, tensors = Path(path), dict(self.acts)
+        if self.segments is not None and self.segments.document_ids is not None:
+            tensors[DOCUMENT_IDS] = self.segments.document_ids
+        temporary = path.with_name(f".{path.name}-{os.getpid()}")
+        metadata = {"model": fingerprint(self.model), "from_start": str(self.from_start)}
+        plan = [(name, x.dtype, tuple(x.shape)) for name, x in tensors.items()]
+        try:
+            write(temporary, plan, tensors.items(), metadata=metadata)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Qwen3Next) -> Self:
+        """Read what `save` wrote, into CPU memory.
+
+        Raises: ValueError for a damaged file, or one of another configuration. Weights are not compared: give the
+            same checkpoint.
+        """
+        path = Path(path)
+        header = read_header(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("model") != fingerprint(model):
+            raise ValueError(f"{path} was saved with another model: load the checkpoint that it was made with.")
+        with Files() as files:
+            acts = {name: files.read(stored) for name, stored in header.items()}
+        ids = acts.pop(DOCUMENT_IDS, None)
+        loaded = cls(acts, model, segments=None if ids is None else Segments.from_document_ids(ids))
+        loaded.from_start = metadata.get("from_start") == "True"
+        return loaded
+
+
+def fingerprint(model: Qwen3Next) -> str:
+    """sha256 of the configuration, without what a checkpoint only carries along."""
+    config = {f.name: getattr(model.config, f.name) for f in fields(model.config) if f.name not in ("extra", "outer")}
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def _time_axis(name: str) -> int:
+    return 2 if name.endswith(("hook_pattern", "hook_scores")) else 1
+
+
+def as_index(index: Index | None) -> slice | list[int]:
+    """For one axis, which stays."""
+    if isinstance(index, int):
+        return [index]
+    return slice(None) if index is None else index if isinstance(index, slice) else list(index)

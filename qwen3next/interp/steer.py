@@ -1,0 +1,64 @@
+"""Steering: push the residual stream, or a memory, in a direction while the model generates."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from jaxtyping import Float
+from torch import Tensor
+
+from layers.gated_deltanet import DeltaNetState
+from layers.hook_point import HookPoint
+from qwen3next.cache import Cache
+from qwen3next.hooks import Filter
+from qwen3next.model import Qwen3Next
+
+
+@contextmanager
+def steer(model: Qwen3Next, names: Filter, vector: Float[Tensor, "width"], *, strength: float = 1.0) -> Iterator[None]:
+    """Add strength · vector at points of shape (b t width), to every token: prompts and generated ones alike.
+
+        with steer(model, "blocks.3.hook_resid_post", direction, strength=4.0):
+            q.generate(model, ids)
+
+    Raises: ValueError for a point of another width; as `model.hooks` for points that do not exist or never fire.
+    """
+
+    def push(x: Tensor, hook: HookPoint) -> Tensor:
+        if x.shape[-1:] != vector.shape:
+            raise ValueError(f"{hook.name} has width {x.shape[-1]}, the vector {len(vector)}: choose a point it fits.")
+        return x + (strength * vector).to(x)
+
+    with model.hooks([(names, push)]):
+        yield
+
+
+@contextmanager
+def steer_state(
+    model: Qwen3Next,
+    cache: Cache,
+    layer: int,
+    change: Float[Tensor, "#b h k v"],
+    *,
+    strength: float = 1.0,
+) -> Iterator[None]:
+    """Add strength · change to a Gated DeltaNet layer's memory in `cache` before every call, prompt and steps alike.
+
+        cache = model.new_cache(max_len=200)
+        with steer_state(model, cache, 0, other.state(0, -1) - mine.state(0, -1)):
+            q.generate(model, ids, cache=cache)
+
+    What was added decays as all memory does, and is corrected by later writes, so a constant push settles at a level.
+    Raises: ValueError for a layer without a memory, or a change of another shape.
+    """
+    state = cache.layers[layer]
+    if not isinstance(state, DeltaNetState):
+        raise ValueError(f"Block {layer} is softmax attention and has no memory: choose a Gated DeltaNet block.")
+    memory = state.memory
+    if change.shape[1:] != memory.shape[1:] or change.shape[0] not in (1, len(memory)):
+        raise ValueError(f"The memory is {tuple(memory.shape)} and the change {tuple(change.shape)}: make them equal.")
+
+    def push(_x: Tensor, _hook: HookPoint) -> None:  # the block's first point: its memory is read after it
+        state.memory = state.memory + (strength * change).to(state.memory)
+
+    with model.hooks([(f"blocks.{layer % len(cache.layers)}.hook_resid_pre", push)]):
+        yield

@@ -1,0 +1,191 @@
+"""Activations of many tokens on disk, in constant memory, for dictionary learning.
+
+    for done, total in stream_activations(model, batches, "acts", "blocks.0.hook_attn_out", rows=1_000_000): ...
+    rows = ActivationRows("acts")
+    for batch in rows.batches(4096): batch["blocks.0.hook_attn_out"], batch["token"]
+
+A row is one real token. Shards are safetensors files of a fixed number of rows; index.json says which ones are there,
+and is written after them: a process killed at any moment leaves whole shards, and running it again goes on behind them.
+Shuffling permutes a block of shards at a time, by a seed and the block's number, so a block half written is made again
+in the same order and only its missing shards are added.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layers.hook_point import HookPoint
+from layers.segments import Segments
+from qwen3next import json_files
+from qwen3next.hooks import Filter
+from qwen3next.interp.points import fingerprint
+from qwen3next.model import Qwen3Next
+from qwen3next.tensor_files import write
+
+INDEX = "index.json"
+COLUMNS = ("token", "position", "row")  # beside the points: token id, place in its sequence, number in the stream
+OTHER_TOKENS = "give the same batches from the start, or another folder."
+Batches = Iterable[Tensor | tuple[Tensor, Segments]]
+
+
+def stream_activations(
+    model: Qwen3Next,
+    batches: Batches,
+    folder: str | Path,
+    names: Filter,
+    *,
+    rows: int | None = None,
+    rows_per_shard: int = 65_536,
+    shuffle_shards: int = 0,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Iterator[tuple[int, int | None]]:
+    """Run the model over batches of token ids and write chosen points; yields (rows done, rows wanted) as it goes.
+
+    Nothing happens unless the result is iterated over. The model runs no further than the last chosen point.
+
+    Args:
+        batches: (b, t) ids, or those with their segments; padding makes no rows. To go on after an interruption give
+            the same ones again from the start: what is done is passed over without running the model.
+        names: points with a value for each token, as for `run_with_cache`.
+        rows: stop after so many; None runs to the end of the batches.
+        shuffle_shards: shuffle within so many shards, which are held in memory; 0 keeps the order of the tokens.
+        dtype: of the floating-point numbers on disk; None keeps the model's.
+    Raises: ValueError for a folder with other contents, or batches that are not those it began with.
+    """
+    folder, chosen = Path(folder), model.match_hooks(names)
+    block_rows = rows_per_shard * max(shuffle_shards, 1)
+    if rows_per_shard < 1 or shuffle_shards < 0:
+        raise ValueError(f"rows_per_shard ({rows_per_shard}) must be positive, shuffle_shards ({shuffle_shards}) too.")
+    settings = {
+        "model": fingerprint(model),
+        "names": chosen,
+        "wanted": rows,
+        "rows_per_shard": rows_per_shard,
+        "shuffle_shards": shuffle_shards,
+        "seed": seed,
+        "dtype": _name(dtype),
+    }
+    index = _open(folder, settings)
+    if index["complete"]:
+        yield index["rows"], rows
+        return
+
+    done = index["rows"] // block_rows * block_rows  # begin with the block that is not whole
+    digest, seen, filled = hashlib.sha256(), 0, 0
+    buffer: dict[str, Tensor] = {}
+    for batch in batches:
+        ids, segments = batch if isinstance(batch, tuple) else (batch, Segments.full(batch))
+        tokens = ids[segments.mask].cpu()
+        end = len(tokens) if rows is None else min(len(tokens), rows - seen)
+        begin = min(max(done - seen, 0), end)
+        digest.update(tokens[:begin].numpy().tobytes())
+        if begin < end:
+            if seen + begin == done and not filled and digest.hexdigest() != index["digest"]:
+                raise ValueError(f"{folder} was begun with other tokens: {OTHER_TOKENS}")
+            values = _run(model, ids, segments, chosen, dtype)
+            values |= {"token": tokens, "position": segments.positions[segments.mask].cpu()}
+            values["row"] = torch.arange(seen, seen + len(tokens))
+        while begin < end:
+            take = min(end - begin, block_rows - filled)
+            for name, x in values.items():
+                if name not in buffer:
+                    buffer[name] = x.new_empty(block_rows, *x.shape[1:])
+                buffer[name][filled : filled + take] = x[begin : begin + take]
+            digest.update(tokens[begin : begin + take].numpy().tobytes())
+            begin, filled = begin + take, filled + take
+            if filled == block_rows:
+                _write_block(folder, index, buffer, done // block_rows, digest.hexdigest())
+                done, filled = done + filled, 0
+        seen += len(tokens)
+        yield (seen if rows is None else min(seen, rows)), rows
+        if rows is not None and seen >= rows:
+            break
+    if seen < index["rows"]:
+        raise ValueError(f"{folder} holds {index['rows']} rows and these batches have {seen}: {OTHER_TOKENS}")
+    if filled:
+        rest = {name: x[:filled] for name, x in buffer.items()}
+        _write_block(folder, index, rest, done // block_rows, digest.hexdigest())
+    index["complete"] = True
+    json_files.write(folder / INDEX, index)
+    yield index["rows"], rows
+
+
+def _open(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The folder's index, or a new one. Raises: ValueError where it was begun with other settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / INDEX).exists():
+        empty = hashlib.sha256().hexdigest()
+        return {"settings": settings, "points": {}, "rows": 0, "shards": [], "digest": empty, "complete": False}
+    index = json_files.read_object(folder / INDEX, "an index of activations")
+    differing = [name for name in settings if index["settings"].get(name) != settings[name]]
+    if differing:
+        raise ValueError(
+            f"{folder} was begun with {differing[0]} {index['settings'].get(differing[0])}, not "
+            f"{settings[differing[0]]}: choose another folder, or delete this one."
+        )
+    return index
+
+
+class _EnoughError(Exception):
+    """The last chosen point has been seen: what comes after it need not run."""
+
+
+@torch.no_grad()
+def _run(
+    model: Qwen3Next, ids: Tensor, segments: Segments, names: Sequence[str], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """The points' values at real tokens, in CPU memory."""
+    found: dict[str, Tensor] = {}
+
+    def keep(x: Tensor, hook: HookPoint) -> None:
+        if x.shape[:2] != ids.shape or hook.name.endswith(("hook_pattern", "hook_scores")):
+            raise ValueError(f"{hook.name} has no value for each token: choose points of shape (b, t, …).")
+        real = x[segments.mask]
+        found[hook.name] = real.to("cpu", dtype=dtype if real.is_floating_point() else None)
+        if len(found) == len(names):
+            raise _EnoughError
+
+    try:
+        with model.hooks([(names, keep)]):
+            model(ids, segments=segments, logits_to_keep=1)
+    except _EnoughError:
+        pass
+    return {name: found[name] for name in names}
+
+
+def _write_block(folder: Path, index: dict[str, Any], block: dict[str, Tensor], number: int, digest: str) -> None:
+    """Write a block's shards that are not there yet, and after each the index. `digest` covers all rows to its end."""
+    settings, (first, *_) = index["settings"], block.values()
+    order = torch.arange(len(first))
+    if settings["shuffle_shards"]:
+        seed = int.from_bytes(hashlib.sha256(f"{settings['seed']}/{number}".encode()).digest()[:7], "big")
+        order = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed))
+    shards = order.split(settings["rows_per_shard"])
+    there = index["shards"][number * max(settings["shuffle_shards"], 1) :]
+    if [shard["rows"] for shard in there] != [len(picked) for picked in shards[: len(there)]]:
+        raise ValueError(f"{folder} ended with fewer tokens before: {OTHER_TOKENS}")
+    for i, picked in enumerate(shards[len(there) :], start=len(there)):
+        path = folder / f"{len(index['shards']):06}.safetensors"
+        temporary = path.with_name(f".{path.name}-{os.getpid()}")
+        plan = [(name, x.dtype, (len(picked), *x.shape[1:])) for name, x in block.items()]
+        try:
+            write(temporary, plan, ((name, x[picked]) for name, x in block.items()))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        index["points"] = {name: {"shape": shape[1:], "dtype": _name(dtype)} for name, dtype, shape in plan}
+        index["shards"].append({"file": path.name, "rows": len(picked)})
+        index["rows"] += len(picked)
+        if i + 1 == len(shards) and len(first) == settings["rows_per_shard"] * max(settings["shuffle_shards"], 1):
+            index["digest"] = digest  # always that of the whole blocks: a resumed run begins behind them
+        json_files.write(folder / INDEX, index)
+
+
+def _name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
