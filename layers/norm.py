@@ -37,8 +37,11 @@ class RMSNorm(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, 0.0 if self.zero_centred else 1.0)
 
-    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+    def forward(
+        self, x: Float[Tensor, "*batch width"], *, hook_normalized: HookPoint | None = None
+    ) -> Float[Tensor, "*batch width"]:
         normed = _unit_rms(at_least_fp32(x), self.eps)
+        normed = normed if hook_normalized is None else hook_normalized(normed)
         if self.zero_centred:
             return (normed * (1.0 + at_least_fp32(self.weight))).to(x.dtype)
         return self.weight * normed.to(x.dtype)

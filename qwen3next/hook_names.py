@@ -32,12 +32,16 @@ IN_A_GDN_BLOCK = {
     "linear_attn.hook_ssm_state": "linear_attn.hook_state",
 }
 IN_EVERY_BLOCK = {
+    "hook_in": "hook_resid_pre",
+    "hook_out": "hook_resid_post",
+    "attn.hook_out": "hook_attn_out",
+    "mlp.hook_out": "hook_mlp_out",
     "mlp.hook_expert_weights": "mlp.hook_router_weights",
     "mlp.hook_expert_indices": "mlp.hook_router_indices",
 }
 OUTSIDE = {
     "embed.hook_out": "hook_embed",
-    "ln_final.hook_normalized": "hook_final_norm",
+    "ln_final.hook_normalized": "hook_final_normalized",
     "ln_final.hook_out": "hook_final_norm",
     "unembed.hook_out": "hook_logits",
     "hook_unembed": "hook_logits",

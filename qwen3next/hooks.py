@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from qwen3next.recording import Metric, PosSlice, Recording, next_token_loss
 
 Hook = Callable[[Tensor, HookPoint], Tensor | None]
 Hooks = Sequence[tuple[Filter, Hook]]
-Direction = Literal["fwd", "bwd"]
 
 
 class Hooked(nn.Module):
@@ -63,7 +62,7 @@ class Hooked(nn.Module):
         """
         return expose(list(self.get_submodule("blocks").children()), state, pattern)
 
-    def add_hook(self, names: Filter, fn: Hook, dir: Direction = "fwd", is_permanent: bool = False) -> None:
+    def add_hook(self, names: Filter, fn: Hook, dir: str = "fwd", is_permanent: bool = False) -> None:
         """Attach `fn` until `reset_hooks`; a permanent one stays until `reset_hooks(including_permanent=True)`.
 
         Raises: ValueError for a name that matches nothing. Nobody looks whether it fires, but a forward that passes by
@@ -79,8 +78,9 @@ class Hooked(nn.Module):
 
         Hooks that were registered with torch's own methods stay: their handles remove them.
         """
+        gone = (False, True) if including_permanent else (False,)
         for name, point in self.hook_dict.items():
-            point.remove(lambda hook: including_permanent in (True, getattr(hook, "permanent", None)))
+            point.remove(lambda hook: getattr(hook, "permanent", None) in gone)
             point.ctx = {"layer": _layer(name)}
 
     @contextmanager
@@ -111,7 +111,7 @@ class Hooked(nn.Module):
                         awaited.append((choice, heard))
                         for name in choice.names:
                             optional = not (must_fire and choice.each and name in choice.awaited)
-                            stack.callback(_attach(points[name], fn, direction, heard, optional=optional))  # type: ignore[arg-type]
+                            stack.callback(_attach(points[name], fn, direction, heard, optional=optional))
             if not reset_hooks_end:
                 stack.pop_all()
             yield
@@ -161,18 +161,18 @@ class Hooked(nn.Module):
                 makes one number of the logits. Parameters get none.
         Raises: as `hooks`.
         """
+        if incl_bwd is True and stop_at_layer is not None:
+            raise ValueError("Without logits there is no loss: give incl_bwd a function of the residual stream.")
         recording = Recording(pos_slice, device, with_gradients=bool(incl_bwd))
         keep: Hooks = [("*" if names_filter is None else names_filter, recording.keep)]
         leaf: Hooks = [("hook_embed", recording.make_leaf)] if incl_bwd else []
-        with torch.set_grad_enabled(torch.is_grad_enabled() or bool(incl_bwd)), self.hooks([*leaf, *keep]):
-            output = self._run(*args, stop_at_layer=stop_at_layer, **kwargs)
-        output = output if isinstance(output, Tensor) else output.logits
-        if incl_bwd:
-            if not callable(incl_bwd) and stop_at_layer is not None:
-                raise ValueError("Without logits there is no loss: give incl_bwd a function of the residual stream.")
-            recording.differentiate(
-                incl_bwd(output) if callable(incl_bwd) else next_token_loss(output, *args, **kwargs)
-            )
+        with torch.set_grad_enabled(torch.is_grad_enabled() or bool(incl_bwd)):
+            with self.hooks([*leaf, *keep]):
+                output = self._run(*args, stop_at_layer=stop_at_layer, **kwargs)
+            output = output if isinstance(output, Tensor) else output.logits
+            if incl_bwd:
+                number = incl_bwd(output) if callable(incl_bwd) else next_token_loss(output, *args, **kwargs)
+                recording.differentiate(number)
         return output.detach() if incl_bwd else output, recording.result(aliases(self.hook_dict))
 
     def _run(self, *args: Any, stop_at_layer: int | None, **kwargs: Any) -> Any:
@@ -186,7 +186,7 @@ def _layer(name: str) -> int | None:
 
 
 def _attach(
-    point: HookPoint, fn: Hook, direction: Direction, heard: set[str], *, optional: bool, permanent: bool = False
+    point: HookPoint, fn: Hook, direction: str, heard: set[str], *, optional: bool, permanent: bool = False
 ) -> Callable[[], None]:
     """Register `fn`, which notes in `heard` that the point was passed; returns what takes it away again."""
 

@@ -72,7 +72,9 @@ class Qwen3Next(Hooked, nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, zero_centred=config.zero_centred_norms)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = MTP(config) if config.mtp_num_hidden_layers else None
-        self.hook_embed, self.hook_final_norm = HookPoint("b t width"), HookPoint("b t width")
+        self.hook_embed = HookPoint("b t width")
+        self.hook_final_normalized = HookPoint("b t width", dtype="fp32")  # before the final norm's scale
+        self.hook_final_norm = HookPoint("b t width")
         self.hook_logits = HookPoint("b t vocab")
         self.name_hooks()
         # Set by `load`: the arrangement and folder of the checkpoint, and what its generation_config.json says.
@@ -142,7 +144,7 @@ class Qwen3Next(Hooked, nn.Module):
     ) -> tuple[Tensor, list[RouterStats], Rotation]:
         """Hidden states after the final norm, router statistics a sparse layer, and the rotation that was used."""
         x, aux, rope = self._stream(input_ids, segments, cache, stats=stats, stop=len(self.blocks))
-        return self.hook_final_norm(self.norm(x)), aux, rope
+        return self.hook_final_norm(self.norm(x, hook_normalized=self.hook_final_normalized)), aux, rope
 
     def _stream(
         self, input_ids: Tensor, segments: Segments | None, cache: Cache | None, *, stats: bool, stop: int
