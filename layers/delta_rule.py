@@ -4,12 +4,16 @@ Per token, with state S (k v): S ← e^g S, u = β (v − Sᵀk), S ← S + k u�
 Sources: arXiv:2412.06464 eq. 8 to 10 (signs and ratios checked in fp64 against the token loop).
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from layers.backends import choose
+from layers.hook_point import HookPoint
 from layers.norm import at_least_fp32
 from layers.segments import Segments
 
@@ -19,6 +23,21 @@ Keys = Float[Tensor, "b t kh k"]
 Values = Float[Tensor, "b t h v"]
 Gates = Float[Tensor, "b t h"]
 State = Float[Tensor, "b h k v"]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Points that see each token's update before the next one runs, so that a patch acts on all that follows.
+
+    Attributes:
+        erased: gets what the decayed memory recalls for the key, e^g Sᵀk, (b 1 h v); the share β of it is erased.
+        written: gets u, (b 1 h v).
+        positions: of each token of the call, for the points' ctx.
+    """
+
+    erased: HookPoint
+    written: HookPoint
+    positions: Sequence[int | tuple[int, ...]]
 
 
 def gated_delta_rule(
@@ -31,6 +50,7 @@ def gated_delta_rule(
     state: State | None = None,
     segments: Segments | None = None,
     backend: str = "auto",
+    watch: Watch | None = None,
 ) -> tuple[Values, State]:
     """Write each (key, value) into a decaying memory, then read it with the query.
 
@@ -43,9 +63,10 @@ def gated_delta_rule(
         state: memory before the first token; None means zeros. Not modified.
         segments: where sequences begin and end; None means every row is one sequence.
         backend: "recurrent" (token loop, the definition), "chunked" (torch), "fla" (Triton, CUDA); "auto" picks.
+        watch: points to pass inside the token loop; other backends refuse those that are armed.
     Returns: output (b t h v) in v's dtype and the memory after each row's last token (b h k v), fp32 or better.
     Raises: ValueError for an unknown backend or head counts that do not divide; RuntimeError where a named backend
-        cannot run here.
+        cannot run here, or a hook waits at a point of `watch` and no token loop runs.
     """
     if v.shape[2] % k.shape[2]:
         raise ValueError(f"{v.shape[2]} value heads cannot share {k.shape[2]} key heads: make it a multiple.")
@@ -54,6 +75,11 @@ def gated_delta_rule(
     if segments is not None:  # at padding nothing is forgotten and nothing is written
         log_decay = log_decay.masked_fill(~segments.mask[..., None], 0.0)
         beta = beta.masked_fill(~segments.mask[..., None], 0.0)
+    # One token is the definition itself: the chunk algebra would only add work.
+    looped = choice == "recurrent" or (choice != "fla" and v.shape[1] == 1)
+    if watch is not None and not looped:
+        watch.erased.refuse()
+        watch.written.refuse()
     if choice == "fla":
         return _fla(q, k, v, log_decay, beta, state, segments)
     dtype = v.dtype
@@ -62,15 +88,23 @@ def gated_delta_rule(
         state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
     state = state.to(v.dtype)
     starts = None if segments is None else segments.starts
-    # One token is the definition itself: the chunk algebra would only add work.
-    run = _recurrent if choice == "recurrent" or v.shape[1] == 1 else _chunked
     with torch.autocast(v.device.type, enabled=False):  # the products stay fp32 in mixed-precision training
-        o, state = run(q, k, v, log_decay, beta, state, starts)
+        if looped:
+            o, state = _recurrent(q, k, v, log_decay, beta, state, starts, watch)
+        else:
+            o, state = _chunked(q, k, v, log_decay, beta, state, starts)
     return o.to(dtype), state
 
 
 def _recurrent(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, starts: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    starts: Tensor | None,
+    watch: Watch | None,
 ) -> tuple[Tensor, Tensor]:
     """The definition, token by token."""
     share = v.shape[2] // k.shape[2]
@@ -85,10 +119,19 @@ def _recurrent(
     v, beta, decay = heads_first(v), heads_first(beta[..., None]), heads_first(decay[..., None])
     b, h = state.shape[:2]
     state, outputs = state.flatten(0, 1), []
+
+    def see(point: HookPoint, x: Tensor, t: int) -> Tensor:  # x (b · h, 1, v)
+        assert watch is not None
+        x = point(x.unflatten(0, (b, h)).transpose(1, 2), position=watch.positions[t])
+        return x.transpose(1, 2).flatten(0, 1)
+
     for t in range(v.shape[1]):
         q_t, k_t, v_t, beta_t, decay_t = (x[:, t : t + 1] for x in (q, k, v, beta, decay))
         state = decay_t * state
-        written = beta_t * (v_t - k_t @ state)
+        erased = k_t @ state
+        erased = erased if watch is None else see(watch.erased, erased, t)
+        written = beta_t * (v_t - erased)
+        written = written if watch is None else see(watch.written, written, t)
         state = torch.baddbmm(state, k_t.mT, written)
         outputs.append(q_t @ state)
     return torch.cat(outputs, dim=1).unflatten(0, (b, h)).transpose(1, 2), state.unflatten(0, (b, h))

@@ -35,12 +35,17 @@ def attend(
     Args:
         mask: True where a query may look; None means causal, the queries being the last t of the s tokens.
         backend: "eager" (scores and pattern as tensors, both pass their hook points), "sdpa"; "auto" picks.
-    Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
+    Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here, or a hook waits for
+        scores or pattern and "eager" does not run.
     """
     t, s = q.shape[1], k.shape[1]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, time, d)
     square = mask is None and t == s
     fused = choose("attention", backend, q) == "sdpa"
+    if fused:
+        for point in (hook_scores, hook_pattern):
+            if point is not None and point.armed:
+                point.refuse()
     if fused and mask is None and t > 1 and q.device.type == "cpu" and not torch.is_grad_enabled():
         return tiled_attention(q, k, v).transpose(1, 2)
     if mask is None and 1 < t < s:
@@ -102,17 +107,18 @@ class GatedAttention(nn.Module):
         self.q_norm = RMSNorm(head_dim, eps=eps, zero_centred=zero_centred) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim, eps=eps, zero_centred=zero_centred) if qk_norm else nn.Identity()
 
-        self.hook_q, self.hook_k, self.hook_v = (
-            HookPoint(),
-            HookPoint(),
-            HookPoint(),
-        )  # after norm, before RoPE
-        self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
-        self.hook_scores, self.hook_pattern = HookPoint(), HookPoint()  # (b h t s), only with backend "eager"
-        self.hook_o = HookPoint()  # attention's answer before the gate, (b t h d)
+        self.exposed_pattern = False  # `model.expose(pattern=…)`: run "eager" whatever the backend
+        queries, keys = "b t h d", "b t kh d"
+        self.hook_q_pre, self.hook_k_pre = HookPoint(queries), HookPoint(keys)  # before their norms
+        self.hook_q, self.hook_k, self.hook_v = HookPoint(queries), HookPoint(keys), HookPoint(keys)
+        self.hook_rot_q, self.hook_rot_k = HookPoint(queries), HookPoint(keys)  # after RoPE
+        eager = 'model.set_backend("attention", "eager") or model.expose(pattern=[LAYER])'
+        self.hook_scores, self.hook_pattern = HookPoint("b h t s", route=eager), HookPoint("b h t s", route=eager)
+        self.hook_o = HookPoint(queries)  # attention's answer before the gate
         if self.gate_proj is not None:
-            self.hook_gate_logit, self.hook_gate = HookPoint(), HookPoint()  # (b t h d), or (b t h 1) headwise
-        self.hook_gated = HookPoint()  # the input of o_proj, (b t h d)
+            shape = f"b t h {'d' if gate == 'elementwise' else 1}"
+            self.hook_gate_logit, self.hook_gate = HookPoint(shape), HookPoint(shape)
+        self.hook_gated = HookPoint(queries)  # the input of o_proj
 
     def forward(
         self,
@@ -123,8 +129,9 @@ class GatedAttention(nn.Module):
         state: KVState | None = None,
     ) -> Float[Tensor, "b t width"]:
         """Mix tokens. `state`, where given, holds the tokens before, and takes those of this call."""
-        q = self.hook_q(self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, -1))))  # (b, t, heads, head_dim)
-        k = self.hook_k(self.k_norm(self.k_proj(x).unflatten(-1, (self.kv_heads, -1))))
+        q = self.hook_q_pre(self.q_proj(x).unflatten(-1, (self.heads, -1)))  # (b, t, heads, head_dim)
+        k = self.hook_k_pre(self.k_proj(x).unflatten(-1, (self.kv_heads, -1)))
+        q, k = self.hook_q(self.q_norm(q)), self.hook_k(self.k_norm(k))
         v = self.hook_v(self.v_proj(x).unflatten(-1, (self.kv_heads, -1)))
         q, k = self.hook_rot_q(rope(q)), self.hook_rot_k(rope(k))
         segments = Segments.full(x) if segments is None else segments
@@ -139,7 +146,7 @@ class GatedAttention(nn.Module):
             k.to(q.dtype),
             v.to(q.dtype),
             mask=mask,
-            backend=self.backend,
+            backend="eager" if self.exposed_pattern else self.backend,
             hook_scores=self.hook_scores,
             hook_pattern=self.hook_pattern,
         )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from layers.causal_conv import causal_conv
 from layers.delta_rule import gated_delta_rule
+from layers.exposed_delta_rule import Exposed, exposed_delta_rule
 from layers.hook_point import HookPoint
 from layers.norm import GatedRMSNorm, at_least_fp32, l2_normalise
 from layers.segments import Segments
@@ -67,16 +68,25 @@ class GatedDeltaNet(nn.Module):
         self.norm = GatedRMSNorm(value_dim, eps=eps)
         self.out_proj = nn.Linear(value_heads * value_dim, width, bias=False)
 
-        self.hook_qkv = HookPoint()  # before the convolution, (b t channels)
-        self.hook_q, self.hook_k, self.hook_v = (
-            HookPoint(),
-            HookPoint(),
-            HookPoint(),
-        )  # q, k after normalisation
-        self.hook_beta_logit, self.hook_beta, self.hook_log_decay = HookPoint(), HookPoint(), HookPoint()
-        self.hook_o = HookPoint()  # what the memory answers, (b t h v)
-        self.hook_gate_logit = HookPoint()  # z, (b t h v)
-        self.hook_gated = HookPoint()  # the input of out_proj, (b t h v)
+        # What `model.expose` chose: absolute positions after which the memory is shown, and whether A is made.
+        self.exposed_positions: tuple[int, ...] = ()
+        self.exposed_pattern = False
+        keys, values, gates = "b t kh k", "b t h v", "b t h"
+        self.hook_qkv = HookPoint("b t channels")  # before the convolution
+        self.hook_q_pre, self.hook_k_pre, self.hook_v_pre = HookPoint(keys), HookPoint(keys), HookPoint(values)
+        self.hook_q_conv, self.hook_k_conv = HookPoint(keys), HookPoint(keys)  # after it
+        self.hook_q, self.hook_k = HookPoint(keys, dtype="fp32"), HookPoint(keys, dtype="fp32")  # normalised
+        self.hook_v = HookPoint(values)  # after the convolution
+        self.hook_beta_logit, self.hook_beta = HookPoint(gates), HookPoint(gates, dtype="fp32")
+        self.hook_log_decay = HookPoint(gates, dtype="fp32")
+        looped = 'model.set_backend("delta_rule", "recurrent")'  # and in decoding on CPU, which is that loop
+        self.hook_erased = HookPoint("b 1 h v", dtype="fp32", route=looped)  # once a token
+        self.hook_written = HookPoint("b 1 h v", dtype="fp32", route=looped)
+        self.hook_state = HookPoint("b h k v", dtype="fp32", route="model.expose(state={LAYER: [position]})")
+        self.hook_pattern = HookPoint("b h t s", dtype="fp32", route="model.expose(pattern=[LAYER])")
+        self.hook_o = HookPoint(values)  # what the memory answers
+        self.hook_gate_logit, self.hook_gate = HookPoint(values), HookPoint(values, dtype="fp32")  # z, silu(z)
+        self.hook_gated = HookPoint(values)  # the input of out_proj
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -95,6 +105,8 @@ class GatedDeltaNet(nn.Module):
     ) -> Float[Tensor, "b t width"]:
         """Mix tokens. `state`, where given, is read as what came before and replaced by what comes after."""
         qkv = self.hook_qkv(self.in_proj_qkv(x))
+        if self.hook_q_pre.active or self.hook_k_pre.active or self.hook_v_pre.active:
+            qkv = self._before_convolution(qkv)
         qkv, conv = causal_conv(
             qkv,
             self.conv_weight,
@@ -104,29 +116,49 @@ class GatedDeltaNet(nn.Module):
         )
         q, k, v = qkv.split(self.split, dim=-1)
         # Normalised in fp32; 1/√k on the query keeps q·k of order 1/√k, as in softmax attention.
-        q = l2_normalise(at_least_fp32(q.unflatten(-1, (self.key_heads, -1)))) * self.key_dim**-0.5
-        k = l2_normalise(at_least_fp32(k.unflatten(-1, (self.key_heads, -1))))
+        q = self.hook_q_conv(q.unflatten(-1, (self.key_heads, -1)))
+        k = self.hook_k_conv(k.unflatten(-1, (self.key_heads, -1)))
+        q = self.hook_q(l2_normalise(at_least_fp32(q)) * self.key_dim**-0.5)
+        k = self.hook_k(l2_normalise(at_least_fp32(k)))
         v = self.hook_v(v.unflatten(-1, (self.value_heads, -1)))
         beta = self.hook_beta(at_least_fp32(self.hook_beta_logit(self.in_proj_b(x))).sigmoid())
         # A_log in fp32: in fp16 its exponential can be infinite.
         rate = at_least_fp32(self.A_log).exp()
         time_step = nn.functional.softplus(at_least_fp32(self.in_proj_a(x)) + at_least_fp32(self.dt_bias))
         log_decay = self.hook_log_decay(-rate * time_step)
-        o, memory = gated_delta_rule(
-            self.hook_q(q),
-            self.hook_k(k),
-            v,
-            log_decay,
-            beta,
-            state=None if state is None else state.memory,
-            segments=segments,
-            backend=self.backend,
-        )
+        before = None if state is None else state.memory
+        o, memory = self._remember(q, k, v, log_decay, beta, before, segments)
         if state is not None:
             state.conv, state.memory = conv.detach(), memory.detach().to(state.memory.dtype)
         z = self.hook_gate_logit(self.in_proj_z(x).unflatten(-1, (self.value_heads, -1)))
-        y = self.hook_gated(self.norm(self.hook_o(o), z))
+        y = self.hook_gated(self.norm(self.hook_o(o), z, hook_gate=self.hook_gate))
         return self.out_proj(y.flatten(-2))
+
+    def _before_convolution(self, qkv: Tensor) -> Tensor:
+        """q, k and v a head at a time, for who looks at them there."""
+        heads = (self.key_heads, self.key_heads, self.value_heads)
+        points = (self.hook_q_pre, self.hook_k_pre, self.hook_v_pre)
+        parts = zip(points, qkv.split(self.split, dim=-1), heads, strict=True)
+        return torch.cat([point(x.unflatten(-1, (n, -1))).flatten(-2) for point, x, n in parts], dim=-1)
+
+    def _remember(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        memory: Tensor | None,
+        segments: Segments | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The delta rule; laid open only where somebody looks inside."""
+        inside = (self.hook_state, self.hook_pattern, self.hook_erased, self.hook_written)
+        if not any([point.active for point in inside]):
+            return gated_delta_rule(q, k, v, log_decay, beta, state=memory, segments=segments, backend=self.backend)
+        exposed = Exposed(self.exposed_positions, self.exposed_pattern, *inside)
+        return exposed_delta_rule(
+            q, k, v, log_decay, beta, exposed=exposed, state=memory, segments=segments, backend=self.backend
+        )
 
     @property
     def conv_backend(self) -> str:

@@ -1,5 +1,6 @@
 """Named points inside the model where a tensor can be read or replaced."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,22 +13,64 @@ class HookPoint(nn.Module):
     Idle, it does not go through torch's module call: it tests a number, for a quarter of the time. That number is a
     plain attribute, new with every hook that comes or goes, because `torch.compile` guards on those and not on torch's
     dictionaries of hooks: a hook that is added after compilation makes the frame compile again and fires.
+
+    Args:
+        shape: of what passes, in letters that docs/glossary.md lists; a dimension of size 1 is written 1.
+        dtype: "model" for that of the model's activations, "fp32" for fp32 or better, else torch's name.
+        route: what to call so that it fires, where it does not on every route.
+    Attributes:
+        name: full name inside the model, set by the model.
+        call: shared by a model's points; what the present call says of itself goes into `ctx` of those that fire.
+        ctx: a dict for hooks: "layer", "position" (absolute, of the first token) and whatever a hook keeps in it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shape: str = "", *, dtype: str = "model", route: str = "") -> None:
         super().__init__()
-        self.name = ""  # full name inside the model, set by the model
+        self.shape, self.dtype, self.route = shape, dtype, route
+        self.name = ""
+        self.call: dict[str, Any] = {}
+        self.ctx: dict[str, Any] = {}
         self.armed = 0  # 0: nothing attached; else the number of the last change
         self._changes = 0
 
-    def __call__(self, x: Tensor) -> Tensor:
+    @property
+    def active(self) -> bool:
+        """Somebody may look. Ask before making a tensor for this point alone."""
         # Tracing libraries attach by placing a `forward` into the instance.
+        return bool(self.armed) or "forward" in self.__dict__
+
+    def __call__(self, x: Tensor, position: int | tuple[int, ...] | None = None) -> Tensor:
+        """x, or what hooks make of it. `position` is x's own, where it is not that of the call's first token."""
         if self.armed or "forward" in self.__dict__:
+            self.ctx.update(self.call)
+            if position is not None:
+                self.ctx["position"] = position
             return super().__call__(x)
         return x
 
     def forward(self, x: Tensor) -> Tensor:
         return x
+
+    def refuse(self) -> None:
+        """Called in place of firing, on routes that do not make this tensor.
+
+        Raises: RuntimeError if a hook waits here, but for hooks that say `may_stay_silent`.
+        """
+        if any(not getattr(hook, "may_stay_silent", False) for hooks in self._hooks() for hook in hooks.values()):
+            raise RuntimeError(f"{self.name or 'This hook point'} does not exist as the model runs now: {self.remedy}.")
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a point that does not fire."""
+        return f"it needs {self.route}" if self.route else "nothing that was called runs it"
+
+    def remove(self, chosen: Callable[[Any], bool]) -> None:
+        """Detach the hooks that a predicate chooses."""
+        found = [(hooks, n) for hooks in self._hooks() for n, hook in hooks.items() if chosen(hook)]
+        for hooks, number in found:
+            del hooks[number]
+        if found:
+            self._note()
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
         """torch's; likewise the three below."""
@@ -53,7 +96,12 @@ class HookPoint(nn.Module):
         self._note()
         return handle
 
+    def _hooks(self) -> tuple[dict, ...]:
+        return (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
+
     def _note(self) -> None:
-        hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
         self._changes += 1
-        self.armed = self._changes if any(hooks) else 0
+        self.armed = self._changes if any(self._hooks()) else 0
+
+    def extra_repr(self) -> str:
+        return f"{self.shape!r}, {self.dtype}" if self.shape else ""

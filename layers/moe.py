@@ -135,10 +135,11 @@ class SparseMoE(nn.Module):
         self.shared_expert = SwiGLU(width, shared_inner)
         self.shared_expert_gate = nn.Linear(width, 1, bias=False)
 
-        self.hook_router_logits, self.hook_router_weights = HookPoint(), HookPoint()  # (b t e), (b t k)
-        self.hook_router_indices = HookPoint()  # (b t k)
-        self.hook_shared_gate = HookPoint()  # (b t 1)
-        self.hook_shared_out = HookPoint()  # (b t width) before its gate
+        self.hook_router_logits, self.hook_router_weights = HookPoint("b t e"), HookPoint("b t top_k")
+        self.hook_router_indices = HookPoint("b t top_k", dtype="int64")
+        self.hook_expert_out = HookPoint("b t top_k width")  # each choice's row before its weight
+        self.hook_shared_gate = HookPoint("b t 1")
+        self.hook_shared_out = HookPoint("b t width")  # before its gate
 
     def forward(
         self, x: Float[Tensor, "b t width"], *, mask: Bool[Tensor, "b t"] | None = None, stats: bool = True
@@ -152,11 +153,38 @@ class SparseMoE(nn.Module):
         if self.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
         weights = self.hook_router_weights(weights.to(x.dtype))
-        routed = self.experts(x.flatten(0, 1), weights.flatten(0, 1), indices.flatten(0, 1)).view_as(x)
+        if self.hook_expert_out.active:
+            routed = self._choice_by_choice(x, weights, indices)
+        else:
+            routed = self.experts(x.flatten(0, 1), weights.flatten(0, 1), indices.flatten(0, 1)).view_as(x)
         shared = self.hook_shared_out(self.shared_expert(x))
         gate = self.hook_shared_gate(self.shared_expert_gate(x).sigmoid())
         y = routed + gate * shared
         return y, router_stats(logits, probabilities, indices, mask) if stats else None
+
+    def _choice_by_choice(
+        self, x: Float[Tensor, "b t width"], weights: Float[Tensor, "b t k"], indices: Int[Tensor, "b t k"]
+    ) -> Float[Tensor, "b t width"]:
+        """What `experts` gives, from rows that pass `hook_expert_out`, for experts of any kind.
+
+        Rows are added in the order in which `experts` adds them, so that rounding is the same.
+        """
+        flat, one, top_k = x.flatten(0, 1), torch.ones_like(weights[:1, :1, 0]), indices.shape[-1]
+        single = len(flat) == 1 and not torch.is_grad_enabled() and getattr(self.experts, "backend", "auto") == "auto"
+        if single:  # a choice at a time takes the single token's path
+            rows = torch.stack([self.experts(flat, one, chosen) for chosen in indices[0].split(1, dim=1)], dim=1)
+        else:
+            repeated = flat.repeat_interleave(top_k, dim=0)
+            rows = self.experts(repeated, one.expand(len(repeated), 1), indices.reshape(-1, 1))
+        rows = self.hook_expert_out(rows.view(*indices.shape, -1))
+        if not single:
+            order = indices.argsort(dim=-1, stable=True)
+            rows = rows.gather(2, order[..., None].expand_as(rows))
+            weights = weights.gather(2, order)
+        y = torch.zeros_like(x)
+        for row, weight in zip(rows.unbind(2), weights.split(1, dim=-1), strict=True):
+            y = torch.addcmul(y, row, weight) if single else y + row * weight
+        return y
 
 
 def router_stats(

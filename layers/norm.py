@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from layers.hook_point import HookPoint
+
 
 def at_least_fp32(x: Tensor) -> Tensor:
     """x in the dtype of exact inner work: fp32, or fp64 where x has it."""
@@ -35,8 +37,11 @@ class RMSNorm(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, 0.0 if self.zero_centred else 1.0)
 
-    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+    def forward(
+        self, x: Float[Tensor, "*batch width"], *, hook_normalized: HookPoint | None = None
+    ) -> Float[Tensor, "*batch width"]:
         normed = _unit_rms(at_least_fp32(x), self.eps)
+        normed = normed if hook_normalized is None else hook_normalized(normed)
         if self.zero_centred:
             return (normed * (1.0 + at_least_fp32(self.weight))).to(x.dtype)
         return self.weight * normed.to(x.dtype)
@@ -60,10 +65,16 @@ class GatedRMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(
-        self, x: Float[Tensor, "*batch width"], gate: Float[Tensor, "*batch width"]
+        self,
+        x: Float[Tensor, "*batch width"],
+        gate: Float[Tensor, "*batch width"],
+        *,
+        hook_gate: HookPoint | None = None,
     ) -> Float[Tensor, "*batch width"]:
         normed = self.weight * _unit_rms(at_least_fp32(x), self.eps).to(x.dtype)
-        return (normed * nn.functional.silu(at_least_fp32(gate))).to(x.dtype)
+        gate = nn.functional.silu(at_least_fp32(gate))
+        gate = gate if hook_gate is None else hook_gate(gate)
+        return (normed * gate).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

@@ -1,11 +1,26 @@
 """Where sequences begin and end: one object that convolution, delta rule, attention, positions and losses all obey."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+class cached_property(Generic[T]):
+    """functools', without the lock that it takes before Python 3.12: torch.compile would break its graph there."""
+
+    def __init__(self, make: Callable[[Any], T]):
+        self.make, self.__doc__ = make, make.__doc__
+
+    def __get__(self, instance: Any, _owner: type) -> T:
+        if instance is None:
+            return self  # type: ignore[return-value]
+        made = instance.__dict__[self.make.__name__] = self.make(instance)  # found there before this is asked again
+        return made
 
 
 @dataclass(frozen=True, eq=False)

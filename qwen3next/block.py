@@ -58,8 +58,10 @@ class Block(nn.Module):
         else:
             self.mlp = SwiGLU(c.hidden_size, c.intermediate_size)
         self.mixer, self.sparse = mixer, sparse
-        self.hook_resid_pre, self.hook_resid_mid, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
-        self.hook_attn_out, self.hook_mlp_out = HookPoint(), HookPoint()
+        stream = "b t width"
+        self.hook_resid_pre, self.hook_resid_mid = HookPoint(stream), HookPoint(stream)
+        self.hook_resid_post = HookPoint(stream)
+        self.hook_attn_out, self.hook_mlp_out = HookPoint(stream), HookPoint(stream)
 
     def forward(
         self,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from layers.segments import Segments
 from qwen3next.cache import HybridCache
+from qwen3next.hooks import Hooks
 from qwen3next.model import Qwen3Next
 
 
@@ -55,6 +56,7 @@ def stream(
     top_p: float = 1.0,
     stop_tokens: Sequence[int] | None = None,
     seed: int | None = None,
+    fwd_hooks: Hooks = (),
 ) -> Iterator[Tensor]:
     """Yield the next token of every row, (b,), as it is made; −1 in rows that have stopped already.
 
@@ -64,7 +66,9 @@ def stream(
         cache: continue from this one, which is extended; None makes one of the right size.
         stop_tokens: ids that end a row (yielded, then −1); None means `model.stop_tokens`.
         seed: for sampling; equal seeds give equal tokens on one machine. None takes torch's global generator.
-    Raises: ValueError for a prompt that is not what the cache holds, or does not fit it.
+        fwd_hooks: as `model.hooks` takes them, for the prompt and every step; `hook.ctx["position"]` is the absolute
+            position of the first token of what a hook gets.
+    Raises: ValueError for a prompt that is not what the cache holds, or does not fit it; for hooks as `model.hooks`.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
@@ -81,16 +85,17 @@ def stream(
             f"{max(segments.real_lengths)} prompt tokens and {max_new_tokens} new ones do not fit a cache of "
             f"{cache.max_len}: make it with a larger max_len, or lower max_new_tokens."
         )
-    logits = _run_prompt(model, input_ids, segments, cache)
-    running = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-    for i in range(max_new_tokens):
-        token = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        yield token.masked_fill(~running, -1)
-        running &= ~torch.isin(token, stops)
-        if i + 1 == max_new_tokens or not bool(running.any()):
-            return
-        logits = model(token[:, None], cache=cache, logits_to_keep=1).logits[:, -1]
-        cache.last_logits = logits
+    with model.hooks(fwd_hooks):
+        logits = _run_prompt(model, input_ids, segments, cache)
+        running = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        for i in range(max_new_tokens):
+            token = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            yield token.masked_fill(~running, -1)
+            running &= ~torch.isin(token, stops)
+            if i + 1 == max_new_tokens or not bool(running.any()):
+                return
+            logits = model(token[:, None], cache=cache, logits_to_keep=1).logits[:, -1]
+            cache.last_logits = logits
 
 
 def _run_prompt(model: Qwen3Next, input_ids: Tensor, segments: Segments, cache: HybridCache) -> Tensor:

@@ -78,6 +78,31 @@ def describe(config: ModelConfig) -> Group:
     return Group(*(line for title, table in parts for line in (f"[bold]{title}[/bold]", table, "")))
 
 
+def hook_lines(config: ModelConfig) -> list[str]:
+    """The model's hook points, one a line: name, shape with this config's numbers, dtype, and what it takes to fire."""
+    rows = [(name, _dims(config, name, p.shape), p.dtype, p.route) for name, p in on_meta(config).hook_dict.items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return ["  ".join([*map(str.ljust, row, widths), row[3]]).rstrip() for row in rows]
+
+
+def _dims(config: ModelConfig, name: str, shape: str) -> str:
+    """ "b t h v" with the sizes that do not depend on the input: "b t h=4 v=24"."""
+    sizes = hook_sizes(config, name)
+    return " ".join(f"{d}={sizes[d]}" if d in sizes else d for d in shape.split())
+
+
+def hook_sizes(config: ModelConfig, name: str) -> dict[str, int]:
+    """The letters of hook points' shapes, as far as the config says them; heads are those of the point's layer."""
+    c = config
+    sizes = {"width": c.hidden_size, "vocab": c.vocab_size, "e": c.num_experts, "top_k": c.num_experts_per_tok}
+    if ".linear_attn." in name:
+        sizes |= {"h": c.linear_num_value_heads, "kh": c.linear_num_key_heads, "channels": c.conv_channels}
+        sizes |= {"k": c.linear_key_head_dim, "v": c.linear_value_head_dim}
+    elif ".self_attn." in name:
+        sizes |= {"h": c.num_attention_heads, "kh": c.num_key_value_heads, "d": c.head_dim}
+    return sizes
+
+
 def _table(*headers: str, numbers_from: int) -> Table:
     table = Table(box=SIMPLE_HEAD, show_header=any(headers), show_edge=False, pad_edge=False)
     for i, header in enumerate(headers):

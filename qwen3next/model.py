@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from layers.backends import choose
@@ -74,9 +74,11 @@ class Qwen3Next(Hooked, nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, zero_centred=config.zero_centred_norms)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = MTP(config) if config.mtp_num_hidden_layers else None
-        self.hook_embed, self.hook_final_norm, self.hook_logits = HookPoint(), HookPoint(), HookPoint()
-        for name, point in self.hook_dict.items():
-            point.name = name
+        self.hook_embed = HookPoint("b t width")
+        self.hook_final_normalized = HookPoint("b t width", dtype="fp32")  # before the final norm's scale
+        self.hook_final_norm = HookPoint("b t width")
+        self.hook_logits = HookPoint("b t vocab")
+        self.name_hooks()
         # Set by `load`: the arrangement and folder of the checkpoint, and what its generation_config.json says.
         self.layout: Layout | None = None
         self.origin: Path | None = None
@@ -121,10 +123,36 @@ class Qwen3Next(Hooked, nn.Module):
         logits = self.hook_logits(self.lm_head(hidden[:, -logits_to_keep:]))
         return Output(logits, hidden, _stack(aux))
 
+    def residual(
+        self,
+        stop_at_layer: int,
+        input_ids: Int[Tensor, "b t"],
+        segments: Segments | None = None,
+        cache: HybridCache | None = None,
+    ) -> Float[Tensor, "b t width"]:
+        """The residual stream before block `stop_at_layer`, which may count from the end; later blocks do not run.
+
+        Raises: as forward; ValueError for a block that is not there, or a cache, whose later layers would miss tokens.
+        """
+        count = len(self.blocks)
+        if not -count <= stop_at_layer <= count:
+            raise ValueError(f"Cannot stop before block {stop_at_layer} of {count}: choose {-count} to {count}.")
+        if cache is not None:
+            raise ValueError("Stopping at a layer would leave the cache half-filled: run without a cache.")
+        stop = stop_at_layer + count if stop_at_layer < 0 else stop_at_layer
+        return self._stream(input_ids, segments, None, stats=False, stop=stop)[0]
+
     def _backbone(
         self, input_ids: Tensor, segments: Segments | None, cache: HybridCache | None, *, stats: bool
     ) -> tuple[Tensor, list[RouterStats], Rotation]:
         """Hidden states after the final norm, router statistics a sparse layer, and the rotation that was used."""
+        x, aux, rope = self._stream(input_ids, segments, cache, stats=stats, stop=len(self.blocks))
+        return self.hook_final_norm(self.norm(x, hook_normalized=self.hook_final_normalized)), aux, rope
+
+    def _stream(
+        self, input_ids: Tensor, segments: Segments | None, cache: HybridCache | None, *, stats: bool, stop: int
+    ) -> tuple[Tensor, list[RouterStats], Rotation]:
+        """The residual stream before block `stop`; the rest as `_backbone`."""
         if input_ids.ndim != 2 or not input_ids.numel() or input_ids.is_floating_point():
             raise ValueError(f"input_ids must be integers of shape (b, t), got {tuple(input_ids.shape)}.")
         if segments is not None and (segments.batch, segments.length) != tuple(input_ids.shape):
@@ -139,20 +167,31 @@ class Qwen3Next(Hooked, nn.Module):
                     "The cache was made with another RoPE scaling: its keys are turned otherwise. Make a new one."
                 )
             segments = cache.admit(input_ids, segments)
-        if not self._warned_of_length and segments.plain and max(segments.ends) > self.config.longest_context:
+        if (
+            not self._warned_of_length
+            and segments.plain
+            and not torch.compiler.is_compiling()
+            and max(segments.ends) > self.config.longest_context
+        ):
             self._warned_of_length = True
             warnings.warn(
                 f"Positions up to {max(segments.ends)} lie beyond the {self.config.longest_context} of this model: "
                 "its answers may be noise. model.extend_context(factor) stretches them (YaRN).",
                 stacklevel=3,
             )
-        if input_ids.device.type == "cpu" and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.vocab_size:
+        if (
+            input_ids.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.vocab_size
+        ):
             raise ValueError(
                 f"input_ids hold {int(input_ids.min())} to {int(input_ids.max())}; this model knows "
                 f"0 to {self.vocab_size - 1}: was the text encoded with another tokenizer?"
             )
         if cache is not None:
             cache.keep()
+        same = len(set(segments.past)) == 1
+        self.hook_call["position"] = segments.past[0] if same else segments.past
         x = self.hook_embed(self.embed_tokens(input_ids))
         rope = rotation(
             segments.positions,
@@ -162,13 +201,13 @@ class Qwen3Next(Hooked, nn.Module):
             yarn=self.config.rope_scaling,
         )
         counted, aux = None if segments.plain else segments.mask, []
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.blocks[:stop]):
             state = None if cache is None else cache.layers[i]
             x, router = block(x, rope, segments=segments, state=state, counted=counted, stats=stats)
             aux += [] if router is None else [router]
         if cache is not None:
             cache.advance(input_ids, segments)
-        return self.hook_final_norm(self.norm(x)), aux, rope
+        return x, aux, rope
 
     def loss(
         self, input_ids: Int[Tensor, "b t"], *, segments: Segments | None = None, labels: Tensor | None = None
@@ -191,18 +230,21 @@ class Qwen3Next(Hooked, nn.Module):
             embedding = self.embed_tokens(input_ids.roll(-1, dims=1))
             ahead, mtp_aux = self.mtp(hidden, embedding, rope, segments)
             aux = aux + mtp_aux
-            mtp, _ = self._cross_entropy(ahead, labels, segments, ahead=2)
+            mtp, _ = self._cross_entropy(ahead, labels, segments, ahead=2, hook=self.mtp.hook_logits)
             total = total + self.config.mtp_loss_coef * mtp
         stats, zero = _stack(aux), lm.new_zeros(())
         balance, z = (zero, zero) if stats is None else (stats.balance.mean(), stats.z.mean())
         total = total + self.config.router_aux_loss_coef * balance + self.config.router_z_loss_coef * z
         return Losses(total, lm, mtp, balance, z, None if stats is None else stats.load.detach(), targets)
 
-    def _cross_entropy(self, hidden: Tensor, labels: Tensor, segments: Segments, *, ahead: int) -> tuple[Tensor, int]:
+    def _cross_entropy(
+        self, hidden: Tensor, labels: Tensor, segments: Segments, *, ahead: int, hook: HookPoint | None = None
+    ) -> tuple[Tensor, int]:
         """Mean over the places whose token `ahead` is of the same sequence and labelled; and their number."""
         target = labels.roll(-ahead, dims=1)
         place = segments.next_is_same(ahead) & (target != -100)
         logits = self.lm_head(hidden[place])  # logits only where there is a target
+        logits = logits if hook is None else hook(logits)
         summed = F.cross_entropy(at_least_fp32(logits), target[place], reduction="sum")
         return summed / max(len(logits), 1), len(logits)
 

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from layers.hook_point import HookPoint
 from layers.norm import RMSNorm
 from layers.rope import Rotation
 from layers.segments import Segments
@@ -29,6 +30,10 @@ class MTP(nn.Module):
             Block(c, mixer="full_attention", sparse=c.num_experts > 0) for _ in range(c.mtp_num_hidden_layers)
         )
         self.norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, zero_centred=c.zero_centred_norms)
+        self.hook_embed = HookPoint("b t width")  # of the next token, before its norm
+        self.hook_hidden = HookPoint("b t width")  # the main model's, before its norm here
+        self.hook_final_norm = HookPoint("b t width")
+        self.hook_logits = HookPoint("n vocab")  # of the n places that have a target
 
     def forward(
         self,
@@ -38,6 +43,7 @@ class MTP(nn.Module):
         segments: Segments,
     ) -> tuple[Float[Tensor, "b t width"], list]:
         """Hidden states for the head, and the router statistics of the block."""
+        next_embedding, hidden = self.hook_embed(next_embedding), self.hook_hidden(hidden)
         x = torch.cat((self.pre_fc_norm_embedding(next_embedding), self.pre_fc_norm_hidden(hidden)), dim=-1)
         x, aux = self.fc(x), []
         # A sequence's last token has no next one: what it computes is read by nobody and counted nowhere.
@@ -45,4 +51,4 @@ class MTP(nn.Module):
         for block in self.blocks:
             x, stats = block(x, rope, segments=segments, counted=counted)
             aux += [] if stats is None else [stats]
-        return self.norm(x), aux
+        return self.hook_final_norm(self.norm(x)), aux

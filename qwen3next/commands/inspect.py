@@ -1,7 +1,7 @@
 """`qwen3next inspect`: what a configuration amounts to."""
 
 from qwen3next.commands.common import Target, config_of, show
-from qwen3next.inspect import describe, on_meta
+from qwen3next.inspect import describe, hook_lines
 
 
 def inspect(target: Target, hooks: bool = False) -> None:
@@ -15,10 +15,10 @@ def inspect(target: Target, hooks: bool = False) -> None:
 
     Args:
         target: checkpoint folder, config.json, or name of a preset.
-        hooks: print the names of the model's hook points instead, one a line.
+        hooks: print the model's hook points instead, one a line: name, shape, dtype, what it takes to fire.
     """
     config = config_of(target)
     if hooks:
-        print("\n".join(on_meta(config).hook_dict), flush=True)
+        print("\n".join(hook_lines(config)), flush=True)
     else:
         show(describe(config))

@@ -43,13 +43,15 @@ class CachedPoints(Mapping[str, Tensor]):
     """
 
     def __init__(self, acts: Mapping[str, Tensor], model: Qwen3Next, *, segments: Segments | None = None):
-        unknown = sorted(acts.keys() - model.hook_dict.keys())
+        unknown = sorted({name.removesuffix("_grad") for name in acts} - model.hook_dict.keys())
         if unknown:
             raise ValueError(f"This model has no point {unknown[0]}: give the model that the tensors came from.")
         self.acts, self.model, self.segments = dict(acts), model, segments
+        self.alias: Mapping[str, str] = getattr(acts, "alias", {})  # TransformerLens' names
         self.from_start = True  # false once the first tokens are sliced off: memory cannot be rebuilt then
 
     def __getitem__(self, name: str | tuple[str, int]) -> Tensor:
+        name = self.alias.get(name, name) if isinstance(name, str) else name
         full = name if isinstance(name, str) and name in self.acts else self.full_name(name)
         if full not in self.acts:
             raise NotCachedError(f"{full} was not kept: run_with_cache(…, names_filter={full!r}) keeps it.")
@@ -91,7 +93,7 @@ class CachedPoints(Mapping[str, Tensor]):
 
     def _like(self, acts: Mapping[str, Tensor], segments: Segments | None, *, from_start: bool) -> Self:
         other = type(self)(acts, self.model, segments=segments)
-        other.from_start = from_start
+        other.from_start, other.alias = from_start, self.alias
         return other
 
     def to(self, target: torch.device | torch.dtype | str) -> Self:

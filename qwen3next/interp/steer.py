@@ -9,7 +9,7 @@ from torch import Tensor
 from layers.gated_deltanet import DeltaNetState
 from layers.hook_point import HookPoint
 from qwen3next.cache import Cache
-from qwen3next.hooks import Filter
+from qwen3next.hook_names import Filter
 from qwen3next.model import Qwen3Next
 
 

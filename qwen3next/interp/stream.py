@@ -22,7 +22,7 @@ from torch import Tensor
 from layers.hook_point import HookPoint
 from layers.segments import Segments
 from qwen3next import json_files
-from qwen3next.hooks import Filter
+from qwen3next.hook_names import Filter
 from qwen3next.interp.points import fingerprint
 from qwen3next.model import Qwen3Next
 from qwen3next.tensor_files import write
