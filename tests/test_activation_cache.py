@@ -195,8 +195,10 @@ def test_dtypes_and_files(cache, tmp_path):
         assert again.from_start == one.from_start
     assert torch.equal(again.ledger(0).mask, packed.ledger(0).mask)
     assert len(list(tmp_path.iterdir())) == 3
-    with pytest.raises(ValueError, match="another model"):
-        ActivationCache.load(path, small_model(num_hidden_layers=5))
+    for other in (small_model(num_hidden_layers=5), small_model(seed=1)):
+        with pytest.raises(ValueError, match="another model"):
+            ActivationCache.load(path, other)
+    assert ActivationCache.load(path, small_model(dtype=torch.bfloat16)).keys() == packed.keys()
 
 
 def test_a_failed_save_leaves_the_old_file(cache, tmp_path, monkeypatch):

@@ -3,9 +3,11 @@
 Each function returns a matplotlib Figure: `figure.savefig("map.png")`, or the last line of a notebook's cell.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,14 +27,14 @@ def draw_attention(maps: Mapping[str, Float[Tensor, "t s"]], *, tokens: Sequence
     A map with negative entries gets diverging colours around zero, others run from white; each its own scale. The
     scale ends at the 99.5th percentile of the entries below the diagonal or on it, so that one peak hides nothing.
     """
-    figure = _figure(width=0.6 + 4.6 * len(maps), height=4.4)
+    figure = _figure(width=0.6 + 5.4 * len(maps), height=5.0)
     for axes, (title, matrix) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
         values = matrix.detach().float().cpu()
         seen = values.tril().abs()
         limit = float(seen[seen > 0].quantile(0.995)) if bool((seen > 0).any()) else 1.0
         signed = bool((values < 0).any())
         image = axes.imshow(
-            values.masked_fill(values.new_ones(values.shape).triu(1).bool(), float("nan")),
+            values.masked_fill(torch.ones_like(values).triu(1).bool(), float("nan")).numpy(),
             cmap="RdBu_r" if signed else "Blues",
             vmin=-limit if signed else 0.0,
             vmax=limit,
@@ -86,7 +88,7 @@ def draw_lens(
     depth, places = ids.shape
     figure = _figure(width=1.8 + 0.55 * places, height=1.6 + 0.32 * depth)
     axes = figure.subplots()
-    image = axes.imshow(probability, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
+    image = axes.imshow(probability.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
     figure.colorbar(image, ax=axes, label="probability", pad=0.02)
     for y in range(depth):
         for x in range(places):
@@ -113,9 +115,10 @@ def _name_tokens(axis: Any, count: int, tokens: Sequence[str] | None, *, rotatio
         return
     places = range(0, count, -(-count // MOST_LABELS))
     labels = [_shown(tokens[i]) for i in places]
-    axis.set_ticks(list(places), labels, fontsize=7, rotation=rotation, family="monospace", parse_math=False)
+    axis.set_ticks(list(places), labels, fontsize=6.5, rotation=rotation, family="monospace", parse_math=False)
 
 
 def _shown(text: str) -> str:
-    """White space that can be seen."""
-    return text.replace("\n", "⏎").replace("\t", "→").replace(" ", "·") or "∅"
+    """White space that can be seen; an indentation as its length."""
+    text = text.replace("\n", "⏎").replace("\t", "→").replace(" ", "·")
+    return re.sub("·{4,}", lambda run: f"·×{len(run[0])}", text) or "∅"

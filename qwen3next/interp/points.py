@@ -145,8 +145,7 @@ class CachedPoints(Mapping[str, Tensor]):
     def load(cls, path: str | Path, model: Qwen3Next) -> Self:
         """Read what `save` wrote, into CPU memory.
 
-        Raises: ValueError for a damaged file, or one of another configuration. Weights are not compared: give the
-            same checkpoint.
+        Raises: ValueError for a damaged file, or one of another model.
         """
         path = Path(path)
         header = read_header(path)
@@ -163,9 +162,15 @@ class CachedPoints(Mapping[str, Tensor]):
 
 
 def fingerprint(model: Qwen3Next) -> str:
-    """sha256 of the configuration, without what a checkpoint only carries along."""
+    """sha256 of the configuration and of the first numbers of every parameter, routed experts left out.
+
+    The numbers are taken in bf16, so that a checkpoint has one fingerprint in fp32 and in bf16.
+    """
     config = {f.name: getattr(model.config, f.name) for f in fields(model.config) if f.name not in ("extra", "outer")}
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    first = [p.detach().flatten()[:64].bfloat16() for n, p in model.named_parameters() if ".experts." not in n]
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    digest.update(torch.cat(first).float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _time_axis(name: str) -> int:
