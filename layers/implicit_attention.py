@@ -1,8 +1,8 @@
 """Gated DeltaNet seen as attention, and seen as bookkeeping: who reads whom, what is recalled, what is written.
 
-The delta rule is linear in its values and in its first memory, o = A v + C S₀, with
+The delta rule is linear in its values and in its first memory, o = A v + R S₀, with
 A = ((QKᵀ) ⊙ D) (I + tril(diag(β) (KKᵀ ⊙ D), −1))⁻¹ diag(β), D_ts = exp(G_t − G_s) for s ≤ t, G the running sum of
-log decays. So A is what the rule answers to one-hot values and C what it answers to a one-hot memory: nothing here
+log decays. So A is what the rule answers to one-hot values and R what it answers to a one-hot memory: nothing here
 repeats its algebra, and decays only ever enter as exp of differences within a chunk.
 Sources: arXiv:2412.06464 eq. 8 to 10; arXiv:2403.01590 for reading such layers as attention (there without erasing).
 """
@@ -20,6 +20,7 @@ from layers.segments import Segments
 
 COLUMNS = 256  # of A at a time: bounds the working memory beside the result
 PIECE = 1024  # tokens at a time, likewise
+FEW = 16  # tokens for which the token loop is quicker than filling a chunk
 
 
 def implicit_attention(
@@ -55,7 +56,7 @@ def implicit_attention(
 def carried(
     q: Keys, k: Keys, log_decay: Gates, beta: Gates, *, segments: Segments | None = None
 ) -> Float[Tensor, "b h t k"]:
-    """The weights C with which the memory from before the first token enters the output: o = A v + C S₀."""
+    """The weights R with which the memory from before the first token enters the output: o = A v + R S₀."""
     q, k, log_decay, beta = (at_least_fp32(x) for x in (q, k, log_decay, beta))
     log_decay, beta, number = _without_padding(log_decay, beta, segments)
     b, t, h = beta.shape
@@ -171,7 +172,8 @@ def _run(
     """A piece of the sequence, from the memory before it: output and the memory after it."""
     state, within = _enter(state, number, piece)
     q, k, v, log_decay, beta = (x[:, piece] for x in (q, k, v, log_decay, beta))
-    return gated_delta_rule(q, k, v, log_decay, beta, state=state, segments=within, backend="chunked")
+    backend = "recurrent" if v.shape[1] <= FEW else "chunked"
+    return gated_delta_rule(q, k, v, log_decay, beta, state=state, segments=within, backend=backend)
 
 
 def _without_padding(

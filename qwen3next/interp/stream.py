@@ -119,6 +119,8 @@ def stream_activations(
 def _open(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The folder's index, or a new one. Raises: ValueError where it was begun with other settings."""
     folder.mkdir(parents=True, exist_ok=True)
+    for half in [*folder.glob(f".{INDEX}-*"), *folder.glob(".*.safetensors-*")]:  # of a process that was killed
+        half.unlink(missing_ok=True)
     if not (folder / INDEX).exists():
         empty = hashlib.sha256().hexdigest()
         return {"settings": settings, "points": {}, "rows": 0, "shards": [], "digest": empty, "complete": False}
