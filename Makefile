@@ -7,7 +7,7 @@ READY := $(VENV)/.qwen3next-installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu test-kernels lint types format wheel bench clean
+.PHONY: help demo test test-slow test-gpu test-kernels test-packages lint types format wheel bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,18 @@ $(KERNELS)/.installed: pyproject.toml constraints.txt
 
 test-kernels: $(KERNELS)/.installed ## flash-linear-attention's kernels in Triton's interpreter, without a GPU
 	$(ONE_THREAD) $(KERNELS)/bin/python -m pytest tests/kernels
+
+# Packages that the tests compare with and that bring a hundred others: an environment of their own as well.
+PACKAGES := .venv-packages
+$(PACKAGES)/.installed: pyproject.toml constraints.txt
+	test -x $(PACKAGES)/bin/python || $(PYTHON) -m venv $(PACKAGES)
+	$(PACKAGES)/bin/python -m pip install -c constraints.txt torch==2.13.0
+	$(PACKAGES)/bin/python -m pip install -c constraints.txt -e ".[dev]"
+	$(PACKAGES)/bin/python -m pip install transformer-lens==4.3.0 nnsight==0.8.1
+	@touch $@
+
+test-packages: $(PACKAGES)/.installed ## hooks beside the real TransformerLens and nnsight
+	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(PACKAGES)/bin/python -m pytest tests/test_hook_packages.py
 
 lint: $(READY) types ## style and types
 	$(RUN) -m ruff check .
