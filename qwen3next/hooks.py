@@ -1,5 +1,6 @@
 """Read or replace inner tensors by name."""
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -169,6 +170,9 @@ class Hooked(nn.Module):
         """
         if incl_bwd is True and stop_at_layer is not None:
             raise ValueError("Without logits there is no loss: give incl_bwd a function of the residual stream.")
+        given = inspect.signature(self.forward).bind_partial(*args, **kwargs).arguments
+        cache = given.get("cache")
+        continued = cache is not None and any(cache.lengths)
         recording = Recording(pos_slice, device, with_gradients=bool(incl_bwd))
         keep: Hooks = [("*" if names_filter is None else names_filter, recording.keep)]
         leaf: Hooks = [("hook_embed", recording.make_leaf)] if incl_bwd else []
@@ -182,8 +186,9 @@ class Hooked(nn.Module):
         from qwen3next.interp.activation_cache import ActivationCache
 
         kept = recording.result(aliases(self.hook_dict))
-        acts = ActivationCache(kept, cast(Any, self), segments=kwargs.get("segments"))
-        acts.from_start = pos_slice is None
+        whole = pos_slice is None
+        acts = ActivationCache(kept, cast(Any, self), segments=given.get("segments") if whole else None)
+        acts.from_start, acts.gapless = whole and not continued, whole
         return output.detach() if incl_bwd else output, acts
 
     def _run(self, *args: Any, stop_at_layer: int | None, **kwargs: Any) -> Any:

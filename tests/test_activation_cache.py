@@ -15,8 +15,7 @@ EXACT = {"rtol": 0, "atol": 1e-12}
 
 
 def cached(model, ids=IDS, segments=None, **options):
-    _, acts = model.run_with_cache(ids, segments=segments, **options)
-    return ActivationCache(acts, model, segments=segments)
+    return model.run_with_cache(ids, segments=segments, **options)[1]
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +118,16 @@ def test_states_are_those_that_generation_carries(cache, layer):
     assert torch.equal(cache.state(layer, 63), states[:, 2])
 
 
+def test_what_the_forward_was_given_by_position_counts():
+    model, segments = small_model(), Segments.from_lengths([[30, 40], [70]])
+    _, acts = model.run_with_cache(IDS, segments)
+    assert acts.segments is segments
+    assert torch.equal(acts.ledger(0).mask, segments.mask)
+    _, acts = model.run_with_cache(IDS, segments, pos_slice=slice(60, None))
+    with pytest.raises(ValueError, match="keep a run of neighbours"):
+        acts.ledger(0)
+
+
 def test_states_of_a_continued_forward():
     model = small_model(dtype=torch.float64)
     carried = model.new_cache(batch=2, max_len=70)
@@ -127,6 +136,8 @@ def test_states_of_a_continued_forward():
     _, acts = model.run_with_cache(IDS[:, 30:], cache=carried)
     cache = ActivationCache(acts, model)
     torch.testing.assert_close(cache.state(1, -1, before=before), carried.layers[1].memory, **EXACT)
+    with pytest.raises(ValueError, match="give `before`"):
+        cache.state(1, -1)
     ledger = cache.ledger(1, before=before)
     torch.testing.assert_close(ledger.written, cached(model).ledger(1).written[:, 30:], **EXACT)
 
@@ -172,6 +183,11 @@ def test_slices_are_the_same_as_a_smaller_forward(cache):
     torch.testing.assert_close(back.decompose_resid().sum(0), back["resid_post", 3], **EXACT)
     with pytest.raises(ValueError, match="sliced off"):
         back.state(0, 0)
+    tail = cache.slice(pos=slice(40, None))
+    torch.testing.assert_close(tail.state(1, -1, before=cache.state(1, 39)), cache.state(1, -1), **EXACT)
+    torch.testing.assert_close(tail.implicit_attention(1), cache.implicit_attention(1)[:, :, 40:, 40:], **EXACT)
+    with pytest.raises(ValueError, match="keep a run of neighbours"):
+        cache.slice(pos=[0, 2]).implicit_attention(1)
 
 
 def test_patterns_are_sliced_by_query():
@@ -179,6 +195,16 @@ def test_patterns_are_sliced_by_query():
     model.set_backend("attention", "eager")
     short = cached(model, names_filter=["blocks.3.self_attn.hook_pattern", "hook_embed"]).slice(pos=slice(-2, None))
     assert short["pattern", 3].shape == (2, 4, 2, 70)
+
+
+def test_states_and_gradients_are_sliced_where_they_have_tokens():
+    model = small_model()
+    with model.expose(state={0: [3, 7]}, pattern=[1]):
+        _, acts = model.run_with_cache(IDS, incl_bwd=True)
+    short = acts.slice(batch=1, pos=slice(0, 5))
+    assert torch.equal(short["state", 0], acts["state", 0][1:])
+    assert torch.equal(short["pattern", 1], acts["pattern", 1][1:, :, :5])
+    assert torch.equal(short["resid_post_grad", 3], acts["blocks.3.hook_resid_post_grad"][1:, :5])
 
 
 def test_dtypes_and_files(cache, tmp_path):

@@ -42,7 +42,7 @@ class ActivationCache(ResidualStream):
         return torch.stack(tensors), [i for i, _ in found]
 
     def implicit_attention(self, layer: int) -> Float[Tensor, "b h t s"]:
-        """The matrix with which this Gated DeltaNet layer's output is A v, for a forward without a cache."""
+        """The matrix A of a Gated DeltaNet layer: its output is A v, where no memory came before the first token."""
         q, k, log_decay, beta = self._memory_points(layer, "q", "k", "log_decay", "beta")
         return implicit_attention(q, k, log_decay, beta, segments=self.segments)
 
@@ -52,21 +52,27 @@ class ActivationCache(ResidualStream):
         """A Gated DeltaNet layer's memory after token `pos`, or after each of several, rebuilt from what was written.
 
         Args:
-            before: the memory before the first cached token, where the forward continued a cache.
+            before: the memory before the first token here: where the forward continued a cache, or tokens are cut off.
         """
-        k, v, log_decay, beta = self._memory_points(layer, "k", "v", "log_decay", "beta")
+        k, v, log_decay, beta = self._written_points(layer, before)
         places = [p + k.shape[1] if p < 0 else p for p in ([pos] if isinstance(pos, int) else pos)]
         states = states_at(k, v, log_decay, beta, places, state=before, segments=self.segments)
         return states[:, 0] if isinstance(pos, int) else states
 
     def ledger(self, layer: int, *, before: Float[Tensor, "b h k v"] | None = None) -> Ledger:
         """What each head of a Gated DeltaNet layer keeps, recalls, erases and writes, token by token."""
-        k, v, log_decay, beta = (at_least_fp32(x) for x in self._memory_points(layer, "k", "v", "log_decay", "beta"))
+        k, v, log_decay, beta = (at_least_fp32(x) for x in self._written_points(layer, before))
         answer = recalled(k, v, log_decay, beta, state=before, segments=self.segments)
         length = answer.norm(dim=-1)
         mask = torch.ones_like(beta[..., 0], dtype=torch.bool) if self.segments is None else self.segments.mask
         change = (beta[..., None] * (v - answer)).norm(dim=-1) * mask[..., None]
         return Ledger(layer % self.layers, log_decay, beta, length, beta * length, change, mask)
+
+    def _written_points(self, layer: int, before: Tensor | None) -> list[Tensor]:
+        found = self._memory_points(layer, "k", "v", "log_decay", "beta")
+        if before is None and not self.from_start:
+            raise ValueError("Tokens came before these, sliced off or in a cache: give `before`, the memory they left.")
+        return found
 
     def _memory_points(self, layer: int, *names: str) -> list[Tensor]:
         mixer = self._mixer(layer)
@@ -74,7 +80,7 @@ class ActivationCache(ResidualStream):
             kinds = self.model.config.layer_types
             chosen = [i for i, kind in enumerate(kinds) if kind == "linear_attention"]
             raise ValueError(f"Block {layer} is softmax attention and has no memory: choose one of {chosen}.")
-        if not self.from_start:
-            raise ValueError("The first tokens were sliced off, and memory builds on them: use the whole cache.")
+        if not self.gapless:
+            raise ValueError("Some tokens were left out, and memory builds on all: keep a run of neighbours.")
         prefix = f"blocks.{layer % self.layers}.linear_attn.hook_"
         return self.need([prefix + name for name in names], [prefix + name for name in names])

@@ -19,7 +19,7 @@ class Ledger:
         layer: which block.
         log_decay: g_t = ln α_t, of the share of memory kept before anything is read.
         beta: β_t, the strength of the write.
-        recalled: ‖α_t S_{t−1}ᵀ k_t‖, what the memory held for this key.
+        recalled: ‖α_t S_{t−1}ᵀ k_t‖, what the memory held for this key (hook_erased).
         erased: β_t times that, what is taken out.
         written: ‖u_t‖, the new value less what was erased: how far the memory moves.
         mask: (b, t) True for real tokens.

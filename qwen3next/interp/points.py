@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
@@ -46,9 +47,12 @@ class CachedPoints(Mapping[str, Tensor]):
         unknown = sorted({name.removesuffix("_grad") for name in acts} - model.hook_dict.keys())
         if unknown:
             raise ValueError(f"This model has no point {unknown[0]}: give the model that the tensors came from.")
-        self.acts, self.model, self.segments = dict(acts), model, segments
+        self.acts, self.model = dict(acts), model
+        self.segments: Segments | None = getattr(acts, "segments", None) if segments is None else segments
         self.alias: Mapping[str, str] = getattr(acts, "alias", {})  # TransformerLens' names
-        self.from_start = True  # false once the first tokens are sliced off: memory cannot be rebuilt then
+        # Whether memory was empty before the first token here, and whether the tokens here are neighbours.
+        self.from_start: bool = getattr(acts, "from_start", True)
+        self.gapless: bool = getattr(acts, "gapless", True)
 
     def __getitem__(self, name: str | tuple[str, int]) -> Tensor:
         name = self.alias.get(name, name) if isinstance(name, str) else name
@@ -70,6 +74,9 @@ class CachedPoints(Mapping[str, Tensor]):
     def full_name(self, name: str | tuple[str, int]) -> str:
         """The model's name for a point given in full or in short. Raises: NotCachedError (a KeyError) for none."""
         short, layer = (name, None) if isinstance(name, str) else name
+        if short.endswith("_grad"):
+            short = short.removesuffix("_grad")
+            return self.full_name(short if layer is None else (short, layer)) + "_grad"
         module, _, point = short.rpartition(".")
         point = point if point.startswith("hook_") else f"hook_{point}"
         wanted = f"{module}.{point}" if module else point
@@ -91,41 +98,47 @@ class CachedPoints(Mapping[str, Tensor]):
         """Blocks of the model."""
         return self.model.config.num_hidden_layers
 
-    def _like(self, acts: Mapping[str, Tensor], segments: Segments | None, *, from_start: bool) -> Self:
+    def _like(self, acts: Mapping[str, Tensor], segments: Segments | None) -> Self:
         other = type(self)(acts, self.model, segments=segments)
-        other.from_start, other.alias = from_start, self.alias
+        other.from_start, other.gapless, other.alias = self.from_start, self.gapless, self.alias
         return other
 
     def to(self, target: torch.device | torch.dtype | str) -> Self:
         """A copy on another device or in another floating-point dtype; indices stay integers."""
         if isinstance(target, torch.dtype):
             moved = {n: x.to(target) if x.is_floating_point() else x for n, x in self.acts.items()}
-            return self._like(moved, self.segments, from_start=self.from_start)
+            return self._like(moved, self.segments)
         segments = self.segments
         if segments is not None and segments.document_ids is not None:
             segments = Segments.from_document_ids(segments.document_ids.to(target))
-        return self._like({n: x.to(target) for n, x in self.acts.items()}, segments, from_start=self.from_start)
+        return self._like({n: x.to(target) for n, x in self.acts.items()}, segments)
 
     def slice(self, batch: Index | None = None, pos: Index | None = None) -> Self:
-        """Some rows, some tokens. A number keeps its axis, of length 1; keys in patterns and scores all stay.
+        """Some rows, some tokens. A number keeps its axis, of length 1; keys in patterns, and states, all stay.
 
         hook_logits is left out where `logits_to_keep` made it shorter than the rest.
         """
-        batch_index, pos_index = as_index(batch), as_index(pos)
-        times = [x.shape[_time_axis(n)] for n, x in self.acts.items() if n != "hook_logits"]
-        t = max(times, default=0)
+        rows, places = as_index(batch), as_index(pos)
+        axes = {name: self._time_axis(name) for name in self.acts}
+        times = [x.shape[axes[n]] for n, x in self.acts.items() if axes[n] and n != "hook_logits"]
         acts = {}
         for name, x in self.acts.items():
-            axis = _time_axis(name)
-            if name == "hook_logits" and times and x.shape[axis] != t:
+            if name == "hook_logits" and times and x.shape[1] != times[0]:
                 continue
-            x = x[batch_index]
-            acts[name] = x[:, pos_index] if axis == 1 else x[:, :, pos_index]
+            acts[name] = x[rows] if not axes[name] else x[rows][(slice(None),) * axes[name] + (places,)]
         segments = self.segments
         if segments is not None and segments.document_ids is not None:
-            segments = Segments.from_document_ids(segments.document_ids[batch_index][:, pos_index])
-        kept = torch.arange(t)[pos_index]
-        return self._like(acts, segments, from_start=self.from_start and torch.equal(kept, torch.arange(len(kept))))
+            segments = Segments.from_document_ids(segments.document_ids[rows][:, places])
+        other = self._like(acts, segments)
+        kept = torch.arange(max(times, default=0))[places].tolist()
+        other.from_start = self.from_start and kept[:1] == [0]
+        other.gapless = self.gapless and all(b == a + 1 for a, b in pairwise(kept))
+        return other
+
+    def _time_axis(self, name: str) -> int:
+        """Where a point has its tokens; 0 where it has none, as states at chosen positions."""
+        dims = self.model.hook_dict[name.removesuffix("_grad")].shape.split()
+        return dims.index("t") if "t" in dims else int(dims[1] == "1")  # once a token, and joined
 
     def save(self, path: str | Path) -> None:
         """Write all points into one safetensors file: whole, or not at all."""
@@ -133,7 +146,7 @@ class CachedPoints(Mapping[str, Tensor]):
         if self.segments is not None and self.segments.document_ids is not None:
             tensors[DOCUMENT_IDS] = self.segments.document_ids
         temporary = path.with_name(f".{path.name}-{os.getpid()}")
-        metadata = {"model": fingerprint(self.model), "from_start": str(self.from_start)}
+        metadata = {"model": fingerprint(self.model), "from_start": str(self.from_start), "gapless": str(self.gapless)}
         plan = [(name, x.dtype, tuple(x.shape)) for name, x in tensors.items()]
         try:
             write(temporary, plan, tensors.items(), metadata=metadata)
@@ -157,7 +170,7 @@ class CachedPoints(Mapping[str, Tensor]):
             acts = {name: files.read(stored) for name, stored in header.items()}
         ids = acts.pop(DOCUMENT_IDS, None)
         loaded = cls(acts, model, segments=None if ids is None else Segments.from_document_ids(ids))
-        loaded.from_start = metadata.get("from_start") == "True"
+        loaded.from_start, loaded.gapless = (metadata.get(flag) == "True" for flag in ("from_start", "gapless"))
         return loaded
 
 
@@ -171,10 +184,6 @@ def fingerprint(model: Qwen3Next) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     digest.update(torch.cat(first).float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _time_axis(name: str) -> int:
-    return 2 if name.endswith(("hook_pattern", "hook_scores")) else 1
 
 
 def as_index(index: Index | None) -> slice | list[int]:

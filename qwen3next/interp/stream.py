@@ -146,7 +146,7 @@ def _run(
     found: dict[str, Tensor] = {}
 
     def keep(x: Tensor, hook: HookPoint) -> None:
-        if x.shape[:2] != ids.shape or hook.name.endswith(("hook_pattern", "hook_scores")):
+        if x.shape[:2] != ids.shape or not hook.shape.startswith("b t"):
             raise ValueError(f"{hook.name} has no value for each token: choose points of shape (b, t, …).")
         real = x[segments.mask]
         found[hook.name] = real.to("cpu", dtype=dtype if real.is_floating_point() else None)
