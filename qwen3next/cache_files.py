@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from layers.gated_deltanet import DeltaNetState
@@ -14,6 +13,7 @@ from layers.kv_state import KVState
 from layers.rope import Yarn
 from qwen3next.atomic import fresh_file
 from qwen3next.cache import HybridCache, Mark, State
+from qwen3next.fingerprint import fingerprint
 from qwen3next.json_files import parse
 from qwen3next.tensor_files import Files, read_header, read_metadata, write
 
@@ -27,20 +27,11 @@ _BESIDE = """
     router_z_loss_coef mtp_loss_coef bos_token_id eos_token_id pad_token_id
 """
 BESIDE = _BESIDE.split()
-SAMPLES = 64  # numbers of each parameter that enter the fingerprint
 
 
-def fingerprint(model: "Qwen3Next") -> str:
-    """Of configuration and weights: the dtype, shape and a few numbers of every parameter; the MTP layer left out."""
-    digest = hashlib.sha256()
-    sizes = {f.name: getattr(model.config, f.name) for f in fields(model.config) if f.name not in BESIDE}
-    digest.update(json.dumps(sizes, sort_keys=True, default=list).encode())
-    for name, p in model.named_parameters():
-        if not name.startswith("mtp."):
-            flat = p.detach().reshape(-1)
-            some = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].cpu().contiguous()
-            digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode() + some.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def identity(model: "Qwen3Next") -> str:
+    """Of what makes a cache's contents: dtypes count, the MTP layer does not."""
+    return fingerprint(model, left_out=lambda name: name.startswith("mtp."), beside=BESIDE)
 
 
 def token_hash(tokens: Tensor) -> str:
@@ -78,9 +69,9 @@ def save_cache(cache: HybridCache, path: str | Path, model: "Qwen3Next") -> None
         described[name] = add(mark, mark.tokens, f"snapshots.{len(described)}.")
     about = {
         "format": FORMAT,
-        "fingerprint": fingerprint(model),
+        "fingerprint": identity(model),
         "yarn": cache.yarn and asdict(cache.yarn),
-        "kv_dtype": str(next((s.k.dtype for s in cache.layers if isinstance(s, KVState)), None)),
+        "kv_dtype": next((str(s.k.dtype).removeprefix("torch.") for s in cache.layers if isinstance(s, KVState)), None),
         "marks": described,
     }
     tensors = {name: x.detach().contiguous() for name, x in tensors.items()}
@@ -103,7 +94,7 @@ def load_cache(path: str | Path, model: "Qwen3Next", *, max_len: int | None = No
         known = False
     if not known:
         raise ValueError(f"{path} is not a cache of this version: fill it anew.")
-    if about["fingerprint"] != fingerprint(model):
+    if about["fingerprint"] != identity(model):
         raise ValueError(f"{path} is the cache of another model, or of other weights or another dtype of this one.")
     if (about["yarn"] and Yarn(**about["yarn"])) != model.config.rope_scaling:
         raise ValueError(
@@ -119,8 +110,7 @@ def load_cache(path: str | Path, model: "Qwen3Next", *, max_len: int | None = No
     limit = max(held, 4096) if max_len is None else max_len
     if limit < held:
         raise ValueError(f"{path} holds {held} tokens and max_len is {limit}: make it larger.")
-    kv = {name.removeprefix("torch."): getattr(torch, name.removeprefix("torch.")) for name in [about["kv_dtype"]]}
-    cache = model.new_cache(batch=batch, max_len=limit, kv_dtype=next(iter(kv.values())), history=history)
+    cache = model.new_cache(batch=batch, max_len=limit, kv_dtype=about["kv_dtype"], history=history)
     shared: dict[tuple[int, int], KVState] = {}
     for n, (name, described) in enumerate(marks.items()):
         mark = _mark(path, cache, tensors, described, f"snapshots.{n}." if name else "", shared)

@@ -18,7 +18,7 @@ from qwen3next.expert_weights import PLACES, fill_int8, parse_bytes, replace_exp
 from qwen3next.generation_config import GenerationConfig
 from qwen3next.model import Qwen3Next, as_device, as_dtype
 from qwen3next.opened import INDEX, SINGLE, Opened, open_checkpoint
-from qwen3next.released import Entry, Layout, Tensors, entries
+from qwen3next.released import Entry, Layout, entries
 from qwen3next.tensor_files import write
 
 T = TypeVar("T")
@@ -123,7 +123,7 @@ def save(
     with fresh_folder(folder, replaced=is_weights) as fresh:
         if model.origin is not None and model.origin.is_dir():
             copy_companions(model.origin, fresh)
-        plan = [(e, place_dtype(e, ours)) for e in entries(model.config, layout)]
+        plan = [(e, e.places[0].of(ours).dtype) for e in entries(model.config, layout)]
         tensors = ((e.name, e.merge(*(p.of(ours).detach() for p in e.places))) for e, _ in plan)
         write_shards(fresh, plan, tracked(tensors, progress, f"saving {folder.name}", len(plan)), max_shard_bytes)
         write_config(fresh, model.config.to_dict(), model.embed_tokens.weight.dtype)
@@ -145,10 +145,6 @@ def write_config(folder: Path, values: dict[str, object], dtype: torch.dtype) ->
     values = {k: v for k, v in values.items() if k not in ("dtype", "torch_dtype", "quantization_config")}
     values["torch_dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def place_dtype(entry: Entry, ours: Tensors) -> torch.dtype:
-    return entry.places[0].of(ours).dtype
 
 
 def write_shards(

@@ -87,7 +87,7 @@ def convert(
     cast = None if dtype == "auto" else as_dtype(dtype)
     opened = open_checkpoint(source)
     folder, towered = Path(target), vision and bool(opened.vision)
-    with opened.files, fresh_folder(folder, replaced=lambda name: is_weights(name)) as fresh:
+    with opened.files, fresh_folder(folder, replaced=is_weights) as fresh:
         config = opened.config if mtp else opened.config.replace(mtp_num_hidden_layers=0)
         layout = opened.layout if towered else replace(opened.layout, prefix="model.")
         if experts is not None:

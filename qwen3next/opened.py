@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,9 +89,13 @@ class Opened:
     @property
     def block(self) -> tuple[int, int] | None:
         """Rows and columns that share a scale in FP8 weights; None: all do."""
-        quantised = self.config.extra.get("quantization_config") or {}
-        size = quantised.get("weight_block_size", (128, 128))
+        size = self._block_size
         return None if size is None else (size[0], size[1])
+
+    @property
+    def _block_size(self) -> Any:
+        """As config.json has it, right or wrong."""
+        return (self.config.extra.get("quantization_config") or {}).get("weight_block_size", (128, 128))
 
     def _headers(self) -> dict[str, Stored]:
         """Every tensor of the folder by name, from the index or the single file."""
@@ -179,8 +184,7 @@ class Opened:
                         )
 
     def _check_stored(self) -> Iterator[str]:
-        quantised = self.config.extra.get("quantization_config") or {}
-        size = quantised.get("weight_block_size", (128, 128))
+        size = self._block_size
         pair = isinstance(size, (list, tuple)) and len(size) == 2
         if size is not None and not (pair and all(type(n) is int and n > 0 for n in size)):
             yield f"{self.folder / 'config.json'}: weight_block_size cannot be {size!r}."

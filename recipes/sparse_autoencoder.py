@@ -23,7 +23,7 @@ from torch import Tensor
 import qwen3next as q
 from layers.segments import Segments
 from qwen3next.interp import ActivationRows, stream_activations
-from qwen3next.interp.points import fingerprint
+from qwen3next.interp.points import identity
 from recipes.data import PackedWindows
 from recipes.dictionary import Scores, SparseAutoencoder, Step, fit, measure, principal_components
 from recipes.pretrain import exit_status
@@ -77,7 +77,7 @@ def run(s: Settings, *, console: Console | None = None) -> Scores:
 
     build_shards(s.data, tokenizer, s.out / "text", seed=s.seed)
     # Activations lie under a name of all that decides them: other settings never meet old rows.
-    decides = (fingerprint(model), s.data, name, s.tokens, s.window, s.seed)
+    decides = (identity(model), s.data, name, s.tokens, s.window, s.seed)
     folder = s.out / hashlib.sha256(repr(decides).encode()).hexdigest()[:12]
     text = {"train": s.tokens, "val": max(s.tokens // 10, 1)}
     for split, tokens in text.items():

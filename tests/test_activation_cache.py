@@ -271,3 +271,14 @@ def test_bf16_is_summed_in_fp32():
     assert cache.state(0, 5).dtype == torch.float32
     assert cache.logit_lens().log_probs.dtype == torch.float32
     assert cache.stack_head_results(3).dtype == torch.float32
+
+
+def test_a_file_of_a_model_with_longer_context(tmp_path):
+    model = small_model()
+    model.extend_context(2.0)
+    kept = cached(model, names_filter="hook_embed")
+    kept.save(tmp_path / "acts.safetensors")
+    assert torch.equal(ActivationCache.load(tmp_path / "acts.safetensors", model)["hook_embed"], kept["hook_embed"])
+    model.extend_context(4.0)
+    with pytest.raises(ValueError, match="another model"):
+        ActivationCache.load(tmp_path / "acts.safetensors", model)

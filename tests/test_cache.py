@@ -211,6 +211,15 @@ def test_a_file_holds_cache_and_snapshots(model, filled, tmp_path):
     assert q.HybridCache.load(path, model).lengths == (0, 0)
 
 
+def test_a_model_without_softmax_layers_has_files_too(tmp_path):
+    model = small_model(num_hidden_layers=2, layer_types=("linear_attention",) * 2)
+    cache = model.new_cache()
+    run(model, cache, tokens(9, b=1))
+    cache.save(tmp_path / "c.safetensors")
+    again = q.HybridCache.load(tmp_path / "c.safetensors", model)
+    assert torch.equal(run(model, again, tokens(3, b=1)), run(model, cache, tokens(3, b=1)))
+
+
 def test_files_of_others_and_damaged_ones_are_refused(model, filled, tmp_path):
     path = tmp_path / "doc.safetensors"
     filled.save(path)

@@ -3,22 +3,19 @@
 Shapes: b batch, t tokens, s keys. The batch comes first; time is second, but third in scores and patterns (b h t s).
 """
 
-import hashlib
-import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from layers.segments import Segments
+from qwen3next.atomic import fresh_file
+from qwen3next.fingerprint import fingerprint
 from qwen3next.model import Qwen3Next
-from qwen3next.tensor_files import Files, read_header, write
+from qwen3next.tensor_files import Files, read_header, read_metadata, write
 
 Index = int | slice | Sequence[int]
 DOCUMENT_IDS = "segments.document_ids"  # in a file, beside the points
@@ -145,14 +142,10 @@ class CachedPoints(Mapping[str, Tensor]):
         path, tensors = Path(path), dict(self.acts)
         if self.segments is not None and self.segments.document_ids is not None:
             tensors[DOCUMENT_IDS] = self.segments.document_ids
-        temporary = path.with_name(f".{path.name}-{os.getpid()}")
-        metadata = {"model": fingerprint(self.model), "from_start": str(self.from_start), "gapless": str(self.gapless)}
+        metadata = {"model": identity(self.model), "from_start": str(self.from_start), "gapless": str(self.gapless)}
         plan = [(name, x.dtype, tuple(x.shape)) for name, x in tensors.items()]
-        try:
-            write(temporary, plan, tensors.items(), metadata=metadata)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with fresh_file(path) as fresh:
+            write(fresh, plan, tensors.items(), metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path, model: Qwen3Next) -> Self:
@@ -162,9 +155,8 @@ class CachedPoints(Mapping[str, Tensor]):
         """
         path = Path(path)
         header = read_header(path)
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        if metadata.get("model") != fingerprint(model):
+        metadata = read_metadata(path)
+        if metadata.get("model") != identity(model):
             raise ValueError(f"{path} was saved with another model: load the checkpoint that it was made with.")
         with Files() as files:
             acts = {name: files.read(stored) for name, stored in header.items()}
@@ -174,16 +166,9 @@ class CachedPoints(Mapping[str, Tensor]):
         return loaded
 
 
-def fingerprint(model: Qwen3Next) -> str:
-    """sha256 of the configuration and of the first numbers of every parameter, routed experts left out.
-
-    The numbers are taken in bf16, so that a checkpoint has one fingerprint in fp32 and in bf16.
-    """
-    config = {f.name: getattr(model.config, f.name) for f in fields(model.config) if f.name not in ("extra", "outer")}
-    first = [p.detach().flatten()[:64].bfloat16() for n, p in model.named_parameters() if ".experts." not in n]
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    digest.update(torch.cat(first).float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+def identity(model: Qwen3Next) -> str:
+    """A checkpoint's name for files of activations: one in fp32 and in bf16; routed experts may be anywhere."""
+    return fingerprint(model, left_out=lambda name: ".experts." in name, any_dtype=True)
 
 
 def as_index(index: Index | None) -> slice | list[int]:

@@ -11,7 +11,6 @@ in the same order and only its missing shards are added.
 """
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from torch import Tensor
 from layers.hook_point import HookPoint
 from layers.segments import Segments
 from qwen3next import json_files
+from qwen3next.atomic import fresh_file
 from qwen3next.hook_names import Filter
-from qwen3next.interp.points import fingerprint
+from qwen3next.interp.points import identity
 from qwen3next.model import Qwen3Next
 from qwen3next.tensor_files import write
 
@@ -63,7 +63,7 @@ def stream_activations(
     if rows_per_shard < 1 or shuffle_shards < 0:
         raise ValueError(f"rows_per_shard ({rows_per_shard}) must be positive, shuffle_shards ({shuffle_shards}) too.")
     settings = {
-        "model": fingerprint(model),
+        "model": identity(model),
         "names": chosen,
         "wanted": rows,
         "rows_per_shard": rows_per_shard,
@@ -174,13 +174,9 @@ def _write_block(folder: Path, index: dict[str, Any], block: dict[str, Tensor], 
         raise ValueError(f"{folder} ended with fewer tokens before: {OTHER_TOKENS}")
     for i, picked in enumerate(shards[len(there) :], start=len(there)):
         path = folder / f"{len(index['shards']):06}.safetensors"
-        temporary = path.with_name(f".{path.name}-{os.getpid()}")
         plan = [(name, x.dtype, (len(picked), *x.shape[1:])) for name, x in block.items()]
-        try:
-            write(temporary, plan, ((name, x[picked]) for name, x in block.items()))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with fresh_file(path) as fresh:
+            write(fresh, plan, ((name, x[picked]) for name, x in block.items()))
         index["points"] = {name: {"shape": shape[1:], "dtype": _name(dtype)} for name, dtype, shape in plan}
         index["shards"].append({"file": path.name, "rows": len(picked)})
         index["rows"] += len(picked)
