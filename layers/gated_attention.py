@@ -16,6 +16,7 @@ from layers.segments import Segments
 from layers.tiled_attention import tiled_attention
 
 Heads = Float[Tensor, "b t h d"]
+KVHeads = Float[Tensor, "b t kvh d"]
 # Rows of the gate's projection a head, given head_dim.
 GATE_ROWS: dict[str, Callable[[int], int]] = {"elementwise": lambda d: d, "headwise": lambda _: 1, "none": lambda _: 0}
 
@@ -46,8 +47,6 @@ def attend(
         for point in (hook_scores, hook_pattern):
             if point is not None and point.armed:
                 point.refuse()
-    if fused and mask is None and t > 1 and q.device.type == "cpu" and not torch.is_grad_enabled():
-        return tiled_attention(q, k, v).transpose(1, 2)
     if mask is None and 1 < t < s:
         mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
     if fused:
@@ -134,24 +133,51 @@ class GatedAttention(nn.Module):
         q, k = self.hook_q(self.q_norm(q)), self.hook_k(self.k_norm(k))
         v = self.hook_v(self.v_proj(x).unflatten(-1, (self.kv_heads, -1)))
         q, k = self.hook_rot_q(rope(q)), self.hook_rot_k(rope(k))
-        segments = Segments.full(x) if segments is None else segments
-        mask = None if segments.plain else segments.attention_mask
-        if state is not None:
-            k, v = state.append(k, v, segments)
-            mask = None
-            if not segments.aligned:  # rows end at different places
-                mask = segments.positions[:, None, :, None] >= torch.arange(k.shape[1], device=k.device)
-        y = attend(
-            q,
-            k.to(q.dtype),
-            v.to(q.dtype),
-            mask=mask,
-            backend="eager" if self.exposed_pattern else self.backend,
-            hook_scores=self.hook_scores,
-            hook_pattern=self.hook_pattern,
-        )
-        y = self.hook_o(y)
+        y = self.hook_o(self._mix(q, k, v, Segments.full(x) if segments is None else segments, state))
         if self.gate_proj is not None:
             logit = self.hook_gate_logit(self.gate_proj(x).unflatten(-1, (self.heads, -1)))
             y = y * self.hook_gate(logit.sigmoid())
         return self.o_proj(self.hook_gated(y).flatten(-2))
+
+    def _mix(self, q: Heads, k: KVHeads, v: KVHeads, segments: Segments, state: KVState | None) -> Heads:
+        """Attention over the tokens of this call and those before, sequence by sequence."""
+        if state is not None:
+            state.append(k, v, segments)
+        points = (self.hook_scores, self.hook_pattern)
+        backend = "eager" if self.exposed_pattern else self.backend
+        if q.device.type == "cpu" and not torch.is_grad_enabled() and choose("attention", backend, q) == "sdpa":
+            for point in points:
+                if point.armed:
+                    point.refuse()
+            if torch.is_autocast_enabled("cpu"):  # the kernel below is asked for by name, which autocast does not see
+                q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
+            return _in_tiles(q, k, v, segments, state)
+        mask = None if segments.plain else segments.attention_mask
+        if state is not None:
+            k, v = (x.transpose(1, 2) for x in state.read(0, max(segments.ends), dtype=q.dtype))
+            mask = None
+            if not segments.aligned:  # rows end at different places
+                mask = segments.positions[:, None, :, None] >= torch.arange(k.shape[1], device=k.device)
+        return attend(q, k, v, mask=mask, backend=backend, hook_scores=points[0], hook_pattern=points[1])
+
+
+def _in_tiles(q: Heads, k: KVHeads, v: KVHeads, segments: Segments, state: KVState | None) -> Heads:
+    """`tiled_attention` over all rows at once where they stand at the same place, else a sequence at a time."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, time, d)
+
+    def run(row: int | None, begin: int, end: int, past: int) -> Tensor:
+        rows = slice(None) if row is None else slice(row, row + 1)
+
+        def read(first: int, last: int) -> tuple[Tensor, Tensor]:
+            if state is not None:
+                return state.read(first, last, row=row, dtype=q.dtype)
+            return k[rows, :, begin + first : begin + last], v[rows, :, begin + first : begin + last]
+
+        return tiled_attention(q[rows, :, begin:end], read, past=past)
+
+    if segments.aligned:
+        return run(None, 0, segments.length, segments.past[0]).transpose(1, 2)
+    y = torch.zeros_like(q)
+    for row, begin, end, past in segments.runs:
+        y[row : row + 1, :, begin:end] = run(row, begin, end, past)
+    return y.transpose(1, 2)

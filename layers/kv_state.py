@@ -1,111 +1,202 @@
-"""Keys and values of the tokens seen: a buffer that grows by blocks and may be shared."""
+"""Keys and values of the tokens seen: a buffer that grows by blocks, behind parts that others share."""
 
-import weakref
+from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from layers.segments import Segments
 
 BLOCK = 256  # tokens; a buffer's size is a multiple of it, or the limit
+MOST_PARTS = 32  # beyond, they are joined: reading across many costs more than one copy
+
+Stored = tuple[Tensor, ...]  # k, v (b, kv_heads, n, d); in int8 with their scales (b, kv_heads, n, 1)
 
 
-class _Buffer:
-    """k, v (b, capacity, kv_heads, d), the tokens written so far in any row, and who holds it."""
+class Heads(NamedTuple):
+    """Keys and values of neighbouring places, heads first, in the dtype that was asked for."""
 
-    def __init__(self, k: Tensor, v: Tensor):
-        self.k, self.v, self.used = k, v, 0
-        self.holders: weakref.WeakSet[KVState] = weakref.WeakSet()
+    k: Float[Tensor, "b kvh n d"]
+    v: Float[Tensor, "b kvh n d"]
 
 
 class KVState:
     """Keys (rotated) and values, row r's token at position p in place p, whatever the padding was.
 
-    What is held is never changed, only continued: states that share a buffer (`share`) go on sharing what they have in
-    common. The first of them to continue does so in place, another one copies what it holds before it writes.
+    What others see (`share`) is never changed. A shared state starts a buffer of its own behind what it has in common
+    with the other, so continuing either copies nothing; on CUDA, where kernels want one piece, it copies once.
 
     Args:
-        like: an empty (b, 0, kv_heads, d) tensor of the dtype and device to store in.
+        batch, kv_heads, head_dim: sizes.
         max_len: most tokens a row.
+        dtype: to store in; torch.int8 keeps a number a head and token besides, its largest value / 127, in fp32.
     """
 
-    def __init__(self, like: Float[Tensor, "b 0 kvh d"], max_len: int):
-        self.max_len = max_len
-        self._hold(_Buffer(like, like))
-
-    def _hold(self, buffer: _Buffer) -> None:
-        self._buffer = buffer
-        buffer.holders.add(self)
-
-    @property
-    def k(self) -> Tensor:
-        """(b, capacity, kv_heads, d); places beyond a row's length are zero or stale and must be masked."""
-        return self._buffer.k
+    def __init__(
+        self, batch: int, *, kv_heads: int, head_dim: int, max_len: int, dtype: torch.dtype, device: torch.device
+    ):
+        self.max_len, self.dtype, self._size = max_len, dtype, (batch, kv_heads, head_dim)
+        self._empty = _buffer(self._size, 0, dtype, device)
+        self._parts: tuple[Stored, ...] = ()  # seen by others: read only
+        self._own: Stored = self._empty  # behind them, written here alone,
+        self._seen = 0  # but for its first places, which others see too
 
     @property
-    def v(self) -> Tensor:
-        return self._buffer.v
+    def base(self) -> int:
+        """Tokens in the shared parts."""
+        return sum(part[0].shape[2] for part in self._parts)
 
     @property
     def capacity(self) -> int:
-        return self.k.shape[1]
+        """Tokens a row for which memory is taken."""
+        return self.base + self._own[0].shape[2]
+
+    @property
+    def k(self) -> Tensor:
+        """(b, capacity, kv_heads, d); places beyond a row's length are zero or stale. A copy where there are parts."""
+        return self.read(0, self.capacity).k.transpose(1, 2)
+
+    @property
+    def v(self) -> Tensor:
+        return self.read(0, self.capacity).v.transpose(1, 2)
 
     @property
     def bytes_per_token(self) -> int:
         """Of keys and values, all rows."""
-        return 2 * self.k.shape[0] * self.k.shape[2] * self.k.shape[3] * self.k.element_size()
+        batch, kv_heads, head_dim = self._size
+        return batch * kv_heads * 2 * (head_dim * self.dtype.itemsize + (4 if self.dtype == torch.int8 else 0))
 
-    def share(self) -> "KVState":
-        """Another state of the same tokens; nothing is copied until both are continued."""
-        other = KVState(self.k[:, :0], self.max_len)
-        other._hold(self._buffer)
+    @property
+    def storages(self) -> dict[int, int]:
+        """Address and bytes of all memory that this state keeps alive."""
+        tensors = [x.untyped_storage() for part in (*self._parts, self._own) for x in part]
+        return {s.data_ptr(): s.nbytes() for s in tensors if s.nbytes()}
+
+    def share(self, held: int) -> "KVState":
+        """Another state of the first `held` tokens; nothing is copied."""
+        batch, kv_heads, head_dim = self._size
+        other = KVState(
+            batch,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            max_len=self.max_len,
+            dtype=self.dtype,
+            device=self._own[0].device,
+        )
+        other.hold(self.parts(0, held))
+        self._seen = max(self._seen, held - self.base)
         return other
 
-    def append(self, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of real tokens after `segments.past`; return all stored so far (b s kv_heads d).
+    def append(self, k: Float[Tensor, "b t kvh d"], v: Float[Tensor, "b t kvh d"], segments: Segments) -> None:
+        """Store the keys and values of real tokens after `segments.past`.
 
-        Where rows have unequal lengths, the shorter ones are followed by stale or zero places that callers must mask.
+        Where rows have unequal lengths, the shorter ones are followed by stale or zero places.
+        Raises: ValueError for more than `max_len` tokens.
         """
-        past, end = max(segments.past), max(segments.ends)
+        first, past, end = min(segments.past), max(segments.past), max(segments.ends)
         if end > self.max_len:
             raise ValueError(
                 f"The cache holds {self.max_len} tokens and {end} are needed: make it with a larger max_len."
             )
-        buffer = self._buffer
-        continues = segments.aligned and past == buffer.used  # nobody has written where this writes
-        if end > self.capacity or not (continues or len(buffer.holders) == 1):
-            self._move(past, end)
-        buffer = self._buffer
-        for to, new in ((buffer.k, k), (buffer.v, v)):
+        self._make_room(first, past, end, aligned=segments.aligned)
+        base = self.base
+        new = _encode(k.detach().transpose(1, 2), v.detach().transpose(1, 2), self.dtype)
+        for to, x in zip(self._own, new, strict=True):
             if segments.aligned:
-                to[:, past:end] = new.detach()
-            else:
-                for r, (begin, stop) in enumerate(zip(segments.past, segments.ends, strict=True)):
-                    first = int(segments.first[r])
-                    to[r, begin:stop] = new[r, first : first + stop - begin].detach()
-        buffer.used = end
-        return self.k[:, :end], self.v[:, :end]
+                to[:, :, past - base : end - base] = x
+                continue
+            for r, (begin, stop) in enumerate(zip(segments.past, segments.ends, strict=True)):
+                column = int(segments.first[r])
+                to[r, :, begin - base : stop - base] = x[r, :, column : column + stop - begin]
 
-    def _move(self, held: int, needed: int) -> None:
-        """Into a buffer of its own with room for `needed` tokens; a quarter more, so that decoding moves seldom."""
-        wanted = max(needed, self.capacity + self.capacity // 4 if needed > self.capacity else self.capacity)
-        capacity = min(self.max_len, -(-wanted // BLOCK) * BLOCK)
-        old, pair = self._buffer, []
-        for x in (old.k, old.v):
-            new = x.new_zeros(x.shape[0], capacity, *x.shape[2:])  # zeros: a masked place is multiplied by 0
-            new[:, :held] = x[:, :held]
-            pair.append(new)
-        old.holders.discard(self)
-        self._hold(_Buffer(*pair))
+    def _make_room(self, first: int, past: int, end: int, *, aligned: bool) -> None:
+        """Let places `first` to `end` be this state's own, those before `past` keeping what they hold."""
+        base, more = self.base, 0
+        if first < base + self._seen or (end > self.capacity and self._seen):
+            # Others see where this would write, or hold on to what would be copied: they keep it, and so do we.
+            more = past // 4 if past > base else 0
+            self._parts, self._own, self._seen = self.parts(0, past), self._empty, 0
+            base = self.base
+        in_one = self._own[0].device.type != "cpu" or not aligned or len(self._parts) > MOST_PARTS
+        join = bool(self._parts) and in_one
+        if end > self.capacity or join:
+            base = 0 if join else base
+            kept, held = self.parts(base, past), past - base
+            # A quarter more than is held, so that decoding seldom moves; behind another's document, than is its own.
+            wanted = max(end - base, held + max(held // 4, more))
+            capacity = min(self.max_len - base, -(-wanted // BLOCK) * BLOCK)
+            self._own, place = _buffer(self._size, capacity, self.dtype, self._own[0].device), 0
+            for part in kept:
+                for to, x in zip(self._own, part, strict=True):
+                    to[:, :, place : place + x.shape[2]] = x
+                place += part[0].shape[2]
+            if join:
+                self._parts, self._seen = (), 0
 
-    def fill(self, k: Tensor, v: Tensor) -> None:
-        """Hold these (b s kv_heads d), in place of what was held."""
-        self._buffer.holders.discard(self)
-        self._hold(_Buffer(k, v))
-        self._buffer.used = k.shape[1]
+    def read(self, begin: int, end: int, *, row: int | None = None, dtype: torch.dtype | None = None) -> Heads:
+        """Keys and values of these places, of one row or all; a view where it can be, else a copy of that size."""
+        parts = self.parts(begin, end)
+        if row is not None:
+            parts = tuple(tuple(x[row : row + 1] for x in part) for part in parts)
+        return _decode(_joined(parts) if parts else _cut(self._empty, 0, 0), dtype)
+
+    def hold(self, parts: tuple[Stored, ...]) -> None:
+        """Hold what `parts` of a state gave, in place of what was held; it is shared, not copied."""
+        self._parts, self._own, self._seen = parts, self._empty, 0
 
     def select(self, rows: Tensor, held: int) -> "KVState":
         """A state of its own with these rows, of which at most `held` tokens count."""
-        other = KVState(self.k[:, :0][rows], self.max_len)
-        other.fill(*(x[:, :held].index_select(0, rows) for x in (self.k, self.v)))
+        _, kv_heads, head_dim = self._size
+        other = KVState(
+            len(rows),
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            max_len=self.max_len,
+            dtype=self.dtype,
+            device=self._own[0].device,
+        )
+        other.hold(tuple(tuple(x.index_select(0, rows) for x in part) for part in self.parts(0, held)))
         return other
+
+    def parts(self, begin: int, end: int) -> tuple[Stored, ...]:
+        """What lies in these places, as it lies in memory, in order: views."""
+        found, base = [], 0
+        for part in (*self._parts, self._own):
+            n = part[0].shape[2]
+            if base < end and begin < base + n:
+                found.append(_cut(part, max(begin - base, 0), min(end - base, n)))
+            base += n
+        assert end <= base
+        return tuple(found)
+
+
+def _buffer(size: tuple[int, int, int], n: int, dtype: torch.dtype, device: torch.device) -> Stored:
+    batch, kv_heads, head_dim = size
+    pair = tuple(torch.zeros(batch, kv_heads, n, head_dim, dtype=dtype, device=device) for _ in "kv")
+    if dtype != torch.int8:
+        return pair
+    return *pair, *(torch.zeros(batch, kv_heads, n, 1, device=device) for _ in "kv")
+
+
+def _cut(part: Stored, begin: int, end: int) -> Stored:
+    return tuple(x[:, :, begin:end] for x in part)
+
+
+def _joined(parts: tuple[Stored, ...]) -> Stored:
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(x, dim=2) for x in zip(*parts, strict=True))
+
+
+def _encode(k: Tensor, v: Tensor, dtype: torch.dtype) -> Stored:
+    if dtype != torch.int8:
+        return k.to(dtype), v.to(dtype)
+    scales = tuple(x.float().abs().amax(-1, keepdim=True) / 127 for x in (k, v))
+    whole = ((x.float() / s.clamp(min=1e-30)).round().to(dtype) for x, s in zip((k, v), scales, strict=True))
+    return *whole, *scales
+
+
+def _decode(part: Stored, dtype: torch.dtype | None) -> Heads:
+    k, v, *scales = part
+    if scales:
+        k, v = (x * s for x, s in zip((k, v), scales, strict=True))
+    return Heads(*(x if dtype is None else x.to(dtype) for x in (k, v)))

@@ -149,6 +149,18 @@ class Segments:
         """Tokens of each row's sequence with these counted in: where a cache stands afterwards."""
         return tuple(past + new for past, new in zip(self.past, self.real_lengths, strict=True))
 
+    @cached_property
+    def runs(self) -> list[tuple[int, int, int, int]]:
+        """Each sequence's row, first column, column after its last, and tokens before it in a cache; in order."""
+        if self.document_ids is None:
+            return [(r, 0, self.length, past) for r, past in enumerate(self.past)]
+        found = []
+        for r, row in enumerate(self.number.tolist()):
+            for n in range(max(row) + 1):
+                begin = row.index(n)
+                found.append((r, begin, begin + row.count(n), 0 if n else self.past[r]))
+        return found
+
     @property
     def aligned(self) -> bool:
         """Every row is one whole sequence and all stand at the same place: no masks, no row by row."""

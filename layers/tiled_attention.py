@@ -1,42 +1,76 @@
-"""Causal attention in tiles of queries on a fixed grid: no mask over the context, and no trace of how it was cut."""
+"""Causal attention in tiles of queries and blocks of keys, both on fixed grids: for prefill and decoding on the CPU.
+
+No mask over the context, transient memory that does not grow with it, and no trace of how a prompt was cut or how its
+keys are stored.
+"""
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from layers.norm import at_least_fp32
+
 TILE = 128  # queries; two chunks of the delta rule
+BLOCK = 4096  # keys
+
+# Keys and values (b kvh n d) of the places from the first number up to the second, in the dtype of the queries.
+Read = Callable[[int, int], tuple[Tensor, Tensor]]
 
 
-def tiled_attention(
-    q: Float[Tensor, "b h t d"], k: Float[Tensor, "b kvh s d"], v: Float[Tensor, "b kvh s d"]
-) -> Float[Tensor, "b h t d"]:
-    """softmax(q kᵀ / √d) v for the last t of s tokens, on the CPU, without gradients.
+def tiled_attention(q: Float[Tensor, "b h t d"], read: Read, *, past: int) -> Float[Tensor, "b h t d"]:
+    """softmax(q kᵀ / √d) v for the t tokens after `past` others, without gradients.
 
-    A tile of queries looks at all keys before its tile without a mask, and at its own tile causally; the two answers
-    are joined by their logsumexp. So transient memory does not grow with s, and as tiles stand on a grid of absolute
-    positions, a prompt gives the same bits in one call or in chunks that are multiples of 64.
+    A tile of queries looks at all keys before its tile without a mask, block by block, and at its own tile causally;
+    the answers are joined by their logsumexp. As tiles stand on a grid of absolute positions, a prompt gives the same
+    bits in one call or in chunks that are multiples of 64.
     """
+    if q.shape[2] == 1:
+        return _one(q, read, past + 1)
     b, h, t, d = q.shape
-    kv_heads, past = k.shape[1], k.shape[2] - t
     out = torch.empty_like(q)
     begin = past
     while begin < past + t:
         base = begin // TILE * TILE
         end = min(base + TILE, past + t)
         rows = q[:, :, begin - past : end - past]
-        own_k, own_v = (x[:, :, base:end].repeat_interleave(h // kv_heads, dim=1) for x in (k, v))
-        y, lse = _flash(rows, own_k, own_v, causal=end - begin)
-        if base:
-            # Without a mask, the queries that share a key head are rows like any others.
-            before = rows.reshape(b, kv_heads, -1, d)
-            y_before, lse_before = _flash(before, k[:, :, :base], v[:, :, :base])
-            lse_before = lse_before.reshape(b, h, -1)
-            most = torch.maximum(lse, lse_before)
-            w, w_before = (lse - most).exp()[..., None], (lse_before - most).exp()[..., None]
-            y = (y * w + y_before.reshape(rows.shape) * w_before) / (w + w_before)
-        out[:, :, begin - past : end - past] = y
+        k, v = read(base, end)
+        kv_heads = k.shape[1]
+        k, v = (x.repeat_interleave(h // kv_heads, dim=1) for x in (k, v))
+        y, lse = _flash(rows, k, v, causal=end - begin)
+        # Without a mask, the queries that share a key head are rows like any others.
+        y, lse, before = y.reshape(b, kv_heads, -1, d), lse.reshape(b, kv_heads, -1), rows.reshape(b, kv_heads, -1, d)
+        for block in range(0, base, BLOCK):
+            y_block, lse_block = _flash(before, *read(block, min(block + BLOCK, base)))
+            y, lse = _join(y, lse, y_block, lse_block)
+        out[:, :, begin - past : end - past] = y.reshape(rows.shape)
         begin = end
     return out
+
+
+def _one(q: Tensor, read: Read, length: int) -> Tensor:
+    """A single query, which may look at everything: with many keys, plain products read them faster."""
+    b, d = q.shape[0], q.shape[3]
+    blocks = [(i, min(i + BLOCK, length)) for i in range(0, length, BLOCK)]
+    k, v = read(*blocks[0])
+    rows = q.reshape(b, k.shape[1], -1, d)
+    if len(blocks) == 1:
+        return _flash(rows, k, v)[0].reshape(q.shape)
+    scores = [rows @ k.mT, *(rows @ read(*block)[0].mT for block in blocks[1:])]
+    pattern = (at_least_fp32(torch.cat(scores, dim=-1)) * d**-0.5).softmax(-1).to(q.dtype).split(BLOCK, dim=-1)
+    y = pattern[0] @ v
+    for part, block in zip(pattern[1:], blocks[1:], strict=True):
+        y = y + part @ read(*block)[1]
+    return y.reshape(q.shape)
+
+
+def _join(y: Tensor, lse: Tensor, y_too: Tensor, lse_too: Tensor) -> tuple[Tensor, Tensor]:
+    """The answer over two sets of keys, in fp32 or better, from the answers over each."""
+    most = torch.maximum(lse, lse_too)
+    w, w_too = (lse - most).exp(), (lse_too - most).exp()
+    both = w + w_too
+    return y * (w / both)[..., None] + y_too * (w_too / both)[..., None], most + both.log()
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: int = 0) -> tuple[Tensor, Tensor]:

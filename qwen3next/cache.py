@@ -35,6 +35,16 @@ class Mark:
     last_logits: Tensor | None
     tokens: Tensor | None = None
 
+    def storages(self) -> dict[int, int]:
+        """Address and bytes of the memory that this keeps alive, token ids and logits left out."""
+        found: dict[int, int] = {}
+        for s in self.layers:
+            if isinstance(s, KVState):
+                found |= s.storages
+            else:
+                found |= {m.data_ptr(): m.nbytes() for x in (s.conv, s.memory) if (m := x.untyped_storage()).nbytes()}
+        return found
+
 
 @dataclass
 class HybridCache:
@@ -189,10 +199,12 @@ class HybridCache:
 
     @property
     def reserved(self) -> int:
-        """Bytes allocated: as `nbytes`, and the room that keys and values have left."""
-        return self.nbytes() + sum(
-            s.bytes_per_token * (s.capacity - max(self.lengths)) for s in self.layers if isinstance(s, KVState)
-        )
+        """Bytes allocated: as `nbytes`, and the room that keys and values have left; what others share is counted."""
+        return sum(self.storages().values())
+
+    def storages(self) -> dict[int, int]:
+        """Address and bytes of all memory that states, keys and values keep alive; forks have some in common."""
+        return self.mark(share_kv=False).storages()
 
     def save(self, path: str | Path) -> None:
         """Write this cache and its snapshots to a file, whole or not at all; `load` wants the same model."""
@@ -220,7 +232,7 @@ class HybridCache:
         layers: list[State] = []
         for s in self.layers:
             if isinstance(s, KVState):
-                layers.append(s.share() if share_kv else s)
+                layers.append(s.share(max(self.lengths)) if share_kv else s)
             else:
                 layers.append(DeltaNetState(s.conv, s.memory))
         return Mark(self.lengths, layers, self.last_logits)
@@ -232,7 +244,7 @@ class HybridCache:
                 self.layers[i] = DeltaNetState(then.conv, then.memory)
             elif then is not now:
                 assert isinstance(then, KVState)
-                self.layers[i] = then.share()
+                self.layers[i] = then.share(max(mark.lengths))
         if mark.tokens is not None:
             self.tokens[:, : mark.tokens.shape[1]] = mark.tokens
         self.lengths, self.last_logits = mark.lengths, mark.last_logits
@@ -273,8 +285,8 @@ def new_cache(
     layers: list[State] = []
     for kind in c.layer_types:
         if kind == "full_attention":
-            like = torch.zeros(batch, 0, c.num_key_value_heads, c.head_dim, dtype=kv_dtype, device=device)
-            layers.append(KVState(like, max_len))
+            sizes = {"kv_heads": c.num_key_value_heads, "head_dim": c.head_dim, "max_len": max_len}
+            layers.append(KVState(batch, **sizes, dtype=kv_dtype, device=device))
         else:
             conv = torch.zeros(batch, c.linear_conv_kernel_dim - 1, c.conv_channels, dtype=dtype, device=device)
             heads = (c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)

@@ -20,7 +20,8 @@ from qwen3next.tensor_files import Files, read_header, read_metadata, write
 if TYPE_CHECKING:
     from qwen3next.model import Qwen3Next
 
-FORMAT = "qwen3next cache 1"
+FORMAT = "qwen3next cache 2"
+STORED = ("k", "v", "k_scale", "v_scale")
 # Fields of a configuration that do not change what a cache holds.
 _BESIDE = """
     extra outer initializer_range max_position_embeddings mtp_num_hidden_layers rope_scaling router_aux_loss_coef
@@ -44,18 +45,21 @@ def save_cache(cache: HybridCache, path: str | Path, model: "Qwen3Next") -> None
     Keys and values that snapshots share with the cache are written once.
     """
     tensors: dict[str, Tensor] = {}
-    buffers: dict[int, int] = {}  # a buffer's address → its number
+    numbers: dict[int, int] = {}  # where a part of keys and values lies → its number
 
     def add(mark: Mark, tokens: Tensor, prefix: str) -> dict[str, Any]:
-        held, kv = max(mark.lengths), {}
+        held = max(mark.lengths)
+        kv: dict[str, list[tuple[int, int]]] = {}
         for i, state in enumerate(mark.layers):
             if isinstance(state, KVState):
-                number = buffers.setdefault(state.k.data_ptr(), len(buffers)) if held else -1
-                kv[str(i)] = number
-                for name, x in (("k", state.k), ("v", state.v)):
-                    key = f"kv.{number}.{name}"
-                    if held and (key not in tensors or tensors[key].shape[1] < held):
-                        tensors[key] = x[:, :held]
+                kv[str(i)] = []
+                for part in state.parts(0, held):
+                    number, n = numbers.setdefault(part[0].data_ptr(), len(numbers)), part[0].shape[2]
+                    kv[str(i)].append((number, n))
+                    for name, x in zip(STORED, part, strict=False):
+                        key = f"kv.{number}.{name}"
+                        if key not in tensors or tensors[key].shape[2] < n:
+                            tensors[key] = x
             else:
                 tensors.update({f"{prefix}layers.{i}.conv": state.conv, f"{prefix}layers.{i}.memory": state.memory})
         tensors[f"{prefix}tokens"] = tokens[:, :held]
@@ -71,7 +75,7 @@ def save_cache(cache: HybridCache, path: str | Path, model: "Qwen3Next") -> None
         "format": FORMAT,
         "fingerprint": identity(model),
         "yarn": cache.yarn and asdict(cache.yarn),
-        "kv_dtype": next((str(s.k.dtype).removeprefix("torch.") for s in cache.layers if isinstance(s, KVState)), None),
+        "kv_dtype": next((str(s.dtype).removeprefix("torch.") for s in cache.layers if isinstance(s, KVState)), None),
         "marks": described,
     }
     tensors = {name: x.detach().contiguous() for name, x in tensors.items()}
@@ -111,9 +115,8 @@ def load_cache(path: str | Path, model: "Qwen3Next", *, max_len: int | None = No
     if limit < held:
         raise ValueError(f"{path} holds {held} tokens and max_len is {limit}: make it larger.")
     cache = model.new_cache(batch=batch, max_len=limit, kv_dtype=about["kv_dtype"], history=history)
-    shared: dict[tuple[int, int], KVState] = {}
     for n, (name, described) in enumerate(marks.items()):
-        mark = _mark(path, cache, tensors, described, f"snapshots.{n}." if name else "", shared)
+        mark = _mark(path, cache, tensors, described, f"snapshots.{n}." if name else "")
         if name:
             cache.snapshots[name] = mark
         else:
@@ -127,7 +130,6 @@ def _mark(
     tensors: dict[str, Tensor],
     described: dict[str, Any],
     prefix: str,
-    shared: dict[tuple[int, int], KVState],
 ) -> Mark:
     tokens = tensors[f"{prefix}tokens"]
     if token_hash(tokens) != described["tokens"]:
@@ -135,13 +137,13 @@ def _mark(
     layers: list[State] = []
     for i, state in enumerate(cache.layers):
         if isinstance(state, KVState):
-            number = described["kv"][str(i)]
-            if (i, number) not in shared:
-                fresh = state.share()
-                if number >= 0:
-                    fresh.fill(tensors[f"kv.{number}.k"], tensors[f"kv.{number}.v"])
-                shared[i, number] = fresh
-            layers.append(shared[i, number].share())
+            fresh = state.share(0)
+            parts = [
+                tuple(tensors[f"kv.{number}.{name}"][:, :, :n] for name in STORED if f"kv.{number}.{name}" in tensors)
+                for number, n in described["kv"][str(i)]
+            ]
+            fresh.hold(tuple(parts))
+            layers.append(fresh)
         else:
             layers.append(DeltaNetState(tensors[f"{prefix}layers.{i}.conv"], tensors[f"{prefix}layers.{i}.memory"]))
     logits = tensors.get(f"{prefix}last_logits")

@@ -259,7 +259,7 @@ class Qwen3Next(Hooked, nn.Module):
         """An empty cache for `batch` sequences of up to `max_len` tokens; memory for them is taken as they come.
 
         Args:
-            kv_dtype: of keys and values; None is the model's dtype.
+            kv_dtype: of keys and values, "int8" among them; None is the model's dtype.
             state_dtype: of the recurrent states between calls; None is fp32, less loses precision with every call.
             history: calls that `rollback` can take back; each keeps the recurrent states of one point.
         """
@@ -269,7 +269,7 @@ class Qwen3Next(Hooked, nn.Module):
             batch=batch,
             max_len=max_len,
             dtype=like.dtype,
-            kv_dtype=like.dtype if kv_dtype is None else as_dtype(kv_dtype),
+            kv_dtype=_kv_dtype(kv_dtype, like.dtype),
             device=like.device,
             state_dtype=None if state_dtype is None else as_dtype(state_dtype),
             history=history,
@@ -353,6 +353,12 @@ class Qwen3Next(Hooked, nn.Module):
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
+
+
+def _kv_dtype(name: str | torch.dtype | None, default: torch.dtype) -> torch.dtype:
+    if name in ("int8", torch.int8):
+        return torch.int8
+    return default if name is None else as_dtype(name)
 
 
 def _stack(aux: list[RouterStats]) -> RouterStats | None:
