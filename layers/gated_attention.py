@@ -12,7 +12,7 @@ from layers.hook_point import HookPoint
 from layers.kv_state import KVState
 from layers.norm import RMSNorm, at_least_fp32
 from layers.rope import Rotation
-from layers.segments import Segments
+from layers.segments import Run, Segments
 from layers.tiled_attention import tiled_attention
 
 Heads = Float[Tensor, "b t h d"]
@@ -44,9 +44,7 @@ def attend(
     square = mask is None and t == s
     fused = choose("attention", backend, q) == "sdpa"
     if fused:
-        for point in (hook_scores, hook_pattern):
-            if point is not None and point.armed:
-                point.refuse()
+        _refuse(tuple(point for point in (hook_scores, hook_pattern) if point is not None))
     if mask is None and 1 < t < s:
         mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
     if fused:
@@ -129,15 +127,19 @@ class GatedAttention(nn.Module):
     ) -> Float[Tensor, "b t width"]:
         """Mix tokens. `state`, where given, holds the tokens before, and takes those of this call."""
         q = self.hook_q_pre(self.q_proj(x).unflatten(-1, (self.heads, -1)))  # (b, t, heads, head_dim)
-        k = self.hook_k_pre(self.k_proj(x).unflatten(-1, (self.kv_heads, -1)))
-        q, k = self.hook_q(self.q_norm(q)), self.hook_k(self.k_norm(k))
-        v = self.hook_v(self.v_proj(x).unflatten(-1, (self.kv_heads, -1)))
-        q, k = self.hook_rot_q(rope(q)), self.hook_rot_k(rope(k))
+        q = self.hook_rot_q(rope(self.hook_q(self.q_norm(q))))
+        k, v = self.keys_and_values(x, rope)
         y = self.hook_o(self._mix(q, k, v, Segments.full(x) if segments is None else segments, state))
         if self.gate_proj is not None:
             logit = self.hook_gate_logit(self.gate_proj(x).unflatten(-1, (self.heads, -1)))
             y = y * self.hook_gate(logit.sigmoid())
         return self.o_proj(self.hook_gated(y).flatten(-2))
+
+    def keys_and_values(self, x: Float[Tensor, "b t width"], rope: Rotation) -> tuple[KVHeads, KVHeads]:
+        """What later tokens will look at: keys, normed and rotated, and values."""
+        k = self.hook_k(self.k_norm(self.hook_k_pre(self.k_proj(x).unflatten(-1, (self.kv_heads, -1)))))
+        v = self.hook_v(self.v_proj(x).unflatten(-1, (self.kv_heads, -1)))
+        return self.hook_rot_k(rope(k)), v
 
     def _mix(self, q: Heads, k: KVHeads, v: KVHeads, segments: Segments, state: KVState | None) -> Heads:
         """Attention over the tokens of this call and those before, sequence by sequence."""
@@ -146,38 +148,51 @@ class GatedAttention(nn.Module):
         points = (self.hook_scores, self.hook_pattern)
         backend = "eager" if self.exposed_pattern else self.backend
         if q.device.type == "cpu" and not torch.is_grad_enabled() and choose("attention", backend, q) == "sdpa":
-            for point in points:
-                if point.armed:
-                    point.refuse()
+            _refuse(points)
             if torch.is_autocast_enabled("cpu"):  # the kernel below is asked for by name, which autocast does not see
                 q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
             return _in_tiles(q, k, v, segments, state)
-        mask = None if segments.plain else segments.attention_mask
-        if state is not None:
-            k, v = (x.transpose(1, 2) for x in state.read(0, max(segments.ends), dtype=q.dtype))
-            mask = None
-            if not segments.aligned:  # rows end at different places
-                mask = segments.positions[:, None, :, None] >= torch.arange(k.shape[1], device=k.device)
+        if state is None:
+            mask = None if segments.plain else segments.attention_mask
+            return attend(q, k, v, mask=mask, backend=backend, hook_scores=points[0], hook_pattern=points[1])
+        if segments.packed:
+            _refuse(points)
+            y = torch.zeros_like(q)
+            for n, row, begin, end, past in segments.runs:
+                k, v = (x.transpose(1, 2) for x in state.read(0, past + end - begin, row=n, dtype=q.dtype))
+                y[row : row + 1, begin:end] = attend(q[row : row + 1, begin:end], k, v, backend=backend)
+            return y
+        k, v = (x.transpose(1, 2) for x in state.read(0, max(segments.ends), dtype=q.dtype))
+        mask = None
+        if not segments.aligned:  # rows end at different places
+            mask = segments.positions[:, None, :, None] >= torch.arange(k.shape[1], device=k.device)
         return attend(q, k, v, mask=mask, backend=backend, hook_scores=points[0], hook_pattern=points[1])
+
+
+def _refuse(points: tuple[HookPoint, ...]) -> None:
+    for point in points:
+        if point.armed:
+            point.refuse()
 
 
 def _in_tiles(q: Heads, k: KVHeads, v: KVHeads, segments: Segments, state: KVState | None) -> Heads:
     """`tiled_attention` over all rows at once where they stand at the same place, else a sequence at a time."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, time, d)
-
-    def run(row: int | None, begin: int, end: int, past: int) -> Tensor:
-        rows = slice(None) if row is None else slice(row, row + 1)
-
-        def read(first: int, last: int) -> tuple[Tensor, Tensor]:
-            if state is not None:
-                return state.read(first, last, row=row, dtype=q.dtype)
-            return k[rows, :, begin + first : begin + last], v[rows, :, begin + first : begin + last]
-
-        return tiled_attention(q[rows, :, begin:end], read, past=past)
-
     if segments.aligned:
-        return run(None, 0, segments.length, segments.past[0]).transpose(1, 2)
+
+        def read_all(first: int, last: int) -> tuple[Tensor, Tensor]:
+            return (k[:, :, first:last], v[:, :, first:last]) if state is None else state.read(first, last, dtype=q.dtype)
+
+        return tiled_attention(q, read_all, past=segments.past[0]).transpose(1, 2)
     y = torch.zeros_like(q)
-    for row, begin, end, past in segments.runs:
-        y[row : row + 1, :, begin:end] = run(row, begin, end, past)
+    for run in segments.runs:
+
+        def read(first: int, last: int, run: Run = run) -> tuple[Tensor, Tensor]:
+            if state is not None:
+                return state.read(first, last, row=run.sequence, dtype=q.dtype)
+            here = slice(run.row, run.row + 1), slice(None), slice(run.begin + first, run.begin + last)
+            return k[here], v[here]
+
+        rows = slice(run.row, run.row + 1), slice(None), slice(run.begin, run.end)
+        y[rows] = tiled_attention(q[rows], read, past=run.past)
     return y.transpose(1, 2)

@@ -11,6 +11,7 @@ from layers.delta_rule import gated_delta_rule
 from layers.exposed_delta_rule import Exposed, exposed_delta_rule
 from layers.hook_point import HookPoint
 from layers.norm import GatedRMSNorm, at_least_fp32, l2_normalise
+from layers.replay import Tape
 from layers.segments import Segments
 
 
@@ -21,10 +22,14 @@ class DeltaNetState:
     Attributes:
         conv: (b, taps − 1, channels) last inputs of the convolution, in the model's dtype.
         memory: (b, h, k, v) the recurrent state, fp32 unless a cache was made with less.
+        tape: where the next call notes what it writes; None where nobody asks, or where that would not say all.
+        cut: columns of that call before the first that is noted; the tape is then begun anew there.
     """
 
     conv: Tensor
     memory: Tensor
+    tape: Tape | None = None
+    cut: int = 0
 
 
 class GatedDeltaNet(nn.Module):
@@ -107,13 +112,8 @@ class GatedDeltaNet(nn.Module):
         qkv = self.hook_qkv(self.in_proj_qkv(x))
         if self.hook_q_pre.active or self.hook_k_pre.active or self.hook_v_pre.active:
             qkv = self._before_convolution(qkv)
-        qkv, conv = causal_conv(
-            qkv,
-            self.conv_weight,
-            state=None if state is None else state.conv,
-            segments=segments,
-            backend=self.conv_backend,
-        )
+        inputs = qkv
+        qkv, conv = self._convolve(inputs, None if state is None else state.conv, segments)
         q, k, v = qkv.split(self.split, dim=-1)
         # Normalised in fp32; 1/√k on the query keeps q·k of order 1/√k, as in softmax attention.
         q = self.hook_q_conv(q.unflatten(-1, (self.key_heads, -1)))
@@ -126,8 +126,11 @@ class GatedDeltaNet(nn.Module):
         rate = at_least_fp32(self.A_log).exp()
         time_step = nn.functional.softplus(at_least_fp32(self.in_proj_a(x)) + at_least_fp32(self.dt_bias))
         log_decay = self.hook_log_decay(-rate * time_step)
-        before = None if state is None else state.memory
-        o, memory = self._remember(q, k, v, log_decay, beta, before, segments)
+        if state is not None and state.tape is not None:
+            o, memory = self._noted(inputs, q, k, v, log_decay, beta, state)
+        else:
+            before = None if state is None else state.memory
+            o, memory = self._remember(q, k, v, log_decay, beta, before, segments)
         if state is not None:
             state.conv, state.memory = conv.detach(), memory.detach().to(state.memory.dtype)
         z = self.hook_gate_logit(self.in_proj_z(x).unflatten(-1, (self.value_heads, -1)))
@@ -141,6 +144,19 @@ class GatedDeltaNet(nn.Module):
         parts = zip(points, qkv.split(self.split, dim=-1), heads, strict=True)
         return torch.cat([point(x.unflatten(-1, (n, -1))).flatten(-2) for point, x, n in parts], dim=-1)
 
+    def _convolve(self, qkv: Tensor, state: Tensor | None, segments: Segments | None) -> tuple[Tensor, Tensor]:
+        if state is None or segments is None or not segments.packed:
+            return causal_conv(qkv, self.conv_weight, state=state, segments=segments, backend=self.conv_backend)
+        y, after = torch.zeros_like(qkv), state.clone()
+        for n, row, begin, end, _ in segments.runs:  # each sequence goes on from a state of its own
+            y[row, begin:end], after[n] = (
+                x[0]
+                for x in causal_conv(
+                    qkv[row : row + 1, begin:end], self.conv_weight, state=state[n : n + 1], backend=self.conv_backend
+                )
+            )
+        return y, after
+
     def _remember(
         self,
         q: Tensor,
@@ -153,12 +169,44 @@ class GatedDeltaNet(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The delta rule; laid open only where somebody looks inside."""
         inside = (self.hook_state, self.hook_pattern, self.hook_erased, self.hook_written)
+        if memory is not None and segments is not None and segments.packed:
+            for point in inside:
+                point.refuse()
+            o, after = torch.zeros_like(v), memory.clone()
+            for n, row, begin, end, _ in segments.runs:
+                parts = (x[row : row + 1, begin:end] for x in (q, k, v, log_decay, beta))
+                o[row, begin:end], after[n] = (
+                    x[0] for x in gated_delta_rule(*parts, state=memory[n : n + 1], backend=self.backend)
+                )
+            return o, after
         if not any([point.active for point in inside]):
             return gated_delta_rule(q, k, v, log_decay, beta, state=memory, segments=segments, backend=self.backend)
         exposed = Exposed(self.exposed_positions, self.exposed_pattern, *inside)
         return exposed_delta_rule(
             q, k, v, log_decay, beta, exposed=exposed, state=memory, segments=segments, backend=self.backend
         )
+
+    def _noted(
+        self, inputs: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: DeltaNetState
+    ) -> tuple[Tensor, Tensor]:
+        """`_remember` for rows without padding, with the last tokens noted on the state's tape."""
+        cut, before = state.cut, state.memory
+        if any([point.active for point in (self.hook_state, self.hook_pattern, self.hook_erased, self.hook_written)]):
+            state.tape = None  # who patches these makes states that do not follow from what is noted
+            return self._remember(q, k, v, log_decay, beta, before, None)
+        assert state.tape is not None
+        outputs = []
+        if cut:
+            o, before = self._remember(q[:, :cut], k[:, :cut], v[:, :cut], log_decay[:, :cut], beta[:, :cut], before, None)
+            taps = state.conv.shape[1]
+            conv = torch.cat((state.conv.to(inputs.dtype), inputs[:, max(cut - taps, 0) : cut]), dim=1)[:, -taps:]
+            state.tape = Tape(conv.detach().clone(), before.detach(), state.memory.dtype)
+            outputs.append(o)
+        inputs, q, k, v, log_decay, beta = (x[:, cut:] for x in (inputs, q, k, v, log_decay, beta))
+        o, memory = self._remember(q, k, v, log_decay, beta, before, None)
+        inputs, k, v, log_decay, beta = (x.detach() for x in (inputs, k, v, log_decay, beta))
+        state.tape.add(inputs, k, v, log_decay, beta, before.detach())
+        return torch.cat([*outputs, o], dim=1), memory
 
     @property
     def conv_backend(self) -> str:

@@ -89,7 +89,7 @@ class KVState:
         return other
 
     def append(self, k: Float[Tensor, "b t kvh d"], v: Float[Tensor, "b t kvh d"], segments: Segments) -> None:
-        """Store the keys and values of real tokens after `segments.past`.
+        """Store the keys and values of real tokens after `segments.past`, a sequence a row.
 
         Where rows have unequal lengths, the shorter ones are followed by stale or zero places.
         Raises: ValueError for more than `max_len` tokens.
@@ -106,9 +106,8 @@ class KVState:
             if segments.aligned:
                 to[:, :, past - base : end - base] = x
                 continue
-            for r, (begin, stop) in enumerate(zip(segments.past, segments.ends, strict=True)):
-                column = int(segments.first[r])
-                to[r, :, begin - base : stop - base] = x[r, :, column : column + stop - begin]
+            for n, row, begin, stop, place in segments.runs:
+                to[n, :, place - base : place - base + stop - begin] = x[row, :, begin:stop]
 
     def _make_room(self, first: int, past: int, end: int, *, aligned: bool) -> None:
         """Let places `first` to `end` be this state's own, those before `past` keeping what they hold."""

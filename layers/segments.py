@@ -1,8 +1,8 @@
 """Where sequences begin and end: one object that convolution, delta rule, attention, positions and losses all obey."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,16 @@ class cached_property(Generic[T]):
         return made
 
 
+class Run(NamedTuple):
+    """Where a sequence's tokens lie: its number in the batch, row, first column, column after its last, tokens before."""
+
+    sequence: int
+    row: int
+    begin: int
+    end: int
+    past: int
+
+
 @dataclass(frozen=True, eq=False)
 class Segments:
     """How the tokens of a (b, t) batch form sequences.
@@ -33,19 +43,28 @@ class Segments:
     Attributes:
         batch, length: b and t.
         document_ids: (b, t), equal ids mark one sequence, -1 padding; None where every row is one whole sequence.
-        past: tokens of each row's first segment that a cache already holds.
+        sequences: how many there are, row by row; a row without tokens is one of no tokens. 0: counted. Where it is
+            given, document_ids are numbers of sequences, some of which may have no token here (see `part`).
+        past: tokens of each sequence that a cache already holds.
     """
 
     batch: int
     length: int
     device: torch.device
     document_ids: Tensor | None = None
+    sequences: int = 0
     past: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.sequences:
+            count = self.batch
+            if self.document_ids is not None:
+                count = int((self.number.amax(1) + 1).clamp(min=1).sum())
+                object.__setattr__(self, "document_ids", self._numbered())
+            object.__setattr__(self, "sequences", count)
         if not self.past:
-            object.__setattr__(self, "past", (0,) * self.batch)
-        assert len(self.past) == self.batch
+            object.__setattr__(self, "past", (0,) * self.sequences)
+        assert len(self.past) == self.sequences
         if self.document_ids is not None and bool((self._gaps & self.mask).any()):
             raise ValueError(
                 "A sequence is interrupted by padding: the real tokens of one sequence must be neighbours. "
@@ -80,11 +99,22 @@ class Segments:
             ids[r, : sum(row)] = torch.arange(len(row)).repeat_interleave(torch.tensor(row, dtype=torch.long))
         return cls.from_document_ids(ids.to(device))
 
+    def _numbered(self) -> Tensor:
+        """document_ids as numbers of the sequences, counted through the rows."""
+        first = torch.nn.functional.pad((self.number.amax(1) + 1).clamp(min=1).cumsum(0)[:-1], (1, 0))
+        return (first[:, None] + self.number).masked_fill(~self.mask, -1)
+
     def after(self, past: Sequence[int]) -> "Segments":
-        """The same tokens as continuations of rows of which a cache holds `past` tokens already."""
-        if self.document_ids is not None and bool((self.number > 0).any()):
-            raise ValueError("A cache holds one sequence a row: run packed sequences without a cache, or one a row.")
-        return Segments(self.batch, self.length, self.device, self.document_ids, tuple(past))
+        """The same tokens as continuations of sequences of which a cache holds `past` tokens already."""
+        return replace(self, past=tuple(past))
+
+    def part(self, begin: int, end: int) -> "Segments":
+        """The columns from `begin` up to `end`, with the same sequences. `past` stays: `after` says what is new."""
+        if self.document_ids is None:
+            return replace(self, length=end - begin)
+        ids = self.document_ids[:, begin:end]
+        plain = not self.packed and bool((ids >= 0).all())
+        return replace(self, length=end - begin, document_ids=None if plain else ids)
 
     @property
     def plain(self) -> bool:
@@ -134,32 +164,54 @@ class Segments:
             return past + torch.arange(self.length, device=self.device)
         count = self.mask.long().cumsum(1) - 1
         begin = torch.where(self.starts, count, 0).cummax(dim=1).values
-        positions = count - begin + past * (self.number == 0)
+        positions = count - begin + past.flatten()[self.document_ids.clamp(min=0)]
         return positions.masked_fill(~self.mask, 0)
 
     @cached_property
     def real_lengths(self) -> tuple[int, ...]:
-        """Real tokens of each row."""
+        """Real tokens of each sequence."""
         if self.document_ids is None:
             return (self.length,) * self.batch
-        return tuple(self.mask.sum(1).tolist())
+        real = self.document_ids[self.mask]
+        return tuple(torch.bincount(real, minlength=self.sequences).tolist())
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
-        """Tokens of each row's sequence with these counted in: where a cache stands afterwards."""
+        """Tokens of each sequence with these counted in: where a cache stands afterwards."""
         return tuple(past + new for past, new in zip(self.past, self.real_lengths, strict=True))
 
     @cached_property
-    def runs(self) -> list[tuple[int, int, int, int]]:
-        """Each sequence's row, first column, column after its last, and tokens before it in a cache; in order."""
+    def runs(self) -> list[Run]:
+        """Where each sequence that has tokens here lies, in order."""
         if self.document_ids is None:
-            return [(r, 0, self.length, past) for r, past in enumerate(self.past)]
-        found = []
-        for r, row in enumerate(self.number.tolist()):
-            for n in range(max(row) + 1):
-                begin = row.index(n)
-                found.append((r, begin, begin + row.count(n), 0 if n else self.past[r]))
-        return found
+            return [Run(r, r, 0, self.length, past) for r, past in enumerate(self.past)]
+        opens = self.mask & (self.starts | (self._previous < 0))
+        rows, columns = opens.nonzero(as_tuple=True)
+        numbers = self.document_ids[rows, columns].tolist()
+        where = zip(numbers, rows.tolist(), columns.tolist(), strict=True)
+        return [Run(n, r, c, c + self.real_lengths[n], self.past[n]) for n, r, c in where]
+
+    def pairs(self) -> tuple["Segments | None", int]:
+        """Each token with the one before it: a sequence's first makes none, so there is one fewer in each.
+
+        Returns: where the second ones stand, in columns from the returned number on; None where there are no pairs.
+        """
+        past = tuple(max(n - 1, 0) for n in self.past)
+        if self.document_ids is None and min(self.past):
+            return replace(self, past=past), 0
+        if self.document_ids is None and not max(self.past):
+            return (replace(self, length=self.length - 1, past=past), 1) if self.length > 1 else (None, 0)
+        ids = torch.arange(self.batch, device=self.device)[:, None].expand(-1, self.length)
+        ids = (ids if self.document_ids is None else self.document_ids).clone()
+        for run in self.runs:
+            if not run.past:
+                ids[run.row, run.begin] = -1
+        return (replace(self, document_ids=ids, past=past), 0) if bool((ids >= 0).any()) else (None, 0)
+
+    @property
+    def packed(self) -> bool:
+        """Some row holds several sequences."""
+        return self.sequences > self.batch
 
     @property
     def aligned(self) -> bool:

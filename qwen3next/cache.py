@@ -1,7 +1,6 @@
 """What a model carries between calls: keys and values, recurrent memory, last convolution inputs."""
 
 import weakref
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,29 +15,31 @@ from layers.norm import at_least_fp32
 from layers.rope import Yarn
 from layers.segments import Segments
 from qwen3next.config import ModelConfig
+from qwen3next.rollback import Journal, State
 
 if TYPE_CHECKING:
     from qwen3next.model import Qwen3Next
-
-State = KVState | DeltaNetState
 
 
 @dataclass
 class Mark:
     """A cache as it was at some point. States are shared with the cache, which replaces and never changes them.
 
-    `tokens` is None for a point on the cache's own way, whose tokens it still has.
+    Attributes:
+        tokens: (b, n) the token ids seen, n the longest row's; the others as in HybridCache.
     """
 
     lengths: tuple[int, ...]
     layers: list[State]
+    mtp: KVState | None
+    tokens: Tensor
+    hidden: Tensor | None
     last_logits: Tensor | None
-    tokens: Tensor | None = None
 
     def storages(self) -> dict[int, int]:
         """Address and bytes of the memory that this keeps alive, token ids and logits left out."""
         found: dict[int, int] = {}
-        for s in self.layers:
+        for s in self.layers if self.mtp is None else [*self.layers, self.mtp]:
             if isinstance(s, KVState):
                 found |= s.storages
             else:
@@ -50,13 +51,17 @@ class Mark:
 class HybridCache:
     """The state of `batch` sequences. Make one with `model.new_cache`; `model(ids, cache=cache)` reads and extends it.
 
+    A call that fails or is interrupted leaves it as it was.
+
     Attributes:
         config: of the model that it belongs to.
         layers: one KVState or DeltaNetState a layer.
         tokens: (b, max_len) the token ids seen, row r's first `lengths[r]` places.
         lengths: tokens each row holds.
         yarn: how RoPE was stretched where the keys were turned.
-        history: calls that `rollback` can take back.
+        history: tokens that `rollback` can take back; what that takes is kept beside what `nbytes` counts.
+        mtp: keys and values of the MTP layer, where the cache was made with it: one fewer than tokens.
+        hidden: (b, width) after each row's last token and the final norm; None while the cache is empty.
         last_logits: (b, vocab) after each row's last token, once `generate` or `prefill` has run; else None.
         snapshots: marks by name.
         model: the one that made it, which a file of it names.
@@ -68,10 +73,13 @@ class HybridCache:
     lengths: tuple[int, ...]
     yarn: Yarn | None = None
     history: int = 0
+    mtp: KVState | None = None
+    hidden: Tensor | None = field(default=None, repr=False)
     last_logits: Tensor | None = field(default=None, repr=False)
     snapshots: dict[str, Mark] = field(default_factory=dict, repr=False)
     model: "weakref.ref[Qwen3Next] | None" = field(default=None, repr=False)
-    _kept: deque[Mark] = field(default_factory=deque, repr=False)
+    _journal: Journal | None = field(default=None, repr=False)
+    _before: list[State] = field(default_factory=list, repr=False)
 
     @property
     def batch(self) -> int:
@@ -82,14 +90,20 @@ class HybridCache:
         """Tokens that fit into a row."""
         return self.tokens.shape[1]
 
-    def admit(self, input_ids: Tensor, segments: Segments) -> Segments:
-        """Check that these tokens fit, before anything is written; return them as continuations of the rows.
+    @property
+    def kv_dtype(self) -> torch.dtype | None:
+        """Of keys and values; None in a model without softmax attention."""
+        return next((s.dtype for s in self.layers if isinstance(s, KVState)), None)
 
-        Raises: ValueError for another batch size, packed rows, or more tokens than fit.
+    def admit(self, segments: Segments) -> Segments:
+        """Check that these tokens fit, before anything is written; return them as continuations of what is held.
+
+        A sequence is a row here; where rows of `input_ids` are packed, they are sequences of it in their order.
+        Raises: ValueError for another number of sequences, or more tokens than fit.
         """
-        if input_ids.shape[0] != self.batch:
+        if segments.sequences != self.batch:
             raise ValueError(
-                f"The cache was made for {self.batch} sequences and {input_ids.shape[0]} are given: "
+                f"The cache was made for {self.batch} sequences and {segments.sequences} are given: "
                 "make it with batch= that many."
             )
         segments = segments.after(self.lengths)
@@ -100,64 +114,88 @@ class HybridCache:
             )
         return segments
 
-    def keep(self) -> None:
-        """Keep this point for `rollback`, before a call that nothing refuses any more."""
+    def begin(self, segments: Segments) -> None:
+        """Before a call that nothing refuses any more."""
+        self._before = [s if isinstance(s, KVState) else DeltaNetState(s.conv, s.memory) for s in self.layers]
         if self.history:
-            self._kept.append(self.mark(share_kv=False))
-            while len(self._kept) > self.history:
-                self._kept.popleft()
+            if self._journal is None:
+                self._journal = Journal(self.history)
+            self._journal.begin(self.layers, segments, logits=self.last_logits, hidden=self.hidden)
 
-    def advance(self, input_ids: Tensor, segments: Segments) -> None:
-        """Note that these tokens, a result of `admit`, are now part of every layer's state."""
-        for r, (past, end) in enumerate(zip(segments.past, segments.ends, strict=True)):
-            first = 0 if segments.plain else int(segments.first[r])
-            self.tokens[r, past:end] = input_ids[r, first : first + end - past]
-        self.lengths, self.last_logits = segments.ends, None
+    def advance(self, input_ids: Tensor, segments: Segments, hidden: Tensor) -> None:
+        """Note that these tokens, a result of `admit`, are now part of every layer's state; `hidden` is (b t width)."""
+        runs, hidden = segments.runs, hidden.detach()
+        for n, row, begin, end, past in runs:
+            self.tokens[n, past : past + end - begin] = input_ids[row, begin:end]
+        if self._journal is not None:
+            self._journal.end(self.layers, hidden)
+        if segments.plain:
+            last = hidden[:, -1].clone()
+        else:
+            last = hidden.new_zeros(self.batch, hidden.shape[-1]) if self.hidden is None else self.hidden.clone()
+            last[[run.sequence for run in runs]] = hidden[[run.row for run in runs], [run.end - 1 for run in runs]]
+        self.lengths, self.hidden, self.last_logits, self._before = segments.ends, last, None, []
+
+    def abandon(self) -> None:
+        """After a call that failed: stand where it began. What it added to keys and values lies behind what counts."""
+        self.layers, self._before = self._before, []
+        if self._journal is not None:
+            self._journal.abandon(self.layers)
 
     def snapshot(self, name: str) -> None:
         """Remember this point; costs no time and, for the recurrent states, their memory."""
-        self.snapshots[name] = self.mark(share_kv=True)
-        self.snapshots[name].tokens = self.tokens[:, : max(self.lengths)].clone()
+        self.snapshots[name] = self.mark()
 
     def restore(self, name: str) -> None:
         """Go to a snapshot, which stays; `rollback` cannot go behind it. Raises: ValueError for an unknown name."""
         if name not in self.snapshots:
             raise ValueError(f"There is no snapshot {name!r}: {', '.join(self.snapshots) or 'none was taken'}.")
         self.go_to(self.snapshots[name])
-        self._kept.clear()  # they are of the way that was left
 
-    def rollback(self, tokens: int) -> None:
-        """Take back the last so many tokens of every row, exactly, in all parts; or refuse and change nothing.
+    def rollback(self, tokens: int | Sequence[int]) -> None:
+        """Take back the last so many tokens, of every row or row by row, in all parts; or refuse and change nothing.
 
-        Possible to the beginnings of the last `history` calls, so in decoding by any number up to that.
-        Raises: ValueError where no state of that point is kept.
+        Possible within the last `history` tokens. Exact to the bit where single tokens are taken back and where a call
+        began; inside a call that ran in chunks, as exact as chunks and token loop agree.
+        Raises: ValueError where the state of that point is not known.
         """
-        target = tuple(length - tokens for length in self.lengths)
-        if tokens < 0 or min(target) < 0:
-            raise ValueError(f"Cannot take back {tokens} of {min(self.lengths)} tokens.")
-        if tokens == 0:
+        back = [tokens] * self.batch if isinstance(tokens, int) else list(tokens)
+        if len(back) != self.batch:
+            raise ValueError(f"Give one number, or one for each of the {self.batch} rows, not {len(back)}.")
+        target = tuple(length - n for length, n in zip(self.lengths, back, strict=True))
+        if min(back) < 0 or min(target) < 0:
+            raise ValueError(f"Cannot take back {max(back)} of {min(self.lengths)} tokens.")
+        if not any(back):
             return
-        for mark in reversed(self._kept):
-            if mark.lengths == target:
-                while self._kept[-1] is not mark:
-                    self._kept.pop()
-                self._kept.pop()
-                self.go_to(mark)
-                return
-        kept = ", ".join(str(mark.lengths[0]) for mark in self._kept) or "none"
-        raise ValueError(
-            f"No state after {target[0]} tokens is kept (kept: {kept}): make the cache with a larger history=, or "
-            "take a snapshot there."
-        )
+        point = None if self._journal is None else self._journal.find(target)
+        if point is None:
+            raise ValueError(
+                f"No state after {target[0]} tokens is kept (kept: {self._journal or 'none'}): make the cache with a "
+                "larger history=, or take a snapshot there."
+            )
+        states = iter(point.layers)
+        for i, now in enumerate(self.layers):
+            if isinstance(now, DeltaNetState):
+                then = next(states)
+                self.layers[i] = DeltaNetState(then.conv, then.memory.to(now.memory.dtype))
+        model = None if self.model is None else self.model()
+        logits = point.logits
+        if logits is None and point.hidden is not None and model is not None:
+            logits = model.hook_logits(model.lm_head(point.hidden[:, None]))[:, 0].detach()
+        self.lengths, self.hidden, self.last_logits = point.lengths, point.hidden, logits
 
     def fork(self, n: int = 1) -> list["HybridCache"]:
-        """Copies that go on independently. Keys and values are shared until both sides are continued."""
-        return [self._with(self.mark(share_kv=True), self.tokens.clone()) for _ in range(n)]
+        """Copies that go on independently, with the same past. Keys and values of it are shared for good."""
+        forks = [self._with(self.mark()) for _ in range(n)]
+        if self._journal is not None:
+            for fork in forks:
+                fork._journal = self._journal.copy()
+        return forks
 
     def select(self, rows: Sequence[int] | Tensor) -> "HybridCache":
         """A cache of these rows, in this order, any of them several times: for batches that shrink, and beams."""
         index = torch.as_tensor(rows, device=self.tokens.device)
-        if not len(index) or int(index.min()) < 0 or int(index.max()) >= self.batch:
+        if not index.numel() or int(index.min()) < 0 or int(index.max()) >= self.batch:
             raise ValueError(f"rows must be numbers below {self.batch}, got {index.tolist()}.")
         held = max(self.lengths)
         layers: list[State] = []
@@ -166,36 +204,41 @@ class HybridCache:
                 layers.append(state.select(index, held))
             else:
                 layers.append(DeltaNetState(state.conv[index], state.memory[index]))
-        logits = None if self.last_logits is None else self.last_logits[index]
+        mtp = None if self.mtp is None else self.mtp.select(index, max(held - 1, 0))
+        hidden, logits = (None if x is None else x[index] for x in (self.hidden, self.last_logits))
         lengths = tuple(self.lengths[i] for i in index.tolist())
-        return self._with(Mark(lengths, layers, logits), self.tokens[index])
+        return self._with(Mark(lengths, layers, mtp, self.tokens[index, : max(lengths)], hidden, logits))
 
     reorder = select
 
     def rewind_to(self, ids: Sequence[int]) -> int:
         """Go to the furthest point known that is a beginning of `ids`; returns its tokens, 0 where there is none.
 
-        Considers where the cache stands, kept states and snapshots. For one row.
+        Considers where the cache stands, what `rollback` reaches and snapshots. For one row.
         """
         assert self.batch == 1
-        wanted, best, steps, name = torch.tensor(ids, device=self.tokens.device), 0, 0, ""
-        kept = [(mark.lengths[0], "", self.tokens[0]) for mark in self._kept]
-        named = [(m.lengths[0], key, m.tokens[0]) for key, m in self.snapshots.items() if m.tokens is not None]
-        for length, key, tokens in [(self.lengths[0], "", self.tokens[0]), *kept, *named]:
-            if best < length <= len(ids) and torch.equal(tokens[:length], wanted[:length]):
-                best, name, steps = length, key, self.lengths[0] - length
+        wanted = torch.tensor(ids, device=self.tokens.device)
+        same = common_prefix(self.tokens[0, : self.lengths[0]], wanted)
+        best, name = self.lengths[0], ""
+        if same < best:
+            best = -1 if self._journal is None else self._journal.furthest(same)
+        for key, mark in self.snapshots.items():
+            length = mark.lengths[0]
+            if best < length <= len(ids) and torch.equal(mark.tokens[0], wanted[:length]):
+                best, name = length, key
         if name:
             self.restore(name)
-        elif best:
-            self.rollback(steps)
-        return best
+        elif best > 0:
+            self.rollback(self.lengths[0] - best)
+        return max(best, 0)
 
     def nbytes(self) -> int:
-        """Bytes of the state and of the keys and values held (token ids and snapshots left out)."""
+        """Bytes of the state and of the keys and values held (token ids, history and snapshots left out)."""
         held = max(self.lengths)
-        return sum(
+        layers = sum(
             s.bytes_per_token * held if isinstance(s, KVState) else s.conv.nbytes + s.memory.nbytes for s in self.layers
         )
+        return layers + (0 if self.mtp is None else self.mtp.bytes_per_token * max(held - 1, 0))
 
     @property
     def reserved(self) -> int:
@@ -204,7 +247,7 @@ class HybridCache:
 
     def storages(self) -> dict[int, int]:
         """Address and bytes of all memory that states, keys and values keep alive; forks have some in common."""
-        return self.mark(share_kv=False).storages()
+        return Mark(self.lengths, self.layers, self.mtp, self.tokens, None, None).storages()
 
     def save(self, path: str | Path) -> None:
         """Write this cache and its snapshots to a file, whole or not at all; `load` wants the same model."""
@@ -223,46 +266,51 @@ class HybridCache:
         return load_cache(path, model, max_len=max_len, history=history)
 
     @staticmethod
-    def estimate(config: ModelConfig, tokens: int, *, kv_bytes: int = 2, conv_bytes: int = 2) -> int:
-        """Bytes that `nbytes` of one sequence of so many tokens will be."""
-        return tokens * config.bytes_per_token(kv_bytes) + config.bytes_per_sequence(conv_bytes)
+    def estimate(
+        config: ModelConfig, tokens: int, *, kv_bytes: int = 2, conv_bytes: int = 2, mtp: bool = False
+    ) -> int:
+        """Bytes that `nbytes` of one sequence of so many tokens will be; a kv_bytes of 1 is int8 with its scales."""
+        held = tokens * config.bytes_per_token(kv_bytes) + config.bytes_per_sequence(conv_bytes)
+        if mtp:
+            held += max(tokens - 1, 0) * config.bytes_per_token(kv_bytes, mtp=True)
+        return held
 
-    def mark(self, *, share_kv: bool = True) -> Mark:
+    def mark(self) -> Mark:
         """This point. Recurrent states are replaced and never written to; keys and values are, behind what is held."""
-        layers: list[State] = []
-        for s in self.layers:
-            if isinstance(s, KVState):
-                layers.append(s.share(max(self.lengths)) if share_kv else s)
-            else:
-                layers.append(DeltaNetState(s.conv, s.memory))
-        return Mark(self.lengths, layers, self.last_logits)
+        held = max(self.lengths)
+        layers: list[State] = [
+            s.share(held) if isinstance(s, KVState) else DeltaNetState(s.conv, s.memory) for s in self.layers
+        ]
+        mtp = None if self.mtp is None else self.mtp.share(max(held - 1, 0))
+        return Mark(self.lengths, layers, mtp, self.tokens[:, :held].clone(), self.hidden, self.last_logits)
 
     def go_to(self, mark: Mark) -> None:
-        """Stand where the mark was made."""
-        for i, (now, then) in enumerate(zip(self.layers, mark.layers, strict=True)):
-            if isinstance(then, DeltaNetState):
-                self.layers[i] = DeltaNetState(then.conv, then.memory)
-            elif then is not now:
-                assert isinstance(then, KVState)
-                self.layers[i] = then.share(max(mark.lengths))
-        if mark.tokens is not None:
-            self.tokens[:, : mark.tokens.shape[1]] = mark.tokens
-        self.lengths, self.last_logits = mark.lengths, mark.last_logits
+        """Stand where the mark was made, of this cache or of one of the same shape; nothing can be rolled back then."""
+        held = max(mark.lengths)
+        self.layers = [
+            s.share(held) if isinstance(s, KVState) else DeltaNetState(s.conv, s.memory) for s in mark.layers
+        ]
+        self.mtp = None if mark.mtp is None else mark.mtp.share(max(held - 1, 0))
+        self.tokens[:, :held] = mark.tokens
+        self.lengths, self.hidden, self.last_logits = mark.lengths, mark.hidden, mark.last_logits
+        if self._journal is not None:
+            self._journal.clear()
 
-    def _with(self, mark: Mark, tokens: Tensor) -> "HybridCache":
-        return HybridCache(
-            self.config,
-            mark.layers,
-            tokens,
-            mark.lengths,
-            self.yarn,
-            self.history,
-            last_logits=mark.last_logits,
-            model=self.model,
-        )
+    def _with(self, mark: Mark) -> "HybridCache":
+        tokens = self.tokens.new_zeros(len(mark.lengths), self.max_len)
+        other = HybridCache(self.config, [], tokens, mark.lengths, self.yarn, self.history, model=self.model)
+        other.go_to(mark)
+        return other
 
 
 Cache = HybridCache
+
+
+def common_prefix(a: Tensor, b: Tensor) -> int:
+    """How many of the first tokens of both are equal."""
+    n = min(len(a), len(b))
+    differ = (a[:n] != b[:n]).nonzero()
+    return int(differ[0]) if len(differ) else n
 
 
 def new_cache(
@@ -275,18 +323,25 @@ def new_cache(
     device: torch.device,
     state_dtype: torch.dtype | None = None,
     history: int = 0,
+    mtp: bool = False,
 ) -> HybridCache:
     """An empty cache: KV in `kv_dtype`, growing by blocks; convolution inputs in `dtype`, memory in `state_dtype`."""
     if batch < 1 or max_len < 1:
         raise ValueError(f"A cache needs at least one sequence and one token, got batch={batch}, max_len={max_len}.")
     if history < 0:
         raise ValueError(f"history must not be negative, got {history}.")
+    if mtp and not config.mtp_num_hidden_layers:
+        raise ValueError("This model has no MTP layer to remember for: leave mtp out.")
     c = config
+
+    def keys_and_values() -> KVState:
+        sizes = {"kv_heads": c.num_key_value_heads, "head_dim": c.head_dim, "max_len": max_len}
+        return KVState(batch, **sizes, dtype=kv_dtype, device=device)
+
     layers: list[State] = []
     for kind in c.layer_types:
         if kind == "full_attention":
-            sizes = {"kv_heads": c.num_key_value_heads, "head_dim": c.head_dim, "max_len": max_len}
-            layers.append(KVState(batch, **sizes, dtype=kv_dtype, device=device))
+            layers.append(keys_and_values())
         else:
             conv = torch.zeros(batch, c.linear_conv_kernel_dim - 1, c.conv_channels, dtype=dtype, device=device)
             heads = (c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
@@ -294,4 +349,6 @@ def new_cache(
             memory = at_least_fp32(memory) if state_dtype is None else memory.to(state_dtype)
             layers.append(DeltaNetState(conv, memory))
     tokens = torch.zeros(batch, max_len, dtype=torch.long, device=device)
-    return HybridCache(c, layers, tokens, (0,) * batch, c.rope_scaling, history)
+    return HybridCache(
+        c, layers, tokens, (0,) * batch, c.rope_scaling, history, mtp=keys_and_values() if mtp else None
+    )

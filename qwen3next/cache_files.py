@@ -12,15 +12,16 @@ from layers.gated_deltanet import DeltaNetState
 from layers.kv_state import KVState
 from layers.rope import Yarn
 from qwen3next.atomic import fresh_file
-from qwen3next.cache import HybridCache, Mark, State
+from qwen3next.cache import HybridCache, Mark
 from qwen3next.fingerprint import fingerprint
 from qwen3next.json_files import parse
-from qwen3next.tensor_files import Files, read_header, read_metadata, write
+from qwen3next.rollback import State
+from qwen3next.tensor_files import Files, memory_of, read_header, read_metadata, write
 
 if TYPE_CHECKING:
     from qwen3next.model import Qwen3Next
 
-FORMAT = "qwen3next cache 2"
+FORMAT = "qwen3next cache 3"
 STORED = ("k", "v", "k_scale", "v_scale")
 # Fields of a configuration that do not change what a cache holds.
 _BESIDE = """
@@ -30,13 +31,14 @@ _BESIDE = """
 BESIDE = _BESIDE.split()
 
 
-def identity(model: "Qwen3Next") -> str:
-    """Of what makes a cache's contents: dtypes count, the MTP layer does not."""
-    return fingerprint(model, left_out=lambda name: name.startswith("mtp."), beside=BESIDE)
+def identity(model: "Qwen3Next", *, mtp: bool = False) -> str:
+    """Of what makes a cache's contents: dtypes count, the MTP layer only in a cache that has its part."""
+    return fingerprint(model, left_out=lambda name: name.startswith("mtp.") and not mtp, beside=BESIDE)
 
 
-def token_hash(tokens: Tensor) -> str:
-    return hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()
+def sum_of(x: Tensor) -> str:
+    """sha256 of a tensor's bytes."""
+    return hashlib.sha256(memory_of(x.cpu().contiguous())).hexdigest()
 
 
 def save_cache(cache: HybridCache, path: str | Path, model: "Qwen3Next") -> None:
@@ -47,76 +49,85 @@ def save_cache(cache: HybridCache, path: str | Path, model: "Qwen3Next") -> None
     tensors: dict[str, Tensor] = {}
     numbers: dict[int, int] = {}  # where a part of keys and values lies → its number
 
-    def add(mark: Mark, tokens: Tensor, prefix: str) -> dict[str, Any]:
+    def parts_of(state: KVState, held: int) -> list[tuple[int, int]]:
+        found = []
+        for part in state.parts(0, held):
+            number, n = numbers.setdefault(part[0].data_ptr(), len(numbers)), part[0].shape[2]
+            found.append((number, n))
+            for name, x in zip(STORED, part, strict=False):
+                key = f"kv.{number}.{name}"
+                if key not in tensors or tensors[key].shape[2] < n:
+                    tensors[key] = x
+        return found
+
+    def add(mark: Mark, prefix: str) -> dict[str, Any]:
         held = max(mark.lengths)
         kv: dict[str, list[tuple[int, int]]] = {}
         for i, state in enumerate(mark.layers):
             if isinstance(state, KVState):
-                kv[str(i)] = []
-                for part in state.parts(0, held):
-                    number, n = numbers.setdefault(part[0].data_ptr(), len(numbers)), part[0].shape[2]
-                    kv[str(i)].append((number, n))
-                    for name, x in zip(STORED, part, strict=False):
-                        key = f"kv.{number}.{name}"
-                        if key not in tensors or tensors[key].shape[2] < n:
-                            tensors[key] = x
+                kv[str(i)] = parts_of(state, held)
             else:
                 tensors.update({f"{prefix}layers.{i}.conv": state.conv, f"{prefix}layers.{i}.memory": state.memory})
-        tensors[f"{prefix}tokens"] = tokens[:, :held]
-        if mark.last_logits is not None:
-            tensors[f"{prefix}last_logits"] = mark.last_logits
-        return {"lengths": mark.lengths, "kv": kv, "tokens": token_hash(tokens[:, :held])}
+        if mark.mtp is not None:
+            kv["mtp"] = parts_of(mark.mtp, max(held - 1, 0))
+        tensors[f"{prefix}tokens"] = mark.tokens
+        for name, x in (("hidden", mark.hidden), ("last_logits", mark.last_logits)):
+            if x is not None:
+                tensors[prefix + name] = x
+        return {"lengths": mark.lengths, "kv": kv}
 
-    described = {"": add(cache.mark(), cache.tokens, "")}
+    described = {"": add(cache.mark(), "")}
     for name, mark in cache.snapshots.items():
-        assert mark.tokens is not None
-        described[name] = add(mark, mark.tokens, f"snapshots.{len(described)}.")
-    about = {
-        "format": FORMAT,
-        "fingerprint": identity(model),
-        "yarn": cache.yarn and asdict(cache.yarn),
-        "kv_dtype": next((str(s.dtype).removeprefix("torch.") for s in cache.layers if isinstance(s, KVState)), None),
-        "marks": described,
-    }
+        described[name] = add(mark, f"snapshots.{len(described)}.")
     tensors = {name: x.detach().contiguous() for name, x in tensors.items()}
+    about = json.dumps(
+        {
+            "format": FORMAT,
+            "fingerprint": identity(model, mtp=cache.mtp is not None),
+            "yarn": cache.yarn and asdict(cache.yarn),
+            "kv_dtype": cache.kv_dtype and str(cache.kv_dtype).removeprefix("torch."),
+            "mtp": cache.mtp is not None,
+            "marks": described,
+            "sums": {name: sum_of(x) for name, x in tensors.items()},
+        }
+    )
     with fresh_file(Path(path)) as fresh:
         plan = [(name, x.dtype, tuple(x.shape)) for name, x in tensors.items()]
-        write(fresh, plan, tensors.items(), metadata={"format": "pt", "about": json.dumps(about)})
+        sums = {"about": about, "sum": hashlib.sha256(about.encode()).hexdigest()}
+        write(fresh, plan, tensors.items(), metadata={"format": "pt", **sums})
 
 
 def load_cache(path: str | Path, model: "Qwen3Next", *, max_len: int | None = None, history: int = 0) -> HybridCache:
     """Read a cache that `model` wrote, on its device, with room for `max_len` tokens (the default, if None).
 
-    Raises: ValueError for a damaged file, or one of another model, dtype or RoPE factor.
+    Raises: ValueError for a damaged or edited file, or one of another model, dtype or RoPE factor.
     """
     path = Path(path)
-    stored = read_header(path)
-    try:
-        about = parse(read_metadata(path).get("about", "null"))
-        known = isinstance(about, dict) and about.get("format") == FORMAT
-    except ValueError:
-        known = False
-    if not known:
-        raise ValueError(f"{path} is not a cache of this version: fill it anew.")
-    if about["fingerprint"] != identity(model):
+    stored, about = read_header(path), _about(path)
+    if about["fingerprint"] != identity(model, mtp=about["mtp"]):
         raise ValueError(f"{path} is the cache of another model, or of other weights or another dtype of this one.")
     if (about["yarn"] and Yarn(**about["yarn"])) != model.config.rope_scaling:
         raise ValueError(
             f"{path} was made with RoPE scaling {about['yarn']}, the model has {model.config.rope_scaling}: "
             "call model.extend_context with the same factor, or fill it anew."
         )
-    device = model.embed_tokens.weight.device
+    device, tensors = model.embed_tokens.weight.device, {}
     with Files() as files:
-        tensors = {name: files.read(place).to(device) for name, place in stored.items()}
+        for name, place in stored.items():
+            tensors[name] = files.read(place)
+            if about["sums"].get(name) != sum_of(tensors[name]):
+                raise ValueError(f"{path} has been changed since it was written ({name}): fill it anew.")
+            tensors[name] = tensors[name].to(device)
     marks = about["marks"]
     held = max(max(m["lengths"]) for m in marks.values())
     batch = len(marks[""]["lengths"])
     limit = max(held, 4096) if max_len is None else max_len
     if limit < held:
         raise ValueError(f"{path} holds {held} tokens and max_len is {limit}: make it larger.")
-    cache = model.new_cache(batch=batch, max_len=limit, kv_dtype=about["kv_dtype"], history=history)
+    kv_dtype = about["kv_dtype"]
+    cache = model.new_cache(batch=batch, max_len=limit, kv_dtype=kv_dtype, history=history, mtp=about["mtp"])
     for n, (name, described) in enumerate(marks.items()):
-        mark = _mark(path, cache, tensors, described, f"snapshots.{n}." if name else "")
+        mark = _mark(cache, tensors, described, f"snapshots.{n}." if name else "")
         if name:
             cache.snapshots[name] = mark
         else:
@@ -124,27 +135,38 @@ def load_cache(path: str | Path, model: "Qwen3Next", *, max_len: int | None = No
     return cache
 
 
-def _mark(
-    path: Path,
-    cache: HybridCache,
-    tensors: dict[str, Tensor],
-    described: dict[str, Any],
-    prefix: str,
-) -> Mark:
-    tokens = tensors[f"{prefix}tokens"]
-    if token_hash(tokens) != described["tokens"]:
-        raise ValueError(f"{path} has been changed: its tokens are not those that it was written for.")
+def _about(path: Path) -> dict[str, Any]:
+    """What the file says about itself, which is what it said when it was written."""
+    try:
+        metadata = read_metadata(path)
+        text = metadata.get("about", "null")
+        about = parse(text)
+        known = isinstance(about, dict) and about.get("format") == FORMAT
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError(f"{path} is not a cache of this version: fill it anew.")
+    if metadata.get("sum") != hashlib.sha256(text.encode()).hexdigest():
+        raise ValueError(f"{path} has been changed since it was written (its description): fill it anew.")
+    return about
+
+
+def _mark(cache: HybridCache, tensors: dict[str, Tensor], described: dict[str, Any], prefix: str) -> Mark:
+    def keys_and_values(state: KVState, key: str) -> KVState:
+        fresh = state.share(0)
+        parts = [
+            tuple(tensors[f"kv.{number}.{name}"][:, :, :n] for name in STORED if f"kv.{number}.{name}" in tensors)
+            for number, n in described["kv"][key]
+        ]
+        fresh.hold(tuple(parts))
+        return fresh
+
     layers: list[State] = []
     for i, state in enumerate(cache.layers):
         if isinstance(state, KVState):
-            fresh = state.share(0)
-            parts = [
-                tuple(tensors[f"kv.{number}.{name}"][:, :, :n] for name in STORED if f"kv.{number}.{name}" in tensors)
-                for number, n in described["kv"][str(i)]
-            ]
-            fresh.hold(tuple(parts))
-            layers.append(fresh)
+            layers.append(keys_and_values(state, str(i)))
         else:
             layers.append(DeltaNetState(tensors[f"{prefix}layers.{i}.conv"], tensors[f"{prefix}layers.{i}.memory"]))
-    logits = tensors.get(f"{prefix}last_logits")
-    return Mark(tuple(described["lengths"]), layers, logits, tokens)
+    mtp = None if cache.mtp is None else keys_and_values(cache.mtp, "mtp")
+    hidden, logits = (tensors.get(prefix + name) for name in ("hidden", "last_logits"))
+    return Mark(tuple(described["lengths"]), layers, mtp, tensors[f"{prefix}tokens"], hidden, logits)

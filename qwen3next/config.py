@@ -140,13 +140,14 @@ class ModelConfig:
         chosen = layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
         return self.num_experts > 0 and chosen
 
-    def bytes_per_token(self, kv_bytes: int = 2) -> int:
-        """Bytes of KV cache that each token of context adds, the MTP layer left out.
+    def bytes_per_token(self, kv_bytes: int = 2, *, mtp: bool = False) -> int:
+        """Bytes of KV cache that each token of context adds; of the MTP layer's alone, if `mtp`.
 
         A single byte a number is int8, which has a scale in fp32 besides, for every token and head.
         """
         head = self.head_dim * kv_bytes + (4 if kv_bytes == 1 else 0)
-        return self.layer_types.count("full_attention") * 2 * self.num_key_value_heads * head
+        layers = self.mtp_num_hidden_layers if mtp else self.layer_types.count("full_attention")
+        return layers * 2 * self.num_key_value_heads * head
 
     def bytes_per_sequence(self, conv_bytes: int = 2) -> int:
         """Bytes of recurrent (fp32) and convolution state of one sequence, whatever its length."""

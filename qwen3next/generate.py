@@ -79,7 +79,7 @@ def stream(
     stops = torch.tensor(list(stop), dtype=torch.long, device=input_ids.device)
     generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
     if cache is None:
-        cache = model.new_cache(input_ids.shape[0], max_len=max(segments.real_lengths) + max_new_tokens)
+        cache = model.new_cache(segments.sequences, max_len=max(segments.real_lengths) + max_new_tokens)
     elif max(segments.real_lengths) + max_new_tokens - 1 > cache.max_len:
         raise ValueError(
             f"{max(segments.real_lengths)} prompt tokens and {max_new_tokens} new ones do not fit a cache of "
@@ -87,7 +87,7 @@ def stream(
         )
     with model.hooks(fwd_hooks):
         logits = _run_prompt(model, input_ids, segments, cache)
-        running = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        running = torch.ones(segments.sequences, dtype=torch.bool, device=input_ids.device)
         for i in range(max_new_tokens):
             token = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             yield token.masked_fill(~running, -1)
@@ -109,19 +109,12 @@ def _run_prompt(model: Qwen3Next, input_ids: Tensor, segments: Segments, cache: 
                 f"The cache holds {held} tokens that the prompt does not begin with: give the whole text, "
                 "or start from a new cache."
             )
-        if held == input_ids.shape[1]:
-            if cache.last_logits is None:
-                raise ValueError(
-                    "The cache holds the whole prompt but not its last logits: fill it with model.prefill."
-                )
-            return cache.last_logits
-        input_ids, segments = input_ids[:, held:], Segments.full(input_ids[:, held:])
-    out = model(input_ids, segments=segments, cache=cache, logits_to_keep=1)
-    if segments.plain:
-        cache.last_logits = out.logits[:, -1]
-    else:  # with padding, a row's last real token is not in the last column
-        rows = torch.arange(input_ids.shape[0], device=input_ids.device)
-        cache.last_logits = model.hook_logits(model.lm_head(out.hidden[rows, segments.end - 1]))
+        input_ids, segments = input_ids[:, held:], segments.part(held, input_ids.shape[1])
+    for _ in model.prefill(input_ids, cache, segments=segments):
+        pass
+    if cache.last_logits is None:
+        assert cache.hidden is not None
+        cache.last_logits = model.hook_logits(model.lm_head(cache.hidden[:, None]))[:, 0]
     return cache.last_logits
 
 

@@ -28,6 +28,8 @@ from qwen3next.hooks import Hooked
 from qwen3next.mtp import MTP
 from qwen3next.released import Layout
 
+GRID = 64  # tokens: chunks that end on it leave no trace in bf16
+
 
 @dataclass
 class Output:
@@ -140,19 +142,32 @@ class Qwen3Next(Hooked, nn.Module):
         if cache is not None:
             raise ValueError("Stopping at a layer would leave the cache half-filled: run without a cache.")
         stop = stop_at_layer + count if stop_at_layer < 0 else stop_at_layer
-        return self._stream(input_ids, segments, None, stats=False, stop=stop)[0]
+        return self._stream(input_ids, self._check(input_ids, segments, None), None, stats=False, stop=stop)[0]
 
     def _backbone(
         self, input_ids: Tensor, segments: Segments | None, cache: HybridCache | None, *, stats: bool
-    ) -> tuple[Tensor, list[RouterStats], Rotation]:
-        """Hidden states after the final norm, router statistics a sparse layer, and the rotation that was used."""
-        x, aux, rope = self._stream(input_ids, segments, cache, stats=stats, stop=len(self.blocks))
-        return self.hook_final_norm(self.norm(x, hook_normalized=self.hook_final_normalized)), aux, rope
+    ) -> tuple[Tensor, list[RouterStats], Segments]:
+        """Hidden states after the final norm, router statistics a sparse layer, and where the sequences are."""
+        segments = self._check(input_ids, segments, cache)
+        if cache is not None:
+            cache.begin(segments)
+        try:
+            x, aux = self._stream(input_ids, segments, cache, stats=stats, stop=len(self.blocks))
+            hidden = self.hook_final_norm(self.norm(x, hook_normalized=self.hook_final_normalized))
+            if cache is not None and cache.mtp is not None and self.mtp is not None:
+                waiting = hidden.new_zeros(cache.batch, hidden.shape[-1]) if cache.hidden is None else cache.hidden
+                rope = self._rotation(segments.positions - 1, x.dtype)
+                self.mtp.remember(hidden, waiting, self.embed_tokens(input_ids), rope, segments, cache.mtp)
+        except BaseException:
+            if cache is not None:
+                cache.abandon()
+            raise
+        if cache is not None:
+            cache.advance(input_ids, segments, hidden)
+        return hidden, aux, segments
 
-    def _stream(
-        self, input_ids: Tensor, segments: Segments | None, cache: HybridCache | None, *, stats: bool, stop: int
-    ) -> tuple[Tensor, list[RouterStats], Rotation]:
-        """The residual stream before block `stop`; the rest as `_backbone`."""
+    def _check(self, input_ids: Tensor, segments: Segments | None, cache: HybridCache | None) -> Segments:
+        """Where the sequences are, what a cache holds counted in. Raises: as forward."""
         if input_ids.ndim != 2 or not input_ids.numel() or input_ids.is_floating_point():
             raise ValueError(f"input_ids must be integers of shape (b, t), got {tuple(input_ids.shape)}.")
         if segments is not None and (segments.batch, segments.length) != tuple(input_ids.shape):
@@ -166,48 +181,41 @@ class Qwen3Next(Hooked, nn.Module):
                 raise ValueError(
                     "The cache was made with another RoPE scaling: its keys are turned otherwise. Make a new one."
                 )
-            segments = cache.admit(input_ids, segments)
-        if (
-            not self._warned_of_length
-            and segments.plain
-            and not torch.compiler.is_compiling()
-            and max(segments.ends) > self.config.longest_context
-        ):
+            segments = cache.admit(segments)
+        if torch.compiler.is_compiling():
+            return segments
+        if not self._warned_of_length and segments.plain and max(segments.ends) > self.config.longest_context:
             self._warned_of_length = True
             warnings.warn(
                 f"Positions up to {max(segments.ends)} lie beyond the {self.config.longest_context} of this model: "
                 "its answers may be noise. model.extend_context(factor) stretches them (YaRN).",
-                stacklevel=3,
+                stacklevel=4,
             )
-        if (
-            input_ids.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-            and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.vocab_size
-        ):
+        if input_ids.device.type == "cpu" and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.vocab_size:
             raise ValueError(
                 f"input_ids hold {int(input_ids.min())} to {int(input_ids.max())}; this model knows "
                 f"0 to {self.vocab_size - 1}: was the text encoded with another tokenizer?"
             )
-        if cache is not None:
-            cache.keep()
+        return segments
+
+    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
+        c = self.config
+        return rotation(positions, rotary_dim=c.rotary_dim, theta=c.rope_theta, dtype=dtype, yarn=c.rope_scaling)
+
+    def _stream(
+        self, input_ids: Tensor, segments: Segments, cache: HybridCache | None, *, stats: bool, stop: int
+    ) -> tuple[Tensor, list[RouterStats]]:
+        """The residual stream before block `stop`, and router statistics a sparse layer."""
         same = len(set(segments.past)) == 1
         self.hook_call["position"] = segments.past[0] if same else segments.past
         x = self.hook_embed(self.embed_tokens(input_ids))
-        rope = rotation(
-            segments.positions,
-            rotary_dim=self.config.rotary_dim,
-            theta=self.config.rope_theta,
-            dtype=x.dtype,
-            yarn=self.config.rope_scaling,
-        )
+        rope = self._rotation(segments.positions, x.dtype)
         counted, aux = None if segments.plain else segments.mask, []
         for i, block in enumerate(self.blocks[:stop]):
             state = None if cache is None else cache.layers[i]
             x, router = block(x, rope, segments=segments, state=state, counted=counted, stats=stats)
             aux += [] if router is None else [router]
-        if cache is not None:
-            cache.advance(input_ids, segments)
-        return x, aux, rope
+        return x, aux
 
     def loss(
         self, input_ids: Int[Tensor, "b t"], *, segments: Segments | None = None, labels: Tensor | None = None
@@ -219,15 +227,15 @@ class Qwen3Next(Hooked, nn.Module):
                 the one before it); None means input_ids themselves.
         Raises: ValueError where no token has a target.
         """
-        segments = Segments.full(input_ids) if segments is None else segments
         labels = input_ids if labels is None else labels
-        hidden, aux, rope = self._backbone(input_ids, segments, None, stats=True)
+        hidden, aux, segments = self._backbone(input_ids, segments, None, stats=True)
         lm, targets = self._cross_entropy(hidden, labels, segments, ahead=1)
         if not targets:
             raise ValueError("No token here has a next one to predict: give sequences of at least two tokens.")
         total, mtp = lm, lm.new_zeros(())
         if self.mtp is not None and self.config.mtp_loss_coef:
             embedding = self.embed_tokens(input_ids.roll(-1, dims=1))
+            rope = self._rotation(segments.positions, hidden.dtype)
             ahead, mtp_aux = self.mtp(hidden, embedding, rope, segments)
             aux = aux + mtp_aux
             mtp, _ = self._cross_entropy(ahead, labels, segments, ahead=2, hook=self.mtp.hook_logits)
@@ -255,13 +263,15 @@ class Qwen3Next(Hooked, nn.Module):
         kv_dtype: str | torch.dtype | None = None,
         state_dtype: str | torch.dtype | None = None,
         history: int = 0,
+        mtp: bool = False,
     ) -> HybridCache:
         """An empty cache for `batch` sequences of up to `max_len` tokens; memory for them is taken as they come.
 
         Args:
             kv_dtype: of keys and values, "int8" among them; None is the model's dtype.
             state_dtype: of the recurrent states between calls; None is fp32, less loses precision with every call.
-            history: calls that `rollback` can take back; each keeps the recurrent states of one point.
+            history: tokens that `rollback` can take back at any time; costs two or three recurrent states and notes.
+            mtp: remember for the MTP layer too, so that `draft` can look a token further ahead.
         """
         like = self.embed_tokens.weight
         cache = new_cache(
@@ -273,20 +283,51 @@ class Qwen3Next(Hooked, nn.Module):
             device=like.device,
             state_dtype=None if state_dtype is None else as_dtype(state_dtype),
             history=history,
+            mtp=mtp,
         )
         cache.model = weakref.ref(self)
         return cache
 
     @torch.no_grad()
     def prefill(
-        self, input_ids: Int[Tensor, "b t"], cache: HybridCache, chunk_size: int = 4096
+        self,
+        input_ids: Int[Tensor, "b t"],
+        cache: HybridCache,
+        chunk_size: int = 4096,
+        *,
+        segments: Segments | None = None,
     ) -> Iterator[tuple[int, int]]:
-        """Run a prompt into the cache in chunks; yields (tokens done, tokens in all) after each."""
-        total = input_ids.shape[1]
-        for begin in range(0, total, chunk_size):
-            chunk = input_ids[:, begin : begin + chunk_size]
-            cache.last_logits = self(chunk, cache=cache, logits_to_keep=1).logits[:, -1]
-            yield min(begin + chunk_size, total), total
+        """Run prompts into the cache in chunks; yields (columns done, columns in all) after each.
+
+        `cache.last_logits` are then those after each sequence's last token. Chunks end at multiples of their size,
+        which is rounded down to one of 64, so that their number leaves no trace in the result.
+
+        Args:
+            segments: `Segments.from_mask(mask)` for padded prompts; packed ones are sequences of the cache in order.
+        Raises: ValueError as forward does.
+        """
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+        if chunk_size > GRID:
+            chunk_size = chunk_size // GRID * GRID
+        total, begin = input_ids.shape[1], 0
+        segments = Segments.full(input_ids) if segments is None else segments
+        past = cache.lengths[0] if segments.plain and len(set(cache.lengths)) == 1 else 0
+        last = cache.last_logits
+        while begin < total:
+            end = min(total, (past + begin) // chunk_size * chunk_size + chunk_size - past)
+            chunk, part = input_ids[:, begin:end], segments.part(begin, end)
+            begin = end
+            if part.plain:
+                cache.last_logits = last = self(chunk, cache=cache, logits_to_keep=1).logits[:, -1]
+            elif runs := part.runs:  # else all is padding
+                hidden = self(chunk, segments=part, cache=cache, logits_to_keep=1).hidden
+                ends = hidden[[run.row for run in runs], [run.end - 1 for run in runs]]
+                logits = self.hook_logits(self.lm_head(ends))
+                last = logits.new_zeros(cache.batch, logits.shape[-1]) if last is None else last.clone()
+                last[[run.sequence for run in runs]] = logits
+                cache.last_logits = last
+            yield end, total
 
     @torch.no_grad()
     def score(
@@ -312,6 +353,20 @@ class Qwen3Next(Hooked, nn.Module):
                 losses = torch.cat((first[:, None], losses), dim=1)
             before = cache.last_logits = logits[:, -1]
             yield begin + chunk.shape[1], losses
+
+    @torch.no_grad()
+    def draft(self, cache: HybridCache, token: Int[Tensor, "b"]) -> Float[Tensor, "b vocab"]:
+        """What the MTP layer expects after `token`, which is to follow all that the cache holds and is not added to it.
+
+        Raises: ValueError for a cache made without mtp=True, or an empty one.
+        """
+        if cache.mtp is None or self.mtp is None or cache.hidden is None or not min(cache.lengths):
+            raise ValueError("A draft needs a cache that was made with mtp=True and holds at least one token a row.")
+        segments = Segments.full(token[:, None]).after([n - 1 for n in cache.lengths])
+        rope = self._rotation(segments.positions, cache.hidden.dtype)
+        state = cache.mtp.share(max(segments.past))  # continued here and forgotten
+        ahead, _ = self.mtp(cache.hidden[:, None], self.embed_tokens(token[:, None]), rope, segments, state)
+        return self.mtp.hook_logits(self.lm_head(ahead[:, 0]))
 
     def extend_context(self, factor: float) -> None:
         """Stretch RoPE by YaRN for contexts `factor` times as long as in training; 1 takes it back.

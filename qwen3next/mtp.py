@@ -1,10 +1,12 @@
 """Multi-token prediction: one more block that looks a token further ahead."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from layers.hook_point import HookPoint
+from layers.kv_state import KVState
 from layers.norm import RMSNorm
 from layers.rope import Rotation
 from layers.segments import Segments
@@ -41,14 +43,45 @@ class MTP(nn.Module):
         next_embedding: Float[Tensor, "b t width"],
         rope: Rotation,
         segments: Segments,
+        state: KVState | None = None,
     ) -> tuple[Float[Tensor, "b t width"], list]:
-        """Hidden states for the head, and the router statistics of the block."""
-        next_embedding, hidden = self.hook_embed(next_embedding), self.hook_hidden(hidden)
-        x = torch.cat((self.pre_fc_norm_embedding(next_embedding), self.pre_fc_norm_hidden(hidden)), dim=-1)
-        x, aux = self.fc(x), []
+        """Hidden states for the head, and the router statistics of the block; `state` holds the pairs before."""
+        x, aux = self._pairs(hidden, next_embedding), []
         # A sequence's last token has no next one: what it computes is read by nobody and counted nowhere.
         counted = segments.next_is_same()
         for block in self.blocks:
-            x, stats = block(x, rope, segments=segments, counted=counted)
+            x, stats = block(x, rope, segments=segments, state=state, counted=counted, stats=state is None)
             aux += [] if stats is None else [stats]
         return self.hook_final_norm(self.norm(x)), aux
+
+    def remember(
+        self,
+        hidden: Float[Tensor, "b t width"],
+        waiting: Float[Tensor, "n width"],
+        embedding: Float[Tensor, "b t width"],
+        rope: Rotation,
+        segments: Segments,
+        state: KVState,
+    ) -> None:
+        """Add the pairs that these tokens complete: their keys and values, which is all that later ones need of them.
+
+        Args:
+            hidden: the main model's after these tokens, after its final norm; `waiting` after each sequence's last
+                token before them.
+            embedding: of these tokens.
+            rope: of the places before theirs.
+            state: a place for each token with its next, so one fewer than a sequence has tokens.
+        """
+        before, runs = F.pad(hidden[:, :-1], (0, 0, 1, 0)), segments.runs
+        before[[run.row for run in runs], [run.begin for run in runs]] = waiting[[run.sequence for run in runs]]
+        pairs, first = segments.pairs()
+        if pairs is not None:
+            x, block = self._pairs(before[:, first:], embedding[:, first:]), self.blocks[0]
+            assert isinstance(block, Block)
+            rope = Rotation(rope.cos[:, first:], rope.sin[:, first:])
+            k, v = block.self_attn.keys_and_values(block.input_layernorm(x), rope)
+            state.append(k, v, pairs)
+
+    def _pairs(self, hidden: Tensor, next_embedding: Tensor) -> Tensor:
+        next_embedding, hidden = self.hook_embed(next_embedding), self.hook_hidden(hidden)
+        return self.fc(torch.cat((self.pre_fc_norm_embedding(next_embedding), self.pre_fc_norm_hidden(hidden)), dim=-1))

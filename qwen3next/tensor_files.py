@@ -143,7 +143,7 @@ class Files:
         out = torch.empty(shape, dtype=stored.dtype) if into is None else into
         assert (out.shape, out.dtype, out.is_contiguous()) == (shape, stored.dtype, True)
         if out.numel():
-            self._fill(stored.path, _bytes(out), begin)
+            self._fill(stored.path, memory_of(out), begin)
         return out
 
     def equal(self, a: Stored, b: Stored) -> bool:
@@ -208,11 +208,11 @@ def write(
         file.write(struct.pack("<Q", len(text)) + text)
         for (name, dtype, shape), (got, tensor) in zip(plan, tensors, strict=True):
             assert (name, dtype, tuple(shape)) == (got, tensor.dtype, tuple(tensor.shape)), name
-            file.write(_bytes(tensor.cpu().contiguous()))
+            file.write(memory_of(tensor.cpu().contiguous()))
         file.flush()
         os.fsync(file.fileno())
 
 
-def _bytes(x: Tensor) -> memoryview:
+def memory_of(x: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor; numpy has no bfloat16."""
     return memoryview(x.detach().view(-1).view(torch.uint8).numpy().data)

@@ -117,6 +117,59 @@ def test_a_padded_prompts_cache_equals_single_ones(model64, side):
                 torch.testing.assert_close(got, value[0], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("way", ["left", "right", "packed"])
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("chunk", [7, 64, 4096])
+def test_prompts_of_unequal_lengths_prefill_as_single_ones(model64, way, backend, chunk):
+    """In chunks, over what the cache holds already; caches, MTP's part and last logits included."""
+    model64.set_backend("attention", backend)
+    first, second = (9, 70, 1, 130), (5, 1, 66, 3)
+    text = ids(4, 210)
+    cache = model64.new_cache(batch=4, max_len=300, mtp=True)
+    begins = [0] * 4
+    for lengths in (first, second):
+        parts = [text[r, b : b + n] for r, (b, n) in enumerate(zip(begins, lengths, strict=True))]
+        if way == "packed":
+            rows = [torch.cat(parts[:2]), torch.cat(parts[2:])]
+            segments = Segments.from_lengths([list(lengths[:2]), list(lengths[2:])])
+        else:
+            rows, t = parts, max(lengths) + 2
+            places = [slice(t - n, t) if way == "left" else slice(0, n) for n in lengths]
+            mask = torch.zeros(4, t, dtype=torch.long)
+            for r, place in enumerate(places):
+                mask[r, place] = 1
+            segments = Segments.from_mask(mask)
+        given = ids(segments.batch, segments.length, seed=5)
+        for r, row in enumerate(rows):
+            given[r, segments.mask[r]] = row
+        done = [d for d, _ in model64.prefill(given, cache, chunk, segments=segments)]
+        assert done[-1] == segments.length
+        assert max(b - a for a, b in zip([0, *done], done, strict=False)) <= chunk
+        begins = [b + n for b, n in zip(begins, lengths, strict=True)]
+    assert cache.lengths == tuple(a + b for a, b in zip(first, second, strict=True))
+    token = torch.tensor([5, 6, 7, 8])
+    ahead = model64.draft(cache, token)
+    for r, n in enumerate(cache.lengths):
+        alone = model64.new_cache(max_len=300, mtp=True)
+        list(model64.prefill(text[r : r + 1, :n], alone))
+        close = {"rtol": 0, "atol": 1e-10}
+        torch.testing.assert_close(cache.last_logits[r], alone.last_logits[0], **close)
+        torch.testing.assert_close(ahead[r], model64.draft(alone, token[r : r + 1])[0], **close)
+        for ours, theirs in zip([*cache.layers, cache.mtp], [*alone.layers, alone.mtp], strict=True):
+            for name in ("k", "v") if isinstance(theirs, KVState) else ("conv", "memory"):
+                got, value = getattr(ours, name)[r], getattr(theirs, name)[0]
+                held = n - (theirs is alone.mtp) if name in ("k", "v") else len(value)
+                torch.testing.assert_close(got[:held], value[:held], **close)
+
+
+def test_packed_prompts_generate_as_single_ones(model64):
+    text = ids(1, 30)
+    segments = Segments.from_lengths([[12, 18]])
+    together = torch.stack(list(q.stream(model64, text, segments=segments, max_new_tokens=5)), dim=1)
+    for r, prompt in enumerate((text[:, :12], text[:, 12:])):
+        assert torch.equal(together[r], q.generate(model64, prompt, max_new_tokens=5)[0, prompt.shape[1] :])
+
+
 def test_chunked_prefill_equals_one_shot(model64):
     tokens, cache = ids(1, 150), model64.new_cache(max_len=150)
     assert list(model64.prefill(tokens, cache, chunk_size=64)) == [(64, 150), (128, 150), (150, 150)]
@@ -204,7 +257,7 @@ def test_the_80b_preset_builds_on_meta():
         (lambda m: m(ids(1, 9), cache=m.new_cache(max_len=8)), "larger max_len"),
         (
             lambda m: m(ids(1, 4), segments=Segments.from_lengths([[2, 2]]), cache=m.new_cache()),
-            "one sequence a row",
+            "made for 1 sequences and 2",
         ),
         (lambda m: m.new_cache(max_len=0), "at least one"),
         (lambda m: m.new_cache(kv_dtype="int3"), "floating-point"),

@@ -26,7 +26,7 @@ def test_positions_and_numbers_of_packed_rows(lengths, left):
         assert segments.attention_mask[r, 0].tolist() == look
         ahead = [i + 2 < t and row[i][0] == row[i + 2][0] >= 0 for i in range(t)]
         assert segments.next_is_same(2)[r].tolist() == ahead
-    assert segments.real_lengths == tuple(sum(row) for row in lengths)
+    assert segments.real_lengths == tuple(k for row in lengths for k in (row or [0]))
 
 
 def test_an_id_that_comes_back_is_another_sequence():
@@ -57,8 +57,21 @@ def test_bad_input_is_refused():
         Segments.from_mask(torch.tensor([[1, 0, 1]]))
     with pytest.raises(ValueError, match="integers of shape"):
         Segments.from_document_ids(torch.zeros(3))
-    with pytest.raises(ValueError, match="one sequence a row"):
-        Segments.from_document_ids(torch.tensor([[0, 1]])).after((0,))
+
+
+def test_parts_know_their_sequences():
+    """Columns of packed rows go on with the sequences of the whole, wherever those began."""
+    whole = Segments.from_lengths([[2, 3, 1], [], [4]])
+    assert (whole.sequences, whole.packed) == (5, True)
+    assert [run[:4] for run in whole.runs] == [(0, 0, 0, 2), (1, 0, 2, 5), (2, 0, 5, 6), (4, 2, 0, 4)]
+    part = whole.part(3, 6).after((2, 1, 0, 0, 3))
+    assert [tuple(run) for run in part.runs] == [(1, 0, 0, 2, 1), (2, 0, 2, 3, 0), (4, 2, 0, 1, 3)]
+    assert part.positions.tolist() == [[1, 2, 0], [0, 0, 0], [3, 0, 0]]
+    assert part.ends == (2, 3, 1, 0, 4)
+    padded = Segments.from_mask(torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]]))
+    assert padded.part(1, 3).plain
+    assert not padded.part(0, 1).plain
+    assert [run.row for run in padded.part(3, 4).runs] == [0]
 
 
 def test_rows_of_one_whole_sequence_are_plain():

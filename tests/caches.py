@@ -1,0 +1,31 @@
+"""What tests of caches share: running, and what a cold run says."""
+
+import torch
+
+
+def run(model, cache, ids):
+    """Continue a cache; (b, vocab) logits after the last token."""
+    with torch.no_grad():
+        cache.last_logits = model(ids, cache=cache, logits_to_keep=1).logits[:, -1]
+    return cache.last_logits
+
+
+def cold(model, ids):
+    """The same logits from all tokens at once, without a cache."""
+    with torch.no_grad():
+        return model(ids).logits[:, -1]
+
+
+def cold_draft(model, ids, token):
+    """What MTP expects after `token` (b,) behind `ids`, from all pairs at once: (b, vocab)."""
+    whole = torch.cat((ids, token[:, None]), dim=1)
+    with torch.no_grad():
+        hidden = model(ids).hidden
+        segments = model._check(ids, None, None)
+        rope = model._rotation(segments.positions, hidden.dtype)
+        ahead, _ = model.mtp(hidden, model.embed_tokens(whole[:, 1:]), rope, segments)
+        return model.lm_head(ahead[:, -1])
+
+
+def same(a, b, bound=1e-10):
+    return (a - b).abs().max() < bound
