@@ -181,7 +181,9 @@ def _in_tiles(q: Heads, k: KVHeads, v: KVHeads, segments: Segments, state: KVSta
     if segments.aligned:
 
         def read_all(first: int, last: int) -> tuple[Tensor, Tensor]:
-            return (k[:, :, first:last], v[:, :, first:last]) if state is None else state.read(first, last, dtype=q.dtype)
+            return (
+                (k[:, :, first:last], v[:, :, first:last]) if state is None else state.read(first, last, dtype=q.dtype)
+            )
 
         return tiled_attention(q, read_all, past=segments.past[0]).transpose(1, 2)
     y = torch.zeros_like(q)

@@ -197,7 +197,9 @@ class GatedDeltaNet(nn.Module):
         assert state.tape is not None
         outputs = []
         if cut:
-            o, before = self._remember(q[:, :cut], k[:, :cut], v[:, :cut], log_decay[:, :cut], beta[:, :cut], before, None)
+            o, before = self._remember(
+                q[:, :cut], k[:, :cut], v[:, :cut], log_decay[:, :cut], beta[:, :cut], before, None
+            )
             taps = state.conv.shape[1]
             conv = torch.cat((state.conv.to(inputs.dtype), inputs[:, max(cut - taps, 0) : cut]), dim=1)[:, -taps:]
             state.tape = Tape(conv.detach().clone(), before.detach(), state.memory.dtype)

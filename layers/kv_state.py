@@ -12,6 +12,7 @@ BLOCK = 256  # tokens; a buffer's size is a multiple of it, or the limit
 MOST_PARTS = 32  # beyond, they are joined: reading across many costs more than one copy
 
 Stored = tuple[Tensor, ...]  # k, v (b, kv_heads, n, d); in int8 with their scales (b, kv_heads, n, 1)
+NAMES = ("k", "v", "k_scale", "v_scale")  # of what is Stored
 
 
 class Heads(NamedTuple):
@@ -143,6 +144,12 @@ class KVState:
     def hold(self, parts: tuple[Stored, ...]) -> None:
         """Hold what `parts` of a state gave, in place of what was held; it is shared, not copied."""
         self._parts, self._own, self._seen = parts, self._empty, 0
+
+    def copy(self, begin: int, end: int) -> Stored:
+        """What lies in these places, in one piece and in memory of its own."""
+        parts = self.parts(begin, end)
+        found = _joined(parts) if parts else _cut(self._empty, 0, 0)
+        return found if len(parts) > 1 else tuple(x.clone(memory_format=torch.contiguous_format) for x in found)
 
     def select(self, rows: Tensor, held: int) -> "KVState":
         """A state of its own with these rows, of which at most `held` tokens count."""

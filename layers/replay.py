@@ -74,9 +74,11 @@ class Tape:
         return begin
 
     def skip(self, length: int) -> "Tape":
-        """A tape that begins after the first `length` tokens and ends where this one does; it holds no more than that."""
+        """A tape that begins after the first `length` tokens, ends where this one does and holds no more than that."""
         later = Tape(*self.state_after([length] * len(self.conv)), self.dtype)
-        parts = ([torch.cat(x, dim=1)[:, length:].clone()] for x in (self.keys, self.writes, self.log_decay, self.inputs))
+        parts = (
+            [torch.cat(x, dim=1)[:, length:].clone()] for x in (self.keys, self.writes, self.log_decay, self.inputs)
+        )
         later.keys, later.writes, later.log_decay, later.inputs = parts
         later.ends = [n - length for n in self.ends if n > length]
         return later

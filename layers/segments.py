@@ -24,7 +24,7 @@ class cached_property(Generic[T]):
 
 
 class Run(NamedTuple):
-    """Where a sequence's tokens lie: its number in the batch, row, first column, column after its last, tokens before."""
+    """Where a sequence's tokens lie: its number, its row, first column, column after its last, tokens before them."""
 
     sequence: int
     row: int

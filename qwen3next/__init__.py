@@ -19,6 +19,7 @@ from qwen3next.config import ModelConfig
 from qwen3next.explain import explain
 from qwen3next.generate import generate, sample, stream
 from qwen3next.model import Losses, Output, Qwen3Next
+from qwen3next.prefix_store import PrefixStore
 from qwen3next.released import Layout
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Losses",
     "ModelConfig",
     "Output",
+    "PrefixStore",
     "Qwen3Next",
     "explain",
     "generate",

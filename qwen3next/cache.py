@@ -95,6 +95,11 @@ class HybridCache:
         """Of keys and values; None in a model without softmax attention."""
         return next((s.dtype for s in self.layers if isinstance(s, KVState)), None)
 
+    @property
+    def state_dtype(self) -> torch.dtype | None:
+        """Of recurrent states; None in a model without Gated DeltaNet layers."""
+        return next((s.memory.dtype for s in self.layers if isinstance(s, DeltaNetState)), None)
+
     def admit(self, segments: Segments) -> Segments:
         """Check that these tokens fit, before anything is written; return them as continuations of what is held.
 
@@ -266,9 +271,7 @@ class HybridCache:
         return load_cache(path, model, max_len=max_len, history=history)
 
     @staticmethod
-    def estimate(
-        config: ModelConfig, tokens: int, *, kv_bytes: int = 2, conv_bytes: int = 2, mtp: bool = False
-    ) -> int:
+    def estimate(config: ModelConfig, tokens: int, *, kv_bytes: int = 2, conv_bytes: int = 2, mtp: bool = False) -> int:
         """Bytes that `nbytes` of one sequence of so many tokens will be; a kv_bytes of 1 is int8 with its scales."""
         held = tokens * config.bytes_per_token(kv_bytes) + config.bytes_per_sequence(conv_bytes)
         if mtp:
@@ -349,6 +352,4 @@ def new_cache(
             memory = at_least_fp32(memory) if state_dtype is None else memory.to(state_dtype)
             layers.append(DeltaNetState(conv, memory))
     tokens = torch.zeros(batch, max_len, dtype=torch.long, device=device)
-    return HybridCache(
-        c, layers, tokens, (0,) * batch, c.rope_scaling, history, mtp=keys_and_values() if mtp else None
-    )
+    return HybridCache(c, layers, tokens, (0,) * batch, c.rope_scaling, history, mtp=keys_and_values() if mtp else None)

@@ -1,7 +1,5 @@
 """A cache in a file: tensors, tokens and snapshots, and what it takes to know that they belong to a model."""
 
-import hashlib
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,20 +7,17 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from layers.gated_deltanet import DeltaNetState
-from layers.kv_state import KVState
+from layers.kv_state import NAMES, KVState
 from layers.rope import Yarn
-from qwen3next.atomic import fresh_file
 from qwen3next.cache import HybridCache, Mark
 from qwen3next.fingerprint import fingerprint
-from qwen3next.json_files import parse
 from qwen3next.rollback import State
-from qwen3next.tensor_files import Files, memory_of, read_header, read_metadata, write
+from qwen3next.sealed import read_about, read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from qwen3next.model import Qwen3Next
 
 FORMAT = "qwen3next cache 3"
-STORED = ("k", "v", "k_scale", "v_scale")
 # Fields of a configuration that do not change what a cache holds.
 _BESIDE = """
     extra outer initializer_range max_position_embeddings mtp_num_hidden_layers rope_scaling router_aux_loss_coef
@@ -34,11 +29,6 @@ BESIDE = _BESIDE.split()
 def identity(model: "Qwen3Next", *, mtp: bool = False) -> str:
     """Of what makes a cache's contents: dtypes count, the MTP layer only in a cache that has its part."""
     return fingerprint(model, left_out=lambda name: name.startswith("mtp.") and not mtp, beside=BESIDE)
-
-
-def sum_of(x: Tensor) -> str:
-    """sha256 of a tensor's bytes."""
-    return hashlib.sha256(memory_of(x.cpu().contiguous())).hexdigest()
 
 
 def save_cache(cache: HybridCache, path: str | Path, model: "Qwen3Next") -> None:
@@ -54,7 +44,7 @@ def save_cache(cache: HybridCache, path: str | Path, model: "Qwen3Next") -> None
         for part in state.parts(0, held):
             number, n = numbers.setdefault(part[0].data_ptr(), len(numbers)), part[0].shape[2]
             found.append((number, n))
-            for name, x in zip(STORED, part, strict=False):
+            for name, x in zip(NAMES, part, strict=False):
                 key = f"kv.{number}.{name}"
                 if key not in tensors or tensors[key].shape[2] < n:
                     tensors[key] = x
@@ -79,22 +69,15 @@ def save_cache(cache: HybridCache, path: str | Path, model: "Qwen3Next") -> None
     described = {"": add(cache.mark(), "")}
     for name, mark in cache.snapshots.items():
         described[name] = add(mark, f"snapshots.{len(described)}.")
-    tensors = {name: x.detach().contiguous() for name, x in tensors.items()}
-    about = json.dumps(
-        {
-            "format": FORMAT,
-            "fingerprint": identity(model, mtp=cache.mtp is not None),
-            "yarn": cache.yarn and asdict(cache.yarn),
-            "kv_dtype": cache.kv_dtype and str(cache.kv_dtype).removeprefix("torch."),
-            "mtp": cache.mtp is not None,
-            "marks": described,
-            "sums": {name: sum_of(x) for name, x in tensors.items()},
-        }
-    )
-    with fresh_file(Path(path)) as fresh:
-        plan = [(name, x.dtype, tuple(x.shape)) for name, x in tensors.items()]
-        sums = {"about": about, "sum": hashlib.sha256(about.encode()).hexdigest()}
-        write(fresh, plan, tensors.items(), metadata={"format": "pt", **sums})
+    about = {
+        "format": FORMAT,
+        "fingerprint": identity(model, mtp=cache.mtp is not None),
+        "yarn": cache.yarn and asdict(cache.yarn),
+        "kv_dtype": cache.kv_dtype and str(cache.kv_dtype).removeprefix("torch."),
+        "mtp": cache.mtp is not None,
+        "marks": described,
+    }
+    write_sealed(Path(path), tensors, about)
 
 
 def load_cache(path: str | Path, model: "Qwen3Next", *, max_len: int | None = None, history: int = 0) -> HybridCache:
@@ -103,7 +86,7 @@ def load_cache(path: str | Path, model: "Qwen3Next", *, max_len: int | None = No
     Raises: ValueError for a damaged or edited file, or one of another model, dtype or RoPE factor.
     """
     path = Path(path)
-    stored, about = read_header(path), _about(path)
+    about = read_about(path, format=FORMAT, kind="a cache")
     if about["fingerprint"] != identity(model, mtp=about["mtp"]):
         raise ValueError(f"{path} is the cache of another model, or of other weights or another dtype of this one.")
     if (about["yarn"] and Yarn(**about["yarn"])) != model.config.rope_scaling:
@@ -111,13 +94,8 @@ def load_cache(path: str | Path, model: "Qwen3Next", *, max_len: int | None = No
             f"{path} was made with RoPE scaling {about['yarn']}, the model has {model.config.rope_scaling}: "
             "call model.extend_context with the same factor, or fill it anew."
         )
-    device, tensors = model.embed_tokens.weight.device, {}
-    with Files() as files:
-        for name, place in stored.items():
-            tensors[name] = files.read(place)
-            if about["sums"].get(name) != sum_of(tensors[name]):
-                raise ValueError(f"{path} has been changed since it was written ({name}): fill it anew.")
-            tensors[name] = tensors[name].to(device)
+    device = model.embed_tokens.weight.device
+    tensors = {name: x.to(device) for name, x in read_sealed(path, about).items()}
     marks = about["marks"]
     held = max(max(m["lengths"]) for m in marks.values())
     batch = len(marks[""]["lengths"])
@@ -135,27 +113,11 @@ def load_cache(path: str | Path, model: "Qwen3Next", *, max_len: int | None = No
     return cache
 
 
-def _about(path: Path) -> dict[str, Any]:
-    """What the file says about itself, which is what it said when it was written."""
-    try:
-        metadata = read_metadata(path)
-        text = metadata.get("about", "null")
-        about = parse(text)
-        known = isinstance(about, dict) and about.get("format") == FORMAT
-    except ValueError:
-        known = False
-    if not known:
-        raise ValueError(f"{path} is not a cache of this version: fill it anew.")
-    if metadata.get("sum") != hashlib.sha256(text.encode()).hexdigest():
-        raise ValueError(f"{path} has been changed since it was written (its description): fill it anew.")
-    return about
-
-
 def _mark(cache: HybridCache, tensors: dict[str, Tensor], described: dict[str, Any], prefix: str) -> Mark:
     def keys_and_values(state: KVState, key: str) -> KVState:
         fresh = state.share(0)
         parts = [
-            tuple(tensors[f"kv.{number}.{name}"][:, :, :n] for name in STORED if f"kv.{number}.{name}" in tensors)
+            tuple(tensors[f"kv.{number}.{name}"][:, :, :n] for name in NAMES if f"kv.{number}.{name}" in tensors)
             for number, n in described["kv"][key]
         ]
         fresh.hold(tuple(parts))

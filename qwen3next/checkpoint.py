@@ -14,11 +14,12 @@ from torch import Tensor
 from layers.int8_experts import Int8Experts
 from layers.offloaded_experts import OffloadedExperts
 from qwen3next.atomic import fresh_folder
-from qwen3next.expert_weights import PLACES, fill_int8, parse_bytes, replace_experts, routed
+from qwen3next.expert_weights import PLACES, fill_int8, replace_experts, routed
 from qwen3next.generation_config import GenerationConfig
 from qwen3next.model import Qwen3Next, as_device, as_dtype
 from qwen3next.opened import INDEX, SINGLE, Opened, open_checkpoint
 from qwen3next.released import Entry, Layout, entries
+from qwen3next.sizes import parse_bytes
 from qwen3next.tensor_files import write
 
 T = TypeVar("T")

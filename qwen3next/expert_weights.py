@@ -1,6 +1,5 @@
 """Where a loaded model's routed experts are: in memory, in int8, or in the files until a token needs them."""
 
-import re
 from collections.abc import Iterator
 
 import torch
@@ -15,16 +14,6 @@ from qwen3next.opened import Opened
 from qwen3next.released import Entry, Place
 
 PLACES = ("memory", "mmap", "int8")
-UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-UNITS |= {f"{u}B": UNITS[u] for u in "KMGT"} | {f"{u}IB": 2 ** (10 * i) for i, u in enumerate("KMGT", start=1)}
-
-
-def parse_bytes(size: str | int) -> int:
-    """Bytes from "2GiB", "500MB" or a number. Raises: ValueError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", str(size).strip())
-    if found is None or found[2].upper() not in UNITS:
-        raise ValueError(f"{size!r} is no size: write it as 2GiB, 500MB or a number of bytes.")
-    return int(float(found[1]) * UNITS[found[2].upper()])
 
 
 def routed(name: str) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 from layers.moe import Experts
 from qwen3next.config import ModelConfig
 from qwen3next.model import Qwen3Next
+from qwen3next.sizes import binary
 
 CONTEXTS = (4096, 32_768, 262_144, 1_048_576)
 
@@ -185,13 +186,3 @@ def short(n: int) -> str:
         if n >= size:
             return f"{n / size:.2f}{unit}" if unit == "B" else f"{n / size:.1f}{unit}"
     return str(n)
-
-
-def binary(n: int) -> str:
-    """Bytes in binary units: 24 KiB, 73.7 MiB, 6.07 GiB."""
-    size, unit = float(n), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"

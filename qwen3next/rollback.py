@@ -59,8 +59,9 @@ class Journal:
     """What it takes to take back the last `limit` tokens of a cache, wherever calls began.
 
     A call of a few tokens is noted behind the state that was kept last, as long as that is cheaper than keeping another
-    one, and at most `limit` tokens long, which bounds the work of a replay. Of a long call only the end is noted, from a
-    cut on the 64-token grid on, which leaves no trace in its result. Where a call's rows are padded or packed, only its beginning is kept.
+    one, and at most `limit` tokens long, which bounds the work of a replay. Of a long call only the end is noted, from
+    a cut on the 64-token grid on, which leaves no trace in its result. Where a call's rows are padded or packed, only
+    its beginning is kept.
 
     Args:
         limit: tokens.
@@ -166,7 +167,9 @@ class Journal:
         return sum(x.nbytes for s in self.stretches for x in s.hidden) + sum(tape.nbytes for tape in tapes)
 
     def __str__(self) -> str:
-        known = [f"{s.lengths[0]} to {s.lengths[0] + s.noted}" if s.noted else str(s.lengths[0]) for s in self.stretches]
+        known = [
+            f"{s.lengths[0]} to {s.lengths[0] + s.noted}" if s.noted else str(s.lengths[0]) for s in self.stretches
+        ]
         return ", ".join(known) or "none"
 
     def _keep(self, stretch: Stretch) -> None:
@@ -175,9 +178,7 @@ class Journal:
         # The oldest goes when the one after it reaches back far enough.
         newest = self.stretches[-1]
         first = [length + newest.noted - self.limit for length in newest.lengths]
-        while len(self.stretches) > 1 and all(
-            a <= b for a, b in zip(self.stretches[1].lengths, first, strict=True)
-        ):
+        while len(self.stretches) > 1 and all(a <= b for a, b in zip(self.stretches[1].lengths, first, strict=True)):
             self.stretches.popleft()
 
     def _shortened(self, stretch: Stretch) -> Stretch:

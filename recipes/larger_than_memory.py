@@ -30,9 +30,8 @@ from torch import Tensor
 
 import qwen3next as q
 from qwen3next.checkpoint import tracked, write_config, write_shards
-from qwen3next.expert_weights import parse_bytes
-from qwen3next.inspect import binary
 from qwen3next.released import entries
+from qwen3next.sizes import binary, parse_bytes
 
 CGROUPS = (
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),  # version 1

@@ -158,5 +158,3 @@ def test_less_precision_costs_what_it_should(model, options, bound):
         last = run(model, cache, ids[:, t : t + 1])
     gap = (last - cold(model, ids)).abs().max()
     assert 0 < gap < bound
-
-

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import qwen3next as q
 
+
 @pytest.fixture(scope="module")
 def model():
     return small_model(dtype=torch.float64)
@@ -104,10 +105,8 @@ def test_a_killed_save_leaves_the_old_file(model, filled, tmp_path, monkeypatch)
     def full(*_args, **_options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qwen3next.cache_files.write", full)
+    monkeypatch.setattr("qwen3next.sealed.write", full)
     with pytest.raises(OSError, match="No space"):
         filled.save(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["doc.safetensors"]
-
-

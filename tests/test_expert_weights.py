@@ -10,7 +10,7 @@ from test_convert import quantise
 
 import qwen3next as q
 from qwen3next.convert import convert
-from qwen3next.expert_weights import parse_bytes
+from qwen3next.sizes import parse_bytes
 
 ONE = 3 * 64 * 32 * 4  # bytes of an expert of the small model in fp32
 

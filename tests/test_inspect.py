@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from qwen3next import Qwen3Next, presets
-from qwen3next.inspect import binary, count_parameters, describe, short
+from qwen3next.inspect import count_parameters, describe, short
+from qwen3next.sizes import binary
 
 
 def test_counts_of_the_released_model():

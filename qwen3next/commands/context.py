@@ -5,7 +5,7 @@ from rich.table import Table
 
 from qwen3next.cache import HybridCache
 from qwen3next.commands.common import Target, config_of, show
-from qwen3next.inspect import binary
+from qwen3next.sizes import binary
 
 KV_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -8,7 +8,7 @@ import tyro
 
 from qwen3next.commands.common import Dtype, Folder
 from qwen3next.convert import convert as convert_folder
-from qwen3next.inspect import binary
+from qwen3next.sizes import binary
 
 Out = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
 

@@ -3,7 +3,7 @@
 import sys
 
 from qwen3next.commands.common import Folder
-from qwen3next.inspect import binary
+from qwen3next.sizes import binary
 from qwen3next.verify import verify as verify_folder
 
 
