@@ -16,6 +16,7 @@ from qwen3next import presets
 from qwen3next.cache import Cache, HybridCache
 from qwen3next.checkpoint import load, save
 from qwen3next.config import ModelConfig
+from qwen3next.document import Document
 from qwen3next.explain import explain
 from qwen3next.generate import generate, sample, stream
 from qwen3next.model import Losses, Output, Qwen3Next
@@ -24,6 +25,7 @@ from qwen3next.released import Layout
 
 __all__ = [
     "Cache",
+    "Document",
     "HybridCache",
     "Layout",
     "Losses",

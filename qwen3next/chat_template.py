@@ -40,6 +40,17 @@ class ChatTemplate:
 
         Raises: ValueError where there is none, or where it is damaged.
         """
+        template = cls.find(folder)
+        if template is None:
+            raise ValueError(
+                f"{folder} has no chat template (chat_template.jinja, chat_template.json, or chat_template in "
+                "tokenizer_config.json): `qwen3next generate` continues plain text."
+            )
+        return template
+
+    @classmethod
+    def find(cls, folder: str | Path) -> "ChatTemplate | None":
+        """As `load`, but None where there is none."""
         folder = Path(folder)
         config = read_object(folder / "tokenizer_config.json", "a tokenizer's configuration", optional=True)
         try:
@@ -50,10 +61,7 @@ class ChatTemplate:
             legacy = read_object(folder / "chat_template.json", "a chat template", optional=True)
             found = legacy.get("chat_template") or config.get("chat_template")
             if not found:
-                raise ValueError(
-                    f"{folder} has no chat template (chat_template.jinja, chat_template.json, or chat_template in "
-                    "tokenizer_config.json): `qwen3next generate` continues plain text."
-                ) from None
+                return None
             source = _default(found, folder)
         given = {key: value for key, value in config.items() if key.endswith("_token")}
         texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in given.items()}

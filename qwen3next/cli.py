@@ -9,6 +9,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 from qwen3next import presets
+from qwen3next.commands.ask import ask
 from qwen3next.commands.chat import chat
 from qwen3next.commands.context import context
 from qwen3next.commands.convert import convert
@@ -22,6 +23,7 @@ from qwen3next.commands.verify import verify
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "generate": generate,
     "chat": chat,
+    "ask": ask,
     "inspect": inspect,
     "explain": explain,
     "context": context,

@@ -1,0 +1,166 @@
+"""`qwen3next ask`: read a document once, then answer questions about it, now and later."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from qwen3next.chat_template import ChatTemplate
+from qwen3next.commands.common import Dtype, ExpertPlace, Folder, open_model, open_tokenizer, say_reads
+from qwen3next.commands.screen import Screen, note
+from qwen3next.document import Document
+from qwen3next.prefix_store import PrefixStore
+from qwen3next.thinking import Piece
+
+Question = Annotated[tuple[str, ...], tyro.conf.arg(name="question", metavar="TEXT")]
+
+
+def ask(
+    folder: Folder,
+    file: Path,
+    question: Question = (),
+    plain: bool = False,
+    system: str | None = None,
+    max_new_tokens: int = 512,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    store: str = "auto",
+    memory: str = "2GiB",
+    disk: str = "16GiB",
+    chunk_size: int = 4096,
+    kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto",
+    context_factor: float = 1.0,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    experts: ExpertPlace = "memory",
+    expert_cache: str = "2GiB",
+    quiet: bool = False,
+) -> None:
+    """Read a document once, keep what it takes to go on from there, and answer questions about it, now and later.
+
+    With the checkpoint's chat template the document and a question are one message; without one, or with --plain, the
+    text is continued as it stands. What was read is kept on disk: asking again, also in another process or after a
+    crash, begins at the end of the document. Without --question, each line of stdin is one.
+
+    $ qwen3next ask DIR --file BOOK.txt --question "Who is the narrator?"
+    $ qwen3next ask DIR --file BOOK.txt < questions.txt > answers.txt
+    $ qwen3next ask DIR --file BOOK.txt --store none
+
+    Args:
+        folder: checkpoint: config.json, *.safetensors, tokenizer.json.
+        file: UTF-8 text to read.
+        question: what to ask; may be repeated. Each is asked about the document alone.
+        plain: continue the text and do not use a chat template.
+        system: system prompt. Without it, the template's own if it has one.
+        max_new_tokens: tokens of an answer at most, thinking included.
+        temperature: 0 takes the most likely token each time. Without it, what generation_config.json says, else 0.
+        top_k: draw among so many most likely tokens; 0 means all. Without it, as above, else 0.
+        top_p: draw among the most likely tokens that together have this probability. Without it, as above, else 1.
+        seed: for a temperature above 0; the same seed gives the same answers on one machine.
+        store: folder for what was read; auto is qwen3next/prefixes in the user's cache folder, none keeps nothing.
+        memory: for what was read, in memory.
+        disk: for what was read, on disk, of all documents of this checkpoint.
+        chunk_size: tokens read at a time; fewer take less memory.
+        kv_dtype: of keys and values; auto is the model's.
+        context_factor: stretch the context by YaRN, for documents longer than the model was trained for.
+        device: auto (CUDA where there is one), cpu, cuda, cuda:1, ...
+        dtype: auto keeps each tensor as stored.
+        experts: memory; int8, in a byte a weight; mmap, read from the files as tokens need them.
+        expert_cache: memory for experts that were read from the files.
+        quiet: write nothing to stderr but errors.
+    """
+    try:
+        text = file.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not UTF-8 text.") from None
+    if any(not one.strip() for one in question):
+        raise ValueError("--question is empty: there is nothing to answer.")
+    tokenizer, template = open_tokenizer(folder), None if plain else ChatTemplate.find(folder)
+    model = open_model(folder, device=device, dtype=dtype, experts=experts, cache=expert_cache, quiet=quiet)
+    if context_factor != 1:
+        model.extend_context(context_factor)
+    kept = PrefixStore(
+        model,
+        budget=memory,
+        folder=_place(store),
+        disk_budget=disk,
+        kv_dtype=None if kv_dtype == "auto" else kv_dtype,
+    )
+    document = Document(model, tokenizer, text, template=template, store=kept, system=system, chunk_size=chunk_size)
+    _read(document, quiet=quiet)
+    for number, one in enumerate(question or _lines()):
+        pieces = document.answer(
+            one,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=None if seed is None else seed + number,
+        )
+        try:
+            _print(document, pieces, quiet=quiet)
+        except KeyboardInterrupt:
+            if question or not sys.stdin.isatty():
+                raise
+            note("stopped")
+    if not quiet:
+        say_reads(model)
+
+
+def _place(store: str) -> Path | None:
+    if store == "none":
+        return None
+    if store != "auto":
+        return Path(store)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen3next" / "prefixes"
+
+
+def _read(document: Document, *, quiet: bool) -> None:
+    run, began = document.read(), time.perf_counter()
+    columns = TextColumn("reading"), BarColumn(), TextColumn("{task.completed:,} of {task.total:,} tokens")
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task("", total=document.tokens, completed=run.matched_tokens)
+        for done, _ in run:
+            bar.update(task, completed=done)
+    if not quiet:
+        known = f"{run.matched_tokens:,} of them known. {run.reason}".rstrip()
+        note(f"The document has {document.tokens:,} tokens, {known} Read in {time.perf_counter() - began:.1f} s.")
+
+
+def _lines() -> Iterator[str]:
+    """Questions from stdin, with a prompt on a terminal."""
+    while True:
+        try:
+            if sys.stdin.isatty():
+                print(">>> ", end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+        except UnicodeDecodeError:
+            raise ValueError("stdin is not UTF-8 text.") from None
+        if not line:
+            return
+        if line.strip():
+            yield line.removesuffix("\n")
+
+
+def _print(document: Document, pieces: Iterator[Piece], *, quiet: bool) -> None:
+    screen = Screen(show_thinking=True)
+    try:
+        for kind, piece in pieces:
+            screen.write(kind, piece)
+    finally:
+        screen.end()
+    stats = document.stats
+    if not quiet and stats is not None:
+        steps, seconds = stats.new - 1, stats.seconds - stats.prompt_seconds
+        rate = f", {steps / seconds:.1f} tok/s" if steps > 0 and seconds > 0 else ""
+        prompt = f"{stats.prompt:,} prompt tokens, {stats.reused:,} of them known, in {stats.prompt_seconds:.2f} s"
+        note(f"{prompt}; {stats.new} new{rate}")
