@@ -7,10 +7,7 @@ Repetitions are interleaved (ours, theirs, ours, …), so that a machine that sl
 median of the pairwise ratios and the spread. The logits of both are compared before anything is timed.
 """
 
-import json
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 import warnings
@@ -25,6 +22,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import qwen3next as q
+from recipes.measuring import machine, synchronize, write_results
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,7 @@ def compare(what: str, tokens: int, ours: Callable[[], None], theirs: Callable[[
     def seconds(run: Callable[[], None]) -> float:
         begin = time.perf_counter()
         run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronize()
         return time.perf_counter() - begin
 
     seconds(ours), seconds(theirs)
@@ -186,25 +183,6 @@ def measure(options: Options) -> list[Row]:
     return rows
 
 
-def machine() -> dict[str, str]:
-    """What ran where, to be written beside every number."""
-    import transformers
-
-    try:
-        run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
-        commit = run.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}, {gpu}",
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-    }
-
-
 def as_markdown(rows: list[Row], options: Options, where: dict[str, str]) -> str:
     """The table with its conditions."""
     lines = [
@@ -229,14 +207,7 @@ def main(options: Options) -> list[Row]:
     Console().print(table)
     if options.out is not None:
         content = {"options": asdict(options) | {"out": str(options.out)}, **where, "rows": [asdict(r) for r in rows]}
-        for path, text in (
-            (options.out.with_suffix(".json"), json.dumps(content, indent=2) + "\n"),
-            (options.out.with_suffix(".md"), as_markdown(rows, options, where)),
-        ):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = path.with_name(f".{path.name}.new")
-            fresh.write_text(text, encoding="utf-8")
-            fresh.replace(path)
+        write_results(options.out, content, as_markdown(rows, options, where))
     return rows
 
 

@@ -1,0 +1,269 @@
+"""What a long context costs beside transformers, on the same weights: prefill, memory, decoding, a second question.
+
+    python -m recipes.long_context                     1k to 128k tokens, and 256k of ours alone; about an hour
+    python -m recipes.long_context --quick             1k and 4k, some two minutes
+    python -m recipes.long_context --lengths 1k 32k --out docs/benchmarks/2026-11-25-long-context
+
+Each length of each side runs in a process of its own, so that peak memory is its own; sides take turns. Beside each
+figure stands what theory asks: bytes of the cache by the formula, and for decoding the time of reading it at the
+bandwidth that is measured in the same process.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import qwen3next as q
+from qwen3next.commands.context import parse_tokens
+from qwen3next.sizes import binary
+from recipes.measuring import machine, peak_memory, read_bandwidth, write_results
+
+QUESTION = 32  # tokens
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure.
+
+    Attributes:
+        preset: size of the model (random weights).
+        lengths: tokens of context, as 1k or 128k.
+        ours_alone: lengths at which transformers is left out.
+        decode: tokens decoded at each depth.
+        dtype: of weights, keys and values.
+        chunk_size: of our prefill.
+        most_seconds: a side that takes longer at some length is stopped and left out from there on.
+        seed: of weights and tokens.
+        out: a name without ending for .json, .md and .png; none if left out.
+        quick: short contexts.
+    """
+
+    preset: str = "small"
+    lengths: tuple[str, ...] = ("1k", "8k", "32k", "128k")
+    ours_alone: tuple[str, ...] = ("256k",)
+    decode: int = 32
+    dtype: str = "float32"
+    chunk_size: int = 4096
+    most_seconds: float = 3600.0
+    seed: int = 0
+    out: Path | None = None
+    quick: bool = False
+
+
+def ours(folder: str, ids: torch.Tensor, options: dict[str, Any]) -> dict[str, Any]:
+    """One length: a cold prefill, tokens decoded after it, the same prompt again and another question, by the store."""
+    model = q.load(folder, dtype=options["dtype"])
+    total, question = ids.shape[1], ids[:, :QUESTION]
+    warm = model.new_cache(max_len=256)
+    list(model.prefill(ids[:, :192], warm))
+    store = q.PrefixStore(model, budget="64GiB")
+    bandwidth = read_bandwidth()
+    with peak_memory() as peak:
+        run, began = store.prefill(ids, chunk_size=options["chunk_size"], max_len=total + 4096), time.perf_counter()
+        list(run)
+        prefill = time.perf_counter() - began
+    found: dict[str, Any] = {
+        "prefill": prefill,
+        "peak": peak.nbytes,
+        "held": run.cache.nbytes(),
+        "bandwidth": bandwidth,
+    }
+    found["formula"] = q.HybridCache.estimate(
+        model.config,
+        total,
+        kv_bytes=warm.kv_dtype.itemsize if warm.kv_dtype else 0,
+        conv_bytes=model.norm.weight.itemsize,
+    )
+    found["reading"] = found["formula"] / bandwidth
+    found["decode"] = _times(lambda x: model(x, cache=run.cache, logits_to_keep=1), ids[:, : options["decode"]])
+    for name, text in (("again", ids), ("question", torch.cat((ids, question), dim=1))):
+        began = time.perf_counter()
+        list(store.prefill(text, chunk_size=options["chunk_size"], max_len=total + 4096))
+        found[name] = time.perf_counter() - began
+    return found
+
+
+def theirs(folder: str, ids: torch.Tensor, options: dict[str, Any]) -> dict[str, Any]:
+    """The same with transformers: prefill in one call, decoding, and another question on a copy of the cache."""
+    from transformers import Qwen3NextForCausalLM
+
+    model = Qwen3NextForCausalLM.from_pretrained(folder, dtype=options["dtype"])
+    model(ids[:, :192], use_cache=True, logits_to_keep=1)
+    with peak_memory() as peak:
+        began = time.perf_counter()
+        past = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        prefill = time.perf_counter() - began
+    found: dict[str, Any] = {"prefill": prefill, "peak": peak.nbytes}
+    new = ids[:, : options["decode"]]
+    found["decode"] = _times(lambda x: model(x, past_key_values=past, use_cache=True, logits_to_keep=1), new)
+    return found
+
+
+def _times(step: Any, ids: torch.Tensor) -> list[float]:
+    seconds = []
+    for token in ids.split(1, dim=1):
+        began = time.perf_counter()
+        step(token)
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def worker(job: dict[str, Any]) -> dict[str, Any]:
+    """What runs in a process of its own."""
+    from transformers.utils import logging
+
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    vocab = q.ModelConfig.load(job["folder"]).vocab_size
+    ids = torch.randint(vocab, (1, job["length"]), generator=torch.Generator().manual_seed(job["options"]["seed"]))
+    side = {"ours": ours, "theirs": theirs}[job["side"]]
+    with torch.no_grad():
+        return side(job["folder"], ids, job["options"])
+
+
+def measure(options: Options) -> list[dict[str, Any]]:
+    """All lengths and sides, with progress."""
+    lengths = [parse_tokens(text) for text in (("1k", "4k") if options.quick else options.lengths)]
+    alone = [] if options.quick else [parse_tokens(text) for text in options.ours_alone]
+    jobs = [(n, side) for n in lengths for side in ("ours", "theirs")] + [(n, "ours") for n in alone]
+    rows: dict[int, dict[str, Any]] = {n: {"tokens": n} for n, _ in jobs}
+    given_up: set[str] = set()
+    torch.manual_seed(options.seed)
+    make = q.presets.ALL.get(options.preset)
+    if make is None:
+        raise ValueError(f"There is no preset {options.preset!r}: choose {', '.join(q.presets.ALL)}.")
+    with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True)) as progress:
+        longest = max(rows) + 4096
+        q.Qwen3Next(make(mtp_num_hidden_layers=0, max_position_embeddings=longest)).save_pretrained(f"{folder}/model")
+        task = progress.add_task("measuring", total=sum(n for n, _ in jobs))
+        for n, side in jobs:
+            progress.update(task, description=f"{side}, {n:,} tokens")
+            if side not in given_up:
+                job = {"folder": f"{folder}/model", "side": side, "length": n, "options": asdict(options) | {"out": ""}}
+                rows[n][side] = _run(job, options.most_seconds)
+                if "failed" in rows[n][side]:
+                    given_up.add(side)
+            progress.advance(task, n)
+    return list(rows.values())
+
+
+def _run(job: dict[str, Any], most_seconds: float) -> dict[str, Any]:
+    command = [sys.executable, "-m", "recipes.long_context", "--worker"]
+    try:
+        done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=most_seconds)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"took longer than {most_seconds:.0f} s"}
+    if done.returncode < 0:
+        return {"failed": "out of memory" if done.returncode == -9 else f"killed by signal {-done.returncode}"}
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:]
+        return {"failed": last[0] if last else f"status {done.returncode}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+Show = Callable[[Any], str]
+SECTIONS: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
+    "prefill": {
+        "tokens/s": lambda row: _of(row, "ours", "prefill", lambda s: f"{row['tokens'] / s:,.0f}"),
+        "transformers": lambda row: _of(row, "theirs", "prefill", lambda s: f"{row['tokens'] / s:,.0f}"),
+        "ratio": lambda row: _ratio(row, "prefill"),
+        "peak memory": lambda row: _of(row, "ours", "peak", binary),
+        "transformers\u200b": lambda row: _of(row, "theirs", "peak", binary),
+        "cache": lambda row: _of(row, "ours", "held", binary),
+        "by the formula": lambda row: _of(row, "ours", "formula", binary),
+    },
+    "after it": {
+        "decode, ms": lambda row: _of(row, "ours", "decode", lambda s: f"{1e3 * median(s):.2f}"),
+        "transformers": lambda row: _of(row, "theirs", "decode", lambda s: f"{1e3 * median(s):.2f}"),
+        "ratio": lambda row: _ratio(row, "decode"),
+        "reading the cache, ms": lambda row: _of(row, "ours", "reading", lambda s: f"{1e3 * s:.2f}"),
+        "the prompt again, ms": lambda row: _of(row, "ours", "again", lambda s: f"{1e3 * s:.1f}"),
+        "cold / again": lambda row: _of(row, "ours", "again", lambda s: f"{row['ours']['prefill'] / s:,.0f}"),
+        "another question, ms": lambda row: _of(row, "ours", "question", lambda s: f"{1e3 * s:.0f}"),
+    },
+}
+
+
+def _of(row: dict[str, Any], side: str, key: str, show: Show) -> str:
+    found = row.get(side, {})
+    return show(found[key]) if key in found else found.get("failed", "-")
+
+
+def _ratio(row: dict[str, Any], key: str) -> str:
+    if any(key not in row.get(side, {}) for side in ("ours", "theirs")):
+        return "-"
+    a, b = (median(x) if isinstance(x := row[side][key], list) else x for side in ("ours", "theirs"))
+    return f"**{b / a:.2f}**"
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Speed and memory against context."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for side, label, colour in (("ours", "qwen3next", "C0"), ("theirs", "transformers", "C1")):
+        kept = [row for row in rows if "prefill" in row.get(side, {})]
+        x = [row["tokens"] for row in kept]
+        axes[0].plot(x, [n / row[side]["prefill"] for n, row in zip(x, kept, strict=True)], "o-", c=colour, label=label)
+        axes[1].plot(x, [row[side]["peak"] / 2**20 for row in kept], "o-", c=colour, label=label)
+        axes[2].plot(x, [1e3 * median(row[side]["decode"]) for row in kept], "o-", c=colour, label=label)
+    mine = [row for row in rows if "formula" in row.get("ours", {})]
+    x = [row["tokens"] for row in mine]
+    axes[1].plot(
+        x, [row["ours"]["formula"] / 2**20 for row in mine], "k:", label="keys, values and state, by the formula"
+    )
+    for axis, title in zip(
+        axes, ("prefill, tokens a second", "peak memory of a prefill, MiB", "ms a decoded token"), strict=True
+    ):
+        axis.set(xscale="log", yscale="log", xlabel="tokens of context", title=title)
+        axis.set_xticks(x, [f"{n // 1024}k" for n in x], minor=False)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(options: Options) -> list[dict[str, Any]]:
+    """Measure, print the table, write the files."""
+    rows, where = measure(options), machine()
+    lines = [f"Preset {options.preset}, {options.dtype}. " + "; ".join(f"{k}: {v}" for k, v in where.items())]
+    for name, columns in SECTIONS.items():
+        shown, heads = Table(title=name), [f"{name}: tokens", *columns]
+        cells = [[f"{row['tokens']:,}", *(of(row) for of in columns.values())] for row in rows]
+        for head in ("tokens", *columns):
+            shown.add_column(head, justify="right")
+        for row in cells:
+            shown.add_row(*(cell.strip("*") for cell in row))
+        Console().print(shown)
+        lines += ["", *(f"| {' | '.join(row)} |" for row in (heads, ["--:"] * len(heads), *cells))]
+    Console().print("; ".join(where.values()))
+    if options.out is not None:
+        content = {"options": asdict(options) | {"out": str(options.out)}, **where, "rows": rows}
+        write_results(options.out, content, "\n".join(lines) + "\n")
+        draw(rows, options.out.with_suffix(".png"))
+    return rows
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--worker"]:
+        print(json.dumps(worker(json.load(sys.stdin))))
+    else:
+        main(tyro.cli(Options, description=__doc__))
