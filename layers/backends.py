@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from layers import native
+
 
 @dataclass(frozen=True)
 class Implementation:
@@ -42,8 +44,20 @@ def _grouped(_device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype in (torch.float32, torch.bfloat16) else f"torch's grouped_mm has no {dtype}"
 
 
+def _native(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"it is for the CPU, the tensors are on {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        return f"it has no {dtype}"
+    return native.missing()
+
+
 # Fastest first: "auto" takes the first that can run.
 OPERATIONS: dict[str, tuple[Implementation, ...]] = {
+    "decode": (
+        Implementation("native", "a step of a few tokens as one call into compiled code", _native),
+        Implementation("torch", "the modules, one operation after another"),
+    ),
     "delta_rule": (
         Implementation("fla", "fused Triton kernels", _fla),
         Implementation("chunked", "matrix products over chunks of 64 tokens, in torch"),

@@ -95,13 +95,8 @@ class KVState:
         Where rows have unequal lengths, the shorter ones are followed by stale or zero places.
         Raises: ValueError for more than `max_len` tokens.
         """
-        first, past, end = min(segments.past), max(segments.past), max(segments.ends)
-        if end > self.max_len:
-            raise ValueError(
-                f"The cache holds {self.max_len} tokens and {end} are needed: make it with a larger max_len."
-            )
-        self._make_room(first, past, end, aligned=segments.aligned)
-        base = self.base
+        self.reserve(segments)
+        past, end, base = max(segments.past), max(segments.ends), self.base
         new = _encode(k.detach().transpose(1, 2), v.detach().transpose(1, 2), self.dtype)
         for to, x in zip(self._own, new, strict=True):
             if segments.aligned:
@@ -109,6 +104,18 @@ class KVState:
                 continue
             for n, row, begin, stop, place in segments.runs:
                 to[n, :, place - base : place - base + stop - begin] = x[row, :, begin:stop]
+
+    def reserve(self, segments: Segments) -> None:
+        """Have places for the tokens of `segments`, after `segments.past`, that this state alone may write to.
+
+        Raises: ValueError for more than `max_len` tokens.
+        """
+        first, past, end = min(segments.past), max(segments.past), max(segments.ends)
+        if end > self.max_len:
+            raise ValueError(
+                f"The cache holds {self.max_len} tokens and {end} are needed: make it with a larger max_len."
+            )
+        self._make_room(first, past, end, aligned=segments.aligned)
 
     def _make_room(self, first: int, past: int, end: int, *, aligned: bool) -> None:
         """Let places `first` to `end` be this state's own, those before `past` keeping what they hold."""

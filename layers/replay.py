@@ -4,6 +4,7 @@ A token's effect on the memory is S ← e^g S + k uᵀ: with k, u and g kept, a 
 hundredth of its memory. Source of the idea: the "replay" rollback of vLLM and SGLang.
 """
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from layers import native
 from layers.implicit_attention import written
 from layers.norm import at_least_fp32
 
@@ -22,9 +24,10 @@ class Tape:
     Attributes:
         conv: (b, taps − 1, channels) last inputs of the convolution where the tape begins.
         memory: (b, h, k, v) the recurrent state there.
-        keys, writes, log_decay: (b n kh k), (b n h v), (b n h) of each call since.
+        keys, writes, decay: k, u and e^g, (b n kh k), (b n h v), (b n h), of each call since.
         inputs: (b n channels) of the convolution.
         dtype: to which the memory is rounded at the end of every call.
+        compiled: whether the call ran in compiled code, whose last bits are its own.
         ends: tokens since the beginning at the end of each call.
     """
 
@@ -33,8 +36,9 @@ class Tape:
     dtype: torch.dtype
     keys: list[Float[Tensor, "b n kh k"]] = field(default_factory=list)
     writes: list[Float[Tensor, "b n h v"]] = field(default_factory=list)
-    log_decay: list[Float[Tensor, "b n h"]] = field(default_factory=list)
+    decay: list[Float[Tensor, "b n h"]] = field(default_factory=list)
     inputs: list[Float[Tensor, "b n channels"]] = field(default_factory=list)
+    compiled: list[bool] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
 
     @property
@@ -44,7 +48,7 @@ class Tape:
 
     @property
     def nbytes(self) -> int:
-        parts = (self.conv, self.memory, *self.keys, *self.writes, *self.log_decay, *self.inputs)
+        parts = (self.conv, self.memory, *self.keys, *self.writes, *self.decay, *self.inputs)
         return sum(x.nbytes for x in parts)
 
     def add(self, inputs: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, memory: Tensor) -> None:
@@ -57,57 +61,80 @@ class Tape:
             u = beta[..., None] * (v - recalled.unflatten(0, memory.shape[:2]).transpose(1, 2))
         else:
             u = written(k, v, log_decay, beta, state=memory)
+        self.note(inputs, k, u, log_decay.exp())
+
+    def note(self, inputs: Tensor, k: Tensor, u: Tensor, decay: Tensor, *, compiled: bool = False) -> None:
+        """As `add`, where it is known what the tokens write."""
         self.inputs.append(inputs)
         self.keys.append(k)
         self.writes.append(u)
-        self.log_decay.append(log_decay)
-        self.ends.append(self.length + v.shape[1])
+        self.decay.append(decay)
+        self.compiled.append(compiled)
+        self.ends.append(self.length + u.shape[1])
 
     def cut(self, length: int) -> "Tape":
         """The same beginning, followed by its first `length` tokens only; shares what both have."""
-        begin = Tape(self.conv, self.memory, self.dtype)
-        if not length:
-            return begin
-        parts = ([torch.cat(x, dim=1)[:, :length]] for x in (self.keys, self.writes, self.log_decay, self.inputs))
-        begin.keys, begin.writes, begin.log_decay, begin.inputs = parts
-        begin.ends = [*(n for n in self.ends if n < length), length]
-        return begin
+        return self._part(Tape(self.conv, self.memory, self.dtype), 0, length)
 
     def skip(self, length: int) -> "Tape":
         """A tape that begins after the first `length` tokens, ends where this one does and holds no more than that."""
-        later = Tape(*self.state_after([length] * len(self.conv)), self.dtype)
-        parts = (
-            [torch.cat(x, dim=1)[:, length:].clone()] for x in (self.keys, self.writes, self.log_decay, self.inputs)
-        )
-        later.keys, later.writes, later.log_decay, later.inputs = parts
-        later.ends = [n - length for n in self.ends if n > length]
-        return later
+        return self._part(Tape(*self.state_after([length] * len(self.conv)), self.dtype), length, self.length)
+
+    def _part(self, to: "Tape", first: int, last: int) -> "Tape":
+        begin = 0
+        for i, end in enumerate(self.ends):
+            a, b = max(first, begin) - begin, min(last, end) - begin
+            if a < b:
+                whole = (self.inputs[i], self.keys[i], self.writes[i], self.decay[i])
+                parts = whole if b - a == end - begin else tuple(x[:, a:b].clone() for x in whole)
+                to.note(*parts, compiled=self.compiled[i])
+            begin = end
+        return to
 
     def state_after(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Convolution and recurrent state after so many tokens of each row.
 
         To the bit those of decoding token by token; tokens that ran as a chunk are as exact as chunk and loop agree.
         """
-        memory, most = self.memory, max(tokens)
+        most = max(tokens)
         if not most:
-            return self.conv, memory.to(self.dtype)
-        count = torch.tensor(tokens, device=memory.device)
-        keys, writes, log_decay, inputs = (
-            torch.cat(x, dim=1)[:, :most] for x in (self.keys, self.writes, self.log_decay, self.inputs)
-        )
-        own = torch.arange(most, device=memory.device) < count[:, None]  # (b n): beyond, a row keeps its state
-        decay = log_decay.exp().masked_fill(~own[..., None], 1.0)
-        writes = writes.masked_fill(~own[..., None, None], 0.0)
-        share = memory.shape[1] // keys.shape[2]
-        keys = keys.repeat_interleave(share, dim=2).transpose(1, 2).flatten(0, 1)  # (b · h, n, k)
-        writes, decay = writes.transpose(1, 2).flatten(0, 1), decay.mT.flatten(0, 1)[..., None, None]
-        state = at_least_fp32(memory).flatten(0, 1)
-        for t in range(most):
-            state = torch.baddbmm(decay[:, t] * state, keys[:, t : t + 1].mT, writes[:, t : t + 1])
-            if t + 1 in self.ends:
-                state = state.to(self.dtype).to(state.dtype)
+            return self.conv, self.memory.to(self.dtype)
+        state = self.memory.to(self.writes[0].dtype)
+        count, begin = torch.tensor(tokens, device=state.device), 0
+        for i, end in enumerate(self.ends):
+            if begin < most:
+                own = torch.arange(begin, end, device=state.device) < count[:, None]  # beyond, a row keeps its state
+                decay = self.decay[i].masked_fill(~own[..., None], 1.0)
+                writes = self.writes[i].masked_fill(~own[..., None, None], 0.0)
+                again = _replay_compiled if self.compiled[i] else _replay
+                state = again(state, self.keys[i], writes, decay).to(self.dtype).to(state.dtype)
+            begin = end
         taps = self.conv.shape[1]
-        history = torch.cat((self.conv, inputs.to(self.conv.dtype)), dim=1)
-        place = count[:, None] + torch.arange(taps, device=memory.device)
+        history = torch.cat((self.conv, *(x.to(self.conv.dtype) for x in self.inputs)), dim=1)
+        place = count[:, None] + torch.arange(taps, device=state.device)
         conv = history.gather(1, place[..., None].expand(-1, -1, history.shape[2]))
-        return conv, state.to(self.dtype).unflatten(0, memory.shape[:2])
+        return conv, state.to(self.dtype)
+
+
+def _replay(state: Tensor, keys: Tensor, writes: Tensor, decay: Tensor) -> Tensor:
+    """As the token loop of layers/delta_rule.py."""
+    b, h = state.shape[:2]
+    keys = keys.repeat_interleave(h // keys.shape[2], dim=2).transpose(1, 2).flatten(0, 1)  # (b · h, n, k)
+    writes, decay = writes.transpose(1, 2).flatten(0, 1), decay.mT.flatten(0, 1)[..., None, None]
+    state = state.flatten(0, 1)
+    for t in range(writes.shape[1]):
+        state = torch.baddbmm(decay[:, t] * state, keys[:, t : t + 1].mT, writes[:, t : t + 1])
+    return state.unflatten(0, (b, h))
+
+
+def _replay_compiled(state: Tensor, keys: Tensor, writes: Tensor, decay: Tensor) -> Tensor:
+    """As layers/decode.cpp."""
+    b, n, key_heads, key_dim = keys.shape
+    sizes = native.Sizes(
+        b=b, key_heads=key_heads, key_dim=key_dim, value_heads=state.shape[1], value_dim=state.shape[3]
+    )
+    sizes.dtype = native.DTYPES[state.dtype]
+    state, *rest = state.contiguous().clone(), *(x.contiguous() for x in (keys, writes, decay))
+    addresses = (ctypes.c_void_p(x.data_ptr()) for x in (state, *rest))
+    native.load("decode").replay(ctypes.byref(sizes), *addresses, ctypes.c_int64(n))
+    return state

@@ -183,11 +183,10 @@ class HybridCache:
             if isinstance(now, DeltaNetState):
                 then = next(states)
                 self.layers[i] = DeltaNetState(then.conv, then.memory.to(now.memory.dtype))
+        self.lengths, self.hidden, self.last_logits = point.lengths, point.hidden, point.logits
         model = None if self.model is None else self.model()
-        logits = point.logits
-        if logits is None and point.hidden is not None and model is not None:
-            logits = model.hook_logits(model.lm_head(point.hidden[:, None]))[:, 0].detach()
-        self.lengths, self.hidden, self.last_logits = point.lengths, point.hidden, logits
+        if self.last_logits is None and self.hidden is not None and model is not None:
+            self.last_logits = model.logits_after(self)
 
     def fork(self, n: int = 1) -> list["HybridCache"]:
         """Copies that go on independently, with the same past. Keys and values of it are shared for good."""

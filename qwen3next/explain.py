@@ -8,6 +8,7 @@ from layers.gated_deltanet import GatedDeltaNet
 from layers.int8_experts import Int8Experts
 from layers.moe import Experts
 from layers.offloaded_experts import OffloadedExperts
+from qwen3next.decode import why_not
 from qwen3next.model import Qwen3Next, as_device, as_dtype
 
 
@@ -35,7 +36,10 @@ def explain(
     weight = model.embed_tokens.weight
     where = weight.device if device is None else as_device(device)
     kind = weight.dtype if dtype is None else as_dtype(dtype)
-    rows: dict[str, Explanation] = {}
+    rows = {"decode": explain_operation("decode", model.decode_backend, where, kind)}
+    reason = why_not(model, where, kind)
+    if rows["decode"].runs == "native" and reason is not None:
+        rows["decode"] = Explanation("decode", "torch", "the modules, one operation after another", f"native: {reason}")
     for module in model.modules():
         if isinstance(module, GatedDeltaNet):
             rows["delta_rule"] = explain_operation("delta_rule", module.backend, where, kind)

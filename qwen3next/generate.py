@@ -94,8 +94,7 @@ def stream(
             running &= ~torch.isin(token, stops)
             if i + 1 == max_new_tokens or not bool(running.any()):
                 return
-            logits = model(token[:, None], cache=cache, logits_to_keep=1).logits[:, -1]
-            cache.last_logits = logits
+            logits = cache.last_logits = model.step(token[:, None], cache)
 
 
 def _run_prompt(model: Qwen3Next, input_ids: Tensor, segments: Segments, cache: HybridCache) -> Tensor:
@@ -113,8 +112,7 @@ def _run_prompt(model: Qwen3Next, input_ids: Tensor, segments: Segments, cache: 
     for _ in model.prefill(input_ids, cache, segments=segments):
         pass
     if cache.last_logits is None:
-        assert cache.hidden is not None
-        cache.last_logits = model.hook_logits(model.lm_head(cache.hidden[:, None]))[:, 0]
+        cache.last_logits = model.logits_after(cache)
     return cache.last_logits
 
 

@@ -23,6 +23,7 @@ from layers.segments import Segments
 from qwen3next.block import Block
 from qwen3next.cache import HybridCache, new_cache
 from qwen3next.config import ModelConfig
+from qwen3next.decode import Plan, forget, plan_for, watched
 from qwen3next.generation_config import GenerationConfig
 from qwen3next.hooks import Hooked
 from qwen3next.mtp import MTP
@@ -86,6 +87,7 @@ class Qwen3Next(Hooked, nn.Module):
         self.origin: Path | None = None
         self.generation_config = GenerationConfig()
         self._warned_of_length = False
+        self.decode_backend = "auto"
         self.expert_cache: ExpertCache | None = None  # where routed experts stay in the files
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -121,8 +123,8 @@ class Qwen3Next(Hooked, nn.Module):
             logits_to_keep: compute logits for the last so many columns only; 0 means all.
         Raises: ValueError for ids outside the vocabulary, an empty batch, or tokens that do not fit the cache.
         """
-        hidden, aux, _ = self._backbone(input_ids, segments, cache, stats=cache is None)
-        logits = self.hook_logits(self.lm_head(hidden[:, -logits_to_keep:]))
+        hidden, aux, _, plan = self._backbone(input_ids, segments, cache, stats=cache is None, step=False)
+        logits = self._logits(hidden[:, -logits_to_keep:], plan)
         return Output(logits, hidden, _stack(aux))
 
     def residual(
@@ -142,17 +144,21 @@ class Qwen3Next(Hooked, nn.Module):
         if cache is not None:
             raise ValueError("Stopping at a layer would leave the cache half-filled: run without a cache.")
         stop = stop_at_layer + count if stop_at_layer < 0 else stop_at_layer
-        return self._stream(input_ids, self._check(input_ids, segments, None), None, stats=False, stop=stop)[0]
+        segments = self._check(input_ids, segments, None)
+        return self._stream(input_ids, segments, None, None, stats=False, stop=stop)[0]
 
     def _backbone(
-        self, input_ids: Tensor, segments: Segments | None, cache: HybridCache | None, *, stats: bool
-    ) -> tuple[Tensor, list[RouterStats], Segments]:
-        """Hidden states after the final norm, router statistics a sparse layer, and where the sequences are."""
+        self, input_ids: Tensor, segments: Segments | None, cache: HybridCache | None, *, stats: bool, step: bool
+    ) -> tuple[Tensor, list[RouterStats], Segments, Plan | None]:
+        """Hidden states after the final norm, router statistics a sparse layer, where the sequences are, and the plan
+        of compiled code where that ran.
+        """
         segments = self._check(input_ids, segments, cache)
+        plan = plan_for(self, segments, cache, step=step)
         if cache is not None:
             cache.begin(segments)
         try:
-            x, aux = self._stream(input_ids, segments, cache, stats=stats, stop=len(self.blocks))
+            x, aux = self._stream(input_ids, segments, cache, plan, stats=stats, stop=len(self.blocks))
             hidden = self.hook_final_norm(self.norm(x, hook_normalized=self.hook_final_normalized))
             if cache is not None and cache.mtp is not None and self.mtp is not None:
                 waiting = hidden.new_zeros(cache.batch, hidden.shape[-1]) if cache.hidden is None else cache.hidden
@@ -164,7 +170,7 @@ class Qwen3Next(Hooked, nn.Module):
             raise
         if cache is not None:
             cache.advance(input_ids, segments, hidden)
-        return hidden, aux, segments
+        return hidden, aux, segments, plan
 
     def _check(self, input_ids: Tensor, segments: Segments | None, cache: HybridCache | None) -> Segments:
         """Where the sequences are, what a cache holds counted in. Raises: as forward."""
@@ -203,12 +209,21 @@ class Qwen3Next(Hooked, nn.Module):
         return rotation(positions, rotary_dim=c.rotary_dim, theta=c.rope_theta, dtype=dtype, yarn=c.rope_scaling)
 
     def _stream(
-        self, input_ids: Tensor, segments: Segments, cache: HybridCache | None, *, stats: bool, stop: int
+        self,
+        input_ids: Tensor,
+        segments: Segments,
+        cache: HybridCache | None,
+        plan: Plan | None,
+        *,
+        stats: bool,
+        stop: int,
     ) -> tuple[Tensor, list[RouterStats]]:
         """The residual stream before block `stop`, and router statistics a sparse layer."""
         same = len(set(segments.past)) == 1
         self.hook_call["position"] = segments.past[0] if same else segments.past
         x = self.hook_embed(self.embed_tokens(input_ids))
+        if plan is not None and cache is not None:
+            return plan.run(self, x, segments, cache), []
         rope = self._rotation(segments.positions, x.dtype)
         counted, aux = None if segments.plain else segments.mask, []
         for i, block in enumerate(self.blocks[:stop]):
@@ -216,6 +231,32 @@ class Qwen3Next(Hooked, nn.Module):
             x, router = block(x, rope, segments=segments, state=state, counted=counted, stats=stats)
             aux += [] if router is None else [router]
         return x, aux
+
+    def _logits(self, hidden: Float[Tensor, "b t width"], plan: Plan | None) -> Float[Tensor, "b t vocab"]:
+        return self.hook_logits(self.lm_head(hidden) if plan is None else plan.linear(hidden, self.lm_head.weight))
+
+    @torch.no_grad()
+    def step(self, input_ids: Int[Tensor, "b t"], cache: HybridCache) -> Float[Tensor, "b vocab"]:
+        """A step of generation: extend the cache by a few tokens; logits after the last of them.
+
+        As forward, but on the CPU in compiled code where that can run (`q.explain`), several times as fast; its last
+        bits are its own. Where somebody looks inside, the modules run.
+        """
+        if type(self).forward is not Qwen3Next.forward or watched(self):
+            return self(input_ids, cache=cache, logits_to_keep=1).logits[:, -1]
+        hidden, _, _, plan = self._backbone(input_ids, None, cache, stats=False, step=True)
+        return self._logits(hidden[:, -1:], plan)[:, -1]
+
+    @torch.no_grad()
+    def logits_after(self, cache: HybridCache) -> Float[Tensor, "b vocab"]:
+        """What comes after each row's last token, from the hidden state that the cache keeps of it.
+
+        Raises: ValueError for a cache that knows no such state, because it is empty.
+        """
+        if cache.hidden is None:
+            raise ValueError("The cache is empty: there is no token that another could follow.")
+        hidden = cache.hidden[:, None]
+        return self._logits(hidden, plan_for(self, Segments.full(hidden), cache, step=True))[:, 0]
 
     def loss(
         self, input_ids: Int[Tensor, "b t"], *, segments: Segments | None = None, labels: Tensor | None = None
@@ -228,7 +269,7 @@ class Qwen3Next(Hooked, nn.Module):
         Raises: ValueError where no token has a target.
         """
         labels = input_ids if labels is None else labels
-        hidden, aux, segments = self._backbone(input_ids, segments, None, stats=True)
+        hidden, aux, segments, _ = self._backbone(input_ids, segments, None, stats=True, step=False)
         lm, targets = self._cross_entropy(hidden, labels, segments, ahead=1)
         if not targets:
             raise ValueError("No token here has a next one to predict: give sequences of at least two tokens.")
@@ -379,14 +420,18 @@ class Qwen3Next(Hooked, nn.Module):
         self.config, self._warned_of_length = self.config.replace(rope_scaling=scaling), False
 
     def set_backend(self, operation: str, name: str) -> None:
-        """Choose how "delta_rule", "attention" or "experts" runs in every layer; "auto" picks again.
+        """Choose how "delta_rule", "attention" or "experts" runs in every layer, or "decode" as a whole; "auto" picks.
 
         Raises: ValueError for an unknown operation or backend; RuntimeError where a named one cannot run here.
         """
         kinds = {"delta_rule": GatedDeltaNet, "attention": GatedAttention, "experts": Experts}
-        if operation not in kinds:
-            raise ValueError(f"There is no operation {operation!r} to choose for: {', '.join(kinds)}.")
+        if operation not in kinds and operation != "decode":
+            raise ValueError(f"There is no operation {operation!r} to choose for: {', '.join(kinds)}, decode.")
         choose(operation, name, self.embed_tokens.weight)
+        forget(self)
+        if operation == "decode":
+            self.decode_backend = name
+            return
         if not any(isinstance(module, kinds[operation]) for module in self.modules()):
             raise ValueError(f"This model has no {operation} of its own whose backend could be chosen: see q.explain.")
         for module in self.modules():

@@ -4,9 +4,8 @@ import torch
 
 
 def run(model, cache, ids):
-    """Continue a cache; (b, vocab) logits after the last token."""
-    with torch.no_grad():
-        cache.last_logits = model(ids, cache=cache, logits_to_keep=1).logits[:, -1]
+    """Continue a cache, a few tokens in compiled code; (b, vocab) logits after the last token."""
+    cache.last_logits = model.step(ids, cache)
     return cache.last_logits
 
 

@@ -19,6 +19,7 @@ CUDA = torch.device("cuda")
 def test_auto_takes_the_fastest_that_can_run(monkeypatch):
     cpu = torch.zeros(1)
     assert [backends.choose(name, "auto", cpu) for name in backends.OPERATIONS] == [
+        "native",
         "chunked",
         "torch",
         "sdpa",

@@ -7,10 +7,10 @@ from qwen3next.cache import HybridCache
 from qwen3next.commands.common import Target, config_of, show
 from qwen3next.sizes import binary
 
-KV_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+KV_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
-def context(target: Target, tokens: tuple[str, ...] = (), batch: int = 1) -> None:
+def context(target: Target, tokens: tuple[str, ...] = (), batch: int = 1, mtp: bool = False) -> None:
     """Say how much memory a context takes: keys and values, recurrent state, and both in the dtypes there are.
 
     $ qwen3next context qwen3_next_80b_a3b --tokens 256k
@@ -20,16 +20,22 @@ def context(target: Target, tokens: tuple[str, ...] = (), batch: int = 1) -> Non
         target: checkpoint folder, config.json, or name of a preset.
         tokens: length of the context, as 4096, 32k (times 1024) or 1M; may be repeated.
         batch: sequences.
+        mtp: with what the MTP layer remembers.
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}.")
     config = config_of(target)
+    if mtp and not config.mtp_num_hidden_layers:
+        raise ValueError(f"{target} has no MTP layer: leave --mtp out.")
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for header in ("tokens", "state", *(f"KV in {kind}" for kind in KV_BYTES), "state and bf16 KV"):
         table.add_column(header, justify="right")
     state = batch * HybridCache.estimate(config, 0)
     for length in [parse_tokens(text) for text in tokens or ("4k", "32k", "256k", "1M")]:
-        kv = {kind: batch * length * config.bytes_per_token(size) for kind, size in KV_BYTES.items()}
+        kv = {
+            kind: batch * (HybridCache.estimate(config, length, kv_bytes=size, mtp=mtp)) - state
+            for kind, size in KV_BYTES.items()
+        }
         table.add_row(f"{length:,}", *map(binary, (state, *kv.values(), state + kv["bfloat16"])))
     show(table)
     if config.longest_context:
