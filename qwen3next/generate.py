@@ -43,7 +43,6 @@ def sample(
     return ids.gather(1, drawn).squeeze(1)
 
 
-@torch.no_grad()
 def stream(
     model: Qwen3Next,
     input_ids: Tensor,

@@ -27,9 +27,8 @@ from qwen3next.decode import Plan, forget, plan_for, watched
 from qwen3next.generation_config import GenerationConfig
 from qwen3next.hooks import Hooked
 from qwen3next.mtp import MTP
+from qwen3next.prefill import prefill, score
 from qwen3next.released import Layout
-
-GRID = 64  # tokens: chunks that end on it leave no trace in bf16
 
 
 @dataclass
@@ -329,7 +328,6 @@ class Qwen3Next(Hooked, nn.Module):
         cache.model = weakref.ref(self)
         return cache
 
-    @torch.no_grad()
     def prefill(
         self,
         input_ids: Int[Tensor, "b t"],
@@ -347,53 +345,17 @@ class Qwen3Next(Hooked, nn.Module):
             segments: `Segments.from_mask(mask)` for padded prompts; packed ones are sequences of the cache in order.
         Raises: ValueError as forward does.
         """
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
-        if chunk_size > GRID:
-            chunk_size = chunk_size // GRID * GRID
-        total, begin = input_ids.shape[1], 0
-        segments = Segments.full(input_ids) if segments is None else segments
-        past = cache.lengths[0] if segments.plain and len(set(cache.lengths)) == 1 else 0
-        last = cache.last_logits
-        while begin < total:
-            end = min(total, (past + begin) // chunk_size * chunk_size + chunk_size - past)
-            chunk, part = input_ids[:, begin:end], segments.part(begin, end)
-            begin = end
-            if part.plain:
-                cache.last_logits = last = self(chunk, cache=cache, logits_to_keep=1).logits[:, -1]
-            elif runs := part.runs:  # else all is padding
-                hidden = self(chunk, segments=part, cache=cache, logits_to_keep=1).hidden
-                ends = hidden[[run.row for run in runs], [run.end - 1 for run in runs]]
-                logits = self.hook_logits(self.lm_head(ends))
-                last = logits.new_zeros(cache.batch, logits.shape[-1]) if last is None else last.clone()
-                last[[run.sequence for run in runs]] = logits
-                cache.last_logits = last
-            yield end, total
+        return prefill(self, input_ids, cache, chunk_size, segments=segments)
 
-    @torch.no_grad()
     def score(
         self, input_ids: Int[Tensor, "b t"], *, chunk_size: int = 1024, cache: HybridCache | None = None
     ) -> Iterator[tuple[int, Tensor]]:
         """The loss of each token, −ln p, a chunk at a time: yields (tokens done, (b, n) losses), never all logits.
 
         The first token of all has no loss. `cache` may hold what came before: then the first one here is scored by it.
+        Raises: ValueError where there is nothing to score.
         """
-        batch, total = input_ids.shape
-        if chunk_size < 1 or total < 2 - (cache is not None):
-            raise ValueError("There is nothing to score: give two tokens, or one and a cache; chunk_size from 1.")
-        if cache is None:
-            cache = self.new_cache(batch, max_len=total)
-        before = cache.last_logits
-        for begin in range(0, total, chunk_size):
-            chunk = input_ids[:, begin : begin + chunk_size]
-            logits = at_least_fp32(self(chunk, cache=cache).logits)
-            losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), chunk[:, 1:].flatten(), reduction="none")
-            losses = losses.view(batch, -1)
-            if before is not None:
-                first = F.cross_entropy(at_least_fp32(before), chunk[:, 0], reduction="none")
-                losses = torch.cat((first[:, None], losses), dim=1)
-            before = cache.last_logits = logits[:, -1]
-            yield begin + chunk.shape[1], losses
+        return score(self, input_ids, chunk_size=chunk_size, cache=cache)
 
     @torch.no_grad()
     def draft(self, cache: HybridCache, token: Int[Tensor, "b"]) -> Float[Tensor, "b vocab"]:

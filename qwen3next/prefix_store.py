@@ -11,7 +11,8 @@ from torch import Tensor
 from layers.gated_deltanet import DeltaNetState
 from qwen3next.cache import HybridCache
 from qwen3next.cache_files import identity
-from qwen3next.model import GRID, Qwen3Next
+from qwen3next.model import Qwen3Next
+from qwen3next.prefill import GRID
 from qwen3next.prefix_files import PrefixFolder
 from qwen3next.prefix_tree import End, Node, Piece, cut_out, keys_and_values, places
 from qwen3next.sizes import binary, parse_bytes
