@@ -53,6 +53,13 @@ struct Sizes {
     double eps;
 };
 
+struct Ends {  // what stands before the first layer and after the last
+    Mat embedding, norm, head;
+    const int64_t* ids;     // (b, t)
+    void *hidden, *logits;  // (b, t, width), (b, vocab)
+    int64_t vocab;
+};
+
 namespace {
 
 constexpr int64_t KEYS = 512;      // of a context that one item of attention looks at
@@ -217,6 +224,10 @@ template <class real> struct Step {
     struct Linear { Mat w, bias; int64_t rows; Mat up = {}; };
     template <int count, class Give>
     void products(int64_t& phase, const Linear (&w)[count], int64_t columns, const std::vector<real>& in, Give&& give) {
+        products(phase, w, columns, in, n, give);
+    }
+    template <int count, class Give>
+    void products(int64_t& phase, const Linear (&w)[count], int64_t columns, const std::vector<real>& in, int64_t vectors, Give&& give) {
         int64_t begin[count + 1] = {0}, size[count];
         for (int m = 0; m < count; m++) {
             size[m] = share_of(w[m].w, w[m].rows, columns * (w[m].up.p ? 2 : 1));
@@ -227,7 +238,7 @@ template <class real> struct Step {
             while (item >= begin[m + 1]) m++;
             int64_t first = (item - begin[m]) * size[m], last = std::min(first + size[m], w[m].rows);
             auto add = [&](int64_t row) { return w[m].bias.p ? load<real>(w[m].bias.p, w[m].bias.dtype, row) : 0; };
-            for (int64_t r = 0; r < n; r++)
+            for (int64_t r = 0; r < vectors; r++)
                 if (w[m].up.p) swiglu(w[m].w, first, w[m].up, first, last - first, columns, &in[r * columns], [&](int64_t i, real v) { give(m, first + i, r, v); });
                 else rows(w[m].w, first, last, columns, in.data() + r * columns, [&](int64_t row, real v) { give(m, row, r, w[m].w.dtype == s.dtype ? R(v + add(row)) : v + add(row)); });
         });
@@ -554,7 +565,7 @@ template <class real> struct Step {
         }
     }
 
-    void all_layers() {
+    void all_layers(const Ends& ends) {
         std::vector<real> y, scratch;
         std::vector<Choice> chosen;
         int64_t phase = 0;
@@ -562,18 +573,27 @@ template <class real> struct Step {
             layers[i].softmax ? attention(phase, layers[i], y, scratch) : delta_net(phase, layers[i], y, scratch);
             feed_forward(phase, layers[i], y, scratch, chosen);
         }
+        // The final norm of all tokens, and the head for each sequence's last one.
+        normed(y, ends.norm);
+        std::vector<real>& last = scratch;
+        last.resize(s.b * s.width);
+        for (int64_t i = 0; i < s.b; i++) memcpy(&last[i * s.width], &y[((i + 1) * s.t - 1) * s.width], s.width * sizeof(real));
+        const Linear head[] = {{ends.head, {}, ends.vocab}};
+        products(phase, head, s.width, last, s.b, [&](int, int64_t row, int64_t i, real v) {
+            store(ends.logits, s.dtype, i * ends.vocab + row, v);
+            if (row == 0 && i == 0) store_all(ends.hidden, s.dtype, 0, n * s.width, y.data());
+        });
     }
 };
 
 template <class real> thread_local std::vector<real> Step<real>::window;
 
-template <class real>
-void step(const Sizes& s, Layer* layers, const int64_t* past, const void* const* cos, const void* const* sin, void* stream, int threads) {
+template <class real> void step(const Sizes& s, Layer* layers, const Ends& ends, const int64_t* past, const void* const* cos, const void* const* sin, int64_t threads) {
     int64_t n = s.b * s.t, keys = s.key_heads * s.key_dim, values = s.value_heads * s.value_dim, longest = 0;
     for (int64_t i = 0; i < s.b; i++) longest = std::max(longest, past[i] + s.t);
-    std::vector<Phase> phases(s.layers * 8);
+    std::vector<Phase> phases(s.layers * 8 + 1);
     std::vector<real> x(n * s.width);
-    for (int64_t i = 0; i < n * s.width; i++) x[i] = load<real>(stream, s.dtype, i);
+    for (int64_t r = 0; r < n; r++) load_all(ends.embedding.p, ends.embedding.dtype, ends.ids[r] * s.width, s.width, &x[r * s.width]);
     Step<real> all(s, phases);
     all.layers = layers, all.past = past, all.cos = cos, all.sin = sin, all.x = x.data(), all.n = n, all.bf16 = s.dtype == BF16, all.threads = threads;
     all.qkv.resize(n * (2 * keys + values)), all.z.resize(n * values), all.b_logit.resize(n * s.value_heads), all.a.resize(n * s.value_heads);
@@ -582,8 +602,7 @@ void step(const Sizes& s, Layer* layers, const int64_t* past, const void* const*
     all.logits.resize(n * s.experts);
     all.hidden.resize(n * (s.top_k * s.inner + std::max(s.shared_inner, s.dense_inner))), all.shared_weight.resize(n);
     all.partial.resize(n * s.heads * ((longest + KEYS - 1) / KEYS) * (s.head_dim + 2));
-    pool().run(threads, [&] { all.all_layers(); });
-    for (int64_t i = 0; i < n * s.width; i++) store(stream, s.dtype, i, x[i]);
+    pool().run(threads, [&] { all.all_layers(ends); });
 }
 
 template <class real>
@@ -603,10 +622,10 @@ void product(const Mat& w, int64_t rows, int64_t columns, int64_t n, const void*
 
 }  // namespace
 
-// The residual stream (b, t, width) before the first layer becomes that after the last, in place.
-extern "C" void decode_step(const Sizes* s, Layer* layers, const int64_t* past, const void* const* cos, const void* const* sin,
-                            void* stream, int64_t threads) {
-    s->dtype == F64 ? step<double>(*s, layers, past, cos, sin, stream, threads) : step<float>(*s, layers, past, cos, sin, stream, threads);
+// Tokens to hidden states after the final norm, and to logits after each sequence's last one.
+extern "C" void decode_step(const Sizes* s, Layer* layers, const Ends* ends, const int64_t* past, const void* const* cos,
+                            const void* const* sin, int64_t threads) {
+    s->dtype == F64 ? step<double>(*s, layers, *ends, past, cos, sin, threads) : step<float>(*s, layers, *ends, past, cos, sin, threads);
 }
 
 // out (n, rows) = in (n, columns) times wᵀ.

@@ -49,6 +49,10 @@ class Layer(ctypes.Structure):
     )
 
 
+class Ends(ctypes.Structure):
+    _fields_ = _fields("embedding norm head *ids *hidden *logits #vocab")
+
+
 class Sizes(ctypes.Structure):
     _fields_ = [
         *_fields(

@@ -106,6 +106,8 @@ class Segments:
 
     def after(self, past: Sequence[int]) -> "Segments":
         """The same tokens as continuations of sequences of which a cache holds `past` tokens already."""
+        if self.document_ids is None:  # quicker than `replace`, which counts in decoding
+            return Segments(self.batch, self.length, self.device, None, self.sequences, tuple(past))
         return replace(self, past=tuple(past))
 
     def part(self, begin: int, end: int) -> "Segments":

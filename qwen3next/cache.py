@@ -1,7 +1,8 @@
 """What a model carries between calls: keys and values, recurrent memory, last convolution inputs."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,7 +80,6 @@ class HybridCache:
     snapshots: dict[str, Mark] = field(default_factory=dict, repr=False)
     model: "weakref.ref[Qwen3Next] | None" = field(default=None, repr=False)
     _journal: Journal | None = field(default=None, repr=False)
-    _before: list[State] = field(default_factory=list, repr=False)
 
     @property
     def batch(self) -> int:
@@ -119,33 +119,42 @@ class HybridCache:
             )
         return segments
 
-    def begin(self, segments: Segments) -> None:
-        """Before a call that nothing refuses any more."""
-        self._before = [s if isinstance(s, KVState) else DeltaNetState(s.conv, s.memory) for s in self.layers]
+    @contextmanager
+    def call(self, segments: Segments) -> Iterator[None]:
+        """Around a call that nothing refuses any more, and that ends with `advance`.
+
+        Where it fails, the cache stands where it stood; what was added to keys and values lies behind what counts.
+        """
+        before: list[State] = [s if isinstance(s, KVState) else DeltaNetState(s.conv, s.memory) for s in self.layers]
         if self.history:
             if self._journal is None:
                 self._journal = Journal(self.history)
             self._journal.begin(self.layers, segments, logits=self.last_logits, hidden=self.hidden)
+        try:
+            yield
+        except BaseException:
+            self.layers = before
+            if self._journal is not None:
+                self._journal.abandon(self.layers)
+            raise
 
     def advance(self, input_ids: Tensor, segments: Segments, hidden: Tensor) -> None:
         """Note that these tokens, a result of `admit`, are now part of every layer's state; `hidden` is (b t width)."""
-        runs, hidden = segments.runs, hidden.detach()
-        for n, row, begin, end, past in runs:
-            self.tokens[n, past : past + end - begin] = input_ids[row, begin:end]
+        hidden = hidden.detach()
+        if segments.aligned:
+            self.tokens[:, segments.past[0] : segments.ends[0]] = input_ids
+        else:
+            for n, row, begin, end, past in segments.runs:
+                self.tokens[n, past : past + end - begin] = input_ids[row, begin:end]
         if self._journal is not None:
             self._journal.end(self.layers, hidden)
         if segments.plain:
             last = hidden[:, -1].clone()
         else:
+            runs = segments.runs
             last = hidden.new_zeros(self.batch, hidden.shape[-1]) if self.hidden is None else self.hidden.clone()
             last[[run.sequence for run in runs]] = hidden[[run.row for run in runs], [run.end - 1 for run in runs]]
-        self.lengths, self.hidden, self.last_logits, self._before = segments.ends, last, None, []
-
-    def abandon(self) -> None:
-        """After a call that failed: stand where it began. What it added to keys and values lies behind what counts."""
-        self.layers, self._before = self._before, []
-        if self._journal is not None:
-            self._journal.abandon(self.layers)
+        self.lengths, self.hidden, self.last_logits = segments.ends, last, None
 
     def snapshot(self, name: str) -> None:
         """Remember this point; costs no time and, for the recurrent states, their memory."""

@@ -12,10 +12,10 @@ from functools import cache
 from itertools import repeat
 from operator import attrgetter, contains
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from layers import native
 from layers.backends import why_not as choose_reason
@@ -25,7 +25,7 @@ from layers.hook_point import HookPoint
 from layers.kv_state import KVState
 from layers.mlp import SwiGLU
 from layers.moe import Experts, SparseMoE
-from layers.native import DTYPES, Layer, Mat, Part, Sizes
+from layers.native import DTYPES, Ends, Layer, Mat, Part, Sizes
 from layers.norm import GatedRMSNorm, RMSNorm
 from layers.segments import Segments
 from qwen3next.block import Block
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from qwen3next.model import Qwen3Next
 
 ASK_AGAIN = 256  # steps of a model that cannot run here, until it is looked at again
+LOOK_EVERY = 16  # steps
 MOST_TOKENS = 8  # new ones in a call, all rows together: beyond, matrix products in torch are faster
 ARMED = attrgetter("armed")
 TABLE = 64  # positions whose rotation is computed at a time
@@ -72,11 +73,17 @@ def why_not(model: "Qwen3Next", device: torch.device | None = None, dtype: torch
 
 
 class Plan:
-    """Where a model's weights lie; good as long as nothing about the model changes."""
+    """Where a model's weights lie; good as long as nothing about the model changes.
+
+    Attributes:
+        watched: somebody looks inside, or chose how something inside runs: then the modules themselves run.
+        serves: the cache that was looked at last is in dtypes that compiled code knows.
+    """
 
     def __init__(self, model: "Qwen3Next"):
         blocks, c = list(model.blocks), model.config
-        everything = [*model.blocks.modules(), model.lm_head]
+        apart = set() if model.mtp is None else set(model.mtp.modules())
+        everything = [m for m in model.modules() if m not in apart]
         points = [m for m in everything if isinstance(m, HookPoint)]
         modules = [m for m in everything if not isinstance(m, HookPoint)]
         self._parameters = [
@@ -102,6 +109,12 @@ class Plan:
         for layer, block in zip(self.layers, blocks, strict=True):
             assert isinstance(block, Block)
             _fill(layer, block)
+        self.ends = Ends(
+            embedding=_mat(model.embed_tokens.weight),
+            norm=_mat(model.norm.weight),
+            head=_mat(model.lm_head.weight),
+            vocab=c.vocab_size,
+        )
         first = next((b.mlp for b in blocks if isinstance(b.mlp, SparseMoE)), None)
         experts = 0 if first is None else c.num_experts
         dense = next((b.mlp.gate_proj.out_features for b in blocks if isinstance(b.mlp, SwiGLU)), 0)
@@ -127,22 +140,32 @@ class Plan:
             renormalise=c.norm_topk_prob,
             eps=c.rms_norm_eps,
         )
+        self._dtype = model.embed_tokens.weight.dtype
+        self.watched, self.serves = False, False
+        self._seen, self._steps = (-1, 0), 0  # when all was looked at
         self._lock = threading.Lock()  # the structures are filled anew for every call
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
 
-    def holds(self) -> bool:
-        """Whether modules and weights are those that the plan was made for."""
-        return all([children[name] is child for children, name, child in self._children]) and all(
-            [parameters[name].data_ptr() == address for parameters, name, address in self._parameters]
-        )
+    def holds(self, cache: HybridCache) -> bool:
+        """Whether modules and weights are those that the plan was made for; sets `watched`.
 
-    def watched(self) -> bool:
-        """Whether somebody looks inside, or chose how something inside runs: then the modules themselves run."""
-        return (
+        Hooks are noticed at once. The rest, some hundred comparisons, is looked at when another cache comes and every
+        few steps: a module that is replaced in the middle of a text acts from then on.
+        """
+        now = RemovableHandle.next_id, id(cache)  # the first grows with every hook that is registered anywhere
+        self._steps += 1
+        if now == self._seen and self._steps < LOOK_EVERY and not self.watched:
+            return True
+        self._seen, self._steps = now, 0
+        self.serves = all([_served(state, self._dtype) for state in cache.layers])
+        self.watched = (
             any(map(ARMED, self._points))
             or any(map(len, self._hooks))
             or any(map(contains, self._dicts, repeat("forward")))
             or any([chosen["backend"] != "auto" or chosen.get("exposed_pattern") for chosen in self._chosen])
+        )
+        return all([children[name] is child for children, name, child in self._children]) and all(
+            [parameters[name].data_ptr() == address for parameters, name, address in self._parameters]
         )
 
     def rotation(self, model: "Qwen3Next", position: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -159,15 +182,17 @@ class Plan:
         offset = row * cos.shape[-1] * cos.element_size()
         return cos.data_ptr() + offset, sin.data_ptr() + offset
 
-    def run(self, model: "Qwen3Next", x: Tensor, segments: Segments, cache: HybridCache) -> Tensor:
-        """The residual stream after the last layer, from that before the first; the cache's layers go on with it."""
-        b, t, _ = x.shape
-        x = x.contiguous().clone()
+    def run(self, model: "Qwen3Next", ids: Tensor, segments: Segments, cache: HybridCache) -> tuple[Tensor, Tensor]:
+        """Hidden states (b t width) after the final norm and logits (b, vocab); the cache's layers go on with ids."""
+        b, t = ids.shape
+        ids, weight = ids.contiguous(), model.embed_tokens.weight
+        hidden, logits = weight.new_empty(b, t, weight.shape[1]), weight.new_empty(b, len(weight))
         places = [past + j for past in segments.past for j in range(t)]
-        cos, sin = zip(*(self.rotation(model, place, x.dtype) for place in places), strict=True)
+        cos, sin = zip(*(self.rotation(model, place, weight.dtype) for place in places), strict=True)
         addresses = ctypes.c_void_p * len(places)
         with self._lock:
             self.sizes.b, self.sizes.t = b, t
+            self.ends.ids, self.ends.hidden, self.ends.logits = ids.data_ptr(), hidden.data_ptr(), logits.data_ptr()
             after: list[tuple[DeltaNetState, Tensor, Tensor, list[Tensor]]] = []
             kept: list[object] = []  # what compiled code points to lives until it returns
             for layer, state in zip(self.layers, cache.layers, strict=True):
@@ -185,17 +210,17 @@ class Plan:
             native.load("decode").decode_step(
                 ctypes.byref(self.sizes),
                 self.layers,
+                ctypes.byref(self.ends),
                 (ctypes.c_int64 * b)(*segments.past),
                 addresses(*cos),
                 addresses(*sin),
-                ctypes.c_void_p(x.data_ptr()),
                 ctypes.c_int64(torch.get_num_threads()),
             )
         for state, conv, memory, noted in after:
             if state.tape is not None:
                 state.tape.note(*noted, compiled=True)
             state.conv, state.memory = conv, memory
-        return x
+        return hidden, logits
 
     def _after(
         self, layer: Layer, state: DeltaNetState, before: tuple[Tensor, Tensor], b: int, t: int
@@ -211,8 +236,7 @@ class Plan:
             shapes = ((s.key_heads, s.key_dim), (s.value_heads, s.value_dim), (s.value_heads,))
             noted = [conv.new_empty(b, t, conv.shape[2]), *(torch.empty(b, t, *shape, dtype=real) for shape in shapes)]
         addresses: list[int | None] = [x.data_ptr() for x in noted]
-        addresses = addresses or [None] * 4
-        layer.tape_inputs, layer.tape_k, layer.tape_u, layer.tape_decay = addresses
+        layer.tape_inputs, layer.tape_k, layer.tape_u, layer.tape_decay = addresses or [None] * 4
         return conv, memory, noted
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -228,47 +252,51 @@ class Plan:
         return out.view(*x.shape[:-1], -1)
 
 
-_plans: "WeakKeyDictionary[Qwen3Next, Plan | None]" = WeakKeyDictionary()
-_asked: "WeakKeyDictionary[Qwen3Next, int]" = WeakKeyDictionary()
+class Slot:
+    """Where a model keeps its plan. Addresses are no use to a copy or in another process: those begin without one."""
+
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
+        self.refused = 0  # steps since it was found that there can be none
+
+    def __deepcopy__(self, _memo: dict) -> "Slot":
+        return Slot()
+
+    def __reduce__(self) -> tuple:
+        return Slot, ()
 
 
-def plan_for(model: "Qwen3Next", segments: Segments, cache: HybridCache | None, *, step: bool) -> Plan | None:
-    """The plan by which this call can run, None where it cannot.
+def plan_for(model: "Qwen3Next", segments: Segments, cache: HybridCache) -> Plan | None:
+    """The plan by which this step can run, None where it cannot.
 
-    On "auto" only steps of generation do: a forward runs the modules, so that a hook which changes nothing leaves every
-    bit as it was.
     Raises: RuntimeError where compiled code was asked for by name and cannot run.
     """
-    named = model.decode_backend == "native"
+    slot, named = model.decode_slot, model.decode_backend == "native"
     if (
-        cache is None
-        or not (named or (step and model.decode_backend == "auto"))
+        model.decode_backend == "torch"
         or segments.batch * segments.length > MOST_TOKENS
         or not segments.plain
-        or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
-        or not all([_served(state, model.embed_tokens.weight.dtype) for state in cache.layers])
     ):
         return None
-    plan = _plans.get(model)
-    if plan is None or not plan.holds():
-        asked = _asked[model] = _asked.get(model, -1) + 1
-        if plan is None and asked % ASK_AGAIN and not named:
+    if slot.plan is None or not slot.plan.holds(cache):
+        slot.refused = (slot.refused + 1) % ASK_AGAIN if slot.plan is None else 1
+        slot.plan = None
+        if slot.refused != 1 and not named:
             return None
         reason = why_not(model)
         if reason is not None and named:
             raise RuntimeError(f"The 'native' backend of decode cannot run here: {reason}.")
-        plan = _plans[model] = None if reason else Plan(model)
         if reason is not None and reason == native.missing():
             _say_once(reason)
-    if plan is not None and plan.watched():
-        if named:
-            raise RuntimeError(
-                "Compiled decoding shows nothing inside: model.set_backend('decode', 'auto') lets hooks in."
-            )
-        return None
-    return plan
+        if reason is not None:
+            return None
+        slot.plan = Plan(model)
+        slot.plan.holds(cache)
+    if slot.plan.watched and named:
+        raise RuntimeError("Compiled decoding shows nothing inside: model.set_backend('decode', 'auto') lets hooks in.")
+    return None if slot.plan.watched or not slot.plan.serves else slot.plan
 
 
 @cache
@@ -284,18 +312,6 @@ def _served(state: KVState | DeltaNetState, dtype: torch.dtype) -> bool:
     if isinstance(state, KVState):
         return state.dtype in DTYPES
     return state.conv.dtype == dtype and state.memory.dtype in DTYPES
-
-
-def watched(module: nn.Module) -> bool:
-    """Whether somebody put hooks on a module as a whole, or something in its place."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(map(len, hooks)) or "forward" in module.__dict__
-
-
-def forget(model: "Qwen3Next") -> None:
-    """Look at a model anew at its next step."""
-    _plans.pop(model, None)
-    _asked.pop(model, None)
 
 
 def _mat(x: Tensor | None) -> Mat:

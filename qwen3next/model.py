@@ -3,6 +3,7 @@
 import warnings
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from layers.segments import Segments
 from qwen3next.block import Block
 from qwen3next.cache import HybridCache, new_cache
 from qwen3next.config import ModelConfig
-from qwen3next.decode import Plan, forget, plan_for, watched
+from qwen3next.decode import Slot, plan_for
 from qwen3next.generation_config import GenerationConfig
 from qwen3next.hooks import Hooked
 from qwen3next.mtp import MTP
@@ -87,6 +88,7 @@ class Qwen3Next(Hooked, nn.Module):
         self.generation_config = GenerationConfig()
         self._warned_of_length = False
         self.decode_backend = "auto"
+        self.decode_slot = Slot()
         self.expert_cache: ExpertCache | None = None  # where routed experts stay in the files
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -122,8 +124,8 @@ class Qwen3Next(Hooked, nn.Module):
             logits_to_keep: compute logits for the last so many columns only; 0 means all.
         Raises: ValueError for ids outside the vocabulary, an empty batch, or tokens that do not fit the cache.
         """
-        hidden, aux, _, plan = self._backbone(input_ids, segments, cache, stats=cache is None, step=False)
-        logits = self._logits(hidden[:, -logits_to_keep:], plan)
+        hidden, aux, _ = self._backbone(input_ids, segments, cache, stats=cache is None)
+        logits = self.hook_logits(self.lm_head(hidden[:, -logits_to_keep:]))
         return Output(logits, hidden, _stack(aux))
 
     def residual(
@@ -144,32 +146,27 @@ class Qwen3Next(Hooked, nn.Module):
             raise ValueError("Stopping at a layer would leave the cache half-filled: run without a cache.")
         stop = stop_at_layer + count if stop_at_layer < 0 else stop_at_layer
         segments = self._check(input_ids, segments, None)
-        return self._stream(input_ids, segments, None, None, stats=False, stop=stop)[0]
+        return self._stream(input_ids, segments, None, stats=False, stop=stop)[0]
 
     def _backbone(
-        self, input_ids: Tensor, segments: Segments | None, cache: HybridCache | None, *, stats: bool, step: bool
-    ) -> tuple[Tensor, list[RouterStats], Segments, Plan | None]:
-        """Hidden states after the final norm, router statistics a sparse layer, where the sequences are, and the plan
-        of compiled code where that ran.
-        """
+        self, input_ids: Tensor, segments: Segments | None, cache: HybridCache | None, *, stats: bool
+    ) -> tuple[Tensor, list[RouterStats], Segments]:
+        """Hidden states after the final norm, router statistics a sparse layer, and where the sequences are."""
         segments = self._check(input_ids, segments, cache)
-        plan = plan_for(self, segments, cache, step=step)
-        if cache is not None:
-            cache.begin(segments)
-        try:
-            x, aux = self._stream(input_ids, segments, cache, plan, stats=stats, stop=len(self.blocks))
+        with nullcontext() if cache is None else cache.call(segments):
+            x, aux = self._stream(input_ids, segments, cache, stats=stats, stop=len(self.blocks))
             hidden = self.hook_final_norm(self.norm(x, hook_normalized=self.hook_final_normalized))
-            if cache is not None and cache.mtp is not None and self.mtp is not None:
-                waiting = hidden.new_zeros(cache.batch, hidden.shape[-1]) if cache.hidden is None else cache.hidden
-                rope = self._rotation(segments.positions - 1, x.dtype)
-                self.mtp.remember(hidden, waiting, self.embed_tokens(input_ids), rope, segments, cache.mtp)
-        except BaseException:
             if cache is not None:
-                cache.abandon()
-            raise
-        if cache is not None:
-            cache.advance(input_ids, segments, hidden)
-        return hidden, aux, segments, plan
+                self._advance(cache, input_ids, segments, hidden)
+        return hidden, aux, segments
+
+    def _advance(self, cache: HybridCache, input_ids: Tensor, segments: Segments, hidden: Tensor) -> None:
+        """Note what a call has run; the MTP layer remembers the pairs that it completes."""
+        if cache.mtp is not None and self.mtp is not None:
+            waiting = hidden.new_zeros(cache.batch, hidden.shape[-1]) if cache.hidden is None else cache.hidden
+            rope = self._rotation(segments.positions - 1, hidden.dtype)
+            self.mtp.remember(hidden, waiting, self.embed_tokens(input_ids), rope, segments, cache.mtp)
+        cache.advance(input_ids, segments, hidden)
 
     def _check(self, input_ids: Tensor, segments: Segments | None, cache: HybridCache | None) -> Segments:
         """Where the sequences are, what a cache holds counted in. Raises: as forward."""
@@ -180,7 +177,8 @@ class Qwen3Next(Hooked, nn.Module):
                 f"segments describe a batch of {segments.batch} x {segments.length} tokens, "
                 f"input_ids are {input_ids.shape[0]} x {input_ids.shape[1]}."
             )
-        segments = Segments.full(input_ids) if segments is None else segments
+        if segments is None:
+            segments = Segments.full(input_ids)
         if cache is not None:
             if cache.yarn != self.config.rope_scaling:
                 raise ValueError(
@@ -196,11 +194,15 @@ class Qwen3Next(Hooked, nn.Module):
                 "its answers may be noise. model.extend_context(factor) stretches them (YaRN).",
                 stacklevel=4,
             )
-        if input_ids.device.type == "cpu" and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.vocab_size:
-            raise ValueError(
-                f"input_ids hold {int(input_ids.min())} to {int(input_ids.max())}; this model knows "
-                f"0 to {self.vocab_size - 1}: was the text encoded with another tokenizer?"
-            )
+        if input_ids.device.type == "cpu":
+            # A few are quicker as numbers, which counts in decoding.
+            few = input_ids.numel() <= 8
+            ids: list[int] = input_ids.flatten().tolist() if few else [int(input_ids.min()), int(input_ids.max())]
+            if not 0 <= min(ids) <= max(ids) < self.vocab_size:
+                raise ValueError(
+                    f"input_ids hold {min(ids)} to {max(ids)}; this model knows "
+                    f"0 to {self.vocab_size - 1}: was the text encoded with another tokenizer?"
+                )
         return segments
 
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
@@ -208,21 +210,12 @@ class Qwen3Next(Hooked, nn.Module):
         return rotation(positions, rotary_dim=c.rotary_dim, theta=c.rope_theta, dtype=dtype, yarn=c.rope_scaling)
 
     def _stream(
-        self,
-        input_ids: Tensor,
-        segments: Segments,
-        cache: HybridCache | None,
-        plan: Plan | None,
-        *,
-        stats: bool,
-        stop: int,
+        self, input_ids: Tensor, segments: Segments, cache: HybridCache | None, *, stats: bool, stop: int
     ) -> tuple[Tensor, list[RouterStats]]:
         """The residual stream before block `stop`, and router statistics a sparse layer."""
         same = len(set(segments.past)) == 1
         self.hook_call["position"] = segments.past[0] if same else segments.past
         x = self.hook_embed(self.embed_tokens(input_ids))
-        if plan is not None and cache is not None:
-            return plan.run(self, x, segments, cache), []
         rope = self._rotation(segments.positions, x.dtype)
         counted, aux = None if segments.plain else segments.mask, []
         for i, block in enumerate(self.blocks[:stop]):
@@ -231,9 +224,6 @@ class Qwen3Next(Hooked, nn.Module):
             aux += [] if router is None else [router]
         return x, aux
 
-    def _logits(self, hidden: Float[Tensor, "b t width"], plan: Plan | None) -> Float[Tensor, "b t vocab"]:
-        return self.hook_logits(self.lm_head(hidden) if plan is None else plan.linear(hidden, self.lm_head.weight))
-
     @torch.no_grad()
     def step(self, input_ids: Int[Tensor, "b t"], cache: HybridCache) -> Float[Tensor, "b vocab"]:
         """A step of generation: extend the cache by a few tokens; logits after the last of them.
@@ -241,10 +231,15 @@ class Qwen3Next(Hooked, nn.Module):
         As forward, but on the CPU in compiled code where that can run (`q.explain`), several times as fast; its last
         bits are its own. Where somebody looks inside, the modules run.
         """
-        if type(self).forward is not Qwen3Next.forward or watched(self):
-            return self(input_ids, cache=cache, logits_to_keep=1).logits[:, -1]
-        hidden, _, _, plan = self._backbone(input_ids, None, cache, stats=False, step=True)
-        return self._logits(hidden[:, -1:], plan)[:, -1]
+        if type(self).forward is Qwen3Next.forward:
+            segments = self._check(input_ids, None, cache)
+            plan = plan_for(self, segments, cache)
+            if plan is not None:
+                with cache.call(segments):
+                    hidden, logits = plan.run(self, input_ids, segments, cache)
+                    self._advance(cache, input_ids, segments, hidden)
+                return logits
+        return self(input_ids, cache=cache, logits_to_keep=1).logits[:, -1]
 
     @torch.no_grad()
     def logits_after(self, cache: HybridCache) -> Float[Tensor, "b vocab"]:
@@ -254,8 +249,10 @@ class Qwen3Next(Hooked, nn.Module):
         """
         if cache.hidden is None:
             raise ValueError("The cache is empty: there is no token that another could follow.")
-        hidden = cache.hidden[:, None]
-        return self._logits(hidden, plan_for(self, Segments.full(hidden), cache, step=True))[:, 0]
+        plan = plan_for(self, Segments.full(cache.hidden[:, None]), cache)
+        if plan is not None:
+            return plan.linear(cache.hidden, self.lm_head.weight)
+        return self.hook_logits(self.lm_head(cache.hidden[:, None]))[:, 0]
 
     def loss(
         self, input_ids: Int[Tensor, "b t"], *, segments: Segments | None = None, labels: Tensor | None = None
@@ -268,7 +265,7 @@ class Qwen3Next(Hooked, nn.Module):
         Raises: ValueError where no token has a target.
         """
         labels = input_ids if labels is None else labels
-        hidden, aux, segments, _ = self._backbone(input_ids, segments, None, stats=True, step=False)
+        hidden, aux, segments = self._backbone(input_ids, segments, None, stats=True)
         lm, targets = self._cross_entropy(hidden, labels, segments, ahead=1)
         if not targets:
             raise ValueError("No token here has a next one to predict: give sequences of at least two tokens.")
@@ -390,7 +387,7 @@ class Qwen3Next(Hooked, nn.Module):
         if operation not in kinds and operation != "decode":
             raise ValueError(f"There is no operation {operation!r} to choose for: {', '.join(kinds)}, decode.")
         choose(operation, name, self.embed_tokens.weight)
-        forget(self)
+        self.decode_slot = Slot()  # look anew at the next step
         if operation == "decode":
             self.decode_backend = name
             return

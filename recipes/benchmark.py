@@ -1,19 +1,25 @@
-"""How fast is it beside transformers, on the same weights, in the same run?
+"""How fast is it beside others, on the same weights, in the same run, and how close to what the machine can do?
 
-    python -m recipes.benchmark            prefill, decode and a training step, fp32, about two minutes on 2 cores
-    python -m recipes.benchmark --quick    shorter lengths, about one minute
+    python -m recipes.benchmark                 everything, fp32 and bf16; some twenty minutes on 2 cores
+    python -m recipes.benchmark --quick         short lengths, under two minutes
+    python -m recipes.benchmark --only decode   the rows whose name holds one of these words
+    python -m recipes.benchmark --peer my.py    a third implementation beside both, see docs/benchmarks.md
 
-Repetitions are interleaved (ours, theirs, ours, …), so that a machine that slows down slows both; each row gives the
-median of the pairwise ratios and the spread. The logits of both are compared before anything is timed.
+Repetitions are interleaved (ours, theirs, ours, ...), so that a machine that slows down slows both; a row gives the
+median of the pairwise ratios and their range. `of the limit` is the time that the row's work would take at the rate of
+matrix products and of reading measured in this run, over ours. Logits of both are compared before anything is timed.
 """
 
-import statistics
+import importlib.util
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
 
 import torch
 import tyro
@@ -22,7 +28,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 import qwen3next as q
-from recipes.measuring import machine, synchronize, write_results
+from recipes import benchmark_cases as cases
+from recipes.benchmark_cases import Case, Models
+from recipes.measuring import machine, matmul_rate, read_bandwidth, synchronize, write_results
 
 
 @dataclass(frozen=True)
@@ -30,63 +38,85 @@ class Options:
     """What to measure.
 
     Attributes:
-        preset: size of the model (random weights).
-        prefill: tokens of the prompts.
-        decode_after: tokens of context before the decoded ones.
-        decode: tokens decoded in one repetition.
-        train_batch, train_length: sequences and tokens of a training step.
+        preset: size of the model (random weights, without MTP, which transformers lacks).
+        dtypes: of weights and arithmetic; training in bfloat16 is autocast over fp32 weights.
+        prefill: prompts, as batch x tokens.
+        decode: batch sizes of single-token steps.
+        decode_after: tokens of context before them; `steps` are timed at once.
+        train: sequences x tokens of a training step.
+        question: tokens of a document, and of a question about it that was read before.
+        operators: tokens for the delta rule and the experts alone.
         repetitions: of each measurement, after one that warms up.
+        only: rows whose name holds one of these words; all if left out.
+        peer: a Python file with a third implementation.
         device: "cpu", "cuda" or "auto".
-        dtype: of weights and arithmetic.
         seed: of weights and tokens.
-        out: a .json to write, and beside it a .md; none if left out.
-        quick: shorter lengths and three repetitions.
+        out: a name without ending for .json, .md and .png; none if left out.
+        quick: short lengths and few repetitions.
     """
 
     preset: str = "medium"
-    prefill: tuple[int, ...] = (512, 2048)
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    prefill: tuple[str, ...] = ("1x512", "1x2048", "1x8192", "4x512")
+    decode: tuple[int, ...] = (1, 4)
     decode_after: int = 1024
-    decode: int = 16
-    train_batch: int = 2
-    train_length: int = 512
+    steps: int = 16
+    train: tuple[str, ...] = ("2x256", "2x512", "2x2048")
+    question: tuple[int, int] = (4096, 32)
+    operators: tuple[int, ...] = (2048, 8192)
     repetitions: int = 5
+    only: tuple[str, ...] = ()
+    peer: Path | None = None
     device: str = "auto"
-    dtype: str = "float32"
     seed: int = 0
     out: Path | None = None
     quick: bool = False
 
 
+QUICK = {"prefill": ("1x512",), "decode_after": 256, "train": ("2x256",), "question": (512, 32), "operators": (512,)}
+
+
 @dataclass(frozen=True)
 class Row:
-    """One comparison. Times are medians of seconds; the ratio is theirs / ours, median and range over the pairs."""
+    """One comparison with one peer. Times are medians of seconds; ratios are theirs / ours, median and range of pairs.
 
+    `limit` is the least time by products and reading; 0 where neither was counted.
+    """
+
+    dtype: str
     what: str
+    peer: str
     tokens: int
     ours: float
     theirs: float
     ratio: float
     lowest: float
     highest: float
+    limit: float
 
 
-def compare(what: str, tokens: int, ours: Callable[[], None], theirs: Callable[[], None], repetitions: int) -> Row:
-    """Time two functions that do the same work, in turn."""
+def compare(case: Case, repetitions: int, *, dtype: str, limit: float) -> list[Row]:
+    """Time the sides of a case in turn."""
+    times: dict[str, list[float]] = {name: [] for name in case.sides}
+    for n in range(repetitions + 1):
+        for name, run in case.sides.items():
+            synchronize()
+            begin = perf_counter()
+            run()
+            synchronize()
+            if n:  # the first one warms up
+                times[name].append(perf_counter() - begin)
+    ours, *peers = times
+    rows = []
+    for peer in peers:
+        ratios = [b / a for a, b in zip(times[ours], times[peer], strict=True)]
+        seconds = median(times[ours]), median(times[peer])
+        spread = median(ratios), min(ratios), max(ratios)
+        rows.append(Row(dtype, case.what, peer, case.tokens, *seconds, *spread, limit))
+    return rows
 
-    def seconds(run: Callable[[], None]) -> float:
-        begin = time.perf_counter()
-        run()
-        synchronize()
-        return time.perf_counter() - begin
 
-    seconds(ours), seconds(theirs)
-    pairs = [(seconds(ours), seconds(theirs)) for _ in range(repetitions)]
-    ratios = [b / a for a, b in pairs]
-    a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
-    return Row(what, tokens, a, b, statistics.median(ratios), min(ratios), max(ratios))
-
-
-def models(options: Options) -> tuple[q.Qwen3Next, torch.nn.Module, torch.device]:
+def models(options: Options, folder: Path, dtype: str) -> Models:
     """The same random weights in both implementations, checked for equal logits.
 
     Raises: RuntimeError where they disagree.
@@ -96,118 +126,147 @@ def models(options: Options) -> tuple[q.Qwen3Next, torch.nn.Module, torch.device
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    torch.manual_seed(options.seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = q.load(folder, dtype=dtype, device=options.device)
+        theirs = Qwen3NextForCausalLM.from_pretrained(folder, dtype=dtype)
+    theirs.to(ours.embed_tokens.weight.device)  # type: ignore[arg-type]
+    found = Models(ours, theirs, torch.Generator().manual_seed(options.seed))
+    ids = found.draw(1, 100)
+    with torch.no_grad():
+        a, b = ours(ids).logits.float(), theirs(ids).logits.float()
+    apart = ((a - b).square().mean().sqrt() / b.std()).item()
+    if apart > (1e-4 if dtype == "float32" else 0.3):  # in bf16 rounding sends some tokens to other experts
+        raise RuntimeError(f"The two models disagree by {apart:.0%} on the same weights: nothing to compare.")
+    return found
+
+
+def plan(options: Options, dtype: str, found: Models, exact: Models) -> Iterator[Callable[[], Case]]:
+    """The cases, each made when its turn comes; `exact` has fp32 weights, for training."""
+
+    def sizes(texts: tuple[str, ...]) -> list[tuple[int, int]]:
+        return [(int(b), int(t)) for b, _, t in (text.partition("x") for text in texts)]
+
+    like = found.ours.embed_tokens.weight
+    for b, t in sizes(options.prefill):
+        yield partial(cases.prefill, found, b, t)
+    for b in options.decode:
+        yield partial(cases.decode, found, b, options.decode_after, options.steps)
+    yield partial(cases.question, found, *options.question)
+    for b, t in sizes(options.train):
+        yield partial(cases.train, exact, b, t, autocast=dtype != "float32")
+    yield partial(cases.experts, found, options.operators[0])
+    for t in options.operators:
+        heads = (4, 8) if t > 4096 else (16, 32)  # transformers' backward with more would not fit
+        for backward in (False, True):
+            yield partial(cases.delta_rule, t, heads=heads, dim=128, backward=backward, like=like)
+
+
+def measure(options: Options) -> tuple[list[Row], dict[str, float]]:
+    """All rows, with progress, and what the machine can do."""
     make = q.presets.ALL.get(options.preset)
     if make is None:
         raise ValueError(f"There is no preset {options.preset!r}: choose {', '.join(q.presets.ALL)}.")
-    # transformers has no MTP, so neither side gets one.
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        q.Qwen3Next(make(mtp_num_hidden_layers=0)).save_pretrained(Path(folder) / "model")
-        ours = q.load(Path(folder) / "model", dtype=options.dtype, device=options.device)
-        device = ours.embed_tokens.weight.device
-        theirs = Qwen3NextForCausalLM.from_pretrained(Path(folder) / "model", dtype=options.dtype)
-        theirs.to(device)  # type: ignore[arg-type]
-    ids = torch.randint(ours.vocab_size, (1, 100), device=device)
-    with torch.no_grad():
-        apart = (ours(ids).logits - theirs(ids).logits).abs().max().item()
-    if apart > (1e-3 if options.dtype == "float32" else 1.0):
-        raise RuntimeError(f"The two models disagree by {apart:.1e} on the same weights: nothing to compare.")
-    return ours, theirs, device
+    if unknown := [x for x in options.dtypes if x not in ("float32", "bfloat16")]:
+        raise ValueError(f"{unknown[0]!r} cannot be measured: choose float32 and bfloat16.")
+    peer = None if options.peer is None else _load(options.peer)
+    torch.manual_seed(options.seed)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as temporary, Progress(console=Console(stderr=True)) as progress:
+        folder = Path(temporary) / "model"
+        q.Qwen3Next(make(mtp_num_hidden_layers=0)).save_pretrained(folder)
+        exact = models(options, folder, "float32")
+        machine_can = {"read_bytes_per_second": read_bandwidth(exact.device)}
+        for dtype in options.dtypes:
+            rate = machine_can[f"{dtype}_flops_per_second"] = matmul_rate(getattr(torch, dtype), exact.device)
+            found = exact if dtype == "float32" else models(options, folder, dtype)
+            third = None if peer is None else peer(folder, dtype, found.device)
+            jobs = list(plan(options, dtype, found, exact))
+            for job in progress.track(jobs, description=f"timing, {dtype}"):
+                case = job()
+                if options.only and not any(word in case.what for word in options.only):
+                    continue
+                if third is not None:
+                    case.sides |= third(case.what)
+                limit = max(case.flops / rate, case.nbytes / machine_can["read_bytes_per_second"])
+                rows += compare(case, options.repetitions, dtype=dtype, limit=limit)
+    return rows, machine_can
 
 
-def measure(options: Options) -> list[Row]:
-    """All rows, with progress."""
-    ours, theirs, device = models(options)
-    lengths = (512,) if options.quick else options.prefill
-    repetitions = 3 if options.quick else options.repetitions
-    generator = torch.Generator().manual_seed(options.seed)
-    rows = []
-
-    def draw(b: int, t: int) -> torch.Tensor:
-        return torch.randint(ours.vocab_size, (b, t), generator=generator).to(device)
-
-    def prefill(ids: torch.Tensor) -> Row:
-        t = ids.shape[1]
-
-        @torch.no_grad()
-        def a() -> None:
-            ours(ids, cache=ours.new_cache(max_len=t), logits_to_keep=1)
-
-        @torch.no_grad()
-        def b() -> None:
-            theirs(ids, use_cache=True, logits_to_keep=1)
-
-        return compare(f"prefill {t}", t, a, b, repetitions)
-
-    def decode() -> Row:
-        # Both contexts grow from repetition to repetition, by the same tokens.
-        before = 256 if options.quick else options.decode_after
-        ids, new = draw(1, before), draw(1, options.decode)
-
-        def steps(step: Callable[[torch.Tensor], object]) -> None:
-            for i in range(options.decode):
-                step(new[:, i : i + 1])
-
-        with torch.no_grad():
-            cache = ours.new_cache(max_len=before + (repetitions + 1) * options.decode)
-            ours(ids, cache=cache)
-            past = theirs(ids, use_cache=True).past_key_values
-
-        @torch.no_grad()
-        def a() -> None:
-            steps(lambda x: ours(x, cache=cache, logits_to_keep=1))
-
-        @torch.no_grad()
-        def b() -> None:
-            steps(lambda x: theirs(x, past_key_values=past, use_cache=True))
-
-        return compare(f"decode after {before}", options.decode, a, b, repetitions)
-
-    def train() -> Row:
-        ids = draw(options.train_batch, 256 if options.quick else options.train_length)
-
-        def a() -> None:
-            ours.zero_grad()
-            ours.loss(ids).lm.backward()
-
-        def b() -> None:
-            theirs.zero_grad()
-            theirs(ids, labels=ids).loss.backward()
-
-        return compare(f"train {ids.shape[0]} x {ids.shape[1]}", ids.numel(), a, b, repetitions)
-
-    jobs = [*(lambda t=t: prefill(draw(1, t)) for t in lengths), decode, train]
-    with Progress(console=Console(stderr=True)) as progress:
-        for job in progress.track(jobs, description="timing"):
-            rows.append(job())
-    return rows
+def _load(path: Path) -> Any:
+    """`make` of a peer's file."""
+    spec = importlib.util.spec_from_file_location("benchmark_peer", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ValueError(f"{path} is no Python file: give one that defines make(folder, dtype, device).")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "make", None)):
+        raise ValueError(f"{path} does not define make(folder, dtype, device): see docs/benchmarks.md.")
+    return module.make
 
 
-def as_markdown(rows: list[Row], options: Options, where: dict[str, str]) -> str:
+def cells(row: Row) -> list[str]:
+    """A row of the table."""
+    speeds = (f"{row.tokens / seconds:,.0f}" if row.tokens / seconds >= 100 else f"{row.tokens / seconds:.1f}"
+              for seconds in (row.ours, row.theirs))  # fmt: skip
+    share = f"{row.limit / row.ours:.0%}" if row.limit else "-"
+    return [row.dtype, row.what, *speeds, row.peer, f"{row.ratio:.2f}", f"{row.lowest:.2f} to {row.highest:.2f}", share]
+
+
+COLUMNS = ("dtype", "what", "tok/s", "peer tok/s", "peer", "ratio", "range", "of the limit")
+
+
+def as_markdown(rows: list[Row], options: Options, where: dict[str, str], can: dict[str, float]) -> str:
     """The table with its conditions."""
-    lines = [
-        f"Preset {options.preset}, {options.dtype}, without MTP. " + "; ".join(f"{k}: {v}" for k, v in where.items())
-    ]
-    lines += ["", "| what | qwen3next tok/s | transformers tok/s | ratio | range |", "|---|---|---|---|---|"]
-    for r in rows:
-        lines.append(
-            f"| {r.what} | {r.tokens / r.ours:.1f} | {r.tokens / r.theirs:.1f} | **{r.ratio:.2f}** "
-            f"| {r.lowest:.2f} to {r.highest:.2f} |"
-        )
+    lines = [f"Preset {options.preset}, without MTP. " + "; ".join(f"{k}: {v}" for k, v in where.items()), ""]
+    lines += [_limits(can), "", f"| {' | '.join(COLUMNS)} |", "|---|---|--:|--:|---|--:|---|--:|"]
+    for row in rows:
+        parts = cells(row)
+        lines.append(f"| {' | '.join([*parts[:5], f'**{parts[5]}**', *parts[6:]])} |")
     return "\n".join(lines) + "\n"
+
+
+def _limits(can: dict[str, float]) -> str:
+    rates = ", ".join(f"{can[k] / 1e9:,.0f} GFLOP/s in {k.split('_')[0]}" for k in can if "flops" in k)
+    return f"Measured in this run: reading {can['read_bytes_per_second'] / 1e9:.1f} GB/s, matrix products {rates}."
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Bars of the ratios, with their ranges."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    names = [f"{row.what}, {row.dtype}" + (f" ({row.peer})" if row.peer != "transformers" else "") for row in rows]
+    figure, axis = plt.subplots(figsize=(8, 0.28 * len(rows) + 1), layout="constrained")
+    for i, row in enumerate(rows):
+        axis.barh(i, row.ratio, color="C0" if row.dtype == "float32" else "C1", height=0.7)
+        axis.plot([row.lowest, row.highest], [i, i], "k-", lw=1)
+    axis.axvline(1, color="k", lw=0.8, ls=":")
+    axis.set(yticks=range(len(rows)), yticklabels=names, xscale="log", xlabel="times as fast as the peer")
+    axis.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+    axis.invert_yaxis()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main(options: Options) -> list[Row]:
     """Measure, print the table, write the files."""
-    rows, where = measure(options), machine()
-    table = Table("what", "qwen3next tok/s", "transformers tok/s", "ratio", "range", title="; ".join(where.values()))
-    for r in rows:
-        speeds = (f"{r.tokens / seconds:.1f}" for seconds in (r.ours, r.theirs))
-        table.add_row(r.what, *speeds, f"{r.ratio:.2f}", f"{r.lowest:.2f} to {r.highest:.2f}")
+    if options.quick:
+        options = replace(options, **QUICK, repetitions=3)  # type: ignore[arg-type]
+    (rows, can), where = measure(options), machine()
+    table = Table(*COLUMNS, title="; ".join(where.values()), caption=_limits(can))
+    for row in rows:
+        table.add_row(*cells(row))
     Console().print(table)
     if options.out is not None:
-        content = {"options": asdict(options) | {"out": str(options.out)}, **where, "rows": [asdict(r) for r in rows]}
-        write_results(options.out, content, as_markdown(rows, options, where))
+        content: dict[str, Any] = {
+            "options": asdict(options) | {"out": str(options.out), "peer": str(options.peer)}
+        } | where
+        content |= {"machine_can": can, "rows": [asdict(row) for row in rows]}
+        write_results(options.out, content, as_markdown(rows, options, where, can))
+        draw(rows, options.out.with_suffix(".png"))
     return rows
 
 

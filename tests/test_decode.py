@@ -151,6 +151,8 @@ def test_a_forward_runs_the_modules_and_a_step_compiled_code(monkeypatch):
         assert len(calls) == 4
         model.set_backend("decode", "native")
         model(tokens(1), cache=cache)
+        assert len(calls) == 4
+        model.step(tokens(1), cache)
         assert len(calls) == 5
         model.set_backend("decode", "torch")
         model.step(tokens(1), cache)
@@ -181,16 +183,22 @@ def replace_forward(model):
 
 @pytest.mark.parametrize("attach", [attach_forward_hook, attach_root_hook, attach_hook_point, replace_forward])
 def test_where_somebody_looks_the_modules_run(monkeypatch, attach):
+    """Hooks at once; what is put in a module's place without a word, with the next cache or a few steps later."""
     model = small_model()
-    calls, cache = ran(model, monkeypatch), model.new_cache(2)
+    calls, cache = ran(model, monkeypatch), model.new_cache(2, max_len=200)
     model.step(tokens(3), cache)
-    for _ in range(2):
+    for n in (1, 2):
         handle = attach(model)
+        if attach is replace_forward:
+            for _ in range(decode.LOOK_EVERY):
+                model.step(tokens(1), cache)
+            calls[:] = [1] * n
+            cache = cache.fork()[0]
         model.step(tokens(1), cache)
-        assert len(calls) == 1 + _
+        assert len(calls) == n
         handle.remove()
         model.step(tokens(1), cache)
-        assert len(calls) == 2 + _
+        assert len(calls) == n + 1
 
 
 def test_hooks_fire_in_generation():

@@ -1,0 +1,52 @@
+"""How much work a model's steps are: floating-point operations of the products, bytes of what must be read."""
+
+from qwen3next.config import ModelConfig
+
+
+def linear_weights(config: ModelConfig) -> int:
+    """Weights that a token is multiplied with in all layers: of the routed experts, the chosen ones; no head."""
+    c, total = config, 0
+    for i, mixer in enumerate(c.layer_types):
+        if mixer == "linear_attention":
+            values = c.linear_num_value_heads * c.linear_value_head_dim
+            total += c.hidden_size * (c.conv_channels + values + 2 * c.linear_num_value_heads) + values * c.hidden_size
+        else:
+            queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+            gates = {"elementwise": queries, "headwise": c.num_attention_heads, "none": 0}[c.attention_gate]
+            total += c.hidden_size * (queries + gates + 2 * keys) + queries * c.hidden_size
+        if c.is_sparse(i):
+            inner = c.num_experts_per_tok * c.moe_intermediate_size + c.shared_expert_intermediate_size
+            total += c.hidden_size * (3 * inner + c.num_experts + 1)
+        else:
+            total += 3 * c.hidden_size * c.intermediate_size
+    return total
+
+
+def delta_rule_flops(*, tokens: int, heads: int, key_dim: int, value_dim: int) -> int:
+    """Of the recurrence: recall, write and read, a product of k by v each. Chunks do more, in larger products."""
+    return tokens * heads * 6 * key_dim * value_dim
+
+
+def forward_flops(config: ModelConfig, tokens: int, *, past: int = 0, logits: int = 1) -> int:
+    """Of one sequence of `tokens` new tokens behind `past` others, with logits for the last `logits` of them."""
+    c = config
+    rule = delta_rule_flops(
+        tokens=tokens,
+        heads=c.linear_num_value_heads,
+        key_dim=c.linear_key_head_dim,
+        value_dim=c.linear_value_head_dim,
+    )
+    seen = tokens * past + tokens * (tokens + 1) // 2  # pairs of a query and a key
+    softmax = 4 * seen * c.num_attention_heads * c.head_dim
+    layers = c.layer_types.count("linear_attention") * rule + c.layer_types.count("full_attention") * softmax
+    return 2 * tokens * linear_weights(c) + layers + 2 * logits * c.hidden_size * c.vocab_size
+
+
+def train_flops(config: ModelConfig, tokens: int) -> int:
+    """Of loss and gradients over one sequence: a backward is twice a forward."""
+    return 3 * forward_flops(config, tokens, logits=tokens)
+
+
+def active_weight_bytes(config: ModelConfig, element_size: int) -> int:
+    """What one decoded token has to read of the weights: those it is multiplied with, and the head."""
+    return element_size * (linear_weights(config) + config.hidden_size * config.vocab_size)
