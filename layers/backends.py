@@ -38,6 +38,12 @@ def _fla(device: torch.device, dtype: torch.dtype) -> str | None:
     return fla_missing()
 
 
+def _piecewise(device: torch.device, _dtype: torch.dtype) -> str | None:
+    return (
+        None if device.type == "cpu" else f"its pieces are sized for a CPU's caches, the tensors are on {device.type}"
+    )
+
+
 def _grouped(_device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype in (torch.float32, torch.bfloat16) else f"torch's grouped_mm has no {dtype}"
 
@@ -46,6 +52,7 @@ def _grouped(_device: torch.device, dtype: torch.dtype) -> str | None:
 OPERATIONS: dict[str, tuple[Implementation, ...]] = {
     "delta_rule": (
         Implementation("fla", "fused Triton kernels", _fla),
+        Implementation("piecewise", "chunks of 64 tokens, a few at a time, in torch", _piecewise),
         Implementation("chunked", "matrix products over chunks of 64 tokens, in torch"),
         Implementation("recurrent", "token loop, the definition"),
     ),

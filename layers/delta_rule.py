@@ -15,9 +15,8 @@ from torch import Tensor
 from layers.backends import choose
 from layers.hook_point import HookPoint
 from layers.norm import at_least_fp32
+from layers.piecewise_delta_rule import CHUNK, piecewise
 from layers.segments import Segments
-
-CHUNK = 64
 
 Keys = Float[Tensor, "b t kh k"]
 Values = Float[Tensor, "b t h v"]
@@ -83,12 +82,18 @@ def gated_delta_rule(
     if choice == "fla":
         return _fla(q, k, v, log_decay, beta, state, segments)
     dtype = v.dtype
-    q, k, v, log_decay, beta = (at_least_fp32(x) for x in (q, k, v, log_decay, beta))
+    exact = at_least_fp32(v).dtype
+    log_decay, beta = log_decay.to(exact), beta.to(exact)
     if state is None:
-        state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
-    state = state.to(v.dtype)
+        state = beta.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
+    state = state.to(exact)
     starts = None if segments is None else segments.starts
-    with torch.autocast(v.device.type, enabled=False):  # the products stay fp32 in mixed-precision training
+    with torch.autocast(v.device.type, enabled=False):  # each backend says in which precision it multiplies
+        if choice == "piecewise" and not looped:
+            products = dtype if dtype == torch.bfloat16 else exact
+            o, state = piecewise(q.to(products), k.to(products), v.to(products), log_decay, beta, state, starts)
+            return o.to(dtype), state
+        q, k, v = (at_least_fp32(x) for x in (q, k, v))
         if looped:
             o, state = _recurrent(q, k, v, log_decay, beta, state, starts, watch)
         else:

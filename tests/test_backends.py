@@ -19,7 +19,7 @@ CUDA = torch.device("cuda")
 def test_auto_takes_the_fastest_that_can_run(monkeypatch):
     cpu = torch.zeros(1)
     assert [backends.choose(name, "auto", cpu) for name in backends.OPERATIONS] == [
-        "chunked",
+        "piecewise",
         "torch",
         "sdpa",
         "grouped",
@@ -54,7 +54,7 @@ def test_every_backend_gives_the_same_model():
     model = small_model(dtype=torch.float64)  # rounding out of the way; grouped experts, fp32 only, are tested by layer
     expected = model(tokens).logits
     for operation, names in {
-        "delta_rule": ["recurrent"],
+        "delta_rule": ["chunked", "recurrent"],
         "attention": ["eager"],
         "experts": ["loop"],
     }.items():
