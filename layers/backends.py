@@ -4,9 +4,11 @@
 """
 
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,11 +16,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an operation. `missing` says in a sentence why it cannot run for a tensor, or None."""
+    """One way to run an operation.
+
+    `missing` says in a sentence why it cannot run for a tensor, or None; `passed_over` why "auto" leaves it although it
+    can.
+    """
 
     name: str
     why: str
     missing: Callable[[torch.device, torch.dtype], str | None] = lambda _device, _dtype: None
+    passed_over: Callable[[torch.device, torch.dtype], str | None] = lambda _device, _dtype: None
+
+    def unfit(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why "auto" does not pick it for such tensors, or None."""
+        return self.missing(device, dtype) or self.passed_over(device, dtype)
 
 
 @cache
@@ -38,10 +49,35 @@ def _fla(device: torch.device, dtype: torch.dtype) -> str | None:
     return fla_missing()
 
 
-def _piecewise(device: torch.device, _dtype: torch.dtype) -> str | None:
+def _for_caches(device: torch.device, _dtype: torch.dtype) -> str | None:
     return (
         None if device.type == "cpu" else f"its pieces are sized for a CPU's caches, the tensors are on {device.type}"
     )
+
+
+def _onednn(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu" or dtype != torch.float32:
+        return f"it is for float32 on a CPU, not {str(dtype).removeprefix('torch.')} on {device.type}"
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return "this build of torch has no oneDNN"
+    return None
+
+
+def _mkl_uses_all() -> bool:
+    """MKL leaves AVX-512 unused on processors that are not Intel's; elsewhere there is nothing to gain."""
+    try:
+        vendor = re.search(r"^vendor_id\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        vendor = None
+    other = vendor is not None and vendor[1] != "GenuineIntel"
+    return not (other and torch.backends.cpu.get_cpu_capability() == "AVX512")
+
+
+MKL_USES_ALL = _mkl_uses_all()
+
+
+def _mkl_serves(_device: torch.device, _dtype: torch.dtype) -> str | None:
+    return "MKL, which torch uses, is as fast on this processor" if MKL_USES_ALL else None
 
 
 def _grouped(_device: torch.device, dtype: torch.dtype) -> str | None:
@@ -50,9 +86,13 @@ def _grouped(_device: torch.device, dtype: torch.dtype) -> str | None:
 
 # Fastest first: "auto" takes the first that can run.
 OPERATIONS: dict[str, tuple[Implementation, ...]] = {
+    "linear": (
+        Implementation("onednn", "uses AVX-512 where torch's own fp32 products do not", _onednn, _mkl_serves),
+        Implementation("torch", "torch's linear"),
+    ),
     "delta_rule": (
         Implementation("fla", "fused Triton kernels", _fla),
-        Implementation("piecewise", "chunks of 64 tokens, a few at a time, in torch", _piecewise),
+        Implementation("piecewise", "chunks of 64 tokens, a few at a time, in torch", passed_over=_for_caches),
         Implementation("chunked", "matrix products over chunks of 64 tokens, in torch"),
         Implementation("recurrent", "token loop, the definition"),
     ),
@@ -101,7 +141,7 @@ def choose_for(operation: str, backend: str, device: torch.device, dtype: torch.
             raise RuntimeError(f"The {backend!r} backend of {operation} cannot run here: {reason}.")
         return backend
     for implementation in OPERATIONS[operation]:
-        if implementation.missing(device, dtype) is None:
+        if implementation.unfit(device, dtype) is None:
             return implementation.name
     raise AssertionError(f"{operation} has no implementation that always runs")
 
@@ -124,6 +164,6 @@ def explain_operation(operation: str, backend: str, device: torch.device, dtype:
     for implementation in OPERATIONS[operation]:
         if implementation.name == runs:
             return Explanation(operation, runs, f"{why}: {implementation.why}", "; ".join(faster) or "-")
-        reason = implementation.missing(device, dtype)
+        reason = implementation.unfit(device, dtype)
         faster.append(f"{implementation.name}: {reason or 'choose it or auto'}")
     raise AssertionError

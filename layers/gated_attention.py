@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from layers.backends import choose
 from layers.hook_point import HookPoint
 from layers.kv_state import KVState
+from layers.linear import Linear
 from layers.norm import RMSNorm, at_least_fp32
 from layers.rope import Rotation
 from layers.segments import Segments
@@ -97,12 +98,12 @@ class GatedAttention(nn.Module):
         if gate not in GATE_ROWS:
             raise ValueError(f"There is no gate {gate!r}: choose {', '.join(GATE_ROWS)}.")
         self.heads, self.kv_heads, self.head_dim, self.backend = heads, kv_heads, head_dim, backend
-        self.q_proj = nn.Linear(width, heads * head_dim, bias=bias)
+        self.q_proj = Linear(width, heads * head_dim, bias=bias)
         gate_rows = GATE_ROWS[gate](head_dim)
-        self.gate_proj = nn.Linear(width, heads * gate_rows, bias=bias) if gate_rows else None
-        self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=bias)
-        self.o_proj = nn.Linear(heads * head_dim, width, bias=bias)
+        self.gate_proj = Linear(width, heads * gate_rows, bias=bias) if gate_rows else None
+        self.k_proj = Linear(width, kv_heads * head_dim, bias=bias)
+        self.v_proj = Linear(width, kv_heads * head_dim, bias=bias)
+        self.o_proj = Linear(heads * head_dim, width, bias=bias)
         self.q_norm = RMSNorm(head_dim, eps=eps, zero_centred=zero_centred) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim, eps=eps, zero_centred=zero_centred) if qk_norm else nn.Identity()
 

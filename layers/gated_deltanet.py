@@ -10,6 +10,7 @@ from layers.causal_conv import causal_conv
 from layers.delta_rule import gated_delta_rule
 from layers.exposed_delta_rule import Exposed, exposed_delta_rule
 from layers.hook_point import HookPoint
+from layers.linear import Linear
 from layers.norm import GatedRMSNorm, at_least_fp32, l2_normalise
 from layers.segments import Segments
 
@@ -58,15 +59,15 @@ class GatedDeltaNet(nn.Module):
         self.eps, self.backend = eps, backend
         self.split = (key_heads * key_dim, key_heads * key_dim, value_heads * value_dim)
         channels = sum(self.split)
-        self.in_proj_qkv = nn.Linear(width, channels, bias=False)
-        self.in_proj_z = nn.Linear(width, value_heads * value_dim, bias=False)
-        self.in_proj_b = nn.Linear(width, value_heads, bias=False)
-        self.in_proj_a = nn.Linear(width, value_heads, bias=False)
+        self.in_proj_qkv = Linear(width, channels, bias=False)
+        self.in_proj_z = Linear(width, value_heads * value_dim, bias=False)
+        self.in_proj_b = Linear(width, value_heads, bias=False)
+        self.in_proj_a = Linear(width, value_heads, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(channels, conv_taps))
         self.A_log = nn.Parameter(torch.empty(value_heads))
         self.dt_bias = nn.Parameter(torch.empty(value_heads))
         self.norm = GatedRMSNorm(value_dim, eps=eps)
-        self.out_proj = nn.Linear(value_heads * value_dim, width, bias=False)
+        self.out_proj = Linear(value_heads * value_dim, width, bias=False)
 
         # What `model.expose` chose: absolute positions after which the memory is shown, and whether A is made.
         self.exposed_positions: tuple[int, ...] = ()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from layers.backends import choose
 from layers.hook_point import HookPoint
+from layers.linear import Linear, linear
 from layers.mlp import SwiGLU
 from layers.norm import at_least_fp32
 
@@ -30,8 +31,8 @@ class RouterStats(NamedTuple):
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """One expert's feed-forward of rows x."""
-    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, down)
+    gate, up = linear(x, gate_up).chunk(2, dim=-1)
+    return linear(F.silu(gate) * up, down)
 
 
 # What experts are, wherever their weights lie, is a function of e and the rows routed to it.
@@ -130,10 +131,10 @@ class SparseMoE(nn.Module):
         if not 1 <= top_k <= experts:
             raise ValueError(f"Cannot route to {top_k} of {experts} experts: choose 1 to {experts}.")
         self.top_k, self.renormalise = top_k, renormalise
-        self.router = nn.Linear(width, experts, bias=False)
+        self.router = Linear(width, experts, bias=False)
         self.experts: nn.Module = Experts(width, inner, experts, backend=backend)
         self.shared_expert = SwiGLU(width, shared_inner)
-        self.shared_expert_gate = nn.Linear(width, 1, bias=False)
+        self.shared_expert_gate = Linear(width, 1, bias=False)
 
         self.hook_router_logits, self.hook_router_weights = HookPoint("b t e"), HookPoint("b t top_k")
         self.hook_router_indices = HookPoint("b t top_k", dtype="int64")
@@ -146,7 +147,7 @@ class SparseMoE(nn.Module):
     ) -> tuple[Float[Tensor, "b t width"], RouterStats | None]:
         """Feed forward; and what the router did with the tokens where `mask` is True (all, if None), if `stats`."""
         with torch.autocast(x.device.type, enabled=False):  # in mixed precision the router stays fp32
-            logits = self.hook_router_logits(F.linear(x.to(self.router.weight.dtype), self.router.weight))
+            logits = self.hook_router_logits(linear(x.to(self.router.weight.dtype), self.router.weight))
             probabilities = at_least_fp32(logits).softmax(-1)
         weights, indices = probabilities.topk(self.top_k, dim=-1)
         indices = self.hook_router_indices(indices)

@@ -6,6 +6,7 @@ from layers.backends import Explanation, explain_operation
 from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import GatedDeltaNet
 from layers.int8_experts import Int8Experts
+from layers.linear import Linear
 from layers.moe import Experts
 from layers.offloaded_experts import OffloadedExperts
 from qwen3next.model import Qwen3Next, as_device, as_dtype
@@ -37,7 +38,9 @@ def explain(
     kind = weight.dtype if dtype is None else as_dtype(dtype)
     rows: dict[str, Explanation] = {}
     for module in model.modules():
-        if isinstance(module, GatedDeltaNet):
+        if isinstance(module, Linear):
+            rows["linear"] = explain_operation("linear", module.backend, where, kind)
+        elif isinstance(module, GatedDeltaNet):
             rows["delta_rule"] = explain_operation("delta_rule", module.backend, where, kind)
             rows["causal_conv"] = explain_operation("causal_conv", module.conv_backend, where, kind)
         elif isinstance(module, GatedAttention):

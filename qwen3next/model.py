@@ -16,6 +16,7 @@ from layers.expert_cache import ExpertCache
 from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import GatedDeltaNet
 from layers.hook_point import HookPoint
+from layers.linear import Linear
 from layers.moe import Experts, RouterStats
 from layers.norm import GatedRMSNorm, RMSNorm, at_least_fp32
 from layers.rope import Rotation, Yarn, rotation
@@ -72,7 +73,7 @@ class Qwen3Next(Hooked, nn.Module):
             Block(config, mixer=kind, sparse=config.is_sparse(i)) for i, kind in enumerate(config.layer_types)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, zero_centred=config.zero_centred_norms)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = MTP(config) if config.mtp_num_hidden_layers else None
         self.hook_embed = HookPoint("b t width")
         self.hook_final_normalized = HookPoint("b t width", dtype="fp32")  # before the final norm's scale
@@ -324,11 +325,11 @@ class Qwen3Next(Hooked, nn.Module):
         self.config, self._warned_of_length = self.config.replace(rope_scaling=scaling), False
 
     def set_backend(self, operation: str, name: str) -> None:
-        """Choose how "delta_rule", "attention" or "experts" runs in every layer; "auto" picks again.
+        """Choose how "linear", "delta_rule", "attention" or "experts" runs in every layer; "auto" picks again.
 
         Raises: ValueError for an unknown operation or backend; RuntimeError where a named one cannot run here.
         """
-        kinds = {"delta_rule": GatedDeltaNet, "attention": GatedAttention, "experts": Experts}
+        kinds = {"linear": Linear, "delta_rule": GatedDeltaNet, "attention": GatedAttention, "experts": Experts}
         if operation not in kinds:
             raise ValueError(f"There is no operation {operation!r} to choose for: {', '.join(kinds)}.")
         choose(operation, name, self.embed_tokens.weight)

@@ -18,12 +18,15 @@ CUDA = torch.device("cuda")
 
 def test_auto_takes_the_fastest_that_can_run(monkeypatch):
     cpu = torch.zeros(1)
-    assert [backends.choose(name, "auto", cpu) for name in backends.OPERATIONS] == [
-        "piecewise",
-        "torch",
-        "sdpa",
-        "grouped",
-    ]
+    for mkl_uses_all, linear in ((True, "torch"), (False, "onednn")):
+        monkeypatch.setattr(backends, "MKL_USES_ALL", mkl_uses_all)
+        assert {name: backends.choose(name, "auto", cpu) for name in backends.OPERATIONS} == {
+            "linear": linear,
+            "delta_rule": "piecewise",
+            "causal_conv": "torch",
+            "attention": "sdpa",
+            "experts": "grouped",
+        }
     monkeypatch.setattr(backends, "fla_missing", lambda: None)
     assert backends.why_not("delta_rule", "fla", CUDA, torch.bfloat16) is None
     assert "float64" in backends.why_not("delta_rule", "fla", CUDA, torch.float64)
