@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from layers.native.build import missing
+
 
 @dataclass(frozen=True)
 class Implementation:
@@ -80,6 +82,18 @@ def _mkl_serves(_device: torch.device, _dtype: torch.dtype) -> str | None:
     return "MKL, which torch uses, is as fast on this processor" if MKL_USES_ALL else None
 
 
+def _cpp(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return f"it is for float32 and bfloat16 on a CPU, not {str(dtype).removeprefix('torch.')} on {device.type}"
+    if torch.is_grad_enabled():
+        return "it has no gradients: use it under torch.no_grad()"
+    return missing()
+
+
+def _cpp_bf16(device: torch.device, dtype: torch.dtype) -> str | None:
+    return _cpp(device, dtype) if dtype == torch.bfloat16 else "it is for bfloat16 alone"
+
+
 def _grouped(_device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype in (torch.float32, torch.bfloat16) else f"torch's grouped_mm has no {dtype}"
 
@@ -92,19 +106,27 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
     ),
     "delta_rule": (
         Implementation("fla", "fused Triton kernels", _fla),
+        Implementation("cpp", "a memory at a time in a core's caches, without gradients", _cpp),
         Implementation("piecewise", "chunks of 64 tokens, a few at a time, in torch", passed_over=_for_caches),
         Implementation("chunked", "matrix products over chunks of 64 tokens, in torch"),
         Implementation("recurrent", "token loop, the definition"),
     ),
     "causal_conv": (
         Implementation("fla", "fused Triton kernel", _fla),
+        Implementation("cpp", "one pass over memory, without gradients", _cpp),
         Implementation("torch", "one pass a tap, in torch"),
     ),
     "attention": (
+        Implementation("cpp", "in tiles, products in bf16, without gradients", _cpp_bf16),
         Implementation("sdpa", "torch's fused attention"),
         Implementation("eager", "shows scores and pattern"),
     ),
+    "elementwise": (
+        Implementation("cpp", "a norm, gate or activation in one pass over memory, without gradients", _cpp),
+        Implementation("torch", "step by step, in torch"),
+    ),
     "experts": (
+        Implementation("cpp", "sorted, activated and summed in one pass each, without gradients", _cpp),
         Implementation(
             "grouped", "one grouped matmul for all experts; a single token reads its own in place", _grouped
         ),
@@ -157,13 +179,19 @@ class Explanation:
 
 
 def explain_operation(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> Explanation:
-    """Say what `choose` picks for such tensors, and why nothing faster runs."""
-    runs = choose_for(operation, backend, device, dtype)
-    why = "named" if backend != "auto" else "fastest that can run here"
-    faster: list[str] = []
-    for implementation in OPERATIONS[operation]:
-        if implementation.name == runs:
-            return Explanation(operation, runs, f"{why}: {implementation.why}", "; ".join(faster) or "-")
-        reason = implementation.unfit(device, dtype)
-        faster.append(f"{implementation.name}: {reason or 'choose it or auto'}")
-    raise AssertionError
+    """Say what `choose` picks for such tensors where no gradients are taken, and why nothing faster runs."""
+    with torch.no_grad():
+        runs = choose_for(operation, backend, device, dtype)
+        why = "named" if backend != "auto" else "fastest that can run here"
+        faster: list[str] = []
+        for implementation in OPERATIONS[operation]:
+            if implementation.name == runs:
+                break
+            reason = implementation.unfit(device, dtype)
+            faster.append(f"{implementation.name}: {reason or 'choose it or auto'}")
+    why = f"{why}: {implementation.why}"
+    if backend == "auto":
+        with torch.enable_grad():
+            training = choose_for(operation, backend, device, dtype)
+        why += "" if training == runs else f"; with them, {training}"
+    return Explanation(operation, runs, why, "; ".join(faster) or "-")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from layers.backends import choose
 from layers.hook_point import HookPoint
+from layers.native import ops as native
 from layers.norm import at_least_fp32
 from layers.piecewise_delta_rule import CHUNK, piecewise
 from layers.segments import Segments
@@ -61,7 +62,9 @@ def gated_delta_rule(
         beta: write strength in [0, 1]; 1 replaces what k recalls.
         state: memory before the first token; None means zeros. Not modified.
         segments: where sequences begin and end; None means every row is one sequence.
-        backend: "recurrent" (token loop, the definition), "chunked" (torch), "fla" (Triton, CUDA); "auto" picks.
+        backend: "recurrent" (token loop, the definition), "chunked" (torch, the algebra to read), "piecewise" (the same
+            a few chunks at a time), "cpp" (CPU, without gradients), "fla" (Triton, CUDA); "auto" picks. The last three
+            multiply in bf16 where v is bf16.
         watch: points to pass inside the token loop; other backends refuse those that are armed.
     Returns: output (b t h v) in v's dtype and the memory after each row's last token (b h k v), fp32 or better.
     Raises: ValueError for an unknown backend or head counts that do not divide; RuntimeError where a named backend
@@ -89,6 +92,10 @@ def gated_delta_rule(
     state = state.to(exact)
     starts = None if segments is None else segments.starts
     with torch.autocast(v.device.type, enabled=False):  # each backend says in which precision it multiplies
+        if choice == "cpp" and not looped:
+            q, k, log_decay, beta, state = (x.float().contiguous() for x in (q, k, log_decay, beta, state))
+            o, state = native.delta_rule(q, k, v, log_decay, beta, starts, state)
+            return o, state
         if choice == "piecewise" and not looped:
             products = dtype if dtype == torch.bfloat16 else exact
             o, state = piecewise(q.to(products), k.to(products), v.to(products), log_decay, beta, state, starts)

@@ -36,14 +36,18 @@ def attend(
 
     Args:
         mask: True where a query may look; None means causal, the queries being the last t of the s tokens.
-        backend: "eager" (scores and pattern as tensors, both pass their hook points), "sdpa"; "auto" picks.
+        backend: "eager" (scores and pattern as tensors, both pass their hook points), "sdpa"; "auto" picks of these.
     Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here, or a hook waits for
         scores or pattern and "eager" does not run.
     """
     t, s = q.shape[1], k.shape[1]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, time, d)
     square = mask is None and t == s
-    fused = choose("attention", backend, q) == "sdpa"
+    if backend == "cpp":
+        raise RuntimeError(
+            'The "cpp" backend of attention is part of tiled_attention, and "attend" is not: choose "sdpa".'
+        )
+    fused = choose("attention", backend, q) != "eager"
     if fused:
         for point in (hook_scores, hook_pattern):
             if point is not None and point.armed:
@@ -146,13 +150,13 @@ class GatedAttention(nn.Module):
             state.append(k, v, segments)
         points = (self.hook_scores, self.hook_pattern)
         backend = "eager" if self.exposed_pattern else self.backend
-        if q.device.type == "cpu" and not torch.is_grad_enabled() and choose("attention", backend, q) == "sdpa":
+        if q.device.type == "cpu" and not torch.is_grad_enabled() and choose("attention", backend, q) != "eager":
             for point in points:
                 if point.armed:
                     point.refuse()
             if torch.is_autocast_enabled("cpu"):  # the kernel below is asked for by name, which autocast does not see
                 q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
-            return _in_tiles(q, k, v, segments, state)
+            return _in_tiles(q, k, v, segments, state, backend)
         mask = None if segments.plain else segments.attention_mask
         if state is not None:
             k, v = (x.transpose(1, 2) for x in state.read(0, max(segments.ends), dtype=q.dtype))
@@ -162,7 +166,7 @@ class GatedAttention(nn.Module):
         return attend(q, k, v, mask=mask, backend=backend, hook_scores=points[0], hook_pattern=points[1])
 
 
-def _in_tiles(q: Heads, k: KVHeads, v: KVHeads, segments: Segments, state: KVState | None) -> Heads:
+def _in_tiles(q: Heads, k: KVHeads, v: KVHeads, segments: Segments, state: KVState | None, backend: str) -> Heads:
     """`tiled_attention` over all rows at once where they stand at the same place, else a sequence at a time."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, time, d)
 
@@ -174,7 +178,7 @@ def _in_tiles(q: Heads, k: KVHeads, v: KVHeads, segments: Segments, state: KVSta
                 return state.read(first, last, row=row, dtype=q.dtype)
             return k[rows, :, begin + first : begin + last], v[rows, :, begin + first : begin + last]
 
-        return tiled_attention(q[rows, :, begin:end], read, past=past)
+        return tiled_attention(q[rows, :, begin:end], read, past=past, backend=backend)
 
     if segments.aligned:
         return run(None, 0, segments.length, segments.past[0]).transpose(1, 2)

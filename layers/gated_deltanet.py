@@ -119,8 +119,8 @@ class GatedDeltaNet(nn.Module):
         # Normalised in fp32; 1/√k on the query keeps q·k of order 1/√k, as in softmax attention.
         q = self.hook_q_conv(q.unflatten(-1, (self.key_heads, -1)))
         k = self.hook_k_conv(k.unflatten(-1, (self.key_heads, -1)))
-        q = self.hook_q(l2_normalise(at_least_fp32(q)) * self.key_dim**-0.5)
-        k = self.hook_k(l2_normalise(at_least_fp32(k)))
+        q = self.hook_q(l2_normalise(q, scale=self.key_dim**-0.5, backend=self.rows_backend))
+        k = self.hook_k(l2_normalise(k, backend=self.rows_backend))
         v = self.hook_v(v.unflatten(-1, (self.value_heads, -1)))
         beta = self.hook_beta(at_least_fp32(self.hook_beta_logit(self.in_proj_b(x))).sigmoid())
         # A_log in fp32: in fp16 its exponential can be infinite.
@@ -164,4 +164,9 @@ class GatedDeltaNet(nn.Module):
     @property
     def conv_backend(self) -> str:
         """The convolution follows the delta rule: fused with fused, torch with torch."""
-        return "torch" if self.backend in ("chunked", "recurrent") else self.backend
+        return "torch" if self.backend in ("piecewise", "chunked", "recurrent") else self.backend
+
+    @property
+    def rows_backend(self) -> str:
+        """Likewise the norms of q and k."""
+        return "auto" if self.backend == "fla" else self.conv_backend

@@ -38,7 +38,7 @@ def linear(
     ):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    y = _TimesTransposed.apply(rows, weight) if torch.is_grad_enabled() else _product(rows, weight)
+    y = _TimesTransposed.apply(rows, weight) if torch.is_grad_enabled() else product(rows, weight)
     y = y.view(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias
 
@@ -52,7 +52,7 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias, backend=self.backend)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
     """a bᵀ for fp32 matrices in any order of rows and columns."""
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
@@ -63,7 +63,7 @@ class _TimesTransposed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
-        return _product(a, b)
+        return product(a, b)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:

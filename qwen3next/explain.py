@@ -8,6 +8,7 @@ from layers.gated_deltanet import GatedDeltaNet
 from layers.int8_experts import Int8Experts
 from layers.linear import Linear
 from layers.moe import Experts
+from layers.norm import RMSNorm
 from layers.offloaded_experts import OffloadedExperts
 from qwen3next.model import Qwen3Next, as_device, as_dtype
 
@@ -38,7 +39,9 @@ def explain(
     kind = weight.dtype if dtype is None else as_dtype(dtype)
     rows: dict[str, Explanation] = {}
     for module in model.modules():
-        if isinstance(module, Linear):
+        if isinstance(module, RMSNorm):
+            rows["elementwise"] = explain_operation("elementwise", module.backend, where, kind)
+        elif isinstance(module, Linear):
             rows["linear"] = explain_operation("linear", module.backend, where, kind)
         elif isinstance(module, GatedDeltaNet):
             rows["delta_rule"] = explain_operation("delta_rule", module.backend, where, kind)

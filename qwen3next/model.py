@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import GatedDeltaNet
 from layers.hook_point import HookPoint
 from layers.linear import Linear
+from layers.mlp import SwiGLU
 from layers.moe import Experts, RouterStats
 from layers.norm import GatedRMSNorm, RMSNorm, at_least_fp32
 from layers.rope import Rotation, Yarn, rotation
@@ -325,14 +327,24 @@ class Qwen3Next(Hooked, nn.Module):
         self.config, self._warned_of_length = self.config.replace(rope_scaling=scaling), False
 
     def set_backend(self, operation: str, name: str) -> None:
-        """Choose how "linear", "delta_rule", "attention" or "experts" runs in every layer; "auto" picks again.
+        """Choose how an operation of `q.explain` runs in every layer; "auto" picks again.
+
+        Args:
+            operation: "linear", "elementwise", "delta_rule" (the convolution follows it), "attention" or "experts".
 
         Raises: ValueError for an unknown operation or backend; RuntimeError where a named one cannot run here.
         """
-        kinds = {"linear": Linear, "delta_rule": GatedDeltaNet, "attention": GatedAttention, "experts": Experts}
+        kinds: dict[str, Any] = {
+            "linear": Linear,
+            "elementwise": (RMSNorm, GatedRMSNorm, SwiGLU),
+            "delta_rule": GatedDeltaNet,
+            "attention": GatedAttention,
+            "experts": Experts,
+        }
         if operation not in kinds:
             raise ValueError(f"There is no operation {operation!r} to choose for: {', '.join(kinds)}.")
-        choose(operation, name, self.embed_tokens.weight)
+        with torch.no_grad():
+            choose(operation, name, self.embed_tokens.weight)
         if not any(isinstance(module, kinds[operation]) for module in self.modules()):
             raise ValueError(f"This model has no {operation} of its own whose backend could be chosen: see q.explain.")
         for module in self.modules():

@@ -20,14 +20,21 @@ def test_auto_takes_the_fastest_that_can_run(monkeypatch):
     cpu = torch.zeros(1)
     for mkl_uses_all, linear in ((True, "torch"), (False, "onednn")):
         monkeypatch.setattr(backends, "MKL_USES_ALL", mkl_uses_all)
-        assert {name: backends.choose(name, "auto", cpu) for name in backends.OPERATIONS} == {
-            "linear": linear,
-            "delta_rule": "piecewise",
-            "causal_conv": "torch",
-            "attention": "sdpa",
-            "experts": "grouped",
-        }
+        for compiler, grad, kernels in ((None, False, "cpp"), (None, True, None), ("no compiler", False, None)):
+            monkeypatch.setattr(backends, "missing", lambda compiler=compiler: compiler)
+            with torch.set_grad_enabled(grad):
+                assert {name: backends.choose(name, "auto", cpu) for name in backends.OPERATIONS} == {
+                    "linear": linear,
+                    "delta_rule": kernels or "piecewise",
+                    "causal_conv": kernels or "torch",
+                    "attention": "sdpa",
+                    "elementwise": kernels or "torch",
+                    "experts": kernels or "grouped",
+                }
+                assert backends.choose("attention", "auto", cpu.bfloat16()) == kernels or "sdpa"
     monkeypatch.setattr(backends, "fla_missing", lambda: None)
+    assert backends.choose_for("delta_rule", "auto", CUDA, torch.float64) == "chunked"  # pieces are sized for a CPU
+    assert backends.choose_for("delta_rule", "piecewise", CUDA, torch.float64) == "piecewise"
     assert backends.why_not("delta_rule", "fla", CUDA, torch.bfloat16) is None
     assert "float64" in backends.why_not("delta_rule", "fla", CUDA, torch.float64)
     monkeypatch.setattr(backends, "fla_missing", lambda: "not installed")
