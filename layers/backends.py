@@ -90,10 +90,6 @@ def _cpp(device: torch.device, dtype: torch.dtype) -> str | None:
     return missing()
 
 
-def _cpp_bf16(device: torch.device, dtype: torch.dtype) -> str | None:
-    return _cpp(device, dtype) if dtype == torch.bfloat16 else "it is for bfloat16 alone"
-
-
 def _grouped(_device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype in (torch.float32, torch.bfloat16) else f"torch's grouped_mm has no {dtype}"
 
@@ -117,7 +113,7 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
         Implementation("torch", "one pass a tap, in torch"),
     ),
     "attention": (
-        Implementation("cpp", "in tiles, products in bf16, without gradients", _cpp_bf16),
+        Implementation("cpp", "in tiles, without gradients", _cpp),
         Implementation("sdpa", "torch's fused attention"),
         Implementation("eager", "shows scores and pattern"),
     ),

@@ -31,21 +31,25 @@ class _Grouped(torch.autograd.Function):
         ctx.save_for_backward(x, weight, ends)
         y = x.new_empty(x.shape[0], weight.shape[1])
         for e, run in _runs(ends):
-            y[run] = product(x[run], weight[e])
+            if run.start < run.stop:
+                y[run] = product(x[run], weight[e])
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, ends = ctx.saved_tensors
-        to_x, to_weight = torch.empty_like(x), torch.zeros_like(weight)
+        to_x, to_weight = torch.empty_like(x), torch.empty_like(weight)
         for e, run in _runs(ends):
-            to_x[run] = product(grad[run], weight[e].mT)
-            to_weight[e] = product(grad[run].mT, x[run].mT)
+            if run.start == run.stop:
+                to_weight[e] = 0.0
+            else:
+                to_x[run] = product(grad[run], weight[e].mT)
+                to_weight[e] = product(grad[run].mT, x[run].mT)
         return to_x, to_weight, None
 
 
 def _runs(ends: Tensor) -> list[tuple[int, slice]]:
-    """Number and rows of each map that has any."""
+    """Number and rows of each map."""
     last = ends.tolist()
-    return [(e, slice(a, b)) for e, (a, b) in enumerate(zip([0, *last], last, strict=False)) if a < b]
+    return [(e, slice(a, b)) for e, (a, b) in enumerate(zip([0, *last[:-1]], last, strict=True))]

@@ -98,7 +98,7 @@ class Experts(nn.Module):
     def _sorted(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """As `_grouped`, with everything but the products in C++."""
         token, places, ends = native.route(indices.contiguous(), self.gate_up_proj.shape[0])
-        gate, up = grouped_linear(x[token], self.gate_up_proj, ends).chunk(2, dim=-1)
+        gate, up = grouped_linear(x.index_select(0, token), self.gate_up_proj, ends).chunk(2, dim=-1)
         out = grouped_linear(native.swiglu(gate, up), self.down_proj, ends)
         return native.combine(out, weights.contiguous(), places)
 

@@ -19,8 +19,7 @@ def l2_normalise(
 ) -> Float[Tensor, "*batch d"]:
     """scale · x / sqrt(Σx² + eps) over the last axis, in fp32 or better. eps is inside the root and not scaled by d."""
     if choose("elementwise", backend, x) == "cpp":
-        weight = torch.full((x.shape[-1],), scale)
-        return native.normalise(x, weight, None, 1.0, eps, cast_first=False, exact=True)
+        return native.normalise(x, torch.full((x.shape[-1],), scale), None, 1.0, eps, False, False, exact=True)
     x = at_least_fp32(x)
     y = x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
     return y if scale == 1.0 else y * scale
@@ -50,10 +49,12 @@ class RMSNorm(nn.Module):
         self, x: Float[Tensor, "*batch width"], *, hook_normalized: HookPoint | None = None
     ) -> Float[Tensor, "*batch width"]:
         if choose("elementwise", self.backend, x) == "cpp" and (self.zero_centred or self.weight.dtype == x.dtype):
-            count, weight = float(x.shape[-1]), 1.0 * self.zero_centred + self.weight.float()
-            if hook_normalized is None or not hook_normalized.active:
-                return native.normalise(x, weight, None, count, self.eps, cast_first=not self.zero_centred, exact=False)
-            normed = native.normalise(x, torch.ones_like(weight), None, count, self.eps, cast_first=False, exact=True)
+            seen = hook_normalized is not None and hook_normalized.active
+            weight = 1.0 * self.zero_centred + self.weight.float()
+            scale, early = (torch.ones_like(weight), False) if seen else (weight, not self.zero_centred)
+            normed = native.normalise(x, scale, None, float(x.shape[-1]), self.eps, early, False, exact=seen)
+            if not seen:
+                return normed
         else:
             normed = _unit_rms(at_least_fp32(x), self.eps)
         normed = normed if hook_normalized is None else hook_normalized(normed)
@@ -86,11 +87,13 @@ class GatedRMSNorm(nn.Module):
         *,
         hook_gate: HookPoint | None = None,
     ) -> Float[Tensor, "*batch width"]:
-        same = self.weight.dtype == x.dtype == gate.dtype
-        if choose("elementwise", self.backend, x) == "cpp" and same:
-            seen = hook_gate is not None and hook_gate.active
-            weight, z = self.weight.float(), None if seen else gate.contiguous()
-            normed = native.normalise(x, weight, z, float(x.shape[-1]), self.eps, cast_first=True, exact=False)
+        if choose("elementwise", self.backend, x) == "cpp" and x.dtype == gate.dtype:
+            seen, same = hook_gate is not None and hook_gate.active, self.weight.dtype == x.dtype
+            z = None if seen else gate.contiguous()
+            # An fp32 weight beside bf16 values makes the product fp32, so that nothing is rounded after it.
+            normed = native.normalise(
+                x, self.weight.float(), z, float(x.shape[-1]), self.eps, True, same, exact=seen and not same
+            )
             if not seen:
                 return normed
             gate = native.silu_fp32(gate.contiguous())

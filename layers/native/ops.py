@@ -70,21 +70,26 @@ def delta_rule(
 
 @_operator("(Tensor q, Tensor k, Tensor v, bool causal) -> Tensor[]")
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> list[Tensor]:
-    """q (b h t d), k, v (b kvh s d) in bf16, the last axis contiguous. Returns answer and logsumexp (b h t) in fp32."""
+    """q (b h t d), k, v (b kvh s d), the last axis contiguous. Returns answer and logsumexp (b h t) in fp32."""
     b, h, t, d = q.shape
     out, logsumexp = q.new_empty(q.shape), q.new_empty(b, h, t, dtype=torch.float32)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    _call("attend_bf16", (b, h, k.shape[1], t, k.shape[2], d, *strides, int(causal)), q, k, v, out, logsumexp)
+    _call(
+        f"attend_{NAMES[q.dtype]}", (b, h, k.shape[1], t, k.shape[2], d, *strides, int(causal)), q, k, v, out, logsumexp
+    )
     return [out, logsumexp]
 
 
-@_operator("(Tensor x, Tensor weight, Tensor? gate, float count, float eps, bool cast_first, bool exact) -> Tensor")
+@_operator(
+    "(Tensor x, Tensor weight, Tensor? gate, float count, float eps, bool before, bool after, bool exact) -> Tensor"
+)
 def normalise(
-    x: Tensor, weight: Tensor, gate: Tensor | None, count: float, eps: float, cast_first: bool, exact: bool
+    x: Tensor, weight: Tensor, gate: Tensor | None, count: float, eps: float, before: bool, after: bool, exact: bool
 ) -> Tensor:
-    """x / √(Σx² / count + eps) · weight over the last axis, weight in fp32; into fp32 if `exact`.
+    """x / √(Σx² / count + eps) · weight (· silu(gate)) over the last axis, weight in fp32; into fp32 if `exact`.
 
-    x: (b t h d) may lie in rows that hold more. `cast_first`, `gate`: see rows.cpp.
+    x: (b t h d) may lie in rows that hold more.
+    before, after: whether it is rounded to x's dtype before and after the weight.
     """
     y = x.new_empty(x.shape, dtype=torch.float32 if exact else x.dtype)
     width, heads = x.shape[-1], 1
@@ -94,7 +99,7 @@ def normalise(
         x, stride = x.contiguous(), width
     name = "bf16_fp32" if exact and x.dtype == torch.bfloat16 else NAMES[x.dtype]
     rows = x.numel() // width
-    _call(f"normalise_{name}", x, weight, gate, y, rows, heads, stride, width, float(count), float(eps), cast_first)
+    _call(f"normalise_{name}", x, weight, gate, y, rows, heads, stride, width, float(count), float(eps), before, after)
     return y
 
 

@@ -1,18 +1,20 @@
 // What runs over rows between the products: norms, the convolution, gates, and the experts' bookkeeping, each in one pass
 // over memory. Sums are fp32; a value is rounded to the model's dtype wherever the definitions in torch round it.
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels.h"
 
+constexpr int WIDEST = 1024;  // columns at a time
 constexpr int64_t SMALL = 1 << 14;  // elements below which a second thread is not worth waking
 
 namespace {
 
 // x / √(Σx² / count + eps) · weight, for rows of `width` that begin `stride` apart within groups of `heads`.
-// `cast_first`: rounded to dtype In before the weight (and, where there is a gate, after it, then times silu(gate)).
+// `before`, `after`: rounded to dtype In before and after the weight. Where there is a gate, then times silu(gate).
 template <class In, class Out>
 void normalise(const In* x, const float* weight, const In* gate, Out* y, int64_t rows, int64_t heads, int64_t stride,
-               int width, float count, float eps, bool cast_first) {
+               int width, float count, float eps, bool before, bool after) {
 #pragma omp parallel for if (rows * width > SMALL)
     for (int64_t r = 0; r < rows; r++) {
         const In* from = x + r / heads * stride + r % heads * width;
@@ -21,43 +23,54 @@ void normalise(const In* x, const float* weight, const In* gate, Out* y, int64_t
 #pragma omp simd reduction(+ : sum)
         for (int j = 0; j < width; j++) sum += to_float(from[j]) * to_float(from[j]);
         const float scale = 1.0f / std::sqrt(sum / count + eps);
-        if (gate) {
-            const In* z = gate + r * width;
-            for (int j = 0; j < width; j++) {
-                const float normed = rounded<In>(weight[j] * rounded<In>(to_float(from[j]) * scale));
-                store(to[j], normed * silu(to_float(z[j])));
-            }
-        } else if (cast_first) {
-            for (int j = 0; j < width; j++) store(to[j], weight[j] * rounded<In>(to_float(from[j]) * scale));
-        } else {
-            for (int j = 0; j < width; j++) store(to[j], to_float(from[j]) * scale * weight[j]);
+        float normed[WIDEST];
+        for (int begin = 0; begin < width; begin += WIDEST) {
+            const int n = std::min(WIDEST, width - begin);
+            for (int j = 0; j < n; j++) normed[j] = to_float(from[begin + j]) * scale;
+            if (before)
+                for (int j = 0; j < n; j++) normed[j] = rounded<In>(normed[j]);
+            for (int j = 0; j < n; j++) normed[j] *= weight[begin + j];
+            if (after)
+                for (int j = 0; j < n; j++) normed[j] = rounded<In>(normed[j]);
+            if (gate)
+                for (int j = 0; j < n; j++) normed[j] *= silu(to_float(gate[r * width + begin + j]));
+            for (int j = 0; j < n; j++) store(to[begin + j], normed[j]);
         }
     }
 }
 
-// silu(Σ_j weight[j] x[t + j − carried]) along time; what lies before token 0 is in `state` (b, taps − 1, d).
+// silu(Σ_j weight[j] x[t + j − carried]) of one token's channels, the present input first, then from the oldest on.
+template <class T, class Count>
+void filter(const T* const* inputs, const float* weight, T* to, int64_t n, int64_t d, Count taps) {
+    for (int64_t c = 0; c < n; c++) {
+        float sum = to_float(inputs[taps - 1][c]) * weight[(taps - 1) * d + c];
+        for (int j = 0; j < taps - 1; j++) sum += to_float(inputs[j][c]) * weight[j * d + c];
+        store(to[c], silu(rounded<T>(sum)));
+    }
+}
+
+// Along time; what lies before token 0 is in `state` (b, taps − 1, d). At most 8 taps.
 template <class T>
 void convolve(const T* x, const float* weight, const T* state, T* y, int64_t batch, int64_t tokens, int64_t d, int taps) {
-    constexpr int64_t BLOCK = 512;  // channels whose sums stay in the nearest cache
-    const int64_t carried = taps - 1;
+    constexpr int64_t CHANNELS = 512, TOKENS = 32;  // whose weights and inputs stay in the nearest cache
+    const int64_t carried = taps - 1, blocks = (tokens + TOKENS - 1) / TOKENS;
 #pragma omp parallel for if (batch * tokens * d > SMALL)
-    for (int64_t row = 0; row < batch * tokens; row++) {
-        const int64_t b = row / tokens, t = row % tokens;
-        for (int64_t begin = 0; begin < d; begin += BLOCK) {
-            const int64_t n = std::min(BLOCK, d - begin);
-            float sum[BLOCK];
-            for (int64_t tap = 0; tap < taps; tap++) {
-                const int64_t j = (tap + carried) % taps;  // the present token first, then from the oldest on
-                const int64_t at = t + j - carried;
-                const T* from = begin + (at < 0 ? state + (b * carried + at + carried) * d : x + (b * tokens + at) * d);
-                const float* w = weight + j * d + begin;
-                if (tap == 0)
-                    for (int64_t c = 0; c < n; c++) sum[c] = to_float(from[c]) * w[c];
+    for (int64_t task = 0; task < batch * blocks; task++) {
+        const int64_t b = task / blocks, first = task % blocks * TOKENS, last = std::min(first + TOKENS, tokens);
+        for (int64_t begin = 0; begin < d; begin += CHANNELS) {
+            const int64_t n = std::min(CHANNELS, d - begin);
+            for (int64_t t = first; t < last; t++) {
+                const T* inputs[8];
+                for (int64_t j = 0; j < taps; j++) {
+                    const int64_t at = t + j - carried;
+                    inputs[j] = begin + (at < 0 ? state + (b * carried + at + carried) * d : x + (b * tokens + at) * d);
+                }
+                T* to = y + (b * tokens + t) * d + begin;
+                if (taps == 4)  // known to the compiler, the sum stays in registers
+                    filter(inputs, weight + begin, to, n, d, std::integral_constant<int, 4>());
                 else
-                    for (int64_t c = 0; c < n; c++) sum[c] += to_float(from[c]) * w[c];
+                    filter(inputs, weight + begin, to, n, d, taps);
             }
-            T* to = y + row * d + begin;
-            for (int64_t c = 0; c < n; c++) store(to[c], silu(rounded<T>(sum[c])));
         }
     }
 }
@@ -126,8 +139,8 @@ void route(const int64_t* indices, int64_t* token, int64_t* place, int32_t* ends
 
 #define FOR_DTYPE(name, T)                                                                                              \
     void normalise_##name(const T* x, const float* w, const T* gate, T* y, int64_t rows, int64_t heads, int64_t stride, \
-                          int64_t width, float count, float eps, int cast_first) {                                      \
-        normalise<T, T>(x, w, gate, y, rows, heads, stride, int(width), count, eps, cast_first);                        \
+                          int64_t width, float count, float eps, int64_t before, int64_t after) {                       \
+        normalise<T, T>(x, w, gate, y, rows, heads, stride, int(width), count, eps, before, after);                       \
     }                                                                                                                   \
     void convolve_##name(const T* x, const float* w, const T* state, T* y, int64_t batch, int64_t tokens, int64_t d,    \
                          int64_t taps) {                                                                                \
@@ -146,8 +159,8 @@ FOR_DTYPE(fp32, float)
 FOR_DTYPE(bf16, bf16)
 
 // bf16 rows normalised into fp32.
-void normalise_bf16_fp32(const bf16* x, const float* w, const bf16*, float* y, int64_t rows, int64_t heads, int64_t stride,
-                         int64_t width, float count, float eps, int) {
-    normalise<bf16, float>(x, w, nullptr, y, rows, heads, stride, int(width), count, eps, false);
+void normalise_bf16_fp32(const bf16* x, const float* w, const bf16* gate, float* y, int64_t rows, int64_t heads,
+                         int64_t stride, int64_t width, float count, float eps, int64_t before, int64_t after) {
+    normalise<bf16, float>(x, w, gate, y, rows, heads, stride, int(width), count, eps, before, after);
 }
 }
