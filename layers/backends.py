@@ -4,23 +4,34 @@
 """
 
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from layers import native
+from layers.native.build import missing
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an operation. `missing` says in a sentence why it cannot run for a tensor, or None."""
+    """One way to run an operation.
+
+    `missing` says in a sentence why it cannot run for a tensor, or None; `passed_over` why "auto" leaves it although it
+    can.
+    """
 
     name: str
     why: str
     missing: Callable[[torch.device, torch.dtype], str | None] = lambda _device, _dtype: None
+    passed_over: Callable[[torch.device, torch.dtype], str | None] = lambda _device, _dtype: None
+
+    def unfit(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why "auto" does not pick it for such tensors, or None."""
+        return self.missing(device, dtype) or self.passed_over(device, dtype)
 
 
 @cache
@@ -40,38 +51,90 @@ def _fla(device: torch.device, dtype: torch.dtype) -> str | None:
     return fla_missing()
 
 
+def _for_caches(device: torch.device, _dtype: torch.dtype) -> str | None:
+    return (
+        None if device.type == "cpu" else f"its pieces are sized for a CPU's caches, the tensors are on {device.type}"
+    )
+
+
+def _onednn(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu" or dtype != torch.float32:
+        return f"it is for float32 on a CPU, not {str(dtype).removeprefix('torch.')} on {device.type}"
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return "this build of torch has no oneDNN"
+    return None
+
+
+def _mkl_uses_all() -> bool:
+    """MKL leaves AVX-512 unused on processors that are not Intel's; elsewhere there is nothing to gain."""
+    try:
+        vendor = re.search(r"^vendor_id\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        vendor = None
+    other = vendor is not None and vendor[1] != "GenuineIntel"
+    return not (other and torch.backends.cpu.get_cpu_capability() == "AVX512")
+
+
+MKL_USES_ALL = _mkl_uses_all()
+
+
+def _mkl_serves(_device: torch.device, _dtype: torch.dtype) -> str | None:
+    return "MKL, which torch uses, is as fast on this processor" if MKL_USES_ALL else None
+
+
+def _cpp(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return f"it is for float32 and bfloat16 on a CPU, not {str(dtype).removeprefix('torch.')} on {device.type}"
+    if torch.is_grad_enabled():
+        return "it has no gradients: use it under torch.no_grad()"
+    return missing()
+
+
 def _grouped(_device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype in (torch.float32, torch.bfloat16) else f"torch's grouped_mm has no {dtype}"
 
 
-def _native(device: torch.device, dtype: torch.dtype) -> str | None:
+def _step(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"it is for the CPU, the tensors are on {device.type}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float64):
         return f"it has no {dtype}"
-    return native.missing()
+    return missing()
 
 
 # Fastest first: "auto" takes the first that can run.
 OPERATIONS: dict[str, tuple[Implementation, ...]] = {
     "decode": (
-        Implementation("native", "a step of a few tokens as one call into compiled code", _native),
+        Implementation("cpp", "a step of a few tokens as one call into compiled code", _step),
         Implementation("torch", "the modules, one operation after another"),
+    ),
+    "linear": (
+        Implementation("onednn", "uses AVX-512 where torch's own fp32 products do not", _onednn, _mkl_serves),
+        Implementation("torch", "torch's linear"),
     ),
     "delta_rule": (
         Implementation("fla", "fused Triton kernels", _fla),
+        Implementation("cpp", "a memory at a time in a core's caches, without gradients", _cpp),
+        Implementation("piecewise", "chunks of 64 tokens, a few at a time, in torch", passed_over=_for_caches),
         Implementation("chunked", "matrix products over chunks of 64 tokens, in torch"),
         Implementation("recurrent", "token loop, the definition"),
     ),
     "causal_conv": (
         Implementation("fla", "fused Triton kernel", _fla),
+        Implementation("cpp", "one pass over memory, without gradients", _cpp),
         Implementation("torch", "one pass a tap, in torch"),
     ),
     "attention": (
+        Implementation("cpp", "in tiles, without gradients", _cpp),
         Implementation("sdpa", "torch's fused attention"),
         Implementation("eager", "shows scores and pattern"),
     ),
+    "elementwise": (
+        Implementation("cpp", "a norm, gate or activation in one pass over memory, without gradients", _cpp),
+        Implementation("torch", "step by step, in torch"),
+    ),
     "experts": (
+        Implementation("cpp", "sorted, activated and summed in one pass each, without gradients", _cpp),
         Implementation(
             "grouped", "one grouped matmul for all experts; a single token reads its own in place", _grouped
         ),
@@ -108,7 +171,7 @@ def choose_for(operation: str, backend: str, device: torch.device, dtype: torch.
             raise RuntimeError(f"The {backend!r} backend of {operation} cannot run here: {reason}.")
         return backend
     for implementation in OPERATIONS[operation]:
-        if implementation.missing(device, dtype) is None:
+        if implementation.unfit(device, dtype) is None:
             return implementation.name
     raise AssertionError(f"{operation} has no implementation that always runs")
 
@@ -124,13 +187,19 @@ class Explanation:
 
 
 def explain_operation(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> Explanation:
-    """Say what `choose` picks for such tensors, and why nothing faster runs."""
-    runs = choose_for(operation, backend, device, dtype)
-    why = "named" if backend != "auto" else "fastest that can run here"
-    faster: list[str] = []
-    for implementation in OPERATIONS[operation]:
-        if implementation.name == runs:
-            return Explanation(operation, runs, f"{why}: {implementation.why}", "; ".join(faster) or "-")
-        reason = implementation.missing(device, dtype)
-        faster.append(f"{implementation.name}: {reason or 'choose it or auto'}")
-    raise AssertionError
+    """Say what `choose` picks for such tensors where no gradients are taken, and why nothing faster runs."""
+    with torch.no_grad():
+        runs = choose_for(operation, backend, device, dtype)
+        why = "named" if backend != "auto" else "fastest that can run here"
+        faster: list[str] = []
+        for implementation in OPERATIONS[operation]:
+            if implementation.name == runs:
+                break
+            reason = implementation.unfit(device, dtype)
+            faster.append(f"{implementation.name}: {reason or 'choose it or auto'}")
+    why = f"{why}: {implementation.why}"
+    if backend == "auto":
+        with torch.enable_grad():
+            training = choose_for(operation, backend, device, dtype)
+        why += "" if training == runs else f"; with them, {training}"
+    return Explanation(operation, runs, why, "; ".join(faster) or "-")

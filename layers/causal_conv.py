@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from layers.backends import choose
+from layers.native import ops as native
 from layers.norm import at_least_fp32
 from layers.segments import Segments
 
@@ -30,7 +31,7 @@ def causal_conv(
         weight: one filter a channel, the last tap meets the present token (torch's conv1d order).
         state: the taps − 1 inputs before the first token, oldest first; None means zeros. Not modified.
         segments: where sequences begin and end; None means every row is one sequence.
-        backend: "torch" or "fla" (CUDA); "auto" picks.
+        backend: "torch", "cpp" (CPU, without gradients) or "fla" (CUDA); "auto" picks.
     Returns: output (b t d) and the state after each row's last real token (b taps−1 d).
     Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
     """
@@ -38,6 +39,11 @@ def causal_conv(
     segments = None if segments is None or segments.plain else segments
     if state is None:
         state = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
+    carried = weight.shape[1] - 1
+    if choice == "cpp" and segments is None and x.shape[1] > 1:
+        taps, before = weight.mT.float().contiguous(), state.to(x.dtype).contiguous()
+        y = native.convolve(x.contiguous(), taps, before)
+        return y, torch.cat((before, x[:, -carried:]), dim=1)[:, -carried:].clone()
     history = torch.cat((state.to(x.dtype), x), dim=1)  # (b, taps - 1 + t, d)
     if segments is not None:
         history = _state_beside_first_token(history, state, segments)
@@ -48,7 +54,7 @@ def causal_conv(
     else:
         y = _FilterTaps.apply(at_least_fp32(history), at_least_fp32(weight)).to(x.dtype)
         y = F.silu(y if segments is None else _without_leaks(y, history, weight, segments))
-    return y, _last_inputs(history, weight.shape[1] - 1, segments)
+    return y, _last_inputs(history, carried, segments)
 
 
 class _FilterTaps(torch.autograd.Function):

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from layers.backends import choose
 from layers.hook_point import HookPoint
+from layers.native import ops as native
 from layers.norm import at_least_fp32
+from layers.piecewise_delta_rule import CHUNK, piecewise
 from layers.segments import Segments
-
-CHUNK = 64
 
 Keys = Float[Tensor, "b t kh k"]
 Values = Float[Tensor, "b t h v"]
@@ -62,7 +62,9 @@ def gated_delta_rule(
         beta: write strength in [0, 1]; 1 replaces what k recalls.
         state: memory before the first token; None means zeros. Not modified.
         segments: where sequences begin and end; None means every row is one sequence.
-        backend: "recurrent" (token loop, the definition), "chunked" (torch), "fla" (Triton, CUDA); "auto" picks.
+        backend: "recurrent" (token loop, the definition), "chunked" (torch, the algebra to read), "piecewise" (the same
+            a few chunks at a time), "cpp" (CPU, without gradients), "fla" (Triton, CUDA); "auto" picks. The last three
+            multiply in bf16 where v is bf16.
         watch: points to pass inside the token loop; other backends refuse those that are armed.
     Returns: output (b t h v) in v's dtype and the memory after each row's last token (b h k v), fp32 or better.
     Raises: ValueError for an unknown backend or head counts that do not divide; RuntimeError where a named backend
@@ -83,12 +85,22 @@ def gated_delta_rule(
     if choice == "fla":
         return _fla(q, k, v, log_decay, beta, state, segments)
     dtype = v.dtype
-    q, k, v, log_decay, beta = (at_least_fp32(x) for x in (q, k, v, log_decay, beta))
+    exact = at_least_fp32(v).dtype
+    log_decay, beta = log_decay.to(exact), beta.to(exact)
     if state is None:
-        state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
-    state = state.to(v.dtype)
+        state = beta.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
+    state = state.to(exact)
     starts = None if segments is None else segments.starts
-    with torch.autocast(v.device.type, enabled=False):  # the products stay fp32 in mixed-precision training
+    with torch.autocast(v.device.type, enabled=False):  # each backend says in which precision it multiplies
+        if choice == "cpp" and not looped:
+            q, k, log_decay, beta, state = (x.float().contiguous() for x in (q, k, log_decay, beta, state))
+            o, state = native.delta_rule(q, k, v, log_decay, beta, starts, state)
+            return o, state
+        if choice == "piecewise" and not looped:
+            products = dtype if dtype == torch.bfloat16 else exact
+            o, state = piecewise(q.to(products), k.to(products), v.to(products), log_decay, beta, state, starts)
+            return o.to(dtype), state
+        q, k, v = (at_least_fp32(x) for x in (q, k, v))
         if looped:
             o, state = _recurrent(q, k, v, log_decay, beta, state, starts, watch)
         else:

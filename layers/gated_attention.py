@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from layers.backends import choose
 from layers.hook_point import HookPoint
 from layers.kv_state import KVState
+from layers.linear import Linear
 from layers.norm import RMSNorm, at_least_fp32
 from layers.rope import Rotation
 from layers.segments import Run, Segments
@@ -35,14 +36,18 @@ def attend(
 
     Args:
         mask: True where a query may look; None means causal, the queries being the last t of the s tokens.
-        backend: "eager" (scores and pattern as tensors, both pass their hook points), "sdpa"; "auto" picks.
+        backend: "eager" (scores and pattern as tensors, both pass their hook points), "sdpa"; "auto" picks of these.
     Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here, or a hook waits for
         scores or pattern and "eager" does not run.
     """
     t, s = q.shape[1], k.shape[1]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, time, d)
     square = mask is None and t == s
-    fused = choose("attention", backend, q) == "sdpa"
+    if backend == "cpp":
+        raise RuntimeError(
+            'The "cpp" backend of attention is part of tiled_attention, and "attend" is not: choose "sdpa".'
+        )
+    fused = choose("attention", backend, q) != "eager"
     if fused:
         _refuse(tuple(point for point in (hook_scores, hook_pattern) if point is not None))
     if mask is None and 1 < t < s:
@@ -95,12 +100,12 @@ class GatedAttention(nn.Module):
         if gate not in GATE_ROWS:
             raise ValueError(f"There is no gate {gate!r}: choose {', '.join(GATE_ROWS)}.")
         self.heads, self.kv_heads, self.head_dim, self.backend = heads, kv_heads, head_dim, backend
-        self.q_proj = nn.Linear(width, heads * head_dim, bias=bias)
+        self.q_proj = Linear(width, heads * head_dim, bias=bias)
         gate_rows = GATE_ROWS[gate](head_dim)
-        self.gate_proj = nn.Linear(width, heads * gate_rows, bias=bias) if gate_rows else None
-        self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=bias)
-        self.o_proj = nn.Linear(heads * head_dim, width, bias=bias)
+        self.gate_proj = Linear(width, heads * gate_rows, bias=bias) if gate_rows else None
+        self.k_proj = Linear(width, kv_heads * head_dim, bias=bias)
+        self.v_proj = Linear(width, kv_heads * head_dim, bias=bias)
+        self.o_proj = Linear(heads * head_dim, width, bias=bias)
         self.q_norm = RMSNorm(head_dim, eps=eps, zero_centred=zero_centred) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim, eps=eps, zero_centred=zero_centred) if qk_norm else nn.Identity()
 
@@ -147,11 +152,11 @@ class GatedAttention(nn.Module):
             state.append(k, v, segments)
         points = (self.hook_scores, self.hook_pattern)
         backend = "eager" if self.exposed_pattern else self.backend
-        if q.device.type == "cpu" and not torch.is_grad_enabled() and choose("attention", backend, q) == "sdpa":
+        if q.device.type == "cpu" and not torch.is_grad_enabled() and choose("attention", backend, q) != "eager":
             _refuse(points)
             if torch.is_autocast_enabled("cpu"):  # the kernel below is asked for by name, which autocast does not see
                 q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
-            return _in_tiles(q, k, v, segments, state)
+            return _in_tiles(q, k, v, segments, state, backend)
         if state is None:
             mask = None if segments.plain else segments.attention_mask
             return attend(q, k, v, mask=mask, backend=backend, hook_scores=points[0], hook_pattern=points[1])
@@ -175,7 +180,7 @@ def _refuse(points: tuple[HookPoint, ...]) -> None:
             point.refuse()
 
 
-def _in_tiles(q: Heads, k: KVHeads, v: KVHeads, segments: Segments, state: KVState | None) -> Heads:
+def _in_tiles(q: Heads, k: KVHeads, v: KVHeads, segments: Segments, state: KVState | None, backend: str) -> Heads:
     """`tiled_attention` over all rows at once where they stand at the same place, else a sequence at a time."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, time, d)
     if segments.aligned:
@@ -185,7 +190,7 @@ def _in_tiles(q: Heads, k: KVHeads, v: KVHeads, segments: Segments, state: KVSta
                 (k[:, :, first:last], v[:, :, first:last]) if state is None else state.read(first, last, dtype=q.dtype)
             )
 
-        return tiled_attention(q, read_all, past=segments.past[0]).transpose(1, 2)
+        return tiled_attention(q, read_all, past=segments.past[0], backend=backend).transpose(1, 2)
     y = torch.zeros_like(q)
     for run in segments.runs:
 
@@ -196,5 +201,5 @@ def _in_tiles(q: Heads, k: KVHeads, v: KVHeads, segments: Segments, state: KVSta
             return k[here], v[here]
 
         rows = slice(run.row, run.row + 1), slice(None), slice(run.begin, run.end)
-        y[rows] = tiled_attention(q[rows], read, past=run.past)
+        y[rows] = tiled_attention(q[rows], read, past=run.past, backend=backend)
     return y.transpose(1, 2)

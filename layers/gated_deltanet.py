@@ -10,6 +10,7 @@ from layers.causal_conv import causal_conv
 from layers.delta_rule import gated_delta_rule
 from layers.exposed_delta_rule import Exposed, exposed_delta_rule
 from layers.hook_point import HookPoint
+from layers.linear import Linear
 from layers.norm import GatedRMSNorm, at_least_fp32, l2_normalise
 from layers.replay import Tape
 from layers.segments import Segments
@@ -63,15 +64,15 @@ class GatedDeltaNet(nn.Module):
         self.eps, self.backend = eps, backend
         self.split = (key_heads * key_dim, key_heads * key_dim, value_heads * value_dim)
         channels = sum(self.split)
-        self.in_proj_qkv = nn.Linear(width, channels, bias=False)
-        self.in_proj_z = nn.Linear(width, value_heads * value_dim, bias=False)
-        self.in_proj_b = nn.Linear(width, value_heads, bias=False)
-        self.in_proj_a = nn.Linear(width, value_heads, bias=False)
+        self.in_proj_qkv = Linear(width, channels, bias=False)
+        self.in_proj_z = Linear(width, value_heads * value_dim, bias=False)
+        self.in_proj_b = Linear(width, value_heads, bias=False)
+        self.in_proj_a = Linear(width, value_heads, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(channels, conv_taps))
         self.A_log = nn.Parameter(torch.empty(value_heads))
         self.dt_bias = nn.Parameter(torch.empty(value_heads))
         self.norm = GatedRMSNorm(value_dim, eps=eps)
-        self.out_proj = nn.Linear(value_heads * value_dim, width, bias=False)
+        self.out_proj = Linear(value_heads * value_dim, width, bias=False)
 
         # What `model.expose` chose: absolute positions after which the memory is shown, and whether A is made.
         self.exposed_positions: tuple[int, ...] = ()
@@ -118,8 +119,8 @@ class GatedDeltaNet(nn.Module):
         # Normalised in fp32; 1/√k on the query keeps q·k of order 1/√k, as in softmax attention.
         q = self.hook_q_conv(q.unflatten(-1, (self.key_heads, -1)))
         k = self.hook_k_conv(k.unflatten(-1, (self.key_heads, -1)))
-        q = self.hook_q(l2_normalise(at_least_fp32(q)) * self.key_dim**-0.5)
-        k = self.hook_k(l2_normalise(at_least_fp32(k)))
+        q = self.hook_q(l2_normalise(q, scale=self.key_dim**-0.5, backend=self.rows_backend))
+        k = self.hook_k(l2_normalise(k, backend=self.rows_backend))
         v = self.hook_v(v.unflatten(-1, (self.value_heads, -1)))
         beta = self.hook_beta(at_least_fp32(self.hook_beta_logit(self.in_proj_b(x))).sigmoid())
         # A_log in fp32: in fp16 its exponential can be infinite.
@@ -213,4 +214,9 @@ class GatedDeltaNet(nn.Module):
     @property
     def conv_backend(self) -> str:
         """The convolution follows the delta rule: fused with fused, torch with torch."""
-        return "torch" if self.backend in ("chunked", "recurrent") else self.backend
+        return "torch" if self.backend in ("piecewise", "chunked", "recurrent") else self.backend
+
+    @property
+    def rows_backend(self) -> str:
+        """Likewise the norms of q and k."""
+        return "auto" if self.backend == "fla" else self.conv_backend

@@ -4,15 +4,29 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from layers.backends import choose
+from layers.linear import Linear
+from layers.native import ops as native
+
+
+def activate(
+    gate: Float[Tensor, "*batch inner"], up: Float[Tensor, "*batch inner"], *, backend: str = "auto"
+) -> Float[Tensor, "*batch inner"]:
+    """silu(gate) · up."""
+    if choose("elementwise", backend, gate) == "cpp" and gate.dtype == up.dtype:
+        return native.swiglu(gate.flatten(0, -2), up.flatten(0, -2)).view(gate.shape)
+    return F.silu(gate) * up
+
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) · up(x)), without biases. Source: arXiv:2002.05202."""
 
     def __init__(self, width: int, inner: int):
         super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.backend = "auto"
+        self.gate_proj = Linear(width, inner, bias=False)
+        self.up_proj = Linear(width, inner, bias=False)
+        self.down_proj = Linear(inner, width, bias=False)
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(activate(self.gate_proj(x), self.up_proj(x), backend=self.backend))

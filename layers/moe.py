@@ -4,14 +4,18 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from layers.backends import choose
+from layers.grouped_linear import grouped_linear
 from layers.hook_point import HookPoint
-from layers.mlp import SwiGLU
+from layers.linear import Linear, linear
+from layers.mlp import SwiGLU, activate
+from layers.native import ops as native
 from layers.norm import at_least_fp32
+
+TOKENS = 2048  # at a time: transient memory is bounded, and so is what falls out of the caches
 
 
 class RouterStats(NamedTuple):
@@ -30,8 +34,7 @@ class RouterStats(NamedTuple):
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """One expert's feed-forward of rows x."""
-    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, down)
+    return linear(activate(*linear(x, gate_up).chunk(2, dim=-1)), down)
 
 
 # What experts are, wherever their weights lie, is a function of e and the rows routed to it.
@@ -39,13 +42,13 @@ Expert = Callable[[int, Tensor], Tensor]
 
 
 def loop(x: Tensor, weights: Tensor, indices: Tensor, expert: Expert) -> Tensor:
-    """The definition: every expert in use is asked once, in rising order."""
-    y = torch.zeros_like(x)
+    """The definition: every expert in use is asked once, in rising order; weighed and summed in fp32."""
+    y = torch.zeros_like(at_least_fp32(x))
     for e in sorted(set(indices.flatten().tolist())):
         token, slot = (indices == e).nonzero(as_tuple=True)
-        out = expert(e, x[token]) * weights[token, slot, None]
-        y = y.index_add(0, token, out.to(x.dtype))
-    return y
+        out = at_least_fp32(expert(e, x[token])) * weights[token, slot, None]
+        y = y.index_add(0, token, out.to(y.dtype))
+    return y.to(x.dtype)
 
 
 def one_token(x: Tensor, weights: Tensor, indices: Tensor, expert: Expert) -> Tensor:
@@ -74,8 +77,14 @@ class Experts(nn.Module):
         """
         if self.backend == "auto" and x.shape[0] == 1 and not torch.is_grad_enabled():
             return one_token(x, weights, indices, self._expert)
-        grouped = choose("experts", self.chosen, x) == "grouped"
-        return self._grouped(x, weights, indices) if grouped else loop(x, weights, indices, self._expert)
+        chosen = choose("experts", self.chosen, x)
+        if chosen == "cpp" and not x.dtype == weights.dtype == self.down_proj.dtype:  # autocast
+            chosen = "grouped"
+        if chosen == "cpp":
+            parts = zip(*(part.split(TOKENS) for part in (x, weights, indices)), strict=True)
+            y = [self._sorted(*part) for part in parts]
+            return y[0] if len(y) == 1 else torch.cat(y)
+        return self._grouped(x, weights, indices) if chosen == "grouped" else loop(x, weights, indices, self._expert)
 
     @property
     def chosen(self) -> str:
@@ -86,27 +95,26 @@ class Experts(nn.Module):
     def _expert(self, e: int, x: Tensor) -> Tensor:
         return swiglu(x, self.gate_up_proj[e], self.down_proj[e])
 
+    def _sorted(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """As `_grouped`, with everything but the products in C++."""
+        token, places, ends = native.route(indices.contiguous(), self.gate_up_proj.shape[0])
+        gate, up = grouped_linear(x.index_select(0, token), self.gate_up_proj, ends).chunk(2, dim=-1)
+        out = grouped_linear(native.swiglu(gate, up), self.down_proj, ends)
+        return native.combine(out, weights.contiguous(), places)
+
     def _grouped(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """Sort the (token, expert) pairs by expert, so that each expert's rows are neighbours; no host sync."""
         order = indices.flatten().argsort(stable=True)
         token = order // indices.shape[1]
         ends = torch.bincount(indices.flatten(), minlength=self.gate_up_proj.shape[0]).cumsum(0).int()
-        gate, up = _grouped_linear(x[token], self.gate_up_proj, ends).chunk(2, dim=-1)
-        out = _grouped_linear(F.silu(gate) * up, self.down_proj, ends)
+        gate, up = grouped_linear(x[token], self.gate_up_proj, ends).chunk(2, dim=-1)
+        out = at_least_fp32(grouped_linear(activate(gate, up), self.down_proj, ends))
         out = out * weights.flatten()[order, None]
-        return torch.zeros_like(x).index_add(0, token, out.to(x.dtype))
+        return torch.zeros_like(at_least_fp32(x)).index_add(0, token, out).to(x.dtype)
 
     def extra_repr(self) -> str:
         e, width, inner = self.down_proj.shape
         return f"{e} x ({width} -> {inner} -> {width})"
-
-
-def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows up to ends[0] times weight[0]ᵀ, up to ends[1] times weight[1]ᵀ, …"""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    return F.grouped_mm(x, weight.mT, offs=ends)
 
 
 class SparseMoE(nn.Module):
@@ -130,10 +138,10 @@ class SparseMoE(nn.Module):
         if not 1 <= top_k <= experts:
             raise ValueError(f"Cannot route to {top_k} of {experts} experts: choose 1 to {experts}.")
         self.top_k, self.renormalise = top_k, renormalise
-        self.router = nn.Linear(width, experts, bias=False)
+        self.router = Linear(width, experts, bias=False)
         self.experts: nn.Module = Experts(width, inner, experts, backend=backend)
         self.shared_expert = SwiGLU(width, shared_inner)
-        self.shared_expert_gate = nn.Linear(width, 1, bias=False)
+        self.shared_expert_gate = Linear(width, 1, bias=False)
 
         self.hook_router_logits, self.hook_router_weights = HookPoint("b t e"), HookPoint("b t top_k")
         self.hook_router_indices = HookPoint("b t top_k", dtype="int64")
@@ -146,7 +154,7 @@ class SparseMoE(nn.Module):
     ) -> tuple[Float[Tensor, "b t width"], RouterStats | None]:
         """Feed forward; and what the router did with the tokens where `mask` is True (all, if None), if `stats`."""
         with torch.autocast(x.device.type, enabled=False):  # in mixed precision the router stays fp32
-            logits = self.hook_router_logits(F.linear(x.to(self.router.weight.dtype), self.router.weight))
+            logits = self.hook_router_logits(linear(x.to(self.router.weight.dtype), self.router.weight))
             probabilities = at_least_fp32(logits).softmax(-1)
         weights, indices = probabilities.topk(self.top_k, dim=-1)
         indices = self.hook_router_indices(indices)
@@ -181,10 +189,10 @@ class SparseMoE(nn.Module):
             order = indices.argsort(dim=-1, stable=True)
             rows = rows.gather(2, order[..., None].expand_as(rows))
             weights = weights.gather(2, order)
-        y = torch.zeros_like(x)
+        y = torch.zeros_like(x if single else at_least_fp32(x))
         for row, weight in zip(rows.unbind(2), weights.split(1, dim=-1), strict=True):
-            y = torch.addcmul(y, row, weight) if single else y + row * weight
-        return y
+            y = torch.addcmul(y, row, weight) if single else y + at_least_fp32(row) * weight
+        return y.to(x.dtype)
 
 
 def router_stats(

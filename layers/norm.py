@@ -4,7 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from layers.backends import choose
 from layers.hook_point import HookPoint
+from layers.native import ops as native
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -12,9 +14,15 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def l2_normalise(x: Float[Tensor, "*batch d"], eps: float = 1e-6) -> Float[Tensor, "*batch d"]:
-    """x / sqrt(Σx² + eps) over the last axis. eps stands inside the root and is not scaled by d."""
-    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
+def l2_normalise(
+    x: Float[Tensor, "*batch d"], *, eps: float = 1e-6, scale: float = 1.0, backend: str = "auto"
+) -> Float[Tensor, "*batch d"]:
+    """scale · x / sqrt(Σx² + eps) over the last axis, in fp32 or better. eps is inside the root and not scaled by d."""
+    if choose("elementwise", backend, x) == "cpp":
+        return native.normalise(x, torch.full((x.shape[-1],), scale), None, 1.0, eps, False, False, exact=True)
+    x = at_least_fp32(x)
+    y = x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
+    return y if scale == 1.0 else y * scale
 
 
 def _unit_rms(x: Tensor, eps: float) -> Tensor:
@@ -31,7 +39,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, *, eps: float = 1e-6, zero_centred: bool = True):
         super().__init__()
-        self.eps, self.zero_centred = eps, zero_centred
+        self.eps, self.zero_centred, self.backend = eps, zero_centred, "auto"
         self.weight = nn.Parameter(torch.zeros(width) if zero_centred else torch.ones(width))
 
     def reset_parameters(self) -> None:
@@ -40,7 +48,15 @@ class RMSNorm(nn.Module):
     def forward(
         self, x: Float[Tensor, "*batch width"], *, hook_normalized: HookPoint | None = None
     ) -> Float[Tensor, "*batch width"]:
-        normed = _unit_rms(at_least_fp32(x), self.eps)
+        if choose("elementwise", self.backend, x) == "cpp" and (self.zero_centred or self.weight.dtype == x.dtype):
+            seen = hook_normalized is not None and hook_normalized.active
+            weight = 1.0 * self.zero_centred + self.weight.float()
+            scale, early = (torch.ones_like(weight), False) if seen else (weight, not self.zero_centred)
+            normed = native.normalise(x, scale, None, float(x.shape[-1]), self.eps, early, False, exact=seen)
+            if not seen:
+                return normed
+        else:
+            normed = _unit_rms(at_least_fp32(x), self.eps)
         normed = normed if hook_normalized is None else hook_normalized(normed)
         if self.zero_centred:
             return (normed * (1.0 + at_least_fp32(self.weight))).to(x.dtype)
@@ -58,7 +74,7 @@ class GatedRMSNorm(nn.Module):
 
     def __init__(self, width: int, *, eps: float = 1e-6):
         super().__init__()
-        self.eps = eps
+        self.eps, self.backend = eps, "auto"
         self.weight = nn.Parameter(torch.ones(width))
 
     def reset_parameters(self) -> None:
@@ -71,8 +87,19 @@ class GatedRMSNorm(nn.Module):
         *,
         hook_gate: HookPoint | None = None,
     ) -> Float[Tensor, "*batch width"]:
-        normed = self.weight * _unit_rms(at_least_fp32(x), self.eps).to(x.dtype)
-        gate = nn.functional.silu(at_least_fp32(gate))
+        if choose("elementwise", self.backend, x) == "cpp" and x.dtype == gate.dtype:
+            seen, same = hook_gate is not None and hook_gate.active, self.weight.dtype == x.dtype
+            z = None if seen else gate.contiguous()
+            # An fp32 weight beside bf16 values makes the product fp32, so that nothing is rounded after it.
+            normed = native.normalise(
+                x, self.weight.float(), z, float(x.shape[-1]), self.eps, True, same, exact=seen and not same
+            )
+            if not seen:
+                return normed
+            gate = native.silu_fp32(gate.contiguous())
+        else:
+            normed = self.weight * _unit_rms(at_least_fp32(x), self.eps).to(x.dtype)
+            gate = nn.functional.silu(at_least_fp32(gate))
         gate = gate if hook_gate is None else hook_gate(gate)
         return (normed * gate).to(x.dtype)
 

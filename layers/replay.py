@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from layers import native
 from layers.implicit_attention import written
+from layers.native.step import DTYPES, Sizes, kernels
 from layers.norm import at_least_fp32
 
 
@@ -128,13 +128,11 @@ def _replay(state: Tensor, keys: Tensor, writes: Tensor, decay: Tensor) -> Tenso
 
 
 def _replay_compiled(state: Tensor, keys: Tensor, writes: Tensor, decay: Tensor) -> Tensor:
-    """As layers/decode.cpp."""
+    """As layers/native/decode.cpp."""
     b, n, key_heads, key_dim = keys.shape
-    sizes = native.Sizes(
-        b=b, key_heads=key_heads, key_dim=key_dim, value_heads=state.shape[1], value_dim=state.shape[3]
-    )
-    sizes.dtype = native.DTYPES[state.dtype]
+    sizes = Sizes(b=b, key_heads=key_heads, key_dim=key_dim, value_heads=state.shape[1], value_dim=state.shape[3])
+    sizes.dtype = DTYPES[state.dtype]
     state, *rest = state.contiguous().clone(), *(x.contiguous() for x in (keys, writes, decay))
     addresses = (ctypes.c_void_p(x.data_ptr()) for x in (state, *rest))
-    native.load("decode").replay(ctypes.byref(sizes), *addresses, ctypes.c_int64(n))
+    kernels().replay(ctypes.byref(sizes), *addresses, ctypes.c_int64(n))
     return state

@@ -1,14 +1,12 @@
 """A step of decoding as one call into compiled code, for the CPU: the plan of a model's weights, and when it serves.
 
-layers/decode.cpp has the arithmetic; here is what it is told, and the conditions under which it may stand in for the
-modules: nobody looks inside, nothing was put in a module's place, and every part is one that it knows.
+layers/native/decode.cpp has the arithmetic; here is what it is told, and the conditions under which it may stand in for
+the modules: nobody looks inside, nothing was put in a module's place, and every part is one that it knows.
 """
 
 import ctypes
 import threading
-import warnings
 from collections.abc import Iterator
-from functools import cache
 from itertools import repeat
 from operator import attrgetter, contains
 from typing import TYPE_CHECKING, Any, cast
@@ -17,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from layers import native
 from layers.backends import why_not as choose_reason
 from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import DeltaNetState, GatedDeltaNet
 from layers.hook_point import HookPoint
 from layers.kv_state import KVState
+from layers.linear import Linear
 from layers.mlp import SwiGLU
 from layers.moe import Experts, SparseMoE
-from layers.native import DTYPES, Ends, Layer, Mat, Part, Sizes
+from layers.native.step import DTYPES, Ends, Layer, Mat, Part, Sizes, kernels
 from layers.norm import GatedRMSNorm, RMSNorm
 from layers.segments import Segments
 from qwen3next.block import Block
@@ -41,6 +39,7 @@ ARMED = attrgetter("armed")
 TABLE = 64  # positions whose rotation is computed at a time
 KNOWN = (
     nn.Linear,
+    Linear,
     RMSNorm,
     GatedRMSNorm,
     GatedDeltaNet,
@@ -61,7 +60,7 @@ def why_not(model: "Qwen3Next", device: torch.device | None = None, dtype: torch
     """
     weight = model.embed_tokens.weight
     where, kind = weight.device if device is None else device, weight.dtype if dtype is None else dtype
-    if reason := choose_reason("decode", "native", where, kind):
+    if reason := choose_reason("decode", "cpp", where, kind):
         return reason
     for name, module in model.blocks.named_modules():
         if not isinstance(module, (nn.ModuleList, HookPoint)) and type(module) not in KNOWN:
@@ -162,7 +161,9 @@ class Plan:
             any(map(ARMED, self._points))
             or any(map(len, self._hooks))
             or any(map(contains, self._dicts, repeat("forward")))
-            or any([chosen["backend"] != "auto" or chosen.get("exposed_pattern") for chosen in self._chosen])
+            or any(
+                [chosen.get("backend", "auto") != "auto" or chosen.get("exposed_pattern") for chosen in self._chosen]
+            )
         )
         return all([children[name] is child for children, name, child in self._children]) and all(
             [parameters[name].data_ptr() == address for parameters, name, address in self._parameters]
@@ -207,7 +208,7 @@ class Plan:
                     before = state.conv.contiguous(), state.memory.contiguous()
                     kept.append(before)
                     after.append((state, *self._after(layer, state, before, b, t)))
-            native.load("decode").decode_step(
+            kernels().decode_step(
                 ctypes.byref(self.sizes),
                 self.layers,
                 ctypes.byref(self.ends),
@@ -243,7 +244,7 @@ class Plan:
         """x (…, columns) times weight (rows, columns) transposed, as F.linear has it, for a few vectors."""
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         out = flat.new_empty(len(flat), len(weight))
-        native.load("decode").linear(
+        kernels().linear(
             ctypes.byref(_mat(weight)),
             *map(ctypes.c_int64, (len(weight), weight.shape[1], len(flat))),
             *map(ctypes.c_void_p, (flat.data_ptr(), out.data_ptr())),
@@ -271,7 +272,7 @@ def plan_for(model: "Qwen3Next", segments: Segments, cache: HybridCache) -> Plan
 
     Raises: RuntimeError where compiled code was asked for by name and cannot run.
     """
-    slot, named = model.decode_slot, model.decode_backend == "native"
+    slot, named = model.decode_slot, model.decode_backend == "cpp"
     if (
         model.decode_backend == "torch"
         or segments.batch * segments.length > MOST_TOKENS
@@ -287,9 +288,7 @@ def plan_for(model: "Qwen3Next", segments: Segments, cache: HybridCache) -> Plan
             return None
         reason = why_not(model)
         if reason is not None and named:
-            raise RuntimeError(f"The 'native' backend of decode cannot run here: {reason}.")
-        if reason is not None and reason == native.missing():
-            _say_once(reason)
+            raise RuntimeError(f"The 'cpp' backend of decode cannot run here: {reason}.")
         if reason is not None:
             return None
         slot.plan = Plan(model)
@@ -297,15 +296,6 @@ def plan_for(model: "Qwen3Next", segments: Segments, cache: HybridCache) -> Plan
     if slot.plan.watched and named:
         raise RuntimeError("Compiled decoding shows nothing inside: model.set_backend('decode', 'auto') lets hooks in.")
     return None if slot.plan.watched or not slot.plan.serves else slot.plan
-
-
-@cache
-def _say_once(reason: str) -> None:
-    warnings.warn(
-        f"Decoding runs in plain torch, several times slower than it could, because {reason}: install one, or "
-        "model.set_backend('decode', 'torch') to be content with it.",
-        stacklevel=6,
-    )
 
 
 def _served(state: KVState | DeltaNetState, dtype: torch.dtype) -> bool:

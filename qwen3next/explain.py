@@ -6,7 +6,9 @@ from layers.backends import Explanation, explain_operation
 from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import GatedDeltaNet
 from layers.int8_experts import Int8Experts
+from layers.linear import Linear
 from layers.moe import Experts
+from layers.norm import RMSNorm
 from layers.offloaded_experts import OffloadedExperts
 from qwen3next.decode import why_not
 from qwen3next.model import Qwen3Next, as_device, as_dtype
@@ -38,10 +40,14 @@ def explain(
     kind = weight.dtype if dtype is None else as_dtype(dtype)
     rows = {"decode": explain_operation("decode", model.decode_backend, where, kind)}
     reason = why_not(model, where, kind)
-    if rows["decode"].runs == "native" and reason is not None:
-        rows["decode"] = Explanation("decode", "torch", "the modules, one operation after another", f"native: {reason}")
+    if rows["decode"].runs == "cpp" and reason is not None:
+        rows["decode"] = Explanation("decode", "torch", "the modules, one operation after another", f"cpp: {reason}")
     for module in model.modules():
-        if isinstance(module, GatedDeltaNet):
+        if isinstance(module, RMSNorm):
+            rows["elementwise"] = explain_operation("elementwise", module.backend, where, kind)
+        elif isinstance(module, Linear):
+            rows["linear"] = explain_operation("linear", module.backend, where, kind)
+        elif isinstance(module, GatedDeltaNet):
             rows["delta_rule"] = explain_operation("delta_rule", module.backend, where, kind)
             rows["causal_conv"] = explain_operation("causal_conv", module.conv_backend, where, kind)
         elif isinstance(module, GatedAttention):

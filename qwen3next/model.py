@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from layers.expert_cache import ExpertCache
 from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import GatedDeltaNet
 from layers.hook_point import HookPoint
+from layers.linear import Linear
+from layers.mlp import SwiGLU
 from layers.moe import Experts, RouterStats
 from layers.norm import GatedRMSNorm, RMSNorm, at_least_fp32
 from layers.rope import Rotation, Yarn, rotation
@@ -75,7 +78,7 @@ class Qwen3Next(Hooked, nn.Module):
             Block(config, mixer=kind, sparse=config.is_sparse(i)) for i, kind in enumerate(config.layer_types)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, zero_centred=config.zero_centred_norms)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = MTP(config) if config.mtp_num_hidden_layers else None
         self.hook_embed = HookPoint("b t width")
         self.hook_final_normalized = HookPoint("b t width", dtype="fp32")  # before the final norm's scale
@@ -379,14 +382,25 @@ class Qwen3Next(Hooked, nn.Module):
         self.config, self._warned_of_length = self.config.replace(rope_scaling=scaling), False
 
     def set_backend(self, operation: str, name: str) -> None:
-        """Choose how "delta_rule", "attention" or "experts" runs in every layer, or "decode" as a whole; "auto" picks.
+        """Choose how an operation of `q.explain` runs in every layer, "decode" as a whole; "auto" picks again.
+
+        Args:
+            operation: "linear", "elementwise", "delta_rule" (the convolution follows it), "attention", "experts"
+                or "decode".
 
         Raises: ValueError for an unknown operation or backend; RuntimeError where a named one cannot run here.
         """
-        kinds = {"delta_rule": GatedDeltaNet, "attention": GatedAttention, "experts": Experts}
+        kinds: dict[str, Any] = {
+            "linear": Linear,
+            "elementwise": (RMSNorm, GatedRMSNorm, SwiGLU),
+            "delta_rule": GatedDeltaNet,
+            "attention": GatedAttention,
+            "experts": Experts,
+        }
         if operation not in kinds and operation != "decode":
             raise ValueError(f"There is no operation {operation!r} to choose for: {', '.join(kinds)}, decode.")
-        choose(operation, name, self.embed_tokens.weight)
+        with torch.no_grad():
+            choose(operation, name, self.embed_tokens.weight)
         self.decode_slot = Slot()  # look anew at the next step
         if operation == "decode":
             self.decode_backend = name

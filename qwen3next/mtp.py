@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from layers.hook_point import HookPoint
 from layers.kv_state import KVState
+from layers.linear import Linear
 from layers.norm import RMSNorm
 from layers.rope import Rotation
 from layers.segments import Segments
@@ -27,7 +28,7 @@ class MTP(nn.Module):
         c = config
         self.pre_fc_norm_embedding = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, zero_centred=c.zero_centred_norms)
         self.pre_fc_norm_hidden = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, zero_centred=c.zero_centred_norms)
-        self.fc = nn.Linear(2 * c.hidden_size, c.hidden_size, bias=False)
+        self.fc = Linear(2 * c.hidden_size, c.hidden_size, bias=False)
         self.blocks = nn.ModuleList(
             Block(c, mixer="full_attention", sparse=c.num_experts > 0) for _ in range(c.mtp_num_hidden_layers)
         )

@@ -18,14 +18,23 @@ CUDA = torch.device("cuda")
 
 def test_auto_takes_the_fastest_that_can_run(monkeypatch):
     cpu = torch.zeros(1)
-    assert [backends.choose(name, "auto", cpu) for name in backends.OPERATIONS] == [
-        "native",
-        "chunked",
-        "torch",
-        "sdpa",
-        "grouped",
-    ]
+    for mkl_uses_all, linear in ((True, "torch"), (False, "onednn")):
+        monkeypatch.setattr(backends, "MKL_USES_ALL", mkl_uses_all)
+        for compiler, grad, kernels in ((None, False, "cpp"), (None, True, None), ("no compiler", False, None)):
+            monkeypatch.setattr(backends, "missing", lambda compiler=compiler: compiler)
+            with torch.set_grad_enabled(grad):
+                assert {name: backends.choose(name, "auto", cpu) for name in backends.OPERATIONS} == {
+                    "decode": "cpp" if compiler is None else "torch",
+                    "linear": linear,
+                    "delta_rule": kernels or "piecewise",
+                    "causal_conv": kernels or "torch",
+                    "attention": kernels or "sdpa",
+                    "elementwise": kernels or "torch",
+                    "experts": kernels or "grouped",
+                }
     monkeypatch.setattr(backends, "fla_missing", lambda: None)
+    assert backends.choose_for("delta_rule", "auto", CUDA, torch.float64) == "chunked"  # pieces are sized for a CPU
+    assert backends.choose_for("delta_rule", "piecewise", CUDA, torch.float64) == "piecewise"
     assert backends.why_not("delta_rule", "fla", CUDA, torch.bfloat16) is None
     assert "float64" in backends.why_not("delta_rule", "fla", CUDA, torch.float64)
     monkeypatch.setattr(backends, "fla_missing", lambda: "not installed")
@@ -55,7 +64,7 @@ def test_every_backend_gives_the_same_model():
     model = small_model(dtype=torch.float64)  # rounding out of the way; grouped experts, fp32 only, are tested by layer
     expected = model(tokens).logits
     for operation, names in {
-        "delta_rule": ["recurrent"],
+        "delta_rule": ["chunked", "recurrent"],
         "attention": ["eager"],
         "experts": ["loop"],
     }.items():

@@ -11,13 +11,13 @@ from conftest import small_model
 from parity import tokens
 
 import qwen3next as q
-from layers import native
 from layers.gated_deltanet import DeltaNetState
+from layers.native import build
 from layers.segments import Segments
 from qwen3next import decode
 from qwen3next.decode import MOST_TOKENS
 
-pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"compiled code cannot run: {native.missing()}")
+pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"compiled code cannot run: {build.missing()}")
 
 SHAPES = {
     "hybrid": {},
@@ -40,7 +40,7 @@ SHAPES = {
 def both(model, lengths, steps, **options):
     """Logits and caches by modules and by compiled code, over the same prompts and steps."""
     found = []
-    for backend in ("torch", "native"):
+    for backend in ("torch", "cpp"):
         cache = model.new_cache(len(lengths), max_len=400, **options)
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         ids = tokens(max(lengths), b=len(lengths))
@@ -149,7 +149,7 @@ def test_a_forward_runs_the_modules_and_a_step_compiled_code(monkeypatch):
         assert len(calls) == 1
         q.generate(model, tokens(5), max_new_tokens=4)
         assert len(calls) == 4
-        model.set_backend("decode", "native")
+        model.set_backend("decode", "cpp")
         model(tokens(1), cache=cache)
         assert len(calls) == 4
         model.step(tokens(1), cache)
@@ -250,7 +250,7 @@ def test_changed_weights_and_modules_are_seen(monkeypatch):
     check(compiled=False)
     model.set_backend("decode", "auto")
     with pytest.raises(RuntimeError, match="o_proj is a Other"):
-        model.set_backend("decode", "native") or model.step(tokens(1), model.new_cache(2))
+        model.set_backend("decode", "cpp") or model.step(tokens(1), model.new_cache(2))
 
 
 def test_dtypes_that_it_does_not_know_run_in_the_modules(monkeypatch):
@@ -309,7 +309,7 @@ model = q.Qwen3Next(q.presets.tiny())
 print(q.explain(model)[0].runs, q.explain(model)[0].faster)
 print(q.generate(model, torch.zeros(1, 3, dtype=torch.long), max_new_tokens=3).shape[1])
 try:
-    model.set_backend("decode", "native")
+    model.set_backend("decode", "cpp")
 except RuntimeError as error:
     print(error)
 """
@@ -320,31 +320,34 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(tmp_path):
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=home, check=False)
     assert done.returncode == 0, done.stderr
     explained, made, named = done.stdout.splitlines()
-    assert explained == "torch native: no C++ compiler was found (g++ or clang++, or the one that CXX names)"
+    assert explained.startswith("torch cpp: no C++ compiler was found; install g++")
     assert made == "6"
     assert "cannot run here: no C++ compiler was found" in named
     assert done.stderr.count("no C++ compiler") == 1
 
 
-def test_what_cannot_be_compiled_gets_a_sentence(monkeypatch, tmp_path):
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """A cache folder where nothing was compiled yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", "/bin/false")
-    native.load.cache_clear()
-    with pytest.raises(RuntimeError, match=r"false could not compile decode\.cpp"):
-        native.load("decode")
-    assert not list(tmp_path.rglob("*.so"))
+    build.library.cache_clear()
+    yield tmp_path
     monkeypatch.undo()
-    native.load.cache_clear()
-    native.load("decode")
+    build.library.cache_clear()
+    assert build.missing() is None
 
 
-def test_nothing_is_compiled_twice(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.load.cache_clear()
-    native.load("decode")
-    (made,) = tmp_path.rglob("*.so")
-    monkeypatch.setattr(subprocess, "run", None)
-    native.load.cache_clear()
-    native.load("decode")
-    assert list(tmp_path.rglob("*")) == [*made.parents[:2][::-1], made]
-    native.load.cache_clear()
+def test_what_cannot_be_compiled_gets_a_sentence(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", "/bin/false")
+    with pytest.warns(UserWarning, match="torch's own operations run"):
+        assert "does not work" in build.missing() or "cannot compile" in build.missing()
+    assert not list(fresh.rglob("*.so"))
+
+
+def test_nothing_is_compiled_twice(fresh, monkeypatch):
+    assert build.missing() is None
+    (made,) = fresh.rglob("*.so")
+    monkeypatch.setattr(subprocess, "Popen", None)
+    build.library.cache_clear()
+    assert build.missing() is None
+    assert [x for x in fresh.rglob("*") if x.is_file()] == [made]

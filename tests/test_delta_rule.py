@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from layers import piecewise_delta_rule
 from layers.delta_rule import gated_delta_rule
 from layers.norm import l2_normalise
 from layers.segments import Segments
@@ -43,7 +44,16 @@ def oracle(q, k, v, log_decay, beta, state):
     return torch.from_numpy(out), torch.from_numpy(final)
 
 
-@pytest.mark.parametrize("backend", ["recurrent", "chunked"])
+BACKENDS = ["recurrent", "chunked", "piecewise"]
+
+
+@pytest.fixture
+def short_pieces(monkeypatch):
+    """Pieces of one chunk, so that small inputs have several."""
+    monkeypatch.setattr(piecewise_delta_rule, "AT_ONCE", 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("t", [1, 2, 63, 64, 65, 130])
 def test_equals_the_papers_recurrence(t, backend):
     x = inputs(t)
@@ -55,45 +65,80 @@ def test_equals_the_papers_recurrence(t, backend):
 
 @pytest.mark.parametrize("t", [1, 63, 64, 65, 200])  # around the chunk size of 64
 @pytest.mark.parametrize("packed", [False, True])
-def test_chunked_gradients_equal_recurrent(t, packed):
+@pytest.mark.parametrize("backend", ["chunked", "piecewise"])
+def test_gradients_equal_recurrent(t, packed, backend, short_pieces):
     """Output, final state and all six gradients, from a non-zero state, in float64, alone and with cuts."""
     ids = (torch.rand(2, t, generator=torch.Generator().manual_seed(1)) < 0.05).cumsum(1)
+    ids[0, : t // 9] = -1  # padding
     segments = Segments.from_document_ids(ids) if packed else None
     results = []
-    for backend in ("recurrent", "chunked"):
+    for name in ("recurrent", backend):
         x = {name: value.requires_grad_() for name, value in inputs(t).items()}
-        o, state = gated_delta_rule(**x, segments=segments, backend=backend)
+        o, state = gated_delta_rule(**x, segments=segments, backend=name)
         weights = torch.randn(o.shape, generator=torch.Generator().manual_seed(2), dtype=o.dtype)
         ((o * weights).sum() + (state**2).sum()).backward()
         results.append((o, state, *(value.grad for value in x.values())))
-    for recurrent, chunked in zip(*results, strict=True):
-        torch.testing.assert_close(chunked, recurrent, rtol=1e-10, atol=1e-11)
+    for recurrent, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, recurrent, rtol=1e-10, atol=1e-11)
 
 
-def test_chunked_in_fp32_is_as_exact_as_the_loop():
+def test_a_piece_more_or_less_changes_nothing(monkeypatch):
+    """Pieces are only a matter of speed: every bit of output, state and gradients is the same, in fp32 and bf16."""
+    for dtype in (torch.float32, torch.bfloat16):
+        results = []
+        for at_once in (1, 16, 64):
+            monkeypatch.setattr(piecewise_delta_rule, "AT_ONCE", at_once)
+            x = {name: value.requires_grad_() for name, value in inputs(300, dtype=dtype).items()}
+            o, state = gated_delta_rule(**x, backend="piecewise")
+            (o.float().square().sum() + state.sum()).backward()
+            results.append((o, state, *(value.grad for value in x.values())))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True)), dtype
+
+
+def test_products_in_bf16_are_exact_to_bf16(short_pieces):
+    """Against the token loop in float64 on the same rounded inputs: output, state and gradients, relative, rms.
+
+    bf16 has 8 bits, so a rounding is 2e-3 rms at most; some four of them stand one after another.
+    """
+    rounded = inputs(300, dtype=torch.bfloat16)
+    results = []
+    for backend, dtype in (("recurrent", torch.float64), ("piecewise", torch.bfloat16)):
+        x = {name: value.to(dtype).requires_grad_() for name, value in rounded.items()}
+        o, state = gated_delta_rule(**x, backend=backend)
+        assert (o.dtype, state.dtype) == (dtype, torch.promote_types(dtype, torch.float32))
+        (o.double().square().sum() + state.double().square().sum()).backward()
+        results.append((o, state, *(value.grad for value in x.values())))
+    for exact, got in zip(*results, strict=True):
+        assert (got.double() - exact).norm() < 8e-3 * exact.norm()
+
+
+def test_chunks_in_fp32_are_as_exact_as_the_loop():
     x32 = inputs(300, dtype=torch.float32)
     exact, _ = gated_delta_rule(**{n: v.double() for n, v in x32.items()}, backend="recurrent")
-    for backend in ("recurrent", "chunked"):
+    for backend in BACKENDS:
         o, state = gated_delta_rule(**x32, backend=backend)
         assert o.dtype == state.dtype == torch.float32
         assert (o - exact).abs().max() < 2e-6  # values of order 1, 1e-7 a rounding
 
 
-def test_identical_keys_do_not_blow_up():
+@pytest.mark.parametrize("backend", ["chunked", "piecewise"])
+def test_identical_keys_do_not_blow_up(backend):
     """Sixty-four equal keys make the worst triangular system; a series for its inverse would overflow."""
     x = inputs(128, dtype=torch.float32, state=False)
     x["k"] = x["k"][:, :1].expand(-1, 128, -1, -1)
     x["beta"], x["log_decay"] = torch.ones_like(x["beta"]), torch.zeros_like(x["log_decay"])
-    o, _ = gated_delta_rule(**x, backend="chunked")
+    o, _ = gated_delta_rule(**x, backend=backend)
     expected, _ = gated_delta_rule(**x, backend="recurrent")
     torch.testing.assert_close(o, expected, rtol=0, atol=1e-5)
 
 
-def test_strong_decay_stays_finite_with_gradients():
+@pytest.mark.parametrize("backend", ["chunked", "piecewise"])
+def test_strong_decay_stays_finite_with_gradients(backend):
     """exp of the upper half of the decay matrix overflows unless masked before the exponential."""
     x = {n: v if v is None else v.float().requires_grad_() for n, v in inputs(130, state=False).items()}
     x["log_decay"] = torch.full((2, 130, 4), -40.0, requires_grad=True)
-    o, state = gated_delta_rule(**x, backend="chunked")
+    o, state = gated_delta_rule(**x, backend=backend)
     (o.sum() + state.sum()).backward()
     assert all(torch.isfinite(v.grad).all() for v in x.values() if v is not None)
 
@@ -109,8 +154,8 @@ def test_state_in_two_steps_equals_one():
     torch.testing.assert_close(last, final, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["recurrent", "chunked"])
-def test_packed_equals_separate_and_padding_writes_nothing(backend):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_equals_separate_and_padding_writes_nothing(backend, short_pieces):
     x = inputs(100, b=1)
     segments = Segments.from_document_ids(torch.tensor([[-1] * 5 + [0] * 20 + [1] * 3 + [2] * 65 + [-1] * 7]))
     o, state = gated_delta_rule(**x, segments=segments, backend=backend)

@@ -1,0 +1,170 @@
+// What the kernels share: two dtypes, an exponential that vectorises, and one small matrix product.
+//
+// Written for compilers that vectorise plain loops and know vector_size (GCC, Clang). Nothing here is a library: each
+// matrix lies in a core's caches, has a multiple of 16 columns, and is filled up with zeros.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+typedef uint32_t word __attribute__((may_alias));  // two bf16 at once
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return y;
+}
+inline void store(float& to, float x) { to = x; }
+inline void store(bf16& to, float x) {  // to nearest, ties to even; a NaN stays one
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    to.bits = uint16_t(x == x ? rounded : 0x7fc0);
+}
+template <class T>
+inline float rounded(float x) {  // what is left of x once it has been stored
+    T y;
+    store(y, x);
+    return to_float(y);
+}
+
+// exp to 1e-7, relative: x = n ln 2 + r, a polynomial in r, n into the exponent. Below e^-87 it is about 1e-38, not 0.
+inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float n = x * 1.44269504f + 12582912.0f;  // adding 1.5 · 2^23 rounds to a whole number
+    n -= 12582912.0f;
+    float r = std::fma(n, -0.693359375f, x);
+    r = std::fma(n, 2.12194440e-4f, r);
+    float p = std::fma(1.9875691500e-4f, r, 1.3981999507e-3f);
+    p = std::fma(p, r, 8.3334519073e-3f);
+    p = std::fma(p, r, 4.1665795894e-2f);
+    p = std::fma(p, r, 1.6666665459e-1f);
+    p = std::fma(p, r, 5.0000001201e-1f);
+    p = std::fma(p * r, r, r) + 1.0f;
+    int32_t bits = (int32_t(n) + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, 4);
+    return p * power;
+}
+inline float silu(float x) { return x / (1.0f + exponential(-x)); }
+
+// The dtype that products take: bf16 where the processor multiplies in it, else fp32.
+#if defined(__AVX512BF16__)
+using low = bf16;
+#else
+using low = float;
+#endif
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ROWS = 8, WIDE = 2;
+#else
+constexpr int LANES = 8, ROWS = 4, WIDE = 2;
+#endif
+typedef float vec __attribute__((vector_size(LANES * 4), aligned(4)));
+
+// B of a product lies as rows of pairs: in bf16, element (k, n) at (k / 2) · 2 columns + 2 n + k % 2, so that one
+// instruction takes two k at once; in fp32 simply row by row.
+template <class T>
+constexpr int PAIR = 4 / sizeof(T);
+
+// n zeros that begin where a cache line does.
+template <class T>
+struct Buffer {
+    struct Free {
+        void operator()(T* p) const { std::free(p); }
+    };
+    std::unique_ptr<T, Free> memory;
+    explicit Buffer(size_t n) : memory((T*)std::aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64)) {
+        std::memset((void*)memory.get(), 0, n * sizeof(T));
+    }
+    operator T*() const { return memory.get(); }
+};
+
+inline vec multiply_add(vec sum, const float* a, const float* b) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps(_mm512_set1_ps(*a), _mm512_loadu_ps(b), (__m512)sum);
+#elif defined(__FMA__)
+    return (vec)_mm256_fmadd_ps(_mm256_set1_ps(*a), _mm256_loadu_ps(b), (__m256)sum);
+#else
+    return sum + *a * *(const vec*)b;
+#endif
+}
+#if defined(__AVX512BF16__)
+inline vec multiply_add(vec sum, const bf16* a, const bf16* b) {
+    int pair;
+    std::memcpy(&pair, a, 4);
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(b));
+}
+#endif
+
+// c (m n) = a (m k) b (k n), or += if `add`. `lower`: a is zero right of its diagonal. `below`: only what lies on and
+// below the diagonal of c is wanted. m, n, k: multiples of 16.
+template <class T>
+void product(float* c, const T* a, const T* b, int m, int n, int k, bool add, bool lower = false, bool below = false) {
+    constexpr int pair = PAIR<T>;
+    for (int i = 0; i < m; i += ROWS) {
+        const int depth = lower && i + ROWS < k ? i + ROWS : k;
+        const int width = below && i + ROWS < n ? i + ROWS : n;
+        for (int j = 0; j < width; j += LANES * WIDE) {
+            vec sum[ROWS][WIDE];
+            const int columns = j + LANES < n ? WIDE : 1;
+            UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int w = 0; w < WIDE; w++)
+                sum[r][w] = add && w < columns ? *(const vec*)(c + (i + r) * n + j + w * LANES) : vec{};
+            if (columns == WIDE) {
+                for (int p = 0; p < depth; p += pair)
+                    UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int w = 0; w < WIDE; w++)
+                        sum[r][w] = multiply_add(sum[r][w], a + (i + r) * k + p, b + p * n + (j + w * LANES) * pair);
+            } else {
+                for (int p = 0; p < depth; p += pair)
+                    UNROLL for (int r = 0; r < ROWS; r++)
+                        sum[r][0] = multiply_add(sum[r][0], a + (i + r) * k + p, b + p * n + j * pair);
+            }
+            UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int w = 0; w < WIDE; w++)
+                if (w < columns) *(vec*)(c + (i + r) * n + j + w * LANES) = sum[r][w];
+        }
+    }
+}
+
+// Rows (k n) of fp32 into the order of a product's B.
+inline void pack(float* to, const float* from, int k, int n) { std::memcpy(to, from, sizeof(float) * k * n); }
+inline void pack(bf16* to, const float* from, int k, int n) {
+    for (int p = 0; p < k; p += 2)
+        for (int j = 0; j < n; j++) {
+            bf16 even, odd;
+            store(even, from[p * n + j]);
+            store(odd, from[(p + 1) * n + j]);
+            ((word*)(to + p * n))[j] = even.bits | uint32_t(odd.bits) << 16;
+        }
+}
+
+// The transpose of rows (n k), into the order of a product's B (k n); and as rows (k n).
+inline void pack_transposed(float* b, float* rows, const float* from, int n, int k) {
+    for (int p = 0; p < k; p++)
+        for (int j = 0; j < n; j++) b[p * n + j] = from[j * k + p];
+    if (rows) std::memcpy(rows, b, sizeof(float) * n * k);
+}
+inline void pack_transposed(bf16* b, bf16* rows, const bf16* from, int n, int k) {
+    const word* pairs = (const word*)from;
+    for (int p = 0; p < k / 2; p++) {
+        word* to = (word*)b + p * n;
+        for (int j = 0; j < n; j++) to[j] = pairs[j * (k / 2) + p];
+        if (rows)
+            for (int j = 0; j < n; j++) {
+                rows[2 * p * n + j].bits = uint16_t(to[j]);
+                rows[(2 * p + 1) * n + j].bits = uint16_t(to[j] >> 16);
+            }
+    }
+}
