@@ -30,9 +30,8 @@ class _Grouped(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, ends)
         y = x.new_empty(x.shape[0], weight.shape[1])
-        for e, run in _runs(ends):
-            if run.start < run.stop:
-                y[run] = product(x[run], weight[e])
+        for e, run in runs(ends):
+            y[run] = product(x[run], weight[e])
         return y
 
     @staticmethod
@@ -40,16 +39,16 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, ends = ctx.saved_tensors
         to_x, to_weight = torch.empty_like(x), torch.empty_like(weight)
-        for e, run in _runs(ends):
-            if run.start == run.stop:
-                to_weight[e] = 0.0
-            else:
-                to_x[run] = product(grad[run], weight[e].mT)
-                to_weight[e] = product(grad[run].mT, x[run].mT)
+        used = runs(ends)
+        for e in set(range(len(weight))) - {e for e, _ in used}:
+            to_weight[e] = 0.0
+        for e, run in used:
+            to_x[run] = product(grad[run], weight[e].mT)
+            to_weight[e] = product(grad[run].mT, x[run].mT)
         return to_x, to_weight, None
 
 
-def _runs(ends: Tensor) -> list[tuple[int, slice]]:
-    """Number and rows of each map."""
+def runs(ends: Tensor) -> list[tuple[int, slice]]:
+    """Number and rows of each map that has any."""
     last = ends.tolist()
-    return [(e, slice(a, b)) for e, (a, b) in enumerate(zip([0, *last[:-1]], last, strict=True))]
+    return [(e, slice(a, b)) for e, (a, b) in enumerate(zip([0, *last[:-1]], last, strict=True)) if a < b]
