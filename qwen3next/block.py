@@ -91,7 +91,7 @@ class Block(nn.Module):
         return self.hook_resid_post(x + self.hook_mlp_out(y)), router
 
     def _in_parts(self, x: Tensor, rope: Rotation, state: DeltaNetState) -> Tensor:
-        """TOKENS at a time, the memory carried in full precision: the same bits, and temporaries that stay in caches."""
+        """TOKENS at a time, the memory carried in full precision: the same bits, and temporaries that do not grow."""
         own = DeltaNetState(state.conv, at_least_fp32(state.memory))
         y = torch.empty_like(x)
         for part, into in zip(x.split(TOKENS, dim=1), y.split(TOKENS, dim=1), strict=True):
