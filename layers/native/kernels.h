@@ -41,8 +41,8 @@ inline float rounded(float x) {  // what is left of x once it has been stored
     return to_float(y);
 }
 
-// 2^(n + r) for a whole n from -126 to 127 and |r| <= 0.5, and exp and powers of two by it: to 1e-7, relative, and 0 where
-// fp32 has no normal number for the result. Polynomials are minimax fits.
+// 2^(n + r) for a whole n from -126 to 127 and |r| <= 0.5; exp (to 1e-7, relative) and powers of two (to 2e-7) by it, 0 where
+// fp32 has no normal number for the result. The polynomials are minimax fits.
 inline float scaled(float p, float n) {
     int32_t bits = (int32_t(n) + 127) << 23;
     float power;
@@ -53,13 +53,12 @@ inline float nearest(float x) { return (x + 12582912.0f) - 12582912.0f; }  // 1.
 inline float exponential(float x) {
     float from = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
     float n = nearest(from * 1.44269504f);
-    float r = std::fma(n, -0.693359375f, from);
-    r = std::fma(n, 2.12194440e-4f, r);
-    float p = std::fma(1.9875691500e-4f, r, 1.3981999507e-3f);
-    p = std::fma(p, r, 8.3334519073e-3f);
-    p = std::fma(p, r, 4.1665795894e-2f);
-    p = std::fma(p, r, 1.6666665459e-1f);
-    p = std::fma(p, r, 5.0000001201e-1f);
+    float r = std::fma(n, -0.69140625f, from);  // ln 2 in two parts: of n times the first, no digit is lost
+    r = std::fma(n, -1.740930560e-03f, r);
+    float p = std::fma(1.381459176e-03f, r, 8.368717592e-03f);
+    p = std::fma(p, r, 4.166838819e-02f);
+    p = std::fma(p, r, 1.666652062e-01f);
+    p = std::fma(p, r, 4.999999345e-01f);
     p = std::fma(p * r, r, r) + 1.0f;
     return x < -87.0f ? 0.0f : scaled(p, n);
 }
