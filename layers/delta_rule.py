@@ -85,7 +85,7 @@ def gated_delta_rule(
     if choice == "fla":
         return _fla(q, k, v, log_decay, beta, state, segments)
     dtype = v.dtype
-    exact = at_least_fp32(v).dtype
+    exact = torch.promote_types(dtype, torch.float32)
     log_decay, beta = log_decay.to(exact), beta.to(exact)
     if state is None:
         state = beta.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])

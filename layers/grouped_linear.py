@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int32
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from layers.backends import choose
 from layers.linear import product
@@ -15,41 +16,45 @@ def grouped_linear(
     x: Float[Tensor, "rows k"], weight: Float[Tensor, "e n k"], ends: Int32[Tensor, "e"]
 ) -> Float[Tensor, "rows n"]:
     """Rows up to ends[0] times weight[0]ᵀ, up to ends[1] times weight[1]ᵀ, …; in autocast's dtype under autocast."""
+    dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    if choose("linear", "auto", x) == "onednn":
-        return _Grouped.apply(x, weight, ends)
-    return F.grouped_mm(x, weight.mT, offs=ends)
+    if x.device.type == "cpu":
+        return _Grouped.apply(x.to(dtype), weight, ends)
+    return F.grouped_mm(x.to(dtype), weight.to(dtype).mT, offs=ends)
+
+
+def runs(ends: Tensor) -> list[tuple[int, slice]]:
+    """Number and rows of each map that has any."""
+    last = ends.tolist()
+    return [(e, slice(a, b)) for e, (a, b) in enumerate(zip([0, *last[:-1]], last, strict=True)) if a < b]
 
 
 class _Grouped(torch.autograd.Function):
-    """One product a run through oneDNN, where torch's own fp32 products are slower."""
+    """torch's own gradient of the weights comes transposed, and turning it costs more than the products do on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, ends)
+        low = weight.to(x.dtype)
+        ctx.save_for_backward(x, low, ends)
+        ctx.dtype = weight.dtype
+        if choose("linear", "auto", x) != "onednn":
+            return F.grouped_mm(x, low.mT, offs=ends)
         y = x.new_empty(x.shape[0], weight.shape[1])
-        for e, run in _runs(ends):
-            if run.start < run.stop:
-                y[run] = product(x[run], weight[e])
+        for e, run in runs(ends):
+            y[run] = product(x[run], weight[e])
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, ends = ctx.saved_tensors
-        to_x, to_weight = torch.empty_like(x), torch.empty_like(weight)
-        for e, run in _runs(ends):
-            if run.start == run.stop:
-                to_weight[e] = 0.0
-            else:
-                to_x[run] = product(grad[run], weight[e].mT)
+        x, low, ends = ctx.saved_tensors
+        to_x, to_weight = torch.empty_like(x), torch.empty_like(low, dtype=ctx.dtype)
+        used = runs(ends)
+        for e in set(range(len(low))) - {e for e, _ in used}:
+            to_weight[e] = 0.0
+        with torch.autocast(x.device.type, enabled=False):
+            for e, run in used:
+                to_x[run] = product(grad[run], low[e].mT)
                 to_weight[e] = product(grad[run].mT, x[run].mT)
         return to_x, to_weight, None
-
-
-def _runs(ends: Tensor) -> list[tuple[int, slice]]:
-    """Number and rows of each map."""
-    last = ends.tolist()
-    return [(e, slice(a, b)) for e, (a, b) in enumerate(zip([0, *last[:-1]], last, strict=True))]

@@ -1,5 +1,6 @@
 """One block: norm → token mixer → residual, norm → feed-forward → residual."""
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -9,10 +10,12 @@ from layers.hook_point import HookPoint
 from layers.kv_state import KVState
 from layers.mlp import SwiGLU
 from layers.moe import RouterStats, SparseMoE
-from layers.norm import RMSNorm
+from layers.norm import RMSNorm, at_least_fp32
 from layers.rope import Rotation
 from layers.segments import Segments
 from qwen3next.config import ModelConfig
+
+TOKENS = 2048  # of a long prompt that a Gated DeltaNet block takes at a time; whole chunks of the delta rule
 
 
 class Block(nn.Module):
@@ -74,6 +77,8 @@ class Block(nn.Module):
         stats: bool = True,
     ) -> tuple[Float[Tensor, "b t width"], RouterStats | None]:
         """The residual stream after this block; router statistics over `counted` tokens where it is sparse."""
+        if isinstance(state, DeltaNetState) and x.shape[1] > TOKENS and not stats and self._may_split(x, segments):
+            return self._in_parts(x, rope, state), None
         x = self.hook_resid_pre(x)
         y = self.input_layernorm(x)
         if self.mixer == "linear_attention":
@@ -84,3 +89,20 @@ class Block(nn.Module):
         y, router = self.post_attention_layernorm(x), None
         y, router = self.mlp(y, mask=counted, stats=stats) if self.sparse else (self.mlp(y), None)
         return self.hook_resid_post(x + self.hook_mlp_out(y)), router
+
+    def _in_parts(self, x: Tensor, rope: Rotation, state: DeltaNetState) -> Tensor:
+        """TOKENS at a time, the memory carried in full precision: the same bits, and temporaries that do not grow."""
+        own = DeltaNetState(state.conv, at_least_fp32(state.memory))
+        y = torch.empty_like(x)
+        for part, into in zip(x.split(TOKENS, dim=1), y.split(TOKENS, dim=1), strict=True):
+            into.copy_(self(part, rope, segments=Segments.full(part), state=own, stats=False)[0])
+        state.conv, state.memory = own.conv, own.memory.to(state.memory.dtype)
+        return y
+
+    def _may_split(self, x: Tensor, segments: Segments) -> bool:
+        """Whether nobody could tell: whole rows, no gradients, no graph being traced, no hook of any kind inside."""
+        if x.device.type != "cpu" or not segments.plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        return not any(
+            m._forward_hooks or m._forward_pre_hooks or (isinstance(m, HookPoint) and m.active) for m in self.modules()
+        )

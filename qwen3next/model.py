@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from layers.backends import choose
+from layers.cross_entropy import linear_cross_entropy
 from layers.expert_cache import ExpertCache
 from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import GatedDeltaNet
@@ -291,10 +292,14 @@ class Qwen3Next(Hooked, nn.Module):
         """Mean over the places whose token `ahead` is of the same sequence and labelled; and their number."""
         target = labels.roll(-ahead, dims=1)
         place = segments.next_is_same(ahead) & (target != -100)
-        logits = self.lm_head(hidden[place])  # logits only where there is a target
-        logits = logits if hook is None else hook(logits)
-        summed = F.cross_entropy(at_least_fp32(logits), target[place], reduction="sum")
-        return summed / max(len(logits), 1), len(logits)
+        hidden, target = hidden[place], target[place]  # logits only where there is a target
+        head = self.lm_head
+        if type(head) is Linear and head.bias is None and not head._forward_hooks and not (hook and hook.active):
+            summed = linear_cross_entropy(hidden, head.weight, target)
+        else:  # somebody looks at the logits, or has changed how they are made
+            logits = head(hidden) if hook is None else hook(head(hidden))
+            summed = F.cross_entropy(at_least_fp32(logits), target, reduction="sum")
+        return summed / max(len(target), 1), len(target)
 
     def new_cache(
         self,

@@ -31,21 +31,25 @@ struct Worker {
         product<P>(scores, q, k, QUERIES, KEYS, width, false);
         for (int i = 0; i < QUERIES; i++) {
             float* row = scores + i * KEYS;
+            P* to = pattern + i * KEYS;
             const int count = seen(i);
+            if (count <= 0) {
+                std::memset((void*)to, 0, KEYS * sizeof(P));
+                continue;
+            }
+            for (int j = count; j < KEYS; j++) row[j] = -INFINITY;
             float top = most[i], total = 0.0f;
-            for (int j = 0; j < KEYS; j++) row[j] = j < count ? row[j] * scale : -INFINITY;
 #pragma omp simd reduction(max : top)
             for (int j = 0; j < KEYS; j++) top = row[j] > top ? row[j] : top;
             if (top > most[i]) {
-                const float less = most[i] == -INFINITY ? 0.0f : exponential(most[i] - top);
+                const float less = power_of_two((most[i] - top) * scale);
                 for (int j = 0; j < width; j++) answer[i * width + j] *= less;
                 sum[i] *= less;
                 most[i] = top;
             }
-            P* to = pattern + i * KEYS;
 #pragma omp simd reduction(+ : total)
             for (int j = 0; j < KEYS; j++) {
-                const float p = j < count ? exponential(row[j] - top) : 0.0f;
+                const float p = power_of_two((row[j] - top) * scale);
                 total += p;
                 store(to[j], p);
             }
@@ -60,7 +64,7 @@ void attend(const Shape& s, const T* q, const T* k, const T* v, T* out, float* l
     const int width = int((s.width + 15) / 16 * 16);
     const int64_t key_blocks = (s.keys + KEYS - 1) / KEYS, query_blocks = (s.queries + QUERIES - 1) / QUERIES;
     const int64_t share = s.heads / s.kv_heads, size = int64_t(KEYS) * width;
-    const float scale = 1.0f / std::sqrt(float(s.width));
+    const float scale = 1.44269504f / std::sqrt(float(s.width));  // of scores, for powers of two
     Buffer<P> k_packed(size_t(s.batch * s.kv_heads * key_blocks * size)), v_packed(size_t(s.batch * s.kv_heads * key_blocks * size));
 #pragma omp parallel
     {
@@ -106,7 +110,7 @@ void attend(const Shape& s, const T* q, const T* k, const T* v, T* out, float* l
                 const int64_t at = (b * s.heads + head) * s.queries + block * QUERIES + i;
                 const float less = 1.0f / worker.sum[i];
                 for (int64_t j = 0; j < s.width; j++) store(out[at * s.width + j], worker.answer[i * width + j] * less);
-                logsumexp[at] = worker.most[i] + std::log(worker.sum[i]);
+                logsumexp[at] = worker.most[i] * scale * 0.69314718f + std::log(worker.sum[i]);
             }
         }
     }

@@ -41,23 +41,36 @@ inline float rounded(float x) {  // what is left of x once it has been stored
     return to_float(y);
 }
 
-// exp to 1e-7, relative: x = n ln 2 + r, a polynomial in r, n into the exponent. Below e^-87 it is about 1e-38, not 0.
-inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float n = x * 1.44269504f + 12582912.0f;  // adding 1.5 · 2^23 rounds to a whole number
-    n -= 12582912.0f;
-    float r = std::fma(n, -0.693359375f, x);
-    r = std::fma(n, 2.12194440e-4f, r);
-    float p = std::fma(1.9875691500e-4f, r, 1.3981999507e-3f);
-    p = std::fma(p, r, 8.3334519073e-3f);
-    p = std::fma(p, r, 4.1665795894e-2f);
-    p = std::fma(p, r, 1.6666665459e-1f);
-    p = std::fma(p, r, 5.0000001201e-1f);
-    p = std::fma(p * r, r, r) + 1.0f;
+// 2^(n + r) for a whole n from -126 to 127 and |r| <= 0.5; exp (to 1e-7, relative) and powers of two (to 2e-7) by it, 0 where
+// fp32 has no normal number for the result. The polynomials are minimax fits.
+inline float scaled(float p, float n) {
     int32_t bits = (int32_t(n) + 127) << 23;
     float power;
     std::memcpy(&power, &bits, 4);
     return p * power;
+}
+inline float nearest(float x) { return (x + 12582912.0f) - 12582912.0f; }  // 1.5 · 2^23 leaves no room for fractions
+inline float exponential(float x) {
+    float from = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float n = nearest(from * 1.44269504f);
+    float r = std::fma(n, -0.69140625f, from);  // ln 2 in two parts: of n times the first, no digit is lost
+    r = std::fma(n, -1.740930560e-03f, r);
+    float p = std::fma(1.381459176e-03f, r, 8.368717592e-03f);
+    p = std::fma(p, r, 4.166838819e-02f);
+    p = std::fma(p, r, 1.666652062e-01f);
+    p = std::fma(p, r, 4.999999345e-01f);
+    p = std::fma(p * r, r, r) + 1.0f;
+    return x < -87.0f ? 0.0f : scaled(p, n);
+}
+inline float power_of_two(float x) {
+    float from = x < -126.0f ? -126.0f : x > 127.0f ? 127.0f : x;
+    float n = nearest(from), r = from - n;
+    float p = std::fma(1.326470793e-03f, r, 9.671513994e-03f);
+    p = std::fma(p, r, 5.550733807e-02f);
+    p = std::fma(p, r, 2.402224206e-01f);
+    p = std::fma(p, r, 6.931469776e-01f);
+    p = std::fma(p, r, 1.0f);
+    return x < -126.0f ? 0.0f : scaled(p, n);
 }
 inline float silu(float x) { return x / (1.0f + exponential(-x)); }
 

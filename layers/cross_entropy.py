@@ -1,0 +1,57 @@
+"""Cross-entropy of a linear head without all logits in memory: some rows at a time, gradients made with them."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from layers.linear import linear, product
+from layers.norm import at_least_fp32
+
+ROWS = 256  # at least so many at a time, or the sum of the weight's gradients costs more than the products
+LOGITS = 1 << 23  # at a time, where that is more
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "n width"], weight: Float[Tensor, "vocab width"], target: Int[Tensor, "n"]
+) -> Float[Tensor, ""]:
+    """Σ −ln softmax(hidden weightᵀ)[target], summed in fp32 or better; products in autocast's dtype under autocast.
+
+    Its gradients are those of `F.cross_entropy(linear(hidden, weight), target, reduction="sum")`, made in the forward
+    pass where they will be asked for, while a part's logits are there. They cannot be differentiated again.
+    """
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _Summed.apply(hidden.to(dtype), weight, target)
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        # Under autograd's Function gradients are always off: what is asked for is in needs_input_grad.
+        wanted = any(ctx.needs_input_grad)
+        low = weight.to(hidden.dtype)
+        to_hidden = torch.empty_like(hidden) if wanted else None
+        to_weight = torch.zeros_like(weight, dtype=at_least_fp32(weight).dtype) if wanted else None
+        rows, loss = max(ROWS, LOGITS // len(weight)), at_least_fp32(hidden.new_zeros(()))
+        for i in range(0, len(hidden), rows):
+            part, labels = hidden[i : i + rows], target[i : i + rows, None]
+            logs = F.log_softmax(at_least_fp32(linear(part, low)), dim=-1)
+            loss = loss - logs.gather(1, labels).sum()
+            if to_hidden is not None and to_weight is not None:
+                to_logits = logs.exp_().scatter_add_(1, labels, -torch.ones_like(logs[:, :1])).to(hidden.dtype)
+                to_hidden[i : i + rows] = product(to_logits, low.mT)
+                to_weight += product(to_logits.mT, part.mT)
+        ctx.save_for_backward(*(() if to_hidden is None else (to_hidden, to_weight)))
+        ctx.dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        to_hidden, to_weight = ctx.saved_tensors
+        return to_hidden * grad.to(to_hidden.dtype), (to_weight * grad).to(ctx.dtype), None
