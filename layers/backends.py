@@ -85,9 +85,11 @@ def _mkl_serves(_device: torch.device, _dtype: torch.dtype) -> str | None:
 def _cpp(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return f"it is for float32 and bfloat16 on a CPU, not {str(dtype).removeprefix('torch.')} on {device.type}"
-    if torch.is_grad_enabled():
-        return "it has no gradients: use it under torch.no_grad()"
     return missing()
+
+
+def _cpp_without_gradients(device: torch.device, dtype: torch.dtype) -> str | None:
+    return "it has no gradients: use it under torch.no_grad()" if torch.is_grad_enabled() else _cpp(device, dtype)
 
 
 def _grouped(_device: torch.device, dtype: torch.dtype) -> str | None:
@@ -114,27 +116,27 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
     ),
     "delta_rule": (
         Implementation("fla", "fused Triton kernels", _fla),
-        Implementation("cpp", "a memory at a time in a core's caches, without gradients", _cpp),
+        Implementation("cpp", "a memory at a time in a core's caches", _cpp),
         Implementation("piecewise", "chunks of 64 tokens, a few at a time, in torch", passed_over=_for_caches),
         Implementation("chunked", "matrix products over chunks of 64 tokens, in torch"),
         Implementation("recurrent", "token loop, the definition"),
     ),
     "causal_conv": (
         Implementation("fla", "fused Triton kernel", _fla),
-        Implementation("cpp", "one pass over memory, without gradients", _cpp),
+        Implementation("cpp", "one pass over memory", _cpp),
         Implementation("torch", "one pass a tap, in torch"),
     ),
     "attention": (
-        Implementation("cpp", "in tiles, without gradients", _cpp),
+        Implementation("cpp", "in tiles, without gradients", _cpp_without_gradients),
         Implementation("sdpa", "torch's fused attention"),
         Implementation("eager", "shows scores and pattern"),
     ),
     "elementwise": (
-        Implementation("cpp", "a norm, gate or activation in one pass over memory, without gradients", _cpp),
+        Implementation("cpp", "a norm, gate or activation in one pass over memory", _cpp),
         Implementation("torch", "step by step, in torch"),
     ),
     "experts": (
-        Implementation("cpp", "sorted, activated and summed in one pass each, without gradients", _cpp),
+        Implementation("cpp", "sorted, activated and summed in one pass each", _cpp),
         Implementation(
             "grouped", "one grouped matmul for all experts; a single token reads its own in place", _grouped
         ),

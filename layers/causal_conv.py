@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from layers.backends import choose
-from layers.native import ops as native
+from layers.native import functions as native
 from layers.norm import at_least_fp32
 from layers.segments import Segments
 
@@ -31,7 +31,7 @@ def causal_conv(
         weight: one filter a channel, the last tap meets the present token (torch's conv1d order).
         state: the taps − 1 inputs before the first token, oldest first; None means zeros. Not modified.
         segments: where sequences begin and end; None means every row is one sequence.
-        backend: "torch", "cpp" (CPU, without gradients) or "fla" (CUDA); "auto" picks.
+        backend: "torch", "cpp" (CPU) or "fla" (CUDA); "auto" picks.
     Returns: output (b t d) and the state after each row's last real token (b taps−1 d).
     Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
     """

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from layers.backends import choose
 from layers.hook_point import HookPoint
-from layers.native import ops as native
+from layers.native import functions as native
 from layers.norm import at_least_fp32
 from layers.piecewise_delta_rule import CHUNK, piecewise
 from layers.segments import Segments
@@ -63,7 +63,7 @@ def gated_delta_rule(
         state: memory before the first token; None means zeros. Not modified.
         segments: where sequences begin and end; None means every row is one sequence.
         backend: "recurrent" (token loop, the definition), "chunked" (torch, the algebra to read), "piecewise" (the same
-            a few chunks at a time), "cpp" (CPU, without gradients), "fla" (Triton, CUDA); "auto" picks. The last three
+            a few chunks at a time), "cpp" (CPU), "fla" (Triton, CUDA); "auto" picks. The last three
             multiply in bf16 where v is bf16.
         watch: points to pass inside the token loop; other backends refuse those that are armed.
     Returns: output (b t h v) in v's dtype and the memory after each row's last token (b h k v), fp32 or better.

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from layers.backends import choose
 from layers.linear import Linear
-from layers.native import ops as native
+from layers.native import functions as native
 
 
 def activate(

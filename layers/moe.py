@@ -12,7 +12,8 @@ from layers.grouped_linear import grouped_linear, runs
 from layers.hook_point import HookPoint
 from layers.linear import Linear, linear
 from layers.mlp import SwiGLU, activate
-from layers.native import ops as native
+from layers.native import functions as native
+from layers.native import ops
 from layers.norm import at_least_fp32
 
 TOKENS = 2048  # at a time: transient memory is bounded, and so is what falls out of the caches
@@ -78,8 +79,6 @@ class Experts(nn.Module):
         if self.backend == "auto" and x.shape[0] == 1 and not torch.is_grad_enabled():
             return one_token(x, weights, indices, self._expert)
         chosen = choose("experts", self.chosen, x)
-        if chosen == "cpp" and not x.dtype == weights.dtype == self.down_proj.dtype:  # autocast
-            chosen = "grouped"
         if chosen == "cpp":
             parts = zip(*(part.split(TOKENS) for part in (x, weights, indices)), strict=True)
             y = [self._sorted(*part) for part in parts]
@@ -97,15 +96,17 @@ class Experts(nn.Module):
 
     def _sorted(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """As `_grouped`, with everything but the products in C++."""
-        token, places, ends = native.route(indices.contiguous(), self.gate_up_proj.shape[0])
-        if choose("linear", "auto", x) == "onednn":  # an expert at a time, whose rows stay in a core's caches
+        dtype, mixed = x.dtype, torch.is_autocast_enabled(x.device.type)
+        x = x.to(torch.get_autocast_dtype(x.device.type)) if mixed else x
+        token, places, ends = ops.route(indices.contiguous(), self.gate_up_proj.shape[0])
+        if choose("linear", "auto", x) == "onednn" and not torch.is_grad_enabled():
             out = x.new_empty(len(token), x.shape[1])
-            for e, run in runs(ends):
+            for e, run in runs(ends):  # an expert at a time, whose rows stay in a core's caches
                 out[run] = self._expert(e, x.index_select(0, token[run]))
         else:
-            gate, up = grouped_linear(x.index_select(0, token), self.gate_up_proj, ends).chunk(2, dim=-1)
+            gate, up = grouped_linear(native.gather(x, token, places), self.gate_up_proj, ends).chunk(2, dim=-1)
             out = grouped_linear(native.swiglu(gate, up), self.down_proj, ends)
-        return native.combine(out, weights.contiguous(), places)
+        return native.combine(out, weights.float().contiguous(), places, exact=dtype == torch.float32)
 
     def _grouped(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """Sort the (token, expert) pairs by expert, so that each expert's rows are neighbours; no host sync."""

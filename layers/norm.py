@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from layers.backends import choose
 from layers.hook_point import HookPoint
-from layers.native import ops as native
+from layers.native import functions as native
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def l2_normalise(
 ) -> Float[Tensor, "*batch d"]:
     """scale · x / sqrt(Σx² + eps) over the last axis, in fp32 or better. eps is inside the root and not scaled by d."""
     if choose("elementwise", backend, x) == "cpp":
-        return native.normalise(x, torch.full((x.shape[-1],), scale), None, 1.0, eps, False, False, exact=True)
+        return native.normalise(x, torch.full((x.shape[-1],), scale), mean=False, eps=eps, exact=True)
     x = at_least_fp32(x)
     y = x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
     return y if scale == 1.0 else y * scale
@@ -52,7 +52,7 @@ class RMSNorm(nn.Module):
             seen = hook_normalized is not None and hook_normalized.active
             weight = 1.0 * self.zero_centred + self.weight.float()
             scale, early = (torch.ones_like(weight), False) if seen else (weight, not self.zero_centred)
-            normed = native.normalise(x, scale, None, float(x.shape[-1]), self.eps, early, False, exact=seen)
+            normed = native.normalise(x, scale, mean=True, eps=self.eps, before=early, exact=seen)
             if not seen:
                 return normed
         else:
@@ -92,7 +92,14 @@ class GatedRMSNorm(nn.Module):
             z = None if seen else gate.contiguous()
             # An fp32 weight beside bf16 values makes the product fp32, so that nothing is rounded after it.
             normed = native.normalise(
-                x, self.weight.float(), z, float(x.shape[-1]), self.eps, True, same, exact=seen and not same
+                x,
+                self.weight.float(),
+                z,
+                mean=True,
+                eps=self.eps,
+                before=True,
+                after=same,
+                exact=seen and not same,
             )
             if not seen:
                 return normed

@@ -151,17 +151,25 @@ void product(float* c, const T* a, const T* b, int m, int n, int k, bool add, bo
     }
 }
 
-// Rows (k n) of fp32 into the order of a product's B.
+inline void convert(float* to, const float* from, size_t n) { std::memcpy(to, from, n * sizeof(float)); }
+inline void convert(bf16* to, const float* from, size_t n) {
+    for (size_t i = 0; i < n; i++) store(to[i], from[i]);
+}
+
+// Rows (k n) into the order of a product's B.
 inline void pack(float* to, const float* from, int k, int n) { std::memcpy(to, from, sizeof(float) * k * n); }
-inline void pack(bf16* to, const float* from, int k, int n) {
+template <class From>
+void pack_pairs(bf16* to, const From* from, int k, int n) {
     for (int p = 0; p < k; p += 2)
         for (int j = 0; j < n; j++) {
             bf16 even, odd;
-            store(even, from[p * n + j]);
-            store(odd, from[(p + 1) * n + j]);
+            store(even, to_float(from[p * n + j]));
+            store(odd, to_float(from[(p + 1) * n + j]));
             ((word*)(to + p * n))[j] = even.bits | uint32_t(odd.bits) << 16;
         }
 }
+inline void pack(bf16* to, const float* from, int k, int n) { pack_pairs(to, from, k, n); }
+inline void pack(bf16* to, const bf16* from, int k, int n) { pack_pairs(to, from, k, n); }
 
 // The transpose of rows (n k), into the order of a product's B (k n); and as rows (k n).
 inline void pack_transposed(float* b, float* rows, const float* from, int n, int k) {

@@ -93,27 +93,29 @@ void swiglu(const T* gate, const T* up, T* y, int64_t rows, int64_t width, int64
 }
 
 // y[token] = Σ weight · out[place] over a token's choices, in the order of their places, rounded once.
-template <class T>
-void combine(const T* out, const T* weights, const int64_t* places, T* y, int64_t tokens, int64_t choices, int64_t width) {
+template <class T, class Y>
+void combine(const T* out, const float* weights, const int64_t* places, Y* y, int64_t tokens, int64_t choices,
+             int64_t width) {
 #pragma omp parallel if (tokens * width > SMALL)
     {
-    Buffer<float> sums(width);
+        Buffer<float> sums(width);
 #pragma omp for
-    for (int64_t t = 0; t < tokens; t++) {
-        std::memset(sums, 0, width * sizeof(float));
-        for (int64_t done = 0, last = -1; done < choices; done++) {
-            int64_t next = -1;
-            for (int64_t c = 0; c < choices; c++) {
-                const int64_t place = places[t * choices + c];
-                if (place > last && (next < 0 || place < places[t * choices + next])) next = c;
+        for (int64_t t = 0; t < tokens; t++) {
+            std::memset(sums, 0, width * sizeof(float));
+            for (int64_t done = 0, last = -1; done < choices; done++) {
+                int64_t next = -1;
+                for (int64_t c = 0; c < choices; c++) {
+                    const int64_t place = places[t * choices + c];
+                    if (place > last && (next < 0 || place < places[t * choices + next])) next = c;
+                }
+                last = places[t * choices + next];
+                const T* from = out + last * width;
+                const float w = weights[t * choices + next];
+                float* sum = sums;
+                for (int64_t j = 0; j < width; j++) sum[j] += to_float(from[j]) * w;
             }
-            last = places[t * choices + next];
-            const T* from = out + last * width;
-            const float w = to_float(weights[t * choices + next]);
-            for (int64_t j = 0; j < width; j++) sums[j] += to_float(from[j]) * w;
+            for (int64_t j = 0; j < width; j++) store(y[t * width + j], sums[j]);
         }
-        for (int64_t j = 0; j < width; j++) store(y[t * width + j], sums[j]);
-    }
     }
 }
 
@@ -151,14 +153,18 @@ void route(const int64_t* indices, int64_t* token, int64_t* place, int32_t* ends
                        int64_t up_stride) {                                                                             \
         swiglu<T>(gate, up, y, rows, width, gate_stride, up_stride);                                                    \
     }                                                                                                                   \
-    void combine_##name(const T* out, const T* weights, const int64_t* places, T* y, int64_t tokens, int64_t choices,   \
-                        int64_t width) {                                                                                \
-        combine<T>(out, weights, places, y, tokens, choices, width);                                                    \
+    void combine_##name(const T* out, const float* weights, const int64_t* places, T* y, int64_t tokens,                \
+                        int64_t choices, int64_t width) {                                                               \
+        combine<T, T>(out, weights, places, y, tokens, choices, width);                                                 \
     }
 FOR_DTYPE(fp32, float)
 FOR_DTYPE(bf16, bf16)
 
-// bf16 rows normalised into fp32.
+// bf16 rows into fp32.
+void combine_bf16_fp32(const bf16* out, const float* weights, const int64_t* places, float* y, int64_t tokens,
+                       int64_t choices, int64_t width) {
+    combine<bf16, float>(out, weights, places, y, tokens, choices, width);
+}
 void normalise_bf16_fp32(const bf16* x, const float* w, const bf16* gate, float* y, int64_t rows, int64_t heads,
                          int64_t stride, int64_t width, float count, float eps, int64_t before, int64_t after) {
     normalise<bf16, float>(x, w, gate, y, rows, heads, stride, int(width), count, eps, before, after);

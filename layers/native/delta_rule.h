@@ -1,0 +1,121 @@
+// What forward and backward of the gated delta rule share: a chunk's keys, decays and solved triangle.
+//
+// The algebra is `_chunked` of layers/delta_rule.py with one difference: V* = T diag(β) (V − diag(γ) K S), which needs no
+// product of T and K. Decays, the triangular solve, sums and the memory are fp32. T below is the dtype of products.
+#pragma once
+#include <algorithm>
+
+#include "kernels.h"
+
+constexpr int CHUNK = 64;
+constexpr int PIECE = 4;  // chunks from one kept memory to the next
+
+inline int padded(int64_t n) { return int((n + 15) / 16 * 16); }
+inline int up_to(int i) { return padded(i + 1); }  // columns of row i of a lower triangle, in whole vectors
+
+struct Shape {
+    int64_t batch, tokens, key_heads, heads, key_width, value_width;
+    int64_t v_row;  // elements from one token's values to the next's
+};
+
+template <class V>
+struct Inputs {
+    const float *q, *k;                // (b t kh k)
+    const V* v;                        // (b t h v)
+    const float *log_decay, *beta;     // (b t h)
+    const uint8_t* starts;             // (b t), or null
+};
+
+// The chunk of one key head that begins at token `token` of the flattened batch, and of the memories that share it.
+template <class T, class V>
+struct Chunk {
+    const Shape& s;
+    const Inputs<V>& in;
+    const int k_width = padded(s.key_width), v_width = padded(s.value_width);
+    const size_t square = CHUNK * CHUNK, by_k = size_t(CHUNK) * k_width, by_v = size_t(CHUNK) * v_width;
+    const size_t state = size_t(k_width) * v_width;
+    int count = 0, number[CHUNK];  // tokens; sequences that began in this chunk up to each
+    float since_start[CHUNK], beta[CHUNK], gamma[CHUNK], to_end[CHUNK];
+    Buffer<T> q{by_k}, k{by_k}, k_rows{by_k}, k_packed{by_k}, by_beta{square}, state_packed{state}, values_packed{by_v};
+    Buffer<float> kk{square}, qk{square}, decay{square}, system{square}, solved{square};
+    Buffer<float> recalled{by_v}, values{by_v}, fresh{by_v};
+
+    Chunk(const Shape& shape, const Inputs<V>& inputs) : s(shape), in(inputs) {}
+
+    void load_rows(T* to, const float* from) {
+        for (int i = 0; i < count; i++, from += s.key_heads * s.key_width)
+            for (int j = 0; j < s.key_width; j++) store(to[i * k_width + j], from[j]);
+        std::memset((void*)(to + count * k_width), 0, (CHUNK - count) * k_width * sizeof(T));
+    }
+
+    // What all memories of a key head need.
+    void load_keys(int64_t token, int64_t key_head, int tokens) {
+        count = tokens;
+        const int64_t at = (token * s.key_heads + key_head) * s.key_width;
+        load_rows(q, in.q + at);
+        load_rows(k, in.k + at);
+        pack_transposed(k_packed, k_rows, (const T*)k, CHUNK, k_width);
+        product<T>(kk, k, k_packed, CHUNK, CHUNK, k_width, false, false, true);
+        product<T>(qk, q, k_packed, CHUNK, CHUNK, k_width, false, false, true);
+        for (int i = 0; i < CHUNK; i++)
+            number[i] = (i ? number[i - 1] : 0) + (in.starts && i < count && in.starts[token + i]);
+    }
+
+    // One memory's decays, and T with T diag(β).
+    void solve(int64_t token, int64_t head) {
+        const float *g = in.log_decay + token * s.heads + head, *b = in.beta + token * s.heads + head;
+        float sum = 0.0f;
+        for (int i = 0; i < CHUNK; i++) {
+            since_start[i] = sum += i < count ? g[i * s.heads] : 0.0f;
+            beta[i] = i < count ? b[i * s.heads] : 0.0f;
+        }
+        for (int i = 0; i < CHUNK; i++) {
+            gamma[i] = number[i] ? 0.0f : exponential(since_start[i]);
+            to_end[i] = number[i] != number[CHUNK - 1] ? 0.0f : exponential(sum - since_start[i]);
+        }
+        for (int i = 0; i < CHUNK; i++)
+            for (int j = 0; j < up_to(i); j++) {
+                // Above the diagonal the exponent is positive, and exp might overflow.
+                float apart = since_start[i] - since_start[j], kept = exponential(apart < 0.0f ? apart : 0.0f);
+                decay[i * CHUNK + j] = kept = (j <= i) & (number[i] == number[j]) ? kept : 0.0f;
+                system[i * CHUNK + j] = beta[i] * kept * kk[i * CHUNK + j];
+            }
+        for (int i = 0; i < CHUNK; i++) {  // (I + tril(system, −1))⁻¹: row i is e_i minus the rows above, weighed
+            float row[CHUNK] = {};
+            for (int r = 0; r < i; r++)
+                for (int j = 0; j < CHUNK; j++) row[j] -= system[i * CHUNK + r] * solved[r * CHUNK + j];
+            row[i] = 1.0f;
+            std::memcpy(solved + i * CHUNK, row, sizeof row);
+            for (int j = 0; j < up_to(i); j++) store(by_beta[i * CHUNK + j], row[j] * beta[j]);
+        }
+    }
+
+    // K S, V − diag(γ) K S, and what is written: V*. `state_packed` is S.
+    void write(int64_t token, int64_t head) {
+        product<T>(recalled, k, state_packed, CHUNK, v_width, k_width, false);
+        const V* v = in.v + token * s.v_row + head * s.value_width;
+        std::memset(values + count * v_width, 0, (CHUNK - count) * v_width * sizeof(float));
+        for (int i = 0; i < count; i++)
+            for (int j = 0; j < s.value_width; j++)
+                values[i * v_width + j] = to_float(v[i * s.v_row + j]) - gamma[i] * recalled[i * v_width + j];
+        pack(values_packed, values, CHUNK, v_width);
+        product<T>(fresh, by_beta, values_packed, CHUNK, v_width, CHUNK, false, true);
+    }
+
+    // S ← γ_C S + (diag(γ_C / γ) K)ᵀ V*
+    void advance(float* memory) {
+        for (int i = 0; i < CHUNK; i++)
+            for (int j = 0; j < v_width; j++) values[i * v_width + j] = to_end[i] * fresh[i * v_width + j];
+        pack(values_packed, values, CHUNK, v_width);
+        for (size_t i = 0; i < state; i++) memory[i] *= gamma[CHUNK - 1];
+        product<T>(memory, k_rows, values_packed, k_width, v_width, CHUNK, true);
+    }
+
+    // A memory (k v) of a tensor, into and out of one with whole vectors.
+    void load_state(float* to, const float* from) {
+        for (int i = 0; i < s.key_width; i++) std::copy_n(from + i * s.value_width, s.value_width, to + i * v_width);
+    }
+    void save_state(float* to, const float* from) {
+        for (int i = 0; i < s.key_width; i++) std::copy_n(from + i * v_width, s.value_width, to + i * s.value_width);
+    }
+};
