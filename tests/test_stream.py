@@ -31,7 +31,8 @@ def rows_in_memory(model, name):
     parts = []
     for batch in batches():
         ids, segments = batch if isinstance(batch, tuple) else (batch, Segments.full(batch))
-        _, acts = model.run_with_cache(ids, segments=segments, names_filter=name)
+        with torch.no_grad():  # as streaming does: with gradients other kernels run, which round otherwise
+            _, acts = model.run_with_cache(ids, segments=segments, names_filter=name)
         parts.append(acts[name][segments.mask])
     return torch.cat(parts)
 
