@@ -8,8 +8,9 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from layers.backends import choose
 from layers.linear import product
+
+STEP = 16  # rows
 
 
 def grouped_linear(
@@ -22,6 +23,16 @@ def grouped_linear(
     if x.device.type == "cpu":
         return _Grouped.apply(x.to(dtype), weight, ends)
     return F.grouped_mm(x.to(dtype), weight.to(dtype).mT, offs=ends)
+
+
+def wide(run: slice, rows: int) -> tuple[slice, slice]:
+    """A run and its neighbours, whole steps of STEP of `rows`, and where the run lies in it.
+
+    For every number of rows oneDNN makes and keeps code of its own, up to a megabyte: so there are few.
+    """
+    n = min(-(-(run.stop - run.start) // STEP) * STEP, rows)
+    begin = min(run.start, rows - n)
+    return slice(begin, begin + n), slice(run.start - begin, run.stop - begin)
 
 
 def runs(ends: Tensor) -> list[tuple[int, slice]]:
@@ -38,11 +49,10 @@ class _Grouped(torch.autograd.Function):
         low = weight.to(x.dtype)
         ctx.save_for_backward(x, low, ends)
         ctx.dtype = weight.dtype
-        if choose("linear", "auto", x) != "onednn":
-            return F.grouped_mm(x, low.mT, offs=ends)
         y = x.new_empty(x.shape[0], weight.shape[1])
         for e, run in runs(ends):
-            y[run] = product(x[run], weight[e])
+            more, here = wide(run, len(x))
+            y[run] = product(x[more], low[e])[here]
         return y
 
     @staticmethod
@@ -55,6 +65,9 @@ class _Grouped(torch.autograd.Function):
             to_weight[e] = 0.0
         with torch.autocast(x.device.type, enabled=False):
             for e, run in used:
-                to_x[run] = product(grad[run], low[e].mT)
-                to_weight[e] = product(grad[run].mT, x[run].mT)
+                more, here = wide(run, len(x))
+                to_x[run] = product(grad[more], low[e].mT)[here]
+                own = torch.zeros_like(x[more])  # the neighbours have no part in this sum
+                own[here] = x[run]
+                to_weight[e] = product(grad[more].mT, own.mT)
         return to_x, to_weight, None

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from layers.backends import choose
-from layers.grouped_linear import grouped_linear, runs
+from layers.grouped_linear import grouped_linear, runs, wide
 from layers.hook_point import HookPoint
 from layers.linear import Linear, linear
 from layers.mlp import SwiGLU, activate
@@ -102,7 +102,8 @@ class Experts(nn.Module):
         if choose("linear", "auto", x) == "onednn" and not torch.is_grad_enabled():
             out = x.new_empty(len(token), x.shape[1])
             for e, run in runs(ends):  # an expert at a time, whose rows stay in a core's caches
-                out[run] = self._expert(e, x.index_select(0, token[run]))
+                more, here = wide(run, len(out))
+                out[run] = self._expert(e, x.index_select(0, token[more]))[here]
         else:
             gate, up = grouped_linear(native.gather(x, token, places), self.gate_up_proj, ends).chunk(2, dim=-1)
             out = grouped_linear(native.swiglu(gate, up), self.down_proj, ends)

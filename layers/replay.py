@@ -72,6 +72,14 @@ class Tape:
         self.compiled.append(compiled)
         self.ends.append(self.length + u.shape[1])
 
+    def join(self, count: int) -> None:
+        """Make the last `count` notes one: parts of a single call, between which nothing was rounded."""
+        if count > 1:
+            for notes in (self.inputs, self.keys, self.writes, self.decay):
+                notes[-count:] = [torch.cat(notes[-count:], dim=1)]
+            self.compiled[-count:] = self.compiled[-1:]
+            self.ends[-count:] = self.ends[-1:]
+
     def cut(self, length: int) -> "Tape":
         """The same beginning, followed by its first `length` tokens only; shares what both have."""
         return self._part(Tape(self.conv, self.memory, self.dtype), 0, length)

@@ -11,11 +11,13 @@ from layers.kv_state import KVState
 from layers.mlp import SwiGLU
 from layers.moe import RouterStats, SparseMoE
 from layers.norm import RMSNorm, at_least_fp32
+from layers.replay import Tape
 from layers.rope import Rotation
 from layers.segments import Segments
+from layers.tiled_attention import TILE
 from qwen3next.config import ModelConfig
 
-TOKENS = 2048  # of a long prompt that a Gated DeltaNet block takes at a time; whole chunks of the delta rule
+TOKENS = 2048  # of a long prompt that a block takes at a time; whole chunks of the delta rule, whole tiles of attention
 
 
 class Block(nn.Module):
@@ -77,8 +79,9 @@ class Block(nn.Module):
         stats: bool = True,
     ) -> tuple[Float[Tensor, "b t width"], RouterStats | None]:
         """The residual stream after this block; router statistics over `counted` tokens where it is sparse."""
-        if isinstance(state, DeltaNetState) and x.shape[1] > TOKENS and not stats and self._may_split(x, segments):
-            return self._in_parts(x, rope, state), None
+        split = x.shape[1] > TOKENS and not stats and self._may_split(x)
+        if split and segments.plain and segments.aligned and state is not None:
+            return self._in_parts(x, rope, segments, state), None
         x = self.hook_resid_pre(x)
         y = self.input_layernorm(x)
         if self.mixer == "linear_attention":
@@ -86,23 +89,54 @@ class Block(nn.Module):
         else:
             y = self.self_attn(y, rope, segments=segments, state=state)
         x = self.hook_resid_mid(x + self.hook_attn_out(y))
+        if split:
+            return torch.cat([self._feed(part) for part in x.split(TOKENS, dim=1)], dim=1), None
         y, router = self.post_attention_layernorm(x), None
         y, router = self.mlp(y, mask=counted, stats=stats) if self.sparse else (self.mlp(y), None)
         return self.hook_resid_post(x + self.hook_mlp_out(y)), router
 
-    def _in_parts(self, x: Tensor, rope: Rotation, state: DeltaNetState) -> Tensor:
+    def _feed(self, x: Tensor) -> Tensor:
+        y = self.post_attention_layernorm(x)
+        return x + (self.mlp(y, stats=False)[0] if self.sparse else self.mlp(y))
+
+    def _in_parts(self, x: Tensor, rope: Rotation, segments: Segments, state: KVState | DeltaNetState) -> Tensor:
         """TOKENS at a time, the memory carried in full precision: the same bits, and temporaries that do not grow."""
-        own = DeltaNetState(state.conv, at_least_fp32(state.memory))
+        past, t, noted, lead = segments.past[0], x.shape[1], 0, 0
+        own = state if isinstance(state, KVState) else DeltaNetState(state.conv, at_least_fp32(state.memory))
+        if isinstance(state, KVState):
+            lead = past % TILE  # attention's tiles, which lie on a grid of all positions, stay whole
+            state.reserve(segments)  # once for all
         y = torch.empty_like(x)
-        for part, into in zip(x.split(TOKENS, dim=1), y.split(TOKENS, dim=1), strict=True):
-            into.copy_(self(part, rope, segments=Segments.full(part), state=own, stats=False)[0])
-        state.conv, state.memory = own.conv, own.memory.to(state.memory.dtype)
+        for place in range(-lead, t, TOKENS):
+            begin, end = max(place, 0), min(place + TOKENS, t)
+            if isinstance(state, DeltaNetState) and isinstance(own, DeltaNetState):
+                noted += _noted(state, own, begin, end)
+            here = Segments.full(x[:, begin:end]).after([past + begin] * len(x))
+            turn = Rotation(rope.cos[:, begin:end], rope.sin[:, begin:end])
+            y[:, begin:end] = self(x[:, begin:end], turn, segments=here, state=own, stats=False)[0]
+        if isinstance(state, DeltaNetState) and isinstance(own, DeltaNetState):
+            if own.tape is not None:
+                own.tape.join(noted)
+                own.tape.dtype = state.memory.dtype
+            state.conv, state.memory, state.tape = own.conv, own.memory.to(state.memory.dtype), own.tape
         return y
 
-    def _may_split(self, x: Tensor, segments: Segments) -> bool:
-        """Whether nobody could tell: whole rows, no gradients, no graph being traced, no hook of any kind inside."""
-        if x.device.type != "cpu" or not segments.plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    def _may_split(self, x: Tensor) -> bool:
+        """Whether nobody could tell: no gradients, no graph being traced, no hook of any kind inside."""
+        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         return not any(
             m._forward_hooks or m._forward_pre_hooks or (isinstance(m, HookPoint) and m.active) for m in self.modules()
         )
+
+
+def _noted(state: DeltaNetState, own: DeltaNetState, begin: int, end: int) -> bool:
+    """Whether the part from `begin` to `end` of a call is noted; its own state then has a tape to note it on."""
+    if state.tape is None or state.cut >= end:
+        return False
+    own.cut = max(state.cut - begin, 0)  # notes begin here, or go on
+    if state.cut == begin and begin:
+        own.tape = Tape(own.conv, own.memory, own.memory.dtype)
+    elif own.tape is None:
+        own.tape = state.tape
+    return True

@@ -32,7 +32,7 @@ class Document:
         store: where its beginning is kept; None makes one in memory.
         system: the system prompt; None leaves it to the template.
         variables: what else the template reads, e.g. {"enable_thinking": False}.
-        chunk_size: tokens prefilled at a time.
+        chunk_size, max_memory: as `model.prefill` takes them.
     Attributes:
         tokens: of the document, with what the template puts before it: what questions have in common.
         stats: of the last answer.
@@ -49,6 +49,7 @@ class Document:
         system: str | None = None,
         variables: Mapping[str, Any] | None = None,
         chunk_size: int = 4096,
+        max_memory: int | str | None = None,
     ):
         if not text.strip():
             raise ValueError("The document is empty: there is nothing to ask about.")
@@ -56,7 +57,8 @@ class Document:
             raise ValueError("A system prompt needs a chat template, which this document is read without.")
         self.model, self.tokenizer, self.text, self.template = model, tokenizer, text, template
         self.store = PrefixStore(model) if store is None else store
-        self.system, self.variables, self.chunk_size = system, dict(variables or {}), chunk_size
+        self.system, self.variables = system, dict(variables or {})
+        self._bounds: dict[str, Any] = {"chunk_size": chunk_size, "max_memory": max_memory}
         first, *others = (self._encode(self._prompt(probe)) for probe in PROBES)
         self.tokens = min(common_prefix(first, other) for other in others)
         self._ids = first[: self.tokens]
@@ -64,7 +66,7 @@ class Document:
 
     def read(self) -> Prefill:
         """Make the document's keys, values and states, as far as they are not known; iterate to run it."""
-        return self.store.prefill(self._ids, chunk_size=self.chunk_size)
+        return self.store.prefill(self._ids, **self._bounds)
 
     def answer(
         self,
@@ -87,7 +89,7 @@ class Document:
         prompt = self._prompt(question)
         ids, began = self._encode(prompt), time.perf_counter()
         points = [self.tokens] if self.tokens < len(ids) else []
-        run = self.store.prefill(ids, max_len=len(ids) + max_new_tokens, chunk_size=self.chunk_size, points=points)
+        run = self.store.prefill(ids, max_len=len(ids) + max_new_tokens, points=points, **self._bounds)
         for _ in run:
             pass
         self.stats = stats = Stats(len(ids), run.matched_tokens)

@@ -340,6 +340,7 @@ class Qwen3Next(Hooked, nn.Module):
         chunk_size: int = 4096,
         *,
         segments: Segments | None = None,
+        max_memory: int | str | None = None,
     ) -> Iterator[tuple[int, int]]:
         """Run prompts into the cache in chunks; yields (columns done, columns in all) after each.
 
@@ -348,9 +349,11 @@ class Qwen3Next(Hooked, nn.Module):
 
         Args:
             segments: `Segments.from_mask(mask)` for padded prompts; packed ones are sequences of the cache in order.
-        Raises: ValueError as forward does.
+            max_memory: for the cache and all that is taken and given back, weights left out, as "8GiB"; where chunks
+                would take more, they are made smaller.
+        Raises: ValueError as forward does, and for a max_memory in which the prompt cannot be run.
         """
-        return prefill(self, input_ids, cache, chunk_size, segments=segments)
+        return prefill(self, input_ids, cache, chunk_size, segments=segments, max_memory=max_memory)
 
     def score(
         self, input_ids: Int[Tensor, "b t"], *, chunk_size: int = 1024, cache: HybridCache | None = None

@@ -7,26 +7,88 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layers.kv_state import KVState
 from layers.norm import at_least_fp32
 from layers.segments import Segments
+from qwen3next.block import TOKENS as PART
 from qwen3next.cache import HybridCache
+from qwen3next.config import ModelConfig
+from qwen3next.sizes import binary, parse_bytes
 
 if TYPE_CHECKING:
     from qwen3next.model import Qwen3Next
 
 GRID = 64  # tokens: chunks that end on it leave no trace in bf16
 ROWS = 256  # tokens whose logits are there at a time
+SLACK = 64 * 2**20  # bytes: what threads, tables and the allocator keep
 
 
 def prefill(
-    model: "Qwen3Next", input_ids: Tensor, cache: HybridCache, chunk_size: int, *, segments: Segments | None
+    model: "Qwen3Next",
+    input_ids: Tensor,
+    cache: HybridCache,
+    chunk_size: int,
+    *,
+    segments: Segments | None,
+    max_memory: int | str | None,
 ) -> Iterator[tuple[int, int]]:
     """`Qwen3Next.prefill`."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     segments = Segments.full(input_ids) if segments is None else segments
+    if max_memory is not None:
+        most = chunk_for(model, cache, segments.after(cache.lengths), parse_bytes(max_memory))
+        chunk_size = min(chunk_size, most)
     past = cache.lengths[0] if segments.plain and len(set(cache.lengths)) == 1 else 0
     return _chunks(model, input_ids, cache, segments, past, chunk_size // GRID * GRID or chunk_size)
+
+
+def chunk_for(model: "Qwen3Next", cache: HybridCache, segments: Segments, max_memory: int) -> int:
+    """The largest chunk, a multiple of 64, with which cache and transient memory stay below `max_memory` bytes.
+
+    Raises: ValueError where not even 64 tokens fit.
+    """
+    # A buffer that grows is there twice for a moment, its new place a quarter larger.
+    keys_and_values = max((s.bytes_per_token for s in cache.layers if isinstance(s, KVState)), default=0)
+    grown = cache.nbytes() + (max(segments.ends) - max(cache.lengths)) * sum(
+        s.bytes_per_token for s in (*cache.layers, cache.mtp) if isinstance(s, KVState)
+    )
+    room = max_memory - int(1.25 * grown) - max(segments.ends) * keys_and_values
+    weight = model.embed_tokens.weight
+
+    def takes(chunk: int) -> int:
+        return transient_bytes(model.config, segments.batch * chunk, weight.element_size())
+
+    if takes(GRID) > room:
+        needed = max_memory - room + takes(GRID)
+        raise ValueError(
+            f"This prompt needs {binary(needed)} beside the weights even in chunks of {GRID} tokens; max_memory is "
+            f"{binary(max_memory)}: raise it, shorten the prompt, or make the cache with kv_dtype='int8'."
+        )
+    low, high = 1, max(1, -(-segments.length // GRID))  # in units of the grid
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if takes(middle * GRID) <= room else (low, middle - 1)
+    return low * GRID
+
+
+def transient_bytes(config: ModelConfig, tokens: int, element_size: int) -> int:
+    """An upper bound of what a forward of so many tokens takes and gives back, on the CPU, without gradients or hooks.
+
+    The residual stream is there for all tokens, everything else for PART of them at a time. Counted in tensors that
+    are alive at once, and held to measured peaks by tests/test_memory.py.
+    """
+    c, e = config, element_size
+    parts = [e * 3 * c.intermediate_size]
+    if "full_attention" in c.layer_types:
+        parts.append(e * c.head_dim * (9 * c.num_attention_heads + 4 * c.num_key_value_heads))
+    if "linear_attention" in c.layer_types:
+        values = c.linear_num_value_heads * c.linear_value_head_dim
+        parts.append(e * (3 * c.conv_channels + 4 * values) + 4 * (c.conv_channels - values))
+    if c.num_experts:
+        inner = c.num_experts_per_tok * (c.hidden_size + 2 * c.moe_intermediate_size)
+        parts.append(e * (inner + 3 * c.shared_expert_intermediate_size + 2 * c.hidden_size) + 8 * c.num_experts)
+    return tokens * e * 3 * c.hidden_size + min(tokens, PART) * max(parts) + SLACK
 
 
 def _chunks(

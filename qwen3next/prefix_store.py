@@ -102,6 +102,7 @@ class PrefixStore:
         *,
         max_len: int | None = None,
         chunk_size: int = 4096,
+        max_memory: int | str | None = None,
         points: Sequence[int] = (),
         history: int = 0,
     ) -> "Prefill":
@@ -113,11 +114,16 @@ class PrefixStore:
 
         Args:
             max_len: tokens that the cache is to hold; None leaves room for 4096 more.
-            chunk_size: tokens run at a time, as `model.prefill` takes it.
+            chunk_size, max_memory: as `model.prefill` takes them.
             points: tokens after which to keep a state, because other prompts will go on from there.
             history: as `model.new_cache` takes it.
         """
-        return Prefill(self, self._ids(ids), max_len=max_len, chunk_size=chunk_size, points=points, history=history)
+        ids = self._ids(ids)
+        run = Prefill(
+            self, ids, max_len=len(ids) + 4096 if max_len is None else max_len, points=points, history=history
+        )
+        run.chunk_size, run.max_memory = chunk_size, max_memory
+        return run
 
     def add(self, cache: HybridCache) -> None:
         """Keep a cache as it stands. Its keys and values are shared with it from now on.
@@ -329,6 +335,7 @@ class Prefill:
     Attributes:
         cache: holds the matched tokens at first, and all of them at the end.
         matched_tokens, reason: as in `Match`.
+        chunk_size, max_memory: as `model.prefill` takes them.
     """
 
     def __init__(
@@ -336,12 +343,10 @@ class Prefill:
         store: PrefixStore,
         ids: Tensor,
         *,
-        max_len: int | None,
-        chunk_size: int,
+        max_len: int,
         points: Sequence[int],
         history: int,
     ):
-        max_len = len(ids) + 4096 if max_len is None else max_len
         if max_len < len(ids):
             raise ValueError(f"The prompt has {len(ids)} tokens and max_len is {max_len}: make it larger.")
         cache = None
@@ -349,7 +354,9 @@ class Prefill:
             node, match = store._look(ids)
             cache = store._open(node if match.matched_tokens else store.root, max_len=max_len, history=history)
         self.cache, self.matched_tokens, self.reason = cache, match.matched_tokens, match.reason
-        self._store, self._ids, self._chunk_size = store, ids, chunk_size
+        self._store, self._ids = store, ids
+        self.chunk_size: int = 4096
+        self.max_memory: int | str | None = None
         branch = match.shared_tokens // GRID * GRID  # where this text leaves another: a third may as well
         wanted = {*range(store.spacing, len(ids), store.spacing), branch, *points, len(ids)}
         self._stops = sorted(n for n in wanted if self.matched_tokens < n <= len(ids))
@@ -359,7 +366,8 @@ class Prefill:
         ids = self._ids[None].to(model.embed_tokens.weight.device)
         for stop in self._stops:
             begin = self.cache.lengths[0]
-            for done, _ in model.prefill(ids[:, begin:stop], self.cache, self._chunk_size):
+            chunks = model.prefill(ids[:, begin:stop], self.cache, self.chunk_size, max_memory=self.max_memory)
+            for done, _ in chunks:
                 yield begin + done, total
             self._store.add(self.cache)
         if not self._stops:

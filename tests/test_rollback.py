@@ -78,27 +78,28 @@ def test_single_tokens_are_taken_back_to_the_bit(dtype, state_dtype):
         assert torch.equal(run(model, cache, ids[:, t : t + 1]), seen[t + 1][0])
 
 
-@pytest.mark.parametrize("length", [5, 64, 70, 200, 337])
+@pytest.mark.parametrize("length", [5, 64, 70, 200, 337, 2049, 2052, 2116, 2120, 4100])
 def test_the_end_of_a_prompt_can_be_taken_back(model, length):
     ids = tokens(length + 7, b=2)
-    whole = model.new_cache(batch=2, max_len=400)
-    cut = model.new_cache(batch=2, max_len=400, history=4)
+    whole = model.new_cache(batch=2, max_len=5000)
+    cut = model.new_cache(batch=2, max_len=5000, history=4)
     for cache in (whole, cut):
         run(model, cache, ids[:, :length])
     assert all(same(a, b, 1e-13) for a, b in zip(states(whole), states(cut), strict=True))
     cut.rollback(3)
     assert same(cut.last_logits, cold(model, ids[:, : length - 3]))
-    again = model.new_cache(batch=2, max_len=400)
+    again = model.new_cache(batch=2, max_len=5000)
     run(model, again, ids[:, : length - 3])
     assert all(same(a, b, 1e-11) for a, b in zip(states(again), states(cut), strict=True))
     assert same(run(model, cut, ids[:, length:]), cold(model, torch.cat((ids[:, : length - 3], ids[:, length:]), 1)))
 
 
-@pytest.mark.parametrize("length", [64, 200, 337])
-def test_noting_a_prompt_leaves_no_trace_in_bf16(length):
+@pytest.mark.parametrize("history", [5, 100])
+@pytest.mark.parametrize("length", [64, 200, 337, 2052, 2120])
+def test_noting_a_prompt_leaves_no_trace_in_bf16(length, history):
     """The cut lies on the 64-token grid, so a cache with a history gets the bits of one without."""
     model, ids = small_model(dtype=torch.bfloat16), tokens(length)
-    plain, noted = model.new_cache(batch=2), model.new_cache(batch=2, history=5)
+    plain, noted = model.new_cache(batch=2), model.new_cache(batch=2, history=history)
     assert torch.equal(run(model, plain, ids), run(model, noted, ids))
     assert all(torch.equal(a, b) for a, b in zip(states(plain), states(noted), strict=True))
 

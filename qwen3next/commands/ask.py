@@ -36,6 +36,7 @@ def ask(
     memory: str = "2GiB",
     disk: str = "16GiB",
     chunk_size: int = 4096,
+    max_memory: str | None = None,
     kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto",
     context_factor: float = 1.0,
     device: str = "auto",
@@ -68,7 +69,8 @@ def ask(
         store: folder for what was read; auto is qwen3next/prefixes in the user's cache folder, none keeps nothing.
         memory: for what was read, in memory.
         disk: for what was read, on disk, of all documents of this checkpoint.
-        chunk_size: tokens read at a time; fewer take less memory.
+        chunk_size: tokens read at a time.
+        max_memory: for reading, weights left out, as 8GiB; makes chunks smaller where they would take more.
         kv_dtype: of keys and values; auto is the model's.
         context_factor: stretch the context by YaRN, for documents longer than the model was trained for.
         device: auto (CUDA where there is one), cpu, cuda, cuda:1, ...
@@ -94,7 +96,16 @@ def ask(
         disk_budget=disk,
         kv_dtype=None if kv_dtype == "auto" else kv_dtype,
     )
-    document = Document(model, tokenizer, text, template=template, store=kept, system=system, chunk_size=chunk_size)
+    document = Document(
+        model,
+        tokenizer,
+        text,
+        template=template,
+        store=kept,
+        system=system,
+        chunk_size=chunk_size,
+        max_memory=max_memory,
+    )
     _read(document, quiet=quiet)
     for number, one in enumerate(question or _lines()):
         pieces = document.answer(
