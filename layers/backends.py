@@ -49,6 +49,10 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
         Implementation("chunked", "matrix products over chunks of 64 tokens, in torch"),
         Implementation("recurrent", "token loop, the definition"),
     ),
+    "linear_rule": (  # the delta rule's place in layers without the delta
+        Implementation("chunked", "matrix products over chunks of 64 tokens, in torch"),
+        Implementation("recurrent", "token loop, the definition"),
+    ),
     "causal_conv": (
         Implementation("fla", "fused Triton kernel", _fla),
         Implementation("torch", "one pass a tap, in torch"),

@@ -10,6 +10,7 @@ from layers.causal_conv import causal_conv
 from layers.delta_rule import gated_delta_rule
 from layers.exposed_delta_rule import Exposed, exposed_delta_rule
 from layers.hook_point import HookPoint
+from layers.linear_rule import Rule
 from layers.norm import GatedRMSNorm, at_least_fp32, l2_normalise
 from layers.segments import Segments
 
@@ -33,6 +34,8 @@ class GatedDeltaNet(nn.Module):
     β = σ(b) is the write strength and exp(−exp(A_log) softplus(a + dt_bias)) the share of memory kept, a head.
     Source: arXiv:2412.06464; tensor order of the flat Qwen3.5 layout: q | k | v, each by heads.
     """
+
+    rule: Rule = staticmethod(gated_delta_rule)
 
     def __init__(
         self,
@@ -92,6 +95,10 @@ class GatedDeltaNet(nn.Module):
     def reset_parameters(self) -> None:
         """Decay rates A ~ U(0.01, 16), dt_bias 1, filters as torch's conv1d; the linear maps are the caller's."""
         nn.init.kaiming_uniform_(self.conv_weight.unsqueeze(1), a=5**0.5)
+        self.reset_decay()
+
+    def reset_decay(self) -> None:
+        """Of `reset_parameters` the part that concerns the decay."""
         with torch.no_grad():
             self.A_log.uniform_(0.01, 16).log_()
         nn.init.ones_(self.dt_bias)
@@ -107,13 +114,7 @@ class GatedDeltaNet(nn.Module):
         qkv = self.hook_qkv(self.in_proj_qkv(x))
         if self.hook_q_pre.active or self.hook_k_pre.active or self.hook_v_pre.active:
             qkv = self._before_convolution(qkv)
-        qkv, conv = causal_conv(
-            qkv,
-            self.conv_weight,
-            state=None if state is None else state.conv,
-            segments=segments,
-            backend=self.conv_backend,
-        )
+        qkv, conv = self._convolved(qkv, None if state is None else state.conv, segments)
         q, k, v = qkv.split(self.split, dim=-1)
         # Normalised in fp32; 1/√k on the query keeps q·k of order 1/√k, as in softmax attention.
         q = self.hook_q_conv(q.unflatten(-1, (self.key_heads, -1)))
@@ -121,18 +122,31 @@ class GatedDeltaNet(nn.Module):
         q = self.hook_q(l2_normalise(at_least_fp32(q)) * self.key_dim**-0.5)
         k = self.hook_k(l2_normalise(at_least_fp32(k)))
         v = self.hook_v(v.unflatten(-1, (self.value_heads, -1)))
-        beta = self.hook_beta(at_least_fp32(self.hook_beta_logit(self.in_proj_b(x))).sigmoid())
-        # A_log in fp32: in fp16 its exponential can be infinite.
-        rate = at_least_fp32(self.A_log).exp()
-        time_step = nn.functional.softplus(at_least_fp32(self.in_proj_a(x)) + at_least_fp32(self.dt_bias))
-        log_decay = self.hook_log_decay(-rate * time_step)
+        beta = self.hook_beta(self._write_strength(self.hook_beta_logit(self.in_proj_b(x))))
+        log_decay = self.hook_log_decay(self._log_decay(x))
         before = None if state is None else state.memory
         o, memory = self._remember(q, k, v, log_decay, beta, before, segments)
         if state is not None:
             state.conv, state.memory = conv.detach(), memory.detach().to(state.memory.dtype)
+        return self.out_proj(self.hook_gated(self._normed_and_gated(self.hook_o(o), x)).flatten(-2))
+
+    # Each of these four is one choice of the architecture; layers/deltanet_variants.py makes others.
+
+    def _convolved(self, qkv: Tensor, state: Tensor | None, segments: Segments | None) -> tuple[Tensor, Tensor]:
+        """q, k and v after the convolution and SiLU, and the inputs to carry."""
+        return causal_conv(qkv, self.conv_weight, state=state, segments=segments, backend=self.conv_backend)
+
+    def _write_strength(self, logit: Tensor) -> Tensor:
+        return at_least_fp32(logit).sigmoid()
+
+    def _log_decay(self, x: Tensor) -> Tensor:
+        # A_log in fp32: in fp16 its exponential can be infinite.
+        rate = at_least_fp32(self.A_log).exp()
+        return -rate * nn.functional.softplus(at_least_fp32(self.in_proj_a(x)) + at_least_fp32(self.dt_bias))
+
+    def _normed_and_gated(self, o: Tensor, x: Tensor) -> Tensor:
         z = self.hook_gate_logit(self.in_proj_z(x).unflatten(-1, (self.value_heads, -1)))
-        y = self.hook_gated(self.norm(self.hook_o(o), z, hook_gate=self.hook_gate))
-        return self.out_proj(y.flatten(-2))
+        return self.norm(o, z, hook_gate=self.hook_gate)
 
     def _before_convolution(self, qkv: Tensor) -> Tensor:
         """q, k and v a head at a time, for who looks at them there."""
@@ -154,7 +168,7 @@ class GatedDeltaNet(nn.Module):
         """The delta rule; laid open only where somebody looks inside."""
         inside = (self.hook_state, self.hook_pattern, self.hook_erased, self.hook_written)
         if not any([point.active for point in inside]):
-            return gated_delta_rule(q, k, v, log_decay, beta, state=memory, segments=segments, backend=self.backend)
+            return self.rule(q, k, v, log_decay, beta, state=memory, segments=segments, backend=self.backend)
         exposed = Exposed(self.exposed_positions, self.exposed_pattern, *inside)
         return exposed_delta_rule(
             q, k, v, log_decay, beta, exposed=exposed, state=memory, segments=segments, backend=self.backend

@@ -288,7 +288,7 @@ def new_cache(
             sizes = {"kv_heads": c.num_key_value_heads, "head_dim": c.head_dim, "max_len": max_len}
             layers.append(KVState(batch, **sizes, dtype=kv_dtype, device=device))
         else:
-            conv = torch.zeros(batch, c.linear_conv_kernel_dim - 1, c.conv_channels, dtype=dtype, device=device)
+            conv = torch.zeros(batch, c.conv_taps - 1, c.conv_channels, dtype=dtype, device=device)
             heads = (c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
             memory = torch.zeros(batch, *heads, dtype=dtype, device=device)
             memory = at_least_fp32(memory) if state_dtype is None else memory.to(state_dtype)
