@@ -4,7 +4,7 @@ Without decay it is DeltaNet, without the delta Mamba-2-like, without both linea
 """
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from layers.exposed_delta_rule import Exposed, exposed_delta_rule
 from layers.gated_deltanet import GatedDeltaNet
@@ -78,12 +78,15 @@ class DeltaNetVariant(GatedDeltaNet):
             del self.hook_erased, self.hook_written
             self.rule = gated_linear_rule
 
-    def reset_parameters(self) -> None:
-        """As `GatedDeltaNet`'s, of what is there."""
+    def reset_convolution(self) -> None:
+        """Nothing, where there is none."""
         if hasattr(self, "conv_weight"):
-            nn.init.kaiming_uniform_(self.conv_weight.unsqueeze(1), a=5**0.5)
+            super().reset_convolution()
+
+    def reset_decay(self) -> None:
+        """Nothing, where there is none."""
         if hasattr(self, "A_log"):
-            self.reset_decay()
+            super().reset_decay()
 
     def _convolved(self, qkv: Tensor, state: Tensor | None, segments: Segments | None) -> tuple[Tensor, Tensor]:
         if self.conv:

@@ -94,11 +94,15 @@ class GatedDeltaNet(nn.Module):
 
     def reset_parameters(self) -> None:
         """Decay rates A ~ U(0.01, 16), dt_bias 1, filters as torch's conv1d; the linear maps are the caller's."""
-        nn.init.kaiming_uniform_(self.conv_weight.unsqueeze(1), a=5**0.5)
+        self.reset_convolution()
         self.reset_decay()
 
+    def reset_convolution(self) -> None:
+        """Of `reset_parameters` the filters."""
+        nn.init.kaiming_uniform_(self.conv_weight.unsqueeze(1), a=5**0.5)
+
     def reset_decay(self) -> None:
-        """Of `reset_parameters` the part that concerns the decay."""
+        """Of `reset_parameters` what concerns the decay."""
         with torch.no_grad():
             self.A_log.uniform_(0.01, 16).log_()
         nn.init.ones_(self.dt_bias)

@@ -86,6 +86,19 @@ ROWS = {
     "sandwich_norm": Row(0, "norms behind mixers and feed-forwards", {"sandwich_norm": True}),
 }
 
+# The ablations of arXiv:2412.06464, and Gated DeltaNet's relatives: on a baseline with Gated DeltaNet layers.
+LINEAR_ROWS = {
+    "gdn": Row(0, "Gated DeltaNet as released", {}),
+    "gdn_sigmoid_gate": Row(0, "output gate by sigmoid", {"linear_output_gate": "sigmoid"}),
+    "gdn_no_gate": Row(0, "no output gate", {"linear_output_gate": "none"}),
+    "gdn_no_conv": Row(0, "no convolution", {"linear_use_conv": False}),
+    "gdn_no_norm": Row(0, "no output norm", {"linear_output_norm": False}),
+    "gdn_negative": Row(0, "write strength up to 2", {"linear_negative_eigenvalues": True}),
+    "deltanet": Row(0, "no decay: the plain delta rule", {"linear_decay": False}),
+    "mamba2_like": Row(0, "no delta: a decaying sum", {"linear_delta": False}),
+    "linear_attention": Row(0, "neither decay nor delta", {"linear_decay": False, "linear_delta": False}),
+}
+
 
 def moe_15b(row: str = "baseline", **changes: Any) -> ModelConfig:
     """The study's mixture of experts, "15B-A2.54B": 24 layers, 128 experts of which 8 serve a token.
