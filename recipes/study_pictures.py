@@ -52,6 +52,12 @@ def arms_in(runs: Runs) -> list[str]:
     return [name for name in ARMS if any(run["arm"] == name for run in runs)]
 
 
+def even_attention(runs: Runs) -> float:
+    """The first token's share, averaged as in `measure`, if every token attended alike to all it sees."""
+    window = runs[0]["settings"]["window"]
+    return sum(1 / (t + 1) for t in range(1, window)) / (window - 1)
+
+
 def _figure(columns: int, rows: int, width: float, height: float, title: str) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
@@ -68,8 +74,8 @@ def _tidy(axes: Any) -> None:
 
 
 def _log_if_wide(axes: Any, axis: str, values: Sequence[float]) -> None:
-    """A logarithmic scale for what is positive and spans two powers of ten or more, shares of 1 left out."""
-    if values and min(values) > 0 and max(values) > 100 * min(values) and max(values) > 1.5:
+    """A logarithmic scale for what is positive and spans two powers of ten or more."""
+    if values and min(values) > 0 and max(values) > 100 * min(values):
         getattr(axes, f"set_{axis}scale")("log")
 
 
@@ -101,6 +107,8 @@ def draw_curves(runs: Runs, path: Path, *, title: str) -> None:
             if not grey and len(values) > 1:
                 axes.fill_between(steps, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0)
         axes.set_title(NAMES[name], fontsize=10)
+        if name == "first_token_attention":
+            axes.axhline(even_attention(runs), color="#999999", linewidth=1, linestyle=":")
         _log_if_wide(axes, "y", [x for run in runs for x in run["curve"].get(name, ()) if x])
         _tidy(axes)
     for axes in grid[-1]:
@@ -134,6 +142,9 @@ def draw_bars(runs: Runs, path: Path, *, title: str) -> None:
             if arm in PAPER.get(name, {}):
                 axes.plot(PAPER[name][arm], y, "D", color="#c2410c", markersize=5)
         axes.set_title(NAMES[name], fontsize=10)
+        if name == "first_token_attention":
+            axes.axvline(even_attention(runs), color="#666666", linewidth=1, linestyle=":")
+            axes.set_xlabel("dotted: if attention were even; diamonds: paper, 15B", fontsize=8)
         axes.set_yticks(range(len(arms)), arms if axes is grid[0][0] else [], fontsize=8)
         axes.set_ylim(len(arms) - 0.4, -0.6)
         if name == "massive_ratio":
@@ -142,6 +153,8 @@ def draw_bars(runs: Runs, path: Path, *, title: str) -> None:
             shown = [run["final"][name] for run in runs if name in run["final"]]
             margin = max(max(shown) - min(shown), 0.01)
             axes.set_xlim(min(shown) - margin, max(shown) + 0.3 * margin)
+        if axes.get_xscale() == "linear":
+            axes.locator_params(axis="x", nbins=4)
         _tidy(axes)
     figure.savefig(path)
 

@@ -71,7 +71,7 @@ def _within(
     if jobs == 1:
         measured = [seconds_per_step(task) for task in one_each.values()]
     else:  # as many at a time as there will be: they slow one another down
-        with multiprocessing.get_context("spawn").Pool(jobs, torch.set_num_threads, (threads_of(jobs),)) as pool:
+        with multiprocessing.get_context("spawn").Pool(jobs, _prepare, (threads_of(jobs),)) as pool:
             measured = pool.map(seconds_per_step, one_each.values(), chunksize=1)
     times = dict(zip(one_each, measured, strict=True))
     keys = [(task.kind, task.arm, task.settings.precision) for task in tasks]
@@ -85,6 +85,12 @@ def _within(
             f"give {need / 60:.0f} minutes or more, or choose fewer --arms or --seeds."
         )
     return steps, {f"{arm} {precision}": round(times[kind, arm, precision][0], 6) for kind, arm, precision in times}
+
+
+def _prepare(threads: int) -> None:
+    """A process that times steps: Ctrl-C is for the one that waits."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
 
 
 def threads_of(jobs: int) -> int:
@@ -155,6 +161,7 @@ def _in_processes(tasks: Sequence[Task], jobs: int, console: Console) -> None:
             trouble = trouble or (f"A process died with status {dead[0]}, out of memory perhaps." if dead else "")
             if asked or trouble:
                 _stop(workers)
+                todo.cancel_join_thread()  # nobody reads what is left in it
                 break
         for worker in workers:
             worker.join()

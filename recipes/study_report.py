@@ -69,7 +69,7 @@ def draw(runs: Runs, out: Path, folder: Path) -> None:
     for kind in dict.fromkeys(run["kind"] for run in runs):
         mine = [run for run in runs if run["kind"] == kind]
         seeds = len({run["seed"] for run in mine})
-        about = f"{kind}: {mine[0]['parameters'] / 1e6:.2f}M parameters, {mine[0]['tokens'] / 1e6:.1f}M tokens"
+        about = f"{kind}: {mine[0]['parameters']:,} parameters, {mine[0]['tokens']:,} tokens"
         about = f"{about}, {seeds} seed{'s' * (seeds > 1)}"
         if kind == "ladder":
             draw_ladder(mine, folder / "ladder.png", title=about)

@@ -1,5 +1,8 @@
 """The study's rows as presets: parameters as printed, files and back, contradictions refused in a sentence."""
 
+from functools import cache
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import small_config
@@ -8,6 +11,7 @@ from rich.console import Console
 import qwen3next as q
 from layers.attention_variants import AttentionVariant
 from layers.deltanet_variants import DeltaNetVariant
+from qwen3next.commands.common import config_of
 from qwen3next.families import FAMILIES
 from qwen3next.inspect import count_parameters, describe
 from qwen3next.study import PRESETS, ROWS, count, dense_1_7b, matched, moe_15b
@@ -33,9 +37,15 @@ PRINTED = {
 }
 
 
+@cache
+def parameters(name: str) -> int:
+    """Of a row at the paper's size, built on meta tensors."""
+    return count_parameters(PRESETS[f"moe_15b_{name}"]()).main
+
+
 def added(name: str) -> float:
-    """Millions of parameters beside the baseline's, built on meta tensors."""
-    return (count_parameters(PRESETS[f"moe_15b_{name}"]()).main - count_parameters(moe_15b()).main) / 1e6
+    """Millions of parameters beside the baseline's."""
+    return (parameters(name) - parameters("baseline")) / 1e6
 
 
 def test_there_are_25_rows():
@@ -108,6 +118,12 @@ def test_presets_go_to_a_file_and_back(name):
     config = q.presets.named(name)()
     assert q.ModelConfig.from_dict(config.to_dict()).replace(extra={}) == config
     assert q.presets.named(name)(vocab_size=1000).vocab_size == 1000
+
+
+def test_rows_are_inspected_by_name():
+    assert config_of("dense_48_layers_g1_headwise").attention_gate == "headwise"
+    with pytest.raises(ValueError, match="neither a folder nor a config"):
+        config_of("dense_49_layers_baseline")
 
 
 def test_unknown_presets_are_refused():
@@ -211,3 +227,19 @@ def test_a_mixture_without_a_shared_expert(tmp_path):
     with torch.no_grad():
         assert torch.equal(q.load(tmp_path)(tokens).logits, model(tokens).logits)
     assert count(model.config) == sum(p.numel() for p in model.parameters())
+
+
+def test_the_page_says_what_the_rows_are():
+    """Number, name, the paper's column and ours, of docs/gated_attention.md."""
+    page = (Path(__file__).parent.parent / "docs" / "gated_attention.md").read_text(encoding="utf-8")
+    found = {}
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 5 and cells[0].isdecimal():
+            found[cells[1].strip("`")] = (int(cells[0]), cells[3], cells[4])
+    assert found.keys() == {name for name, row in ROWS.items() if row.number}
+    for name, (number, printed, here) in found.items():
+        assert number == ROWS[name].number
+        assert printed == ("" if name not in PRINTED | {"more_experts": 400} else f"{ROWS[name].added or 0:g}"), name
+        digits = len(here.partition(".")[2])
+        assert f"{added(name):.{digits}f}" == here, name
