@@ -98,6 +98,7 @@ def _claims() -> tuple[Claim, ...]:
         Claim("rate_penalty", g1, base, "perplexity +0.04, +1.77 at twice the rate", ("ladder",)),
         Claim("rate_penalty", "sandwich_norm", base, "perplexity -0.01, +1.77 at twice the rate", ("ladder",)),
         Claim("rise", g1, base, "RULER 66.6, 37.5 at 64k", ("extension",)),
+        Claim("yarn_cost", g1, base, "RULER -6.9, -41.6 at 32k", ("extension",)),
     ]
     found += [Claim("val_nats", "gdn", a, (27.35, x), ("lm-hybrid",)) for a, x in hybrid.items()]
     return tuple(found)

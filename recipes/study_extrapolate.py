@@ -89,6 +89,12 @@ def measure_lengths(task: Task, bos: int, *, yarn: int) -> dict[str, Any]:
     return found
 
 
+def yarn_cost(lengths: dict[str, Any]) -> float:
+    """Nats that YaRN costs a token just below the extended length, where nothing needed stretching."""
+    place = lengths["edges"][1:].index(lengths["trained"])
+    return lengths["yarn"][place] - lengths["plain"][place]
+
+
 def rise(lengths: dict[str, Any]) -> float:
     """Nats that a token beyond the extended length costs more, with YaRN, than one just below it did without."""
     ends = lengths["edges"][1:]

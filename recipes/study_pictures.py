@@ -110,6 +110,7 @@ def draw_curves(runs: Runs, path: Path, *, title: str) -> None:
         if name == "first_token_attention":
             axes.axhline(even_attention(runs), color="#999999", linewidth=1, linestyle=":")
         _log_if_wide(axes, "y", [x for run in runs for x in run["curve"].get(name, ()) if x])
+        axes.locator_params(axis="x", nbins=5)
         _tidy(axes)
     for axes in grid[-1]:
         axes.set_xlabel("step")

@@ -9,7 +9,7 @@ from rich.console import Console
 
 import qwen3next as q
 from recipes.study_claims import Verdict, ladder_runs, value_of, verdicts
-from recipes.study_extrapolate import LENGTHS, rise
+from recipes.study_extrapolate import LENGTHS, rise, yarn_cost
 from recipes.study_maps import draw_maps, text_prompt, toy_prompt
 from recipes.study_pictures import NAMES, arms_in, draw_bars, draw_curves, draw_ladder, draw_lengths
 from recipes.study_run import RESULT, write_json
@@ -28,6 +28,7 @@ IN_WORDS = NAMES | {
     "outliers": "losses beyond 6 standard deviations",
     "rate_penalty": "loss at the highest rate less the best",
     "rise": "loss beyond the extended length less that before",
+    "yarn_cost": "loss that YaRN costs below it",
 }
 
 
@@ -45,7 +46,7 @@ def gather(out: Path) -> list[dict[str, Any]]:
         lengths = path.with_name(LENGTHS)
         if lengths.is_file():
             run["lengths"] = json.loads(lengths.read_bytes())
-            run["final"]["rise"] = rise(run["lengths"])
+            run["final"] |= {"rise": rise(run["lengths"]), "yarn_cost": yarn_cost(run["lengths"])}
         runs.append({"folder": str(path.parent.relative_to(out)), **run})
     if not runs:
         raise ValueError(f"There are no finished runs in {out}: run the toy or the lm experiment first.")
@@ -131,7 +132,7 @@ def _claim_row(v: Verdict) -> str:
 def spread(values: Sequence[float]) -> str:
     """The mean, and half the distance from the least to the most where there are several."""
     mean, half = sum(values) / len(values), (max(values) - min(values)) / 2
-    return f"{mean:.3g}" if len(values) == 1 else f"{mean:.3g} ± {half:.2g}"
+    return f"{mean:.4g}" if len(values) == 1 else f"{mean:.4g} ± {half:.2g}"
 
 
 def arm_table(runs: Runs) -> list[str]:

@@ -397,6 +397,9 @@ def test_the_whole_study(tmp_path, source, capsys):
     lengths = json.loads((tmp_path / "extension" / "baseline-0" / "lengths.json").read_bytes())
     assert lengths["edges"] == [1, 8, 16, 32, 64]  # windows of 16, twice as long, and by YaRN twice again
     assert lengths["plain"][:3] != lengths["yarn"][:3]
+    (extended,) = (run["final"] for run in runs if run["folder"] == "extension/baseline-0")
+    assert extended["yarn_cost"] == pytest.approx(lengths["yarn"][2] - lengths["plain"][2], abs=1e-6)
+    assert extended["rise"] == pytest.approx(lengths["yarn"][3] - lengths["plain"][2], abs=1e-6)
     capsys.readouterr()
 
     model = tmp_path / "lm-dense" / "g1_elementwise-0" / "model"
