@@ -121,6 +121,10 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
         Implementation("chunked", "matrix products over chunks of 64 tokens, in torch"),
         Implementation("recurrent", "token loop, the definition"),
     ),
+    "linear_rule": (  # the delta rule's place in layers without the delta
+        Implementation("chunked", "matrix products over chunks of 64 tokens, in torch"),
+        Implementation("recurrent", "token loop, the definition"),
+    ),
     "causal_conv": (
         Implementation("fla", "fused Triton kernel", _fla),
         Implementation("cpp", "one pass over memory", _cpp),

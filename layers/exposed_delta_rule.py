@@ -13,6 +13,7 @@ from torch import Tensor
 from layers.delta_rule import Gates, Keys, State, Values, Watch, gated_delta_rule
 from layers.hook_point import HookPoint
 from layers.implicit_attention import carried, implicit_attention
+from layers.linear_rule import Rule
 from layers.norm import at_least_fp32
 from layers.segments import Segments
 
@@ -46,8 +47,9 @@ def exposed_delta_rule(
     state: State | None = None,
     segments: Segments | None = None,
     backend: str = "auto",
+    rule: Rule = gated_delta_rule,
 ) -> tuple[Values, State]:
-    """`gated_delta_rule` with points on its way.
+    """`gated_delta_rule`, or another `rule`, with points on its way.
 
     Edits of A act on this layer's outputs, not on the memory; edits of the memory and of what is written act on both.
     Raises: beside `gated_delta_rule`'s, RuntimeError where a hook waits for what is not exposed; ValueError where the
@@ -63,11 +65,11 @@ def exposed_delta_rule(
     watch = None
     if exposed.erased.active or exposed.written.active:
         watch = Watch(exposed.erased, exposed.written, _positions(segments))
-    o, final = _through(inputs, cuts, exposed.state, state, segments, backend, watch)
+    o, final = _through(rule, inputs, cuts, exposed.state, state, segments, backend, watch)
     if exposed.matrix and exposed.pattern.active:
-        through_a = _through_matrix(inputs, exposed.pattern, state, segments)
+        through_a = _through_matrix(rule, inputs, exposed.pattern, state, segments)
         if cuts or watch:  # A knows nothing of patches there; by linearity, what they change can be added
-            through_a = through_a + (o - gated_delta_rule(*inputs, state=state, segments=segments, backend=backend)[0])
+            through_a = through_a + (o - rule(*inputs, state=state, segments=segments, backend=backend)[0])
         o = through_a
     elif not exposed.matrix:
         exposed.pattern.refuse()
@@ -102,6 +104,7 @@ def _positions(segments: Segments) -> list[int | tuple[int, ...]]:
 
 
 def _through(
+    rule: Rule,
     inputs: tuple[Tensor, ...],
     cuts: list[tuple[int, int]],
     hook: HookPoint,
@@ -112,7 +115,7 @@ def _through(
 ) -> tuple[Tensor, Tensor]:
     """The delta rule in parts, the memory passing `hook` between them."""
     if not cuts:
-        return gated_delta_rule(*inputs, state=state, segments=segments, backend=backend, watch=watch)
+        return rule(*inputs, state=state, segments=segments, backend=backend, watch=watch)
     outputs, begin, end = [], 0, segments.length
     for column, position in [*cuts, (end - 1, None)]:
         part = slice(begin, column + 1)
@@ -120,7 +123,7 @@ def _through(
             state, within = _enter(state, segments, part)
             seen = None if watch is None else Watch(watch.erased, watch.written, watch.positions[part])
             pieces = (x[:, part] for x in inputs)
-            o, state = gated_delta_rule(*pieces, state=state, segments=within, backend=backend, watch=seen)
+            o, state = rule(*pieces, state=state, segments=within, backend=backend, watch=seen)
             outputs.append(o)
         if position is not None:
             assert state is not None
@@ -139,12 +142,14 @@ def _enter(state: Tensor | None, segments: Segments, part: slice) -> tuple[Tenso
     return None if state is None else state.masked_fill(begins[..., None, None], 0.0), within
 
 
-def _through_matrix(inputs: tuple[Tensor, ...], hook: HookPoint, state: Tensor | None, segments: Segments) -> Tensor:
+def _through_matrix(
+    rule: Rule, inputs: tuple[Tensor, ...], hook: HookPoint, state: Tensor | None, segments: Segments
+) -> Tensor:
     """A v + C S₀, with A passing `hook`."""
     q, k, v, log_decay, beta = inputs
     with torch.autocast(v.device.type, enabled=False):
-        a = hook(implicit_attention(q, k, log_decay, beta, segments=segments))
+        a = hook(implicit_attention(q, k, log_decay, beta, segments=segments, rule=rule))
         o = a @ at_least_fp32(v).transpose(1, 2)
         if state is not None:
-            o = o + carried(q, k, log_decay, beta, segments=segments) @ state
+            o = o + carried(q, k, log_decay, beta, segments=segments, rule=rule) @ state
     return o.transpose(1, 2).to(v.dtype)

@@ -11,6 +11,7 @@ from layers.delta_rule import gated_delta_rule
 from layers.exposed_delta_rule import Exposed, exposed_delta_rule
 from layers.hook_point import HookPoint
 from layers.linear import Linear
+from layers.linear_rule import Rule
 from layers.norm import GatedRMSNorm, at_least_fp32, l2_normalise
 from layers.replay import Tape
 from layers.segments import Segments
@@ -39,6 +40,8 @@ class GatedDeltaNet(nn.Module):
     β = σ(b) is the write strength and exp(−exp(A_log) softplus(a + dt_bias)) the share of memory kept, a head.
     Source: arXiv:2412.06464; tensor order of the flat Qwen3.5 layout: q | k | v, each by heads.
     """
+
+    rule: Rule = staticmethod(gated_delta_rule)
 
     def __init__(
         self,
@@ -97,7 +100,15 @@ class GatedDeltaNet(nn.Module):
 
     def reset_parameters(self) -> None:
         """Decay rates A ~ U(0.01, 16), dt_bias 1, filters as torch's conv1d; the linear maps are the caller's."""
+        self.reset_convolution()
+        self.reset_decay()
+
+    def reset_convolution(self) -> None:
+        """Of `reset_parameters` the filters."""
         nn.init.kaiming_uniform_(self.conv_weight.unsqueeze(1), a=5**0.5)
+
+    def reset_decay(self) -> None:
+        """Of `reset_parameters` what concerns the decay."""
         with torch.no_grad():
             self.A_log.uniform_(0.01, 16).log_()
         nn.init.ones_(self.dt_bias)
@@ -114,7 +125,7 @@ class GatedDeltaNet(nn.Module):
         if self.hook_q_pre.active or self.hook_k_pre.active or self.hook_v_pre.active:
             qkv = self._before_convolution(qkv)
         inputs = qkv
-        qkv, conv = self._convolve(inputs, None if state is None else state.conv, segments)
+        qkv, conv = self._convolved(inputs, None if state is None else state.conv, segments)
         q, k, v = qkv.split(self.split, dim=-1)
         # Normalised in fp32; 1/√k on the query keeps q·k of order 1/√k, as in softmax attention.
         q = self.hook_q_conv(q.unflatten(-1, (self.key_heads, -1)))
@@ -122,11 +133,8 @@ class GatedDeltaNet(nn.Module):
         q = self.hook_q(l2_normalise(q, scale=self.key_dim**-0.5, backend=self.rows_backend))
         k = self.hook_k(l2_normalise(k, backend=self.rows_backend))
         v = self.hook_v(v.unflatten(-1, (self.value_heads, -1)))
-        beta = self.hook_beta(at_least_fp32(self.hook_beta_logit(self.in_proj_b(x))).sigmoid())
-        # A_log in fp32: in fp16 its exponential can be infinite.
-        rate = at_least_fp32(self.A_log).exp()
-        time_step = nn.functional.softplus(at_least_fp32(self.in_proj_a(x)) + at_least_fp32(self.dt_bias))
-        log_decay = self.hook_log_decay(-rate * time_step)
+        beta = self.hook_beta(self._write_strength(self.hook_beta_logit(self.in_proj_b(x))))
+        log_decay = self.hook_log_decay(self._log_decay(x))
         if state is not None and state.tape is not None:
             o, memory = self._noted(inputs, q, k, v, log_decay, beta, state)
         else:
@@ -134,18 +142,12 @@ class GatedDeltaNet(nn.Module):
             o, memory = self._remember(q, k, v, log_decay, beta, before, segments)
         if state is not None:
             state.conv, state.memory = conv.detach(), memory.detach().to(state.memory.dtype)
-        z = self.hook_gate_logit(self.in_proj_z(x).unflatten(-1, (self.value_heads, -1)))
-        y = self.hook_gated(self.norm(self.hook_o(o), z, hook_gate=self.hook_gate))
-        return self.out_proj(y.flatten(-2))
+        return self.out_proj(self.hook_gated(self._normed_and_gated(self.hook_o(o), x)).flatten(-2))
 
-    def _before_convolution(self, qkv: Tensor) -> Tensor:
-        """q, k and v a head at a time, for who looks at them there."""
-        heads = (self.key_heads, self.key_heads, self.value_heads)
-        points = (self.hook_q_pre, self.hook_k_pre, self.hook_v_pre)
-        parts = zip(points, qkv.split(self.split, dim=-1), heads, strict=True)
-        return torch.cat([point(x.unflatten(-1, (n, -1))).flatten(-2) for point, x, n in parts], dim=-1)
+    # Each of these four is one choice of the architecture; layers/deltanet_variants.py makes others.
 
-    def _convolve(self, qkv: Tensor, state: Tensor | None, segments: Segments | None) -> tuple[Tensor, Tensor]:
+    def _convolved(self, qkv: Tensor, state: Tensor | None, segments: Segments | None) -> tuple[Tensor, Tensor]:
+        """q, k and v after the convolution and SiLU, and the inputs to carry."""
         if state is None or segments is None or not segments.packed:
             return causal_conv(qkv, self.conv_weight, state=state, segments=segments, backend=self.conv_backend)
         y, after = torch.zeros_like(qkv), state.clone()
@@ -158,6 +160,25 @@ class GatedDeltaNet(nn.Module):
             )
         return y, after
 
+    def _write_strength(self, logit: Tensor) -> Tensor:
+        return at_least_fp32(logit).sigmoid()
+
+    def _log_decay(self, x: Tensor) -> Tensor:
+        # A_log in fp32: in fp16 its exponential can be infinite.
+        rate = at_least_fp32(self.A_log).exp()
+        return -rate * nn.functional.softplus(at_least_fp32(self.in_proj_a(x)) + at_least_fp32(self.dt_bias))
+
+    def _normed_and_gated(self, o: Tensor, x: Tensor) -> Tensor:
+        z = self.hook_gate_logit(self.in_proj_z(x).unflatten(-1, (self.value_heads, -1)))
+        return self.norm(o, z, hook_gate=self.hook_gate)
+
+    def _before_convolution(self, qkv: Tensor) -> Tensor:
+        """q, k and v a head at a time, for who looks at them there."""
+        heads = (self.key_heads, self.key_heads, self.value_heads)
+        points = (self.hook_q_pre, self.hook_k_pre, self.hook_v_pre)
+        parts = zip(points, qkv.split(self.split, dim=-1), heads, strict=True)
+        return torch.cat([point(x.unflatten(-1, (n, -1))).flatten(-2) for point, x, n in parts], dim=-1)
+
     def _remember(
         self,
         q: Tensor,
@@ -169,30 +190,39 @@ class GatedDeltaNet(nn.Module):
         segments: Segments | None,
     ) -> tuple[Tensor, Tensor]:
         """The delta rule; laid open only where somebody looks inside."""
-        inside = (self.hook_state, self.hook_pattern, self.hook_erased, self.hook_written)
         if memory is not None and segments is not None and segments.packed:
-            for point in inside:
+            for point in self._inside:
                 point.refuse()
             o, after = torch.zeros_like(v), memory.clone()
             for n, row, begin, end, _ in segments.runs:
                 parts = (x[row : row + 1, begin:end] for x in (q, k, v, log_decay, beta))
                 o[row, begin:end], after[n] = (
-                    x[0] for x in gated_delta_rule(*parts, state=memory[n : n + 1], backend=self.backend)
+                    x[0] for x in self.rule(*parts, state=memory[n : n + 1], backend=self.backend)
                 )
             return o, after
-        if not any([point.active for point in inside]):
-            return gated_delta_rule(q, k, v, log_decay, beta, state=memory, segments=segments, backend=self.backend)
-        exposed = Exposed(self.exposed_positions, self.exposed_pattern, *inside)
+        if not any([point.active for point in self._inside]):
+            return self.rule(q, k, v, log_decay, beta, state=memory, segments=segments, backend=self.backend)
         return exposed_delta_rule(
-            q, k, v, log_decay, beta, exposed=exposed, state=memory, segments=segments, backend=self.backend
-        )
+            q, k, v, log_decay, beta,
+            exposed=self._exposed, state=memory, segments=segments, backend=self.backend, rule=self.rule,
+        )  # fmt: skip
+
+    @property
+    def _inside(self) -> tuple[HookPoint, ...]:
+        """Points inside the rule."""
+        return self.hook_state, self.hook_pattern, self.hook_erased, self.hook_written
+
+    @property
+    def _exposed(self) -> Exposed:
+        points = self.hook_state, self.hook_pattern, self.hook_erased, self.hook_written
+        return Exposed(self.exposed_positions, self.exposed_pattern, *points)
 
     def _noted(
         self, inputs: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: DeltaNetState
     ) -> tuple[Tensor, Tensor]:
         """`_remember` for rows without padding, with the last tokens noted on the state's tape."""
         cut, before = state.cut, state.memory
-        if any([point.active for point in (self.hook_state, self.hook_pattern, self.hook_erased, self.hook_written)]):
+        if any([point.active for point in self._inside]):
             state.tape = None  # who patches these makes states that do not follow from what is noted
             return self._remember(q, k, v, log_decay, beta, before, None)
         assert state.tape is not None
@@ -208,7 +238,7 @@ class GatedDeltaNet(nn.Module):
         inputs, q, k, v, log_decay, beta = (x[:, cut:] for x in (inputs, q, k, v, log_decay, beta))
         o, memory = self._remember(q, k, v, log_decay, beta, before, None)
         inputs, k, v, log_decay, beta = (x.detach() for x in (inputs, k, v, log_decay, beta))
-        state.tape.add(inputs, k, v, log_decay, beta, before.detach())
+        state.tape.add(inputs, k, v, log_decay, beta, before.detach(), corrects=self.rule is gated_delta_rule)
         return torch.cat([*outputs, o], dim=1), memory
 
     @property

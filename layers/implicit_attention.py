@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layers.delta_rule import Gates, Keys, State, Values, gated_delta_rule
+from layers.linear_rule import Rule
 from layers.norm import at_least_fp32
 from layers.segments import Segments
 
@@ -24,13 +25,20 @@ FEW = 16  # tokens for which the token loop is quicker than filling a chunk
 
 
 def implicit_attention(
-    q: Keys, k: Keys, log_decay: Gates, beta: Gates, *, segments: Segments | None = None
+    q: Keys,
+    k: Keys,
+    log_decay: Gates,
+    beta: Gates,
+    *,
+    segments: Segments | None = None,
+    rule: Rule = gated_delta_rule,
 ) -> Float[Tensor, "b h t s"]:
     """The matrix A with o = A v for a memory that starts empty. Signed; its rows do not sum to 1. Differentiable.
 
     Args:
         q, k, log_decay, beta: as `gated_delta_rule` takes them; key head i serves h / kh neighbouring value heads.
         segments: where sequences begin and end. Nothing reads across a boundary and nothing reads padding.
+        rule: the layer's, `gated_delta_rule` or `gated_linear_rule`; likewise in the other functions.
     Returns: A in fp32 or better, exactly zero above the diagonal. A[b, h, t, s] is what one unit of v_s adds to o_t.
     """
     q, k, log_decay, beta = (at_least_fp32(x) for x in (q, k, log_decay, beta))
@@ -40,7 +48,7 @@ def implicit_attention(
     for begin in range(0, t, COLUMNS):  # v_s reaches no token before s, so a block of columns starts at its own tokens
         end = min(begin + COLUMNS, t)
         unit = torch.eye(t - begin, end - begin, dtype=beta.dtype, device=beta.device)
-        o, _ = gated_delta_rule(
+        o, _ = rule(
             q[:, begin:],
             k[:, begin:],
             unit[None, :, None].expand(b, -1, h, -1),
@@ -54,7 +62,13 @@ def implicit_attention(
 
 
 def carried(
-    q: Keys, k: Keys, log_decay: Gates, beta: Gates, *, segments: Segments | None = None
+    q: Keys,
+    k: Keys,
+    log_decay: Gates,
+    beta: Gates,
+    *,
+    segments: Segments | None = None,
+    rule: Rule = gated_delta_rule,
 ) -> Float[Tensor, "b h t k"]:
     """The weights R with which the memory from before the first token enters the output: o = A v + R S₀."""
     q, k, log_decay, beta = (at_least_fp32(x) for x in (q, k, log_decay, beta))
@@ -64,7 +78,7 @@ def carried(
     nothing = k.new_zeros(()).expand(b, t, h, k.shape[3])
     pieces = []
     for begin in range(0, t, PIECE):
-        o, state = _run(q, k, nothing, log_decay, beta, state, number, slice(begin, begin + PIECE))
+        o, state = _run(rule, q, k, nothing, log_decay, beta, state, number, slice(begin, begin + PIECE))
         pieces.append(o.transpose(1, 2))
     return torch.cat(pieces, dim=2)
 
@@ -77,6 +91,7 @@ def recalled(
     *,
     state: State | None = None,
     segments: Segments | None = None,
+    rule: Rule = gated_delta_rule,
 ) -> Values:
     """What the memory holds for each key when its token arrives: α_t S_{t−1}ᵀ k_t. The share β_t of it is erased.
 
@@ -95,7 +110,7 @@ def recalled(
         piece = slice(begin, begin + PIECE)
         keys, values = (x[:, piece].repeat_interleave(2, dim=1) for x in (k, v))
         state, within = _enter(state, number, slice(2 * begin, 2 * (begin + PIECE)))
-        o, state = gated_delta_rule(
+        o, state = rule(
             keys,
             keys,
             values,
@@ -137,6 +152,7 @@ def states_at(
     *,
     state: State | None = None,
     segments: Segments | None = None,
+    rule: Rule = gated_delta_rule,
 ) -> Float[Tensor, "b p h k v"]:
     """The memory after each of these tokens, places along time in any order: as a loop would find it, in a few runs.
 
@@ -154,12 +170,13 @@ def states_at(
     for position in sorted(set(positions)):
         for begin in range(done, position + 1, PIECE):
             piece = slice(begin, min(begin + PIECE, position + 1))
-            _, state = _run(k, k, v, log_decay, beta, state, number, piece)  # what is read with k is thrown away
+            _, state = _run(rule, k, k, v, log_decay, beta, state, number, piece)  # what is read with k is thrown away
         found[position], done = state, position + 1
     return torch.stack([found[p] for p in positions], dim=1)
 
 
 def _run(
+    rule: Rule,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -173,7 +190,7 @@ def _run(
     state, within = _enter(state, number, piece)
     q, k, v, log_decay, beta = (x[:, piece] for x in (q, k, v, log_decay, beta))
     backend = "recurrent" if v.shape[1] <= FEW else "chunked"
-    return gated_delta_rule(q, k, v, log_decay, beta, state=state, segments=within, backend=backend)
+    return rule(q, k, v, log_decay, beta, state=state, segments=within, backend=backend)
 
 
 def _without_padding(

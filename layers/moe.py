@@ -127,6 +127,8 @@ class Experts(nn.Module):
 class SparseMoE(nn.Module):
     """A router picks top_k of the experts for every token; a shared expert serves all, scaled by its own gate.
 
+    With `shared_inner` 0 there is no shared expert.
+
     Router: linear → fp32 softmax over **all** experts → top-k → renormalise → cast, in this order.
     """
 
@@ -147,14 +149,16 @@ class SparseMoE(nn.Module):
         self.top_k, self.renormalise = top_k, renormalise
         self.router = Linear(width, experts, bias=False)
         self.experts: nn.Module = Experts(width, inner, experts, backend=backend)
-        self.shared_expert = SwiGLU(width, shared_inner)
-        self.shared_expert_gate = Linear(width, 1, bias=False)
+        self.shared_expert = SwiGLU(width, shared_inner) if shared_inner else None
+        if self.shared_expert is not None:
+            self.shared_expert_gate = Linear(width, 1, bias=False)
 
         self.hook_router_logits, self.hook_router_weights = HookPoint("b t e"), HookPoint("b t top_k")
         self.hook_router_indices = HookPoint("b t top_k", dtype="int64")
         self.hook_expert_out = HookPoint("b t top_k width")  # each choice's row before its weight
-        self.hook_shared_gate = HookPoint("b t 1")
-        self.hook_shared_out = HookPoint("b t width")  # before its gate
+        if self.shared_expert is not None:
+            self.hook_shared_gate = HookPoint("b t 1")
+            self.hook_shared_out = HookPoint("b t width")  # before its gate
 
     def forward(
         self, x: Float[Tensor, "b t width"], *, mask: Bool[Tensor, "b t"] | None = None, stats: bool = True
@@ -172,9 +176,11 @@ class SparseMoE(nn.Module):
             routed = self._choice_by_choice(x, weights, indices)
         else:
             routed = self.experts(x.flatten(0, 1), weights.flatten(0, 1), indices.flatten(0, 1)).view_as(x)
-        shared = self.hook_shared_out(self.shared_expert(x))
-        gate = self.hook_shared_gate(self.shared_expert_gate(x).sigmoid())
-        y = routed + gate * shared
+        y = routed
+        if self.shared_expert is not None:
+            shared = self.hook_shared_out(self.shared_expert(x))
+            gate = self.hook_shared_gate(self.shared_expert_gate(x).sigmoid())
+            y = routed + gate * shared
         return y, router_stats(logits, probabilities, indices, mask) if stats else None
 
     def _choice_by_choice(

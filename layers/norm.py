@@ -1,5 +1,7 @@
 """Root-mean-square norms. All compute in fp32 (fp64 stays fp64) whatever the dtype of their input."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -66,15 +68,21 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}, zero_centred={self.zero_centred}"
 
 
+GATE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": nn.functional.silu, "sigmoid": torch.sigmoid}
+
+
 class GatedRMSNorm(nn.Module):
     """weight · rms(x) · silu(gate): the output norm of a Gated DeltaNet head, **not** zero-centred (init 1).
 
     Normalised in fp32, cast, times weight, then times silu(gate in fp32), then cast: the checkpoints' order.
+
+    Args:
+        activation: "silu", the checkpoints', or "sigmoid".
     """
 
-    def __init__(self, width: int, *, eps: float = 1e-6):
+    def __init__(self, width: int, *, eps: float = 1e-6, activation: str = "silu"):
         super().__init__()
-        self.eps, self.backend = eps, "auto"
+        self.eps, self.backend, self.activation = eps, "auto", activation
         self.weight = nn.Parameter(torch.ones(width))
 
     def reset_parameters(self) -> None:
@@ -83,11 +91,15 @@ class GatedRMSNorm(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "*batch width"],
-        gate: Float[Tensor, "*batch width"],
+        gate: Float[Tensor, "*batch width"] | None,
         *,
         hook_gate: HookPoint | None = None,
     ) -> Float[Tensor, "*batch width"]:
-        if choose("elementwise", self.backend, x) == "cpp" and x.dtype == gate.dtype:
+        """The norm alone where `gate` is None."""
+        if gate is None:
+            return (self.weight * _unit_rms(at_least_fp32(x), self.eps).to(x.dtype)).to(x.dtype)
+        compiled = choose("elementwise", self.backend, x) == "cpp" and x.dtype == gate.dtype
+        if compiled and self.activation == "silu":
             seen, same = hook_gate is not None and hook_gate.active, self.weight.dtype == x.dtype
             z = None if seen else gate.contiguous()
             # An fp32 weight beside bf16 values makes the product fp32, so that nothing is rounded after it.
@@ -106,7 +118,7 @@ class GatedRMSNorm(nn.Module):
             gate = native.silu_fp32(gate.contiguous())
         else:
             normed = self.weight * _unit_rms(at_least_fp32(x), self.eps).to(x.dtype)
-            gate = nn.functional.silu(at_least_fp32(gate))
+            gate = GATE_ACTIVATIONS[self.activation](at_least_fp32(gate))
         gate = gate if hook_gate is None else hook_gate(gate)
         return (normed * gate).to(x.dtype)
 

@@ -51,10 +51,27 @@ class Tape:
         parts = (self.conv, self.memory, *self.keys, *self.writes, *self.decay, *self.inputs)
         return sum(x.nbytes for x in parts)
 
-    def add(self, inputs: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, memory: Tensor) -> None:
-        """Note a call's tokens, none of them padding; `memory` is the state before them."""
+    def add(
+        self,
+        inputs: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        memory: Tensor,
+        *,
+        corrects: bool = True,
+    ) -> None:
+        """Note a call's tokens, none of them padding.
+
+        Args:
+            memory: the state before them.
+            corrects: whether the rule writes what is new in v (the delta rule), or else all of it.
+        """
         memory, v = at_least_fp32(memory), at_least_fp32(v)
-        if v.shape[1] == 1:  # the token loop's own step, bit by bit
+        if not corrects:
+            u = beta[..., None] * v
+        elif v.shape[1] == 1:  # the token loop's own step, bit by bit
             key = k.repeat_interleave(v.shape[2] // k.shape[2], dim=2)
             decayed = log_decay.exp().mT[..., None] * memory
             recalled = key.transpose(1, 2).flatten(0, 1) @ decayed.flatten(0, 1)

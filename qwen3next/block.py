@@ -4,8 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from layers.gated_attention import GatedAttention
-from layers.gated_deltanet import DeltaNetState, GatedDeltaNet
+from layers.gated_deltanet import DeltaNetState
 from layers.hook_point import HookPoint
 from layers.kv_state import KVState
 from layers.mlp import SwiGLU
@@ -16,6 +15,7 @@ from layers.rope import Rotation
 from layers.segments import Segments
 from layers.tiled_attention import TILE
 from qwen3next.config import ModelConfig
+from qwen3next.mixers import linear_attention, softmax_attention
 
 TOKENS = 2048  # of a long prompt that a block takes at a time; whole chunks of the delta rule, whole tiles of attention
 
@@ -28,27 +28,9 @@ class Block(nn.Module):
         c = config
         self.input_layernorm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, zero_centred=c.zero_centred_norms)
         if mixer == "linear_attention":
-            self.linear_attn = GatedDeltaNet(
-                c.hidden_size,
-                key_heads=c.linear_num_key_heads,
-                value_heads=c.linear_num_value_heads,
-                key_dim=c.linear_key_head_dim,
-                value_dim=c.linear_value_head_dim,
-                conv_taps=c.linear_conv_kernel_dim,
-                eps=c.rms_norm_eps,
-            )
+            self.linear_attn = linear_attention(c)
         else:
-            self.self_attn = GatedAttention(
-                c.hidden_size,
-                heads=c.num_attention_heads,
-                kv_heads=c.num_key_value_heads,
-                head_dim=c.head_dim,
-                eps=c.rms_norm_eps,
-                gate=c.attention_gate,
-                qk_norm=c.use_qk_norm,
-                zero_centred=c.zero_centred_norms,
-                bias=c.attention_bias,
-            )
+            self.self_attn = softmax_attention(c)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, zero_centred=c.zero_centred_norms)
         self.mlp: SparseMoE | SwiGLU
         if sparse:
@@ -62,7 +44,10 @@ class Block(nn.Module):
             )
         else:
             self.mlp = SwiGLU(c.hidden_size, c.intermediate_size)
-        self.mixer, self.sparse = mixer, sparse
+        self.mixer, self.sparse, self.sandwich = mixer, sparse, c.sandwich_norm
+        if self.sandwich:
+            self.attn_out_norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, zero_centred=c.zero_centred_norms)
+            self.mlp_out_norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, zero_centred=c.zero_centred_norms)
         stream = "b t width"
         self.hook_resid_pre, self.hook_resid_mid = HookPoint(stream), HookPoint(stream)
         self.hook_resid_post = HookPoint(stream)
@@ -88,11 +73,13 @@ class Block(nn.Module):
             y = self.linear_attn(y, segments=segments, state=state)
         else:
             y = self.self_attn(y, rope, segments=segments, state=state)
+        y = self.attn_out_norm(y) if self.sandwich else y
         x = self.hook_resid_mid(x + self.hook_attn_out(y))
         if split:
             return torch.cat([self._feed(part) for part in x.split(TOKENS, dim=1)], dim=1), None
         y, router = self.post_attention_layernorm(x), None
         y, router = self.mlp(y, mask=counted, stats=stats) if self.sparse else (self.mlp(y), None)
+        y = self.mlp_out_norm(y) if self.sandwich else y
         return self.hook_resid_post(x + self.hook_mlp_out(y)), router
 
     def _feed(self, x: Tensor) -> Tensor:

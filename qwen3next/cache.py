@@ -354,7 +354,7 @@ def new_cache(
         if kind == "full_attention":
             layers.append(keys_and_values())
         else:
-            conv = torch.zeros(batch, c.linear_conv_kernel_dim - 1, c.conv_channels, dtype=dtype, device=device)
+            conv = torch.zeros(batch, c.conv_taps - 1, c.conv_channels, dtype=dtype, device=device)
             heads = (c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
             memory = torch.zeros(batch, *heads, dtype=dtype, device=device)
             memory = at_least_fp32(memory) if state_dtype is None else memory.to(state_dtype)

@@ -8,20 +8,26 @@ from typing import Any
 from layers.rope import Yarn
 from qwen3next.families import FAMILIES, harmless, read, unwrap, with_yarn, write
 from qwen3next.json_files import read_object, typed
+from qwen3next.variants import Variants
 
 LAYER_TYPES = ("linear_attention", "full_attention")
-GATES = ("elementwise", "headwise", "none")
+MAY_BE_NONE = (
+    "mtp_num_hidden_layers",
+    "num_experts",
+    "shared_expert_intermediate_size",
+    "full_attention_interval",
+)
 MOST_LAYERS, MOST_EXPERTS = 10_000, 100_000  # beyond, a number is a mistake, and counting up to it would hang
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Variants):
     """Sizes and choices of a model. Field names are those of the released config.json, defaults Qwen3-Next-80B-A3B's.
 
-    Not in a released config.json: `attention_gate` and `zero_centred_norms` (which the model_type or flags of other
-    names say), `router_z_loss_coef` and `mtp_loss_coef` (weights of losses in training), `extra` (harmless keys, kept
-    to be written back) and `outer` (what stands around a nested text_config, the vision tower's sizes for instance).
-    `mtp_num_hidden_layers` is set from the tensors when a checkpoint is loaded.
+    Not in a released config.json: the choices of `Variants`; `attention_gate` and `zero_centred_norms` (which the
+    model_type or flags of other names say); `router_z_loss_coef` and `mtp_loss_coef` (weights of losses in training);
+    `extra` (harmless keys, kept to be written back) and `outer` (what stands around a nested text_config, the vision
+    tower's sizes for instance). `mtp_num_hidden_layers` is set from the tensors when a checkpoint is loaded.
     Raises: ValueError, on construction, for sizes that contradict each other.
     """
 
@@ -44,7 +50,7 @@ class ModelConfig:
     rope_theta: float = 1e7
     partial_rotary_factor: float = 0.25
     rope_scaling: Yarn | None = None
-    attention_gate: str = "elementwise"  # or "headwise", one number a head, or "none"
+    attention_gate: str = "elementwise"  # or "headwise", one number a head, "head_shared", or "none"
     use_qk_norm: bool = True
     attention_bias: bool = False  # of q, k, v, o and the gate
 
@@ -87,15 +93,14 @@ class ModelConfig:
     def _check(self) -> None:
         if self.model_type not in FAMILIES:
             raise ValueError(f"model_type {self.model_type!r} is none of {', '.join(FAMILIES)}.")
-        if self.attention_gate not in GATES:
-            raise ValueError(f"attention_gate {self.attention_gate!r} is none of {', '.join(GATES)}.")
         for f in fields(self):
             value = getattr(self, f.name)
-            least = 0 if f.name in ("mtp_num_hidden_layers", "num_experts", "full_attention_interval") else 1
+            least = 0 if f.name in MAY_BE_NONE else 1
             if f.type is int and value < least:
                 raise ValueError(f"{f.name} must be at least {least}, got {value}.")
             if f.type is float and value < 0:
                 raise ValueError(f"{f.name} must not be negative, got {value}.")
+        self.check_variants(self.attention_gate)
         for name, most in (("num_hidden_layers", MOST_LAYERS), ("num_experts", MOST_EXPERTS)):
             if getattr(self, name) > most:
                 raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}.")
@@ -152,7 +157,7 @@ class ModelConfig:
     def bytes_per_sequence(self, conv_bytes: int = 2) -> int:
         """Bytes of recurrent (fp32) and convolution state of one sequence, whatever its length."""
         memory = self.linear_num_value_heads * self.linear_key_head_dim * self.linear_value_head_dim * 4
-        conv = self.conv_channels * (self.linear_conv_kernel_dim - 1) * conv_bytes
+        conv = self.conv_channels * (self.conv_taps - 1) * conv_bytes
         return self.layer_types.count("linear_attention") * (memory + conv)
 
     @property
@@ -167,6 +172,21 @@ class ModelConfig:
         """Channels of a Gated DeltaNet layer's convolution: all q, all k, all v."""
         keys = self.linear_num_key_heads * self.linear_key_head_dim
         return 2 * keys + self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def conv_taps(self) -> int:
+        """Tokens that a Gated DeltaNet layer's projections see before the memory does: 1 without convolution."""
+        return self.linear_conv_kernel_dim if self.linear_use_conv else 1
+
+    @property
+    def has_attention_variant(self) -> bool:
+        """Whether softmax layers are otherwise than any released model's."""
+        return self.attention_gate == "head_shared" or bool(self.chosen("attention_"))
+
+    @property
+    def has_released_gate(self) -> bool:
+        """Whether there is a gate whose rows stand in q_proj on disk, as in the released models."""
+        return self.attention_gate in ("elementwise", "headwise") and not self.chosen("attention_gate_")
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:

@@ -65,6 +65,8 @@ def why_not(model: "Qwen3Next", device: torch.device | None = None, dtype: torch
     for name, module in model.blocks.named_modules():
         if not isinstance(module, (nn.ModuleList, HookPoint)) and type(module) not in KNOWN:
             return f"blocks.{name} is a {type(module).__name__}, which it does not know"
+        if isinstance(module, SparseMoE) and module.shared_expert is None:
+            return f"blocks.{name} has no shared expert, and it knows experts with one"
     for name, parameter in model.blocks.named_parameters():
         if not parameter.is_contiguous() or parameter.dtype not in DTYPES or parameter.device != weight.device:
             return f"blocks.{name} is not contiguous, elsewhere, or of a dtype that it does not know"
@@ -333,6 +335,7 @@ def _fill(layer: Layer, block: Block) -> None:
         found |= {"out_norm": m.norm.weight, "out": m.out_proj.weight}
     mlp = block.mlp
     shared = mlp.shared_expert if isinstance(mlp, SparseMoE) else mlp
+    assert shared is not None
     found |= {"shared_gate": shared.gate_proj.weight, "shared_up": shared.up_proj.weight}
     found |= {"shared_down": shared.down_proj.weight}
     if isinstance(mlp, SparseMoE):

@@ -3,6 +3,7 @@
 import torch
 
 from layers.backends import Explanation, explain_operation
+from layers.delta_rule import gated_delta_rule
 from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import GatedDeltaNet
 from layers.int8_experts import Int8Experts
@@ -48,8 +49,10 @@ def explain(
         elif isinstance(module, Linear):
             rows["linear"] = explain_operation("linear", module.backend, where, kind)
         elif isinstance(module, GatedDeltaNet):
-            rows["delta_rule"] = explain_operation("delta_rule", module.backend, where, kind)
-            rows["causal_conv"] = explain_operation("causal_conv", module.conv_backend, where, kind)
+            name = "delta_rule" if module.rule is gated_delta_rule else "linear_rule"
+            rows[name] = explain_operation(name, module.backend, where, kind)
+            if hasattr(module, "conv_weight"):
+                rows["causal_conv"] = explain_operation("causal_conv", module.conv_backend, where, kind)
         elif isinstance(module, GatedAttention):
             rows["attention"] = explain_operation("attention", module.backend, where, kind)
         elif isinstance(module, Experts):

@@ -11,6 +11,7 @@ from typing import Any
 
 from layers.rope import Yarn
 from qwen3next.json_files import typed
+from qwen3next.variants import RELEASED
 
 SIZES = (
     "vocab_size",
@@ -67,7 +68,7 @@ class Family:
 
 
 _FIXED_35 = {"mamba_ssm_dtype": "float32", "output_gate_type": "swish", "mtp_use_dedicated_embeddings": False}
-_TRAINING = {"router_z_loss_coef": 0.0, "mtp_loss_coef": 0.1}
+_TRAINING = {"router_z_loss_coef": 0.0, "mtp_loss_coef": 0.1, **RELEASED}  # unsaid in every family
 
 FAMILIES = {
     family.model_type: family
@@ -266,13 +267,20 @@ def write(family: Family, values: dict[str, Any]) -> dict[str, Any]:
     values.pop("rope_scaling")  # `with_yarn` adds it
     values = {k: v for k, v in values.items() if k not in family.implied or v != family.implied[k]}
     extra = {k: v for k, v in extra.items() if k not in family.implied or k not in values}
-    written: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
+    # Engines that go by the architecture's name must not take a variant for what they know.
+    variant = values.keys() & RELEASED.keys() or values.get("attention_gate") == "head_shared"
+    architecture = f"{family.architecture}Variant" if variant else family.architecture
+    extra |= {"architectures": [architecture]} if variant else {}
+    written: dict[str, Any] = {"architectures": [architecture], "model_type": family.model_type}
     written |= {"hidden_act": "silu", **family.fixed, **values}
     gate = values.get("attention_gate", family.implied["attention_gate"])
-    if gate == "none" or gate in family.gate_flags.values():
+    elsewhere = any(key.startswith("attention_gate_") for key in values)  # the flags say G1, by sigmoid
+    if not elsewhere and (gate == "none" or gate in family.gate_flags.values()):
         written |= {flag: gate == kind for flag, kind in family.gate_flags.items()}
         if family.gate_flags:
             written.pop("attention_gate", None)
+    if "linear_output_gate" in values:
+        written.pop("output_gate_type", None)
     mrope = {key: extra.pop(key) for key in ("mrope_section", "mrope_interleaved") if key in extra}
     if family.rope_parameters:
         rope = {key: written.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in written}

@@ -101,6 +101,7 @@ def hook_sizes(config: ModelConfig, name: str) -> dict[str, int]:
         sizes |= {"k": c.linear_key_head_dim, "v": c.linear_value_head_dim}
     elif ".self_attn." in name:
         sizes |= {"h": c.num_attention_heads, "kh": c.num_key_value_heads, "d": c.head_dim}
+        sizes |= {"switch": c.attention_switch_experts}
     return sizes
 
 
@@ -119,6 +120,9 @@ def _model_table(model: Qwen3Next) -> Table:
     table.add_row("parameters", short(counts.main) + mtp)
     table.add_row("active a token", f"{short(counts.active)}, embedding and head included, MTP not")
     table.add_row("embedding", f"{c.vocab_size} x {c.hidden_size} = {short(counts.embedding)}; head: {head}")
+    if c.chosen() or c.attention_gate == "head_shared":
+        gate = {"attention_gate": c.attention_gate} if c.has_attention_variant else {}
+        table.add_row("variant", ", ".join(f"{name} {value}" for name, value in (gate | c.chosen()).items()))
     table.add_row("longest context", f"{c.max_position_embeddings} tokens in training")
     table.add_row("RoPE", f"first {c.rotary_dim} of {c.head_dim} dimensions, theta {c.rope_theta:,.0f}")
     return table

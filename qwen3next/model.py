@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from layers.attention_variants import AttentionVariant
 from layers.backends import choose
 from layers.cross_entropy import linear_cross_entropy
 from layers.expert_cache import ExpertCache
@@ -110,7 +111,7 @@ class Qwen3Next(Hooked, nn.Module):
             elif isinstance(module, Experts):
                 nn.init.normal_(module.gate_up_proj, std=std)
                 nn.init.normal_(module.down_proj, std=std)
-            elif isinstance(module, (RMSNorm, GatedRMSNorm, GatedDeltaNet)):
+            elif isinstance(module, (RMSNorm, GatedRMSNorm, GatedDeltaNet, AttentionVariant)):
                 module.reset_parameters()
 
     def forward(

@@ -3,8 +3,10 @@
 Parameter counts leave the MTP layer out; docs/architecture.md has all of them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+from qwen3next import study
 from qwen3next.config import ModelConfig
 
 _SMALL: dict[str, Any] = {"partial_rotary_factor": 0.25, "rope_theta": 1e4, "max_position_embeddings": 32_768}
@@ -141,3 +143,14 @@ def qwen3_5_35b_a3b(**changes: Any) -> ModelConfig:
 
 RELEASED = (qwen3_next_80b_a3b, qwen3_coder_next, qwen3_5_27b, qwen3_5_35b_a3b)
 ALL = {f.__name__: f for f in (tiny, small, medium, large, *RELEASED)}
+
+
+def named(name: str) -> Callable[..., ModelConfig]:
+    """The preset of that name: one of these, or a row of the gated-attention study, which `study.PRESETS` lists.
+
+    Raises: ValueError for a name that is none.
+    """
+    found = ALL.get(name) or study.PRESETS.get(name)
+    if found is None:
+        raise ValueError(f"There is no preset {name!r}: choose {', '.join(ALL)}, or a row such as moe_15b_baseline.")
+    return found

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qwen3next.config import ModelConfig
+from qwen3next.variant_tensors import attention_tensors, mixed_projections
 
 Tensors = Mapping[str, Tensor]
 
@@ -62,7 +63,8 @@ class Layout:
     def released(cls, config: ModelConfig) -> "Layout":
         """The arrangement that the family of this configuration was released in."""
         return cls(
-            flat_projections=config.model_type in ("qwen3_5_text", "qwen3_5_moe_text"),
+            flat_projections=config.model_type in ("qwen3_5_text", "qwen3_5_moe_text")
+            or bool(config.chosen("linear_")),
             gate_by_group=config.model_type == "qwen3",
             fused_experts=config.model_type == "qwen3_5_moe_text",
         )
@@ -121,7 +123,8 @@ def _block(
     c: ModelConfig, layout: Layout, theirs: str, ours: str, kind: str, sparse: bool, fused: bool
 ) -> Iterator[Entry]:
     width = c.hidden_size
-    for norm in ("input_layernorm", "post_attention_layernorm"):
+    sandwich = ("attn_out_norm", "mlp_out_norm") if c.sandwich_norm else ()
+    for norm in ("input_layernorm", "post_attention_layernorm", *sandwich):
         yield _whole(f"{theirs}{norm}.weight", f"{ours}{norm}.weight", (width,))
     if kind == "linear_attention":
         yield from _linear_attention(c, layout, f"{theirs}linear_attn.", f"{ours}linear_attn.")
@@ -133,8 +136,9 @@ def _block(
         return
     yield _whole(f"{theirs}gate.weight", f"{ours}router.weight", (c.num_experts, width))
     yield from _experts(c, f"{theirs}experts.", f"{ours}experts.", fused)
-    yield from _swiglu(f"{theirs}shared_expert.", f"{ours}shared_expert.", width, c.shared_expert_intermediate_size)
-    yield _whole(f"{theirs}shared_expert_gate.weight", f"{ours}shared_expert_gate.weight", (1, width))
+    if shared := c.shared_expert_intermediate_size:
+        yield from _swiglu(f"{theirs}shared_expert.", f"{ours}shared_expert.", width, shared)
+        yield _whole(f"{theirs}shared_expert_gate.weight", f"{ours}shared_expert_gate.weight", (1, width))
 
 
 def _swiglu(theirs: str, ours: str, width: int, inner: int) -> Iterator[Entry]:
@@ -161,7 +165,7 @@ def _experts(c: ModelConfig, theirs: str, ours: str, fused: bool) -> Iterator[En
 def _full_attention(c: ModelConfig, layout: Layout, theirs: str, ours: str) -> Iterator[Entry]:
     width, d = c.hidden_size, c.head_dim
     heads, kv = c.num_attention_heads, c.num_key_value_heads
-    gate_rows = {"elementwise": d, "headwise": 1, "none": 0}[c.attention_gate]
+    gate_rows = {"elementwise": d, "headwise": 1}[c.attention_gate] if c.has_released_gate else 0
     kinds: list[tuple[str, tuple[int, ...]]] = [("weight", (width,))]
     if c.attention_bias:
         kinds.append(("bias", ()))
@@ -175,14 +179,16 @@ def _full_attention(c: ModelConfig, layout: Layout, theirs: str, ours: str) -> I
             yield Entry(q, (heads * (d + gate_rows), *columns), places, split, merge)
         else:
             yield _whole(q, f"{ours}q_proj.{kind}", (heads * d, *columns))
-        for name in ("k_proj", "v_proj"):
-            yield _whole(f"{theirs}{name}.{kind}", f"{ours}{name}.{kind}", (kv * d, *columns))
+        for name, mixed in mixed_projections(c).items():
+            yield _whole(f"{theirs}{name}.{kind}", f"{ours}{name}.{kind}", (kv * mixed * d, *columns))
     yield _whole(f"{theirs}o_proj.weight", f"{ours}o_proj.weight", (width, heads * d))
     if c.attention_bias:
         yield _whole(f"{theirs}o_proj.bias", f"{ours}o_proj.bias", (width,))
     if c.use_qk_norm:
         for name in ("q_norm", "k_norm"):
             yield _whole(f"{theirs}{name}.weight", f"{ours}{name}.weight", (d,))
+    for name, shape in attention_tensors(c).items():
+        yield _whole(f"{theirs}{name}", f"{ours}{name}", shape)
 
 
 def _linear_attention(c: ModelConfig, layout: Layout, theirs: str, ours: str) -> Iterator[Entry]:
@@ -191,13 +197,12 @@ def _linear_attention(c: ModelConfig, layout: Layout, theirs: str, ours: str) ->
     v = c.linear_value_head_dim * heads // groups  # value rows beside one key head
     keys, values, taps = groups * k, groups * v, c.linear_conv_kernel_dim
     channels = 2 * keys + values
-    if layout.flat_projections:
-        for name, rows in (
-            ("in_proj_qkv", channels),
-            ("in_proj_z", values),
-            ("in_proj_b", heads),
-            ("in_proj_a", heads),
-        ):
+    if layout.flat_projections or c.chosen("linear_"):  # variants lack parts of what others interleave
+        projections = {"in_proj_qkv": channels, "in_proj_z": values, "in_proj_b": heads, "in_proj_a": heads}
+        absent = {"in_proj_z": c.linear_output_gate == "none", "in_proj_a": not c.linear_decay}
+        for name, rows in projections.items():
+            if absent.get(name):
+                continue
             yield _whole(f"{theirs}{name}.weight", f"{ours}{name}.weight", (rows, width))
     else:
         # Rows per key head: its q, its k, the v and the z of the value heads that share it; likewise b and a.
@@ -215,16 +220,19 @@ def _linear_attention(c: ModelConfig, layout: Layout, theirs: str, ours: str) ->
             partial(_split_groups, groups, (heads // groups, heads // groups)),
             partial(_merge_groups, groups),
         )
-    yield Entry(
-        f"{theirs}conv1d.weight",
-        (channels, 1, taps),
-        (Place(f"{ours}conv_weight"),),
-        lambda x: (x.squeeze(1),),
-        lambda x: x.unsqueeze(1),
-    )
-    yield _whole(f"{theirs}A_log", f"{ours}A_log", (heads,))
-    yield _whole(f"{theirs}dt_bias", f"{ours}dt_bias", (heads,))
-    yield _whole(f"{theirs}norm.weight", f"{ours}norm.weight", (c.linear_value_head_dim,))
+    if c.linear_use_conv:
+        yield Entry(
+            f"{theirs}conv1d.weight",
+            (channels, 1, taps),
+            (Place(f"{ours}conv_weight"),),
+            lambda x: (x.squeeze(1),),
+            lambda x: x.unsqueeze(1),
+        )
+    if c.linear_decay:
+        yield _whole(f"{theirs}A_log", f"{ours}A_log", (heads,))
+        yield _whole(f"{theirs}dt_bias", f"{ours}dt_bias", (heads,))
+    if c.linear_output_norm:
+        yield _whole(f"{theirs}norm.weight", f"{ours}norm.weight", (c.linear_value_head_dim,))
     yield _whole(f"{theirs}out_proj.weight", f"{ours}out_proj.weight", (width, values))
 
 

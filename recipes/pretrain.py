@@ -18,9 +18,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import tyro
@@ -31,7 +32,7 @@ from torch.optim import AdamW, Optimizer
 
 import qwen3next as q
 from recipes.checkpoints import TrainingState, load_state, newest, read_state, save_state
-from recipes.data import PackedWindows, ValidationBatches
+from recipes.data import Batch, PackedWindows, ValidationBatches
 from recipes.report import Live, Metrics, Row, clock, compressed, draw_loss, read_metrics
 from recipes.settings import (
     MEASURED_STEPS,
@@ -93,7 +94,7 @@ def train(settings: Settings, *, console: Console | None = None) -> Result:
         sentence, for a full disk; Stopped after SIGINT or SIGTERM, with the state saved.
     """
     console = Console() if console is None else console
-    out, states = settings.out, settings.out / "checkpoints"
+    out = settings.out
     if settings.resume:
         refuse_changes("setting", comparable(recorded(out)), comparable(settings))
     elif (out / "settings.json").exists():
@@ -107,16 +108,48 @@ def train(settings: Settings, *, console: Console | None = None) -> Result:
 
     torch.manual_seed(settings.seed)
     model = q.Qwen3Next(model_config(settings.preset, tokenizer)).to(device)
+    optimizer, state = start_or_resume(settings, model, meta.fingerprint)
+    parameters = sum(p.numel() for p in model.parameters())
+    console.print(
+        f"{settings.preset}: {parameters / 1e6:.2f}M parameters on {device}, {precision} ({why}). "
+        f"{meta.tokens['train']:,} tokens to train on, {meta.documents['val']} documents held out. "
+        f"{f'Resuming after step {state.step}' if state.step else 'Starting'} in {out}.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    metrics = Metrics(out, step=state.step, tensorboard=settings.tensorboard, console=console)
+    try:
+        with Live(console) as live:
+            look = partial(bits_per_byte, held_out.part(LOOK), precision)
+            Run(settings, state, model, optimizer, windows, look, precision, metrics, live).to_the_end()
+    finally:
+        metrics.close()
+    return finish(settings, model, tokenizer, held_out, precision, console)
+
+
+def bits_per_byte(part: ValidationBatches, precision: str, model: q.Qwen3Next) -> Row:
+    """What is looked at during training."""
+    nats = held_out_nats(model, part, precision=precision)
+    return {"val_bits_per_byte": part.bits_per_byte(sum(nats.values()))}
+
+
+def start_or_resume(settings: Settings, model: q.Qwen3Next, fingerprint: str) -> tuple[Optimizer, TrainingState]:
+    """The optimizer and state of a run, with `model` as it was last saved, if `settings.resume`; writes settings.json.
+
+    Args:
+        fingerprint: of the data.
+    Raises: ValueError where the saved run had other settings, another model or other data.
+    """
     groups = parameter_groups(model, settings.weight_decay)
     optimizer = AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
     state = TrainingState(
         settings=json.loads(json.dumps(comparable(settings))),
         model=json.loads(json.dumps(model.config.to_dict())),
-        fingerprint=meta.fingerprint,
+        fingerprint=fingerprint,
         threads=torch.get_num_threads(),
         total=settings.steps,
     )
-    path = newest(states) if settings.resume else None
+    path = newest(settings.out / "checkpoints") if settings.resume else None
     if path is not None:
         before = read_state(path)
         refuse_changes("setting", before.settings, state.settings)
@@ -124,37 +157,27 @@ def train(settings: Settings, *, console: Console | None = None) -> Result:
         refuse_changes("data", {"fingerprint": before.fingerprint}, {"fingerprint": state.fingerprint})
         torch.set_num_threads(before.threads)  # sums are made in another order by another number of threads
         state = load_state(path, model, optimizer)
-    values = asdict(settings) | {"out": str(out)}
-    write_atomically(out / "settings.json", (json.dumps(values, indent=2) + "\n").encode())
+    values = asdict(settings) | {"out": str(settings.out)}
+    write_atomically(settings.out / "settings.json", (json.dumps(values, indent=2) + "\n").encode())
+    return optimizer, state
 
-    parameters = sum(p.numel() for p in model.parameters())
-    console.print(
-        f"{settings.preset}: {parameters / 1e6:.2f}M parameters on {device}, {precision} ({why}). "
-        f"{meta.tokens['train']:,} tokens to train on, {meta.documents['val']} documents held out. "
-        f"{'Starting' if path is None else f'Resuming after step {state.step}'} in {out}.",
-        highlight=False,
-        soft_wrap=True,
-    )
-    metrics = Metrics(out, step=state.step, tensorboard=settings.tensorboard, console=console)
-    try:
-        with Live(console) as live:
-            run = Run(settings, state, model, optimizer, windows, held_out, precision, metrics, live)
-            run.to_the_end()
-    finally:
-        metrics.close()
-    return finish(settings, model, tokenizer, held_out, precision, console)
+
+class Windows(Protocol):
+    """Where batches come from: a function of the number of samples seen alone."""
+
+    def batch(self, first_sample: int, batch_size: int) -> Batch: ...
 
 
 @dataclass
 class Run:
-    """Training between two sittings: the loop and what it works on."""
+    """Training between two sittings: the loop and what it works on. `look` says what is measured on the way."""
 
     settings: Settings
     state: TrainingState
     model: q.Qwen3Next
     optimizer: Optimizer
-    windows: PackedWindows
-    held_out: ValidationBatches
+    windows: Windows
+    look: Callable[[q.Qwen3Next], Row]
     precision: str
     metrics: Metrics
     live: Live
@@ -163,7 +186,6 @@ class Run:
     def to_the_end(self) -> None:
         """Step until `state.total`, saving on the way; see `train` for what it raises."""
         state, settings = self.state, self.settings
-        part = self.held_out.part(LOOK)
         begun, before = time.perf_counter(), state.elapsed
         durations: list[float] = []
         with stop_on_signal() as asked:
@@ -174,8 +196,7 @@ class Run:
                 measured = state.total is None and (len(durations) >= MEASURED_STEPS or bool(asked))
                 if measured or state.step % settings.eval_every == 0 or state.step == state.total:
                     started = time.perf_counter()
-                    nats = held_out_nats(self.model, part, precision=self.precision)
-                    row["val_bits_per_byte"] = part.bits_per_byte(sum(nats.values()))
+                    row |= self.look(self.model)
                     looking = time.perf_counter() - started
                 state.elapsed = before + time.perf_counter() - begun
                 if measured:

@@ -158,11 +158,9 @@ def model_config(preset: str, tokenizer: Tokenizer) -> q.ModelConfig:
     Raises: ValueError for a preset that does not exist.
     """
     sizes: dict[str, Any] = {"vocab_size": tokenizer.get_vocab_size(), "eos_token_id": eos_id(tokenizer)}
-    if preset in q.presets.ALL:
-        return q.presets.ALL[preset](**sizes)
-    if Path(preset).exists():
+    if Path(preset).exists() and preset not in q.presets.ALL:
         return q.ModelConfig.load(preset).replace(**sizes)
-    raise ValueError(f"There is no preset {preset!r}: choose {', '.join(q.presets.ALL)}, or give a config.json.")
+    return q.presets.named(preset)(**sizes)
 
 
 def recorded(out: Path) -> Settings:

@@ -9,7 +9,7 @@ from torch import nn
 
 import qwen3next as q
 from layers.gated_deltanet import GatedDeltaNet
-from layers.norm import GatedRMSNorm
+from layers.norm import GatedRMSNorm, RMSNorm
 from layers.segments import Segments
 from recipes.data import Batch, ValidationBatches
 from recipes.report import Row
@@ -32,14 +32,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
     Decay pulls towards zero, so it serves where zero is neutral: for matrices, and for zero-centred norm weights, whose
     scale is 1 + weight (the released models' training decayed them). Zero is not neutral for A_log and dt_bias (a
-    memory of one particular length) nor for the gated norm's weight (starts at 1: its heads would fade); and a rare
-    token's embedding would shrink in all the steps that do not see it.
+    memory of one particular length) nor for the weights of the gated norm and of norms that are not zero-centred (they
+    start at 1: what they scale would fade); and a rare token's embedding would shrink in all the steps that do not see
+    it.
     """
     spared: set[int] = set()
     for module in model.modules():
         if isinstance(module, GatedDeltaNet):
-            spared |= {id(module.A_log), id(module.dt_bias)}
-        elif isinstance(module, (GatedRMSNorm, nn.Embedding)):
+            spared |= {id(p) for name, p in module.named_parameters() if name in ("A_log", "dt_bias")}
+        elif isinstance(module, (GatedRMSNorm, nn.Embedding)) or (
+            isinstance(module, RMSNorm) and not module.zero_centred
+        ):
             spared.add(id(module.weight))
     decaying = [p for p in model.parameters() if id(p) not in spared]
     others = [p for p in model.parameters() if id(p) in spared]

@@ -109,7 +109,7 @@ def test_explain(folder, capsys):
 @pytest.mark.parametrize(
     "args, sentence",
     [
-        (["inspect", "nowhere"], "'nowhere' is neither a folder or config.json here nor a preset (tiny, "),
+        (["inspect", "nowhere"], "'nowhere' is neither a folder nor a config.json here. There is no preset"),
         (["inspect", "{tmp}"], "config.json does not exist"),
         (["explain", "tiny", "--device", "gpu"], "'gpu' is no device"),
         (["generate", "nowhere", "--prompt", "x"], "nowhere is not a folder"),

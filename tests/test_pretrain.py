@@ -453,6 +453,17 @@ def test_what_decays():
     assert {"norm.weight", "blocks.1.self_attn.q_norm.weight", "blocks.0.mlp.router.weight"} <= decaying
 
 
+def test_norms_that_start_at_one_and_parts_that_are_not_there():
+    changes = {"zero_centred_norms": False, "linear_decay": False, "attention_gate_input": "constant"}
+    model = q.Qwen3Next(NANO.replace(**changes))
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    decaying, spared = ({name_of[id(p)] for p in g["params"]} for g in parameter_groups(model, 0.1))
+    assert decaying | spared == set(name_of.values())
+    assert {name for name in spared if "norm" not in name} == {"embed_tokens.weight"}
+    assert not [name for name in decaying if "norm" in name]
+    assert "blocks.1.self_attn.gate_constant" in decaying  # zero is where it starts
+
+
 @pytest.mark.parametrize("kind, last", [("wsd", 1 / 20), ("cosine", 0.1)])
 def test_learning_rate(settings, kind, last):
     run = replace(settings, schedule=kind, warmup=10, lr=1.0)

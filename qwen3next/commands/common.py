@@ -60,12 +60,12 @@ def say_reads(model: Qwen3Next) -> None:
 
 def config_of(target: str) -> ModelConfig:
     """The configuration of a folder, a config.json or a preset. Raises: ValueError for anything else."""
-    if target in presets.ALL:
-        return presets.ALL[target]()
-    if not Path(target).exists():
-        names = ", ".join(presets.ALL)
-        raise ValueError(f"{target!r} is neither a folder or config.json here nor a preset ({names}).")
-    return ModelConfig.load(target)
+    if Path(target).exists() and target not in presets.ALL:
+        return ModelConfig.load(target)
+    try:
+        return presets.named(target)()
+    except ValueError as error:
+        raise ValueError(f"{target!r} is neither a folder nor a config.json here. {error}") from None
 
 
 def show(renderable: object) -> None:

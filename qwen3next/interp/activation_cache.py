@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from layers.delta_rule import gated_delta_rule
 from layers.gated_deltanet import GatedDeltaNet
 from layers.implicit_attention import implicit_attention, recalled, states_at
 from layers.norm import at_least_fp32
@@ -44,7 +45,7 @@ class ActivationCache(ResidualStream):
     def implicit_attention(self, layer: int) -> Float[Tensor, "b h t s"]:
         """The matrix A of a Gated DeltaNet layer: its output is A v, where no memory came before the first token."""
         q, k, log_decay, beta = self._memory_points(layer, "q", "k", "log_decay", "beta")
-        return implicit_attention(q, k, log_decay, beta, segments=self.segments)
+        return implicit_attention(q, k, log_decay, beta, segments=self.segments, rule=self._memory(layer).rule)
 
     def state(
         self, layer: int, pos: int | Sequence[int], *, before: Float[Tensor, "b h k v"] | None = None
@@ -56,17 +57,20 @@ class ActivationCache(ResidualStream):
         """
         k, v, log_decay, beta = self._written_points(layer, before)
         places = [p + k.shape[1] if p < 0 else p for p in ([pos] if isinstance(pos, int) else pos)]
-        states = states_at(k, v, log_decay, beta, places, state=before, segments=self.segments)
+        rule = self._memory(layer).rule
+        states = states_at(k, v, log_decay, beta, places, state=before, segments=self.segments, rule=rule)
         return states[:, 0] if isinstance(pos, int) else states
 
     def ledger(self, layer: int, *, before: Float[Tensor, "b h k v"] | None = None) -> Ledger:
         """What each head of a Gated DeltaNet layer keeps, recalls, erases and writes, token by token."""
+        rule = self._memory(layer).rule
         k, v, log_decay, beta = (at_least_fp32(x) for x in self._written_points(layer, before))
-        answer = recalled(k, v, log_decay, beta, state=before, segments=self.segments)
+        answer = recalled(k, v, log_decay, beta, state=before, segments=self.segments, rule=rule)
         length = answer.norm(dim=-1)
         mask = torch.ones_like(beta[..., 0], dtype=torch.bool) if self.segments is None else self.segments.mask
-        change = (beta[..., None] * (v - answer)).norm(dim=-1) * mask[..., None]
-        return Ledger(layer % self.layers, log_decay, beta, length, beta * length, change, mask)
+        erased = beta[..., None] * answer if rule is gated_delta_rule else torch.zeros_like(answer)
+        change = (beta[..., None] * v - erased).norm(dim=-1) * mask[..., None]
+        return Ledger(layer % self.layers, log_decay, beta, length, erased.norm(dim=-1), change, mask)
 
     def _written_points(self, layer: int, before: Tensor | None) -> list[Tensor]:
         found = self._memory_points(layer, "k", "v", "log_decay", "beta")
@@ -74,12 +78,16 @@ class ActivationCache(ResidualStream):
             raise ValueError("Tokens came before these, sliced off or in a cache: give `before`, the memory they left.")
         return found
 
-    def _memory_points(self, layer: int, *names: str) -> list[Tensor]:
+    def _memory(self, layer: int) -> GatedDeltaNet:
         mixer = self._mixer(layer)
         if not isinstance(mixer, GatedDeltaNet):
             kinds = self.model.config.layer_types
             chosen = [i for i, kind in enumerate(kinds) if kind == "linear_attention"]
             raise ValueError(f"Block {layer} is softmax attention and has no memory: choose one of {chosen}.")
+        return mixer
+
+    def _memory_points(self, layer: int, *names: str) -> list[Tensor]:
+        self._memory(layer)
         if not self.gapless:
             raise ValueError("Some tokens were left out, and memory builds on all: keep a run of neighbours.")
         prefix = f"blocks.{layer % self.layers}.linear_attn.hook_"

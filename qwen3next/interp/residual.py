@@ -151,6 +151,10 @@ class ResidualStream(CachedPoints):
         results, labels = [], []
         for i in chosen:
             mixer = self._mixer(i)
+            if self._block(i).sandwich or getattr(mixer, "position", "") == "G5":
+                raise ValueError(
+                    f"Block {i} norms or gates the sum of its heads, so what a head adds by itself is not defined."
+                )
             name = self.full_name(("gated", i))
             gated = at_least_fp32(self.need([name], ["blocks.*.hook_gated"])[0][:, as_index(pos_slice)])
             project = mixer.out_proj if isinstance(mixer, GatedDeltaNet) else mixer.o_proj

@@ -1,0 +1,63 @@
+"""Attention maps of one prompt, two models side by side, and the numbers behind the picture."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+import qwen3next as q
+from qwen3next.interp.pictures import draw_attention
+from recipes.study_run import write_json
+from recipes.study_toy import BOS, HELD_OUT, TRIGGERS, BigramBackcopy
+
+SHOWN = 40  # tokens
+
+
+@torch.no_grad()
+def head_averages(model: q.Qwen3Next, ids: Tensor) -> dict[int, Tensor]:
+    """(t, s) attention of each softmax layer, averaged over heads, of one prompt (1, t)."""
+    layers = [i for i, kind in enumerate(model.config.layer_types) if kind == "full_attention"]
+    names = [f"blocks.{i}.self_attn.hook_pattern" for i in layers]
+    with model.expose(pattern=layers):
+        _, acts = model.run_with_cache(ids.to(model.embed_tokens.weight.device), names_filter=names)
+    return {i: acts[name][0].float().mean(0).cpu() for i, name in zip(layers, names, strict=True)}
+
+
+def draw_maps(models: Mapping[str, q.Qwen3Next], ids: Tensor, tokens: Sequence[str], path: Path) -> dict[str, Any]:
+    """Each model's attention in the layer in which the first model attends most to the first token.
+
+    Writes `path` (.png) and beside it the numbers, .json. Returns those.
+    """
+    averages = {name: head_averages(model, ids) for name, model in models.items()}
+    first = next(iter(averages.values()))
+    layer = max(first, key=lambda i: float(first[i][1:, 0].mean()))
+    shares = {name: float(maps[layer][1:, 0].mean()) for name, maps in averages.items()}
+    titled = {f"{name}, layer {layer}: {shares[name]:.2f} on the first token": m[layer] for name, m in averages.items()}
+    draw_attention(titled, tokens=tokens).savefig(path, bbox_inches="tight")
+    values = {
+        "layer": layer,
+        "tokens": list(tokens),
+        "first_token": shares,
+        "maps": {name: [[round(x, 4) for x in row] for row in m[layer].tolist()] for name, m in averages.items()},
+    }
+    write_json(path.with_suffix(".json"), values)
+    return values
+
+
+def toy_prompt() -> tuple[Tensor, list[str]]:
+    """A held-out sequence of the toy; triggers are marked."""
+    ids = BigramBackcopy(SHOWN, 0).batch(HELD_OUT, 1).input_ids
+    return ids, ["BOS" if i == BOS else f"!{i}" if i < TRIGGERS else str(i) for i in ids[0].tolist()]
+
+
+def text_prompt(tokenizer: Tokenizer, text: str, first: int | None) -> tuple[Tensor, list[str]]:
+    """The beginning of a text, behind the token `first` if there is one."""
+    encoded = tokenizer.encode(text, add_special_tokens=False).ids
+    found = ([] if first is None else [first]) + encoded[: SHOWN - (first is not None)]
+    if len(found) < 2:
+        raise ValueError("The prompt has fewer than two tokens, so there is no attention to draw: give a longer one.")
+    tokens = [tokenizer.decode([i]) or tokenizer.id_to_token(i) or "?" for i in found]
+    return torch.tensor([found]), tokens
