@@ -265,3 +265,49 @@ def test_gradients_reach_every_parameter():
         )
         model.loss(ids(2, 12)).total.backward()
         assert all(bool(p.grad.abs().sum() > 0) for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@torch.no_grad()
+def test_single_tokens_are_taken_back_to_the_bit(name):
+    model = small_model(num_hidden_layers=2, num_experts=0, mtp_num_hidden_layers=0, **CHOICES[name])
+    cache, tokens = model.new_cache(max_len=90, history=8), ids(1, 90)
+    model(tokens[:, :70], cache=cache)
+
+    def states():
+        return [x.clone() for s in cache.layers if hasattr(s, "memory") for x in (s.conv, s.memory)]
+
+    seen = []
+    for t in range(70, 78):
+        seen.append(states())
+        model(tokens[:, t : t + 1], cache=cache)
+    for back, before in ((1, seen[7]), (3, seen[4]), (4, seen[0])):
+        cache.rollback(back)
+        for found, wanted in zip(states(), before, strict=True):
+            assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@torch.no_grad()
+def test_packed_and_padded_prompts_leave_the_states_of_single_ones(name):
+    model = small_model(
+        dtype=torch.float64, num_hidden_layers=2, num_experts=0, mtp_num_hidden_layers=0, **CHOICES[name]
+    )
+    a, b = ids(1, 70), ids(1, 9, seed=3)
+    single = []
+    for x in (a, b):
+        cache = model.new_cache(max_len=80)
+        model(x, cache=cache)
+        single.append((cache, model(x[:, :1], cache=cache).logits))
+    packed = model.new_cache(batch=2, max_len=80)
+    model(torch.cat([a, b], dim=1), segments=Segments.from_lengths([[70, 9]]), cache=packed)
+    padded = model.new_cache(batch=2, max_len=80)
+    mask = torch.arange(70) < torch.tensor([[70], [9]])
+    model(torch.cat([a, torch.nn.functional.pad(b, (0, 61))]), segments=Segments.from_mask(mask), cache=padded)
+    for cache in (packed, padded):
+        after = model(torch.cat([a[:, :1], b[:, :1]]), cache=cache).logits
+        torch.testing.assert_close(after, torch.cat([logits for _, logits in single]), rtol=0, atol=1e-10)
+        for n, (alone, _) in enumerate(single):
+            for x, y in zip(cache.layers, alone.layers, strict=True):
+                if hasattr(x, "memory"):
+                    torch.testing.assert_close(x.memory[n], y.memory[0], rtol=0, atol=1e-10)
