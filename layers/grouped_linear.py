@@ -26,13 +26,22 @@ def grouped_linear(
 
 
 def wide(run: slice, rows: int) -> tuple[slice, slice]:
-    """A run and its neighbours, whole steps of STEP of `rows`, and where the run lies in it.
+    """A run with as many neighbours out of `rows` as make it a multiple of STEP, and where the run lies in that.
 
     For every number of rows oneDNN makes and keeps code of its own, up to a megabyte: so there are few.
     """
     n = min(-(-(run.stop - run.start) // STEP) * STEP, rows)
     begin = min(run.start, rows - n)
     return slice(begin, begin + n), slice(run.start - begin, run.stop - begin)
+
+
+def _product_into(y: Tensor, run: slice, x: Tensor, weight: Tensor) -> None:
+    """y[run] = x[run] weightᵀ; what it writes behind the run is for the next one to write over."""
+    more, here = wide(run, len(x))
+    if here.start:
+        y[run] = product(x[more], weight)[here]
+    else:
+        product(x[more], weight, out=y[more])
 
 
 def runs(ends: Tensor) -> list[tuple[int, slice]]:
@@ -51,8 +60,7 @@ class _Grouped(torch.autograd.Function):
         ctx.dtype = weight.dtype
         y = x.new_empty(x.shape[0], weight.shape[1])
         for e, run in runs(ends):
-            more, here = wide(run, len(x))
-            y[run] = product(x[more], low[e])[here]
+            _product_into(y, run, x, low[e])
         return y
 
     @staticmethod
@@ -65,9 +73,9 @@ class _Grouped(torch.autograd.Function):
             to_weight[e] = 0.0
         with torch.autocast(x.device.type, enabled=False):
             for e, run in used:
+                _product_into(to_x, run, grad, low[e].mT)
                 more, here = wide(run, len(x))
-                to_x[run] = product(grad[more], low[e].mT)[here]
-                own = torch.zeros_like(x[more])  # the neighbours have no part in this sum
-                own[here] = x[run]
-                to_weight[e] = product(grad[more].mT, own.mT)
+                own = torch.zeros_like(x[more])
+                own[here] = x[run]  # the neighbours have no part in this sum
+                product(grad[more].mT, own.mT, out=to_weight[e])
         return to_x, to_weight, None

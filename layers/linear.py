@@ -52,9 +52,17 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias, backend=self.backend)
 
 
-def product(a: Float[Tensor, "m k"], b: Float[Tensor, "n k"]) -> Float[Tensor, "m n"]:
-    """a bᵀ without gradients, for matrices in any order of rows and columns, through whichever library is faster."""
-    return _through_onednn(a, b) if choose("linear", "auto", a) == "onednn" else a @ b.mT
+def product(a: Float[Tensor, "m k"], b: Float[Tensor, "n k"], *, out: Float[Tensor, "m n"] | None = None) -> Tensor:
+    """a bᵀ without gradients, for matrices in any order of rows and columns, through whichever library is faster.
+
+    `out`, where given, takes the result.
+    """
+    if choose("linear", "auto", a) == "onednn":
+        y = _through_onednn(a, b)
+        return y if out is None else out.copy_(y)
+    if out is None or out.dtype == a.dtype:
+        return torch.mm(a, b.mT, out=out)
+    return out.copy_(a @ b.mT)
 
 
 def _through_onednn(a: Tensor, b: Tensor) -> Tensor:
