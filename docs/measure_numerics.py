@@ -234,6 +234,30 @@ def _rule(backend: str, dtype: torch.dtype, scale: float) -> list[Tensor]:
     return [o.detach(), state.detach(), *torch.autograd.grad(loss, inputs)]
 
 
+@torch.no_grad()
+def caches() -> None:
+    """What coarser caches cost: a prompt in chunks of 64, then 200 tokens one by one, beside an fp32 cache."""
+    head("keys and values", "state", "std 0.02", "top token", "std 0.1", "top token")
+    kinds = [("bfloat16", "float32"), ("float16", "float32"), ("int8", "float32"), ("float32", "bfloat16")]
+    for kv, state in (*kinds, ("int8", "bfloat16")):
+        cells: list[object] = []
+        for std in (0.02, 0.1):
+            errors, same = [], []
+            for seed in SEEDS:
+                model, ids = random_model(std, seed, num_experts=0), tokens(1224, seed)
+                runs = []
+                for kinds_of in ({"kv_dtype": kv, "state_dtype": state}, {}):
+                    cache = model.new_cache(max_len=ids.shape[1], **kinds_of)
+                    for _ in model.prefill(ids[:, :1024], cache, chunk_size=64):
+                        pass
+                    steps = ids[:, 1024:].split(1, dim=1)
+                    runs.append(torch.cat([model(x, cache=cache).logits for x in steps], dim=1))
+                errors.append(relative(*runs))
+                same.append((runs[0].argmax(-1) == runs[1].argmax(-1)).double().mean().item())
+            cells += [sum(errors) / len(SEEDS), f"{100 * sum(same) / len(SEEDS):.1f}%"]
+        row(kv, state, *cells)
+
+
 def main() -> None:
     print(
         f"torch {torch.__version__}, transformers {transformers.__version__}, "
@@ -245,6 +269,7 @@ def main() -> None:
         forward_bf16,
         same_tokens_another_way,
         chunked_rule,
+        caches,
     )
     for section in sections:
         print(f"\n{section.__doc__}")
