@@ -28,6 +28,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import qwen3next as q
+from qwen3next.commands.common import show
 from recipes import benchmark_cases as cases
 from recipes.benchmark_cases import Case, Models
 from recipes.measuring import machine, matmul_rate, read_bandwidth, synchronize, write_results
@@ -259,7 +260,7 @@ def main(options: Options) -> list[Row]:
     table = Table(*COLUMNS, title="; ".join(where.values()), caption=_limits(can))
     for row in rows:
         table.add_row(*cells(row))
-    Console().print(table)
+    show(table)
     if options.out is not None:
         content: dict[str, Any] = {
             "options": asdict(options) | {"out": str(options.out), "peer": str(options.peer)}

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 import tyro
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 import qwen3next as q
+from qwen3next.commands.common import show
 
 Row = tuple[str, str, Callable[[], object]]
 LAYER = 1  # a Gated DeltaNet layer
@@ -149,7 +149,7 @@ def report(rows: list[Row], medians: list[float], spreads: list[float], tokens: 
         ratios = m / plain[name], m / medians[0]
         table.add_row(name, what, f"{m * 1e3:.0f}", f"{spread * 1e3:.0f}", *(f"{r:.2f}" for r in ratios))
         found.append({"library": name, "row": what, "seconds": m, "spread": spread, "over_plain": ratios[0]})
-    Console().print(table)
+    show(table)
     if out is not None:
         out.write_text(json.dumps({"tokens": tokens, "torch": torch.__version__, "rows": found}, indent=2) + "\n")
 

@@ -28,6 +28,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import qwen3next as q
+from qwen3next.commands.common import show
 from qwen3next.commands.context import parse_tokens
 from qwen3next.sizes import binary
 from recipes.measuring import machine, peak_memory, read_bandwidth, write_results
@@ -252,9 +253,9 @@ def main(options: Options) -> list[dict[str, Any]]:
             shown.add_column(head, justify="right")
         for row in cells:
             shown.add_row(*(cell.strip("*") for cell in row))
-        Console().print(shown)
+        show(shown)
         lines += ["", *(f"| {' | '.join(row)} |" for row in (heads, ["--:"] * len(heads), *cells))]
-    Console().print("; ".join(where.values()))
+    print("; ".join(where.values()))
     if options.out is not None:
         content = {"options": asdict(options) | {"out": str(options.out)}, **where, "rows": rows}
         write_results(options.out, content, "\n".join(lines) + "\n")
