@@ -90,7 +90,7 @@ def ours(folder: str, ids: torch.Tensor, options: dict[str, Any]) -> dict[str, A
         conv_bytes=model.norm.weight.itemsize,
     )
     found["reading"] = found["formula"] / bandwidth
-    found["decode"] = _times(lambda x: model(x, cache=run.cache, logits_to_keep=1), ids[:, : options["decode"]])
+    found["decode"] = _times(lambda x: model.step(x, run.cache), ids[:, : options["decode"]])
     for name, text in (("again", ids), ("question", torch.cat((ids, question), dim=1))):
         began = time.perf_counter()
         list(store.prefill(text, chunk_size=options["chunk_size"], max_len=total + 4096))
