@@ -31,7 +31,7 @@ import qwen3next as q
 from qwen3next.commands.common import show
 from recipes import benchmark_cases as cases
 from recipes.benchmark_cases import Case, Models
-from recipes.measuring import machine, matmul_rate, read_bandwidth, synchronize, write_results
+from recipes.measuring import give_back, machine, matmul_rate, peak_memory, read_bandwidth, synchronize, write_results
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ QUICK = {"prefill": ("1x512",), "decode_after": 256, "train": ("2x256",), "quest
 class Row:
     """One comparison with one peer. Times are medians of seconds; ratios are theirs / ours, median and range of pairs.
 
-    `limit` is the least time by products and reading; 0 where neither was counted.
+    `limit` is the least time by products and reading; 0 where neither was counted. `memory` and `peer_memory` are bytes
+    that a run takes at most beside what is there before it; −1 where that cannot be known.
     """
 
     dtype: str
@@ -94,6 +95,8 @@ class Row:
     lowest: float
     highest: float
     limit: float
+    memory: int = -1
+    peer_memory: int = -1
 
 
 def compare(case: Case, repetitions: int, *, dtype: str, limit: float) -> list[Row]:
@@ -107,14 +110,23 @@ def compare(case: Case, repetitions: int, *, dtype: str, limit: float) -> list[R
             synchronize()
             if n:  # the first one warms up
                 times[name].append(perf_counter() - begin)
+    memory = {name: _memory(run) for name, run in case.sides.items()}
     ours, *peers = times
     rows = []
     for peer in peers:
         ratios = [b / a for a, b in zip(times[ours], times[peer], strict=True)]
         seconds = median(times[ours]), median(times[peer])
         spread = median(ratios), min(ratios), max(ratios)
-        rows.append(Row(dtype, case.what, peer, case.tokens, *seconds, *spread, limit))
+        took = memory[ours], memory[peer]
+        rows.append(Row(dtype, case.what, peer, case.tokens, *seconds, *spread, limit, *took))
     return rows
+
+
+def _memory(run: Callable[[], object]) -> int:
+    give_back()
+    with peak_memory() as peak:
+        run()
+    return peak.nbytes
 
 
 def models(options: Options, folder: Path, dtype: str) -> Models:
@@ -211,16 +223,18 @@ def cells(row: Row) -> list[str]:
     speeds = (f"{row.tokens / seconds:,.0f}" if row.tokens / seconds >= 100 else f"{row.tokens / seconds:.1f}"
               for seconds in (row.ours, row.theirs))  # fmt: skip
     share = f"{row.limit / row.ours:.0%}" if row.limit else "-"
-    return [row.dtype, row.what, *speeds, row.peer, f"{row.ratio:.2f}", f"{row.lowest:.2f} to {row.highest:.2f}", share]
+    memory = ("-" if n < 0 else f"{n / 2**20:,.0f}" for n in (row.memory, row.peer_memory))
+    spread = f"{row.ratio:.2f}", f"{row.lowest:.2f} to {row.highest:.2f}"
+    return [row.dtype, row.what, *speeds, row.peer, *spread, share, *memory]
 
 
-COLUMNS = ("dtype", "what", "tok/s", "peer tok/s", "peer", "ratio", "range", "of the limit")
+COLUMNS = ("dtype", "what", "tok/s", "peer tok/s", "peer", "ratio", "range", "of the limit", "MiB", "peer MiB")
 
 
 def as_markdown(rows: list[Row], options: Options, where: dict[str, str], can: dict[str, float]) -> str:
     """The table with its conditions."""
     lines = [f"Preset {options.preset}, without MTP. " + "; ".join(f"{k}: {v}" for k, v in where.items()), ""]
-    lines += [_limits(can), "", f"| {' | '.join(COLUMNS)} |", "|---|---|--:|--:|---|--:|---|--:|"]
+    lines += [_limits(can), "", f"| {' | '.join(COLUMNS)} |", "|---|---|--:|--:|---|--:|---|--:|--:|--:|"]
     for row in rows:
         parts = cells(row)
         lines.append(f"| {' | '.join([*parts[:5], f'**{parts[5]}**', *parts[6:]])} |")

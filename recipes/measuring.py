@@ -1,5 +1,6 @@
 """What measurements have in common: the machine in words and its own limits in the same run, memory, files."""
 
+import ctypes
 import json
 import platform
 import subprocess
@@ -79,6 +80,13 @@ class Peak:
     """Bytes by which memory rose at most over what it was at the beginning; −1 where that cannot be known."""
 
     nbytes: int = -1
+
+
+def give_back() -> None:
+    """Let the allocator return what is free, so that what a run takes is seen (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager
