@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from rich.table import Table
 import qwen3next as q
 from recipes import benchmark_cases as cases
 from recipes.benchmark_cases import Case, Models
-from recipes.measuring import machine, matmul_rate, read_bandwidth, synchronize, write_results
+from recipes.measuring import machine, matmul_rate, read_bandwidth, seconds_of, write_figure, write_results
 
 
 @dataclass(frozen=True)
@@ -100,12 +99,9 @@ def compare(case: Case, repetitions: int, *, dtype: str, limit: float) -> list[R
     times: dict[str, list[float]] = {name: [] for name in case.sides}
     for n in range(repetitions + 1):
         for name, run in case.sides.items():
-            synchronize()
-            begin = perf_counter()
-            run()
-            synchronize()
+            took = seconds_of(run)
             if n:  # the first one warms up
-                times[name].append(perf_counter() - begin)
+                times[name].append(took)
     ours, *peers = times
     rows = []
     for peer in peers:
@@ -247,7 +243,7 @@ def draw(rows: list[Row], path: Path) -> None:
     axis.set(yticks=range(len(rows)), yticklabels=names, xscale="log", xlabel="times as fast as the peer")
     axis.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
     axis.invert_yaxis()
-    figure.savefig(path, dpi=120)
+    write_figure(figure, path)
     plt.close(figure)
 
 
