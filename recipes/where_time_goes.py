@@ -129,15 +129,22 @@ def torch_alone(model: q.Qwen3Next) -> Iterator[None]:
 
 
 def split(
-    model: q.Qwen3Next, run: Callable[[], object], repetitions: int, tick: Callable[[], None]
+    model: q.Qwen3Next,
+    run: Callable[[], object],
+    repetitions: int,
+    tick: Callable[[], None],
+    *,
+    ready: Callable[[], object] = lambda: None,
 ) -> dict[str, dict[str, float]]:
-    """Seconds of `run` by part, before and after, in turn."""
+    """Seconds of `run` by part, before and after, in turn; `ready` is called before each, untimed."""
     found: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
     for n in range(repetitions + 1):
         for side, times in found.items():
             clock = Clock()
-            with torch_alone(model) if side == "before" else nullcontext(), clock.watching():
-                total = seconds_of(run)
+            with torch_alone(model) if side == "before" else nullcontext():
+                ready()
+                with clock.watching():
+                    total = seconds_of(run)
             if n:  # the first one warms up
                 times.append(clock.seconds | {REST: total - sum(clock.seconds.values())})
             tick()
@@ -186,7 +193,7 @@ def measure(options: Options) -> dict[str, Any]:
         raise ValueError("tokens, repetitions and steps must be at least 1.")
     torch.manual_seed(options.seed)
     n, dtype, turns = options.tokens, getattr(torch, options.dtype), options.repetitions + 1
-    room = n + 2 * turns * options.steps
+    room = n + 2 * turns * (options.steps + 1)
     config = make(mtp_num_hidden_layers=0, max_position_embeddings=room)
     model = q.Qwen3Next(config).to(dtype).eval()
     ids, new = torch.randint(config.vocab_size, (1, n)), torch.randint(config.vocab_size, (1, options.steps))
@@ -205,7 +212,8 @@ def measure(options: Options) -> dict[str, Any]:
             progress.advance(task)
 
         prefill = split(model, lambda: list(model.prefill(ids, model.new_cache(max_len=n))), options.repetitions, tick)
-        steps = split(model, decode, options.repetitions, tick)
+        # A step after a change of backends finds out anew what it can run.
+        steps = split(model, decode, options.repetitions, tick, ready=lambda: model.step(new[:, :1], cache))
         rules = delta_rules(config, options, tick) if "linear_attention" in config.layer_types else {}
     flops, nbytes = flops_by_operation(config, n), bytes_by_operation(config, n, dtype.itemsize)
     least = delta_rule_flops(
