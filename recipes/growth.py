@@ -5,9 +5,10 @@
     python -m recipes.growth --lengths 1k 8k --dtype bfloat16 --out docs/benchmarks/2026-11-26-growth
 
 At each length the models take turns, each in a process of its own, so that peak memory is its own. Beside what is
-measured stands what theory asks of the machine of this very run: a prefill's floating-point operations at the rate of a
-large matrix product, and for decoding the weights and the cache at the bandwidth of reading. Both count less than all
-work. Where weights fit into the processor's caches, decoding may beat its line.
+measured stands what theory asks: a prefill's floating-point operations at the rate of a large matrix product, and for
+decoding the weights and the cache at the bandwidth of reading. Both rates are measured before and after every turn: the
+tables compare with those, the lines of the picture have the medians of the run. Where weights fit into the processor's
+caches, decoding may beat its line.
 """
 
 import json
@@ -32,9 +33,9 @@ from qwen3next.sizes import binary
 from recipes.measuring import (
     in_own_process,
     machine,
-    matmul_rate,
+    machine_can,
     peak_memory,
-    read_bandwidth,
+    random_bytes,
     seconds_of,
     write_figure,
     write_results,
@@ -140,9 +141,10 @@ def measure(options: Options) -> dict[str, Any]:
     rounds = {n: 1 if n >= once_from else options.rounds for n in lengths}
     jobs = [(n, name) for n in lengths for _ in range(rounds[n]) for name in models]
     work = {(n, name): forward_flops(config, n) for n in lengths for name, config in models.items()}
-    can = {"flops_per_second": matmul_rate(dtype), "read_bytes_per_second": read_bandwidth()}
     found: dict[tuple[int, str], list[dict[str, Any]]] = {key: [] for key in work}
     given_up: dict[str, str] = {}
+    memory = random_bytes()
+    cans = [machine_can(dtype, memory)]
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("measuring", total=sum(work[job] for job in jobs))
         for n, name in jobs:
@@ -150,28 +152,36 @@ def measure(options: Options) -> dict[str, Any]:
             if name not in given_up:
                 job = {key: value for key, value in asdict(options).items() if key != "out"}
                 once = in_own_process("recipes.growth", job | {"model": name, "tokens": n}, options.most_seconds)
-                found[n, name].append(once)
+                cans.append(machine_can(dtype, memory))
+                found[n, name].append(once | {key: (cans[-2][key] + cans[-1][key]) / 2 for key in cans[-1]})
                 if "failed" in once:
                     given_up[name] = once["failed"]
             progress.advance(task, work[n, name])
+    run = {key: median(can[key] for can in cans) for key in cans[0]}
     rows = []
     for (n, name), times in found.items():
-        row: dict[str, Any] = {"tokens": n, "model": name}
-        nbytes = bytes_by_operation(models[name], n, dtype.itemsize)
-        row["limit"] = {
-            "prefill": work[n, name] / can["flops_per_second"],
-            "decode": sum(nbytes.values()) / can["read_bytes_per_second"],
-            "held": nbytes["delta rule"] + nbytes["attention"],
-        }
         times = [once for once in times if "failed" not in once]
+        nbytes = bytes_by_operation(models[name], n, dtype.itemsize)
+        row: dict[str, Any] = {"tokens": n, "model": name, "flops": work[n, name], "nbytes": sum(nbytes.values())}
+        row |= {"formula": nbytes["delta rule"] + nbytes["attention"], "theory": least(row, run)}
         if times:
-            row |= {key: median(once[key] for once in times) for key in ("prefill", "decode")}
+            row |= {key: median(once[key] for once in times) for key in ("prefill", "decode", *run)}
             row |= {key: max(once[key] for once in times) for key in ("peak", "held", "reserved")}
-            row["each"] = times
+            row |= {"limit": least(row, row), "each": times}
         else:
             row["failed"] = given_up[name]
         rows.append(row)
-    return {"models": {name: _sizes(config) for name, config in models.items()}, "machine_can": can, "rows": rows}
+    spread = {f"{which.__name__}_{key}": which(can[key] for can in cans) for key in run for which in (min, max)}
+    return {
+        "models": {name: _sizes(config) for name, config in models.items()},
+        "machine_can": run | spread,
+        "rows": rows,
+    }
+
+
+def least(work: dict[str, Any], can: dict[str, Any]) -> dict[str, float]:
+    """Seconds that a row's prefill and step take at such rates."""
+    return {"prefill": work["flops"] / can["flops_per_second"], "decode": work["nbytes"] / can["read_bytes_per_second"]}
 
 
 def _sizes(config: q.ModelConfig) -> dict[str, Any]:
@@ -219,8 +229,11 @@ def conditions(found: dict[str, Any], options: Options) -> list[str]:
             f"{name}: {size['parameters']:,} parameters, {size['active']:,} active, softmax attention in "
             f"{size['attention_layers']} of {size['layers']} layers, feed-forward of {size['feed_forward']}."
         )
-    rate, bandwidth = can["flops_per_second"] / 1e9, can["read_bytes_per_second"] / 1e9
-    lines.append(f"Measured in this run: matrix products {rate:,.0f} GFLOP/s, reading {bandwidth:.1f} GB/s.")
+    products, reading = (
+        f"{can[key] / 1e9:,.0f} {unit} ({can[f'min_{key}'] / 1e9:,.0f} to {can[f'max_{key}'] / 1e9:,.0f})"
+        for key, unit in (("flops_per_second", "GFLOP/s"), ("read_bytes_per_second", "GB/s"))
+    )
+    lines.append(f"Measured in this run, median and range: matrix products {products}, reading {reading}.")
     return lines
 
 
@@ -234,19 +247,19 @@ def draw(found: dict[str, Any], path: Path) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
-    panels: list[tuple[str, str, str, Callable[[int, float], float]]] = [
-        ("prefill, tokens a second", "prefill", "prefill", lambda n, x: n / x),
-        ("decoding, ms a token", "decode", "decode", lambda _, x: 1e3 * x),
-        ("memory of a prefill beside the weights, MiB", "peak", "held", lambda _, x: x / 2**20),
+    panels: list[tuple[str, str, Callable[[dict[str, Any]], float], Callable[[int, float], float]]] = [
+        ("prefill, tokens a second", "prefill", lambda row: row["theory"]["prefill"], lambda n, x: n / x),
+        ("decoding, ms a token", "decode", lambda row: row["theory"]["decode"], lambda _, x: 1e3 * x),
+        ("memory of a prefill beside the weights, MiB", "peak", lambda row: row["formula"], lambda _, x: x / 2**20),
     ]
     lengths = sorted({row["tokens"] for row in found["rows"]})
-    for axis, (title, key, limit, scale) in zip(axes, panels, strict=True):
+    for axis, (title, key, theory, scale) in zip(axes, panels, strict=True):
         for i, name in enumerate(found["models"]):
             rows = [row for row in found["rows"] if row["model"] == name]
             seen = [row for row in rows if row.get(key, -1) > 0]
             x = [row["tokens"] for row in seen]
             axis.plot(x, [scale(row["tokens"], row[key]) for row in seen], "os^"[i] + "-", c=f"C{i}", label=name)
-            axis.plot(lengths, [scale(row["tokens"], row["limit"][limit]) for row in rows], "--", c=f"C{i}", lw=0.8)
+            axis.plot(lengths, [scale(row["tokens"], theory(row)) for row in rows], "--", c=f"C{i}", lw=0.8)
         axis.set(xscale="log", yscale="log", xlabel="tokens of context", title=title)
         axis.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths], minor=False)
         axis.set_xticks([], minor=True)
@@ -255,8 +268,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axis.yaxis.set_major_formatter("{x:,g}")
         axis.grid(alpha=0.3)
     handles = [*axes[0].get_legend_handles_labels()[0]]
-    theory = "theory: operations or bytes at this machine's rates, bytes of the cache"
-    handles.append(Line2D([], [], c="0.4", ls="--", lw=0.8, label=theory))
+    thin = "theory: operations or bytes at this machine's rates, bytes of the cache"
+    handles.append(Line2D([], [], c="0.4", ls="--", lw=0.8, label=thin))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     write_figure(figure, path)
     plt.close(figure)

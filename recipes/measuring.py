@@ -48,10 +48,15 @@ def _processor() -> str:
     return f"{platform.machine()} {names[0]}" if names else platform.machine()
 
 
-def read_bandwidth(device: torch.device | str = "cpu") -> float:
-    """Bytes a second at which memory is read, the best of a few sums over 512 MiB."""
-    x = torch.rand(2**27, device=device)  # not constant: equal pages may be one in memory
+def read_bandwidth(device: torch.device | str = "cpu", *, of: torch.Tensor | None = None) -> float:
+    """Bytes a second at which memory is read, the best of a few sums over 512 MiB, or over `of`."""
+    x = random_bytes(device) if of is None else of
     return x.nbytes / _best(lambda: x.sum(), 5)
+
+
+def random_bytes(device: torch.device | str = "cpu") -> torch.Tensor:
+    """512 MiB to read; not constant, because equal pages may be one in memory, which then stays in the caches."""
+    return torch.rand(2**27, device=device)
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
@@ -60,6 +65,11 @@ def matmul_rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
     with torch.no_grad():
         return 2 * n**3 / _best(lambda: linear(a, b), 5)
+
+
+def machine_can(dtype: torch.dtype, of: torch.Tensor) -> dict[str, float]:
+    """Both limits of the CPU at this moment; other work on the machine, or its host, may change them."""
+    return {"flops_per_second": matmul_rate(dtype), "read_bytes_per_second": read_bandwidth(of=of)}
 
 
 def _best(run: Any, times: int) -> float:

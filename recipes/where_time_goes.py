@@ -4,18 +4,17 @@
     python -m recipes.where_time_goes --preset medium --dtype float32 --out docs/benchmarks/2026-11-25-where-float32
 
 Before: torch's own operations, one after another, the delta rule as `chunked` has it. After: what "auto" picks here.
-Both run the same weights in turn; a column is the repetition whose total is the median, so that it adds up. "Least" is
-what an operation's products take at the rate of a large one, or its weights and cache at the bandwidth of reading, both
-measured in the same run. Last, the delta rule alone, by implementation.
+Both run the same weights in turn; a table is the turn that took the median time, so that it adds up. "Least" is what an
+operation's products take at the rate of a large one, or its weights and cache at the bandwidth of reading, measured in
+the same turn. Last, the delta rule alone, by implementation.
 """
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 from unittest.mock import patch
@@ -35,7 +34,7 @@ from layers import backends
 from layers.delta_rule import gated_delta_rule
 from layers.norm import l2_normalise
 from qwen3next.decode import Plan
-from recipes.measuring import machine, matmul_rate, read_bandwidth, seconds_of, write_results
+from recipes.measuring import machine, machine_can, random_bytes, seconds_of, write_results
 from recipes.pretrain import exit_status
 from recipes.work import bytes_by_operation, delta_rule_flops, flops_by_operation
 
@@ -56,6 +55,9 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
 )
 REST = "the rest"
 ORDER = (*dict.fromkeys(part for _, _, part in PARTS), REST)
+
+
+Turn = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -132,36 +134,39 @@ def split(
     model: q.Qwen3Next,
     run: Callable[[], object],
     repetitions: int,
-    tick: Callable[[], None],
+    tick: Callable[[], dict[str, float]],
     *,
     ready: Callable[[], object] = lambda: None,
-) -> dict[str, dict[str, float]]:
-    """Seconds of `run` by part, before and after, in turn; `ready` is called before each, untimed."""
-    found: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
-    for n in range(repetitions + 1):
-        for side, times in found.items():
+) -> Turn:
+    """Seconds of `run` by part, before and after, and what the machine can do, of the turn that took the median time.
+
+    Args:
+        tick: called at the end of each turn, tells what the machine can do.
+        ready: called before each timing, untimed.
+    """
+    turns = []
+    for _ in range(repetitions + 1):
+        turn: Turn = {}
+        for side in ("before", "after"):
             clock = Clock()
             with torch_alone(model) if side == "before" else nullcontext():
                 ready()
                 with clock.watching():
                     total = seconds_of(run)
-            if n:  # the first one warms up
-                times.append(clock.seconds | {REST: total - sum(clock.seconds.values())})
-            tick()
-    return {side: sorted(times, key=lambda x: sum(x.values()))[len(times) // 2] for side, times in found.items()}
+            turn[side] = clock.seconds | {REST: total - sum(clock.seconds.values())}
+        turns.append(turn | {"can": tick()})
+    return _typical(turns[1:], lambda turn: sum(sum(turn[side].values()) for side in ("before", "after")))
 
 
-def delta_rules(config: q.ModelConfig, options: Options, tick: Callable[[], None]) -> dict[str, dict[str, float]]:
-    """Median seconds of the delta rule of one layer by implementation, without and with gradients, in turn."""
+def _typical(turns: list[Turn], took: Callable[[Turn], float]) -> Turn:
+    return sorted(turns, key=took)[len(turns) // 2]
+
+
+def delta_rules(config: q.ModelConfig, options: Options, tick: Callable[[], dict[str, float]]) -> Turn:
+    """Seconds of one layer's delta rule by implementation, without and with gradients; the turn as `split` has it."""
     c, t, dtype = config, options.tokens, getattr(torch, options.dtype)
     keys, values = (c.linear_num_key_heads, c.linear_key_head_dim), (c.linear_num_value_heads, c.linear_value_head_dim)
-    shapes = (keys, keys, values, values[:1], values[:1])
-    names = [
-        i.name
-        for i in backends.OPERATIONS["delta_rule"]
-        if i.name != "recurrent" and i.missing(torch.device("cpu"), dtype) is None
-    ]
-    times: dict[str, dict[str, list[float]]] = {name: {"forward": [], "with gradients": []} for name in names[::-1]}
+    inputs = [torch.randn(1, t, *shape).to(dtype) for shape in (keys, keys, values, values[:1], values[:1])]
 
     def run(backend: str, gradients: bool) -> None:
         with torch.set_grad_enabled(gradients):
@@ -172,14 +177,19 @@ def delta_rules(config: q.ModelConfig, options: Options, tick: Callable[[], None
             if gradients:
                 torch.autograd.grad(o.float().sum(), leaves)
 
-    inputs = [torch.randn(1, t, *shape).to(dtype) for shape in shapes]
-    for n in range(options.repetitions + 1):
-        for backend, found in times.items():
-            for key, seconds in found.items():
-                took = seconds_of(lambda b=backend, g=key == "with gradients": run(b, g))  # type: ignore[misc]
-                seconds += [took] if n else []
-        tick()
-    return {backend: {key: median(seconds) for key, seconds in found.items()} for backend, found in times.items()}
+    able = [i.name for i in backends.OPERATIONS["delta_rule"] if i.missing(torch.device("cpu"), dtype) is None]
+    turns = []
+    for _ in range(options.repetitions + 1):
+        turn: Turn = {}
+        for name in ("chunked", "piecewise", "cpp"):
+            if name in able:
+                forward = seconds_of(partial(run, name, False))
+                turn[name] = {"forward": forward, "with gradients": seconds_of(partial(run, name, True))}
+        turns.append(turn | {"can": tick()})
+    found = _typical(turns[1:], lambda turn: sum(sum(turn[name].values()) for name in turn if name != "can"))
+    least = delta_rule_flops(tokens=t, heads=values[0], key_dim=keys[1], value_dim=values[1])
+    least_seconds = least / found["can"]["flops_per_second"]
+    return found | {"least": {"forward": least_seconds, "with gradients": 3 * least_seconds}}
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -197,8 +207,7 @@ def measure(options: Options) -> dict[str, Any]:
     config = make(mtp_num_hidden_layers=0, max_position_embeddings=room)
     model = q.Qwen3Next(config).to(dtype).eval()
     ids, new = torch.randint(config.vocab_size, (1, n)), torch.randint(config.vocab_size, (1, options.steps))
-    rate, bandwidth = matmul_rate(dtype), read_bandwidth()
-    cache = model.new_cache(max_len=room)
+    cache, memory = model.new_cache(max_len=room), random_bytes()
     list(model.prefill(ids, cache))
 
     def decode() -> None:
@@ -206,28 +215,24 @@ def measure(options: Options) -> dict[str, Any]:
             model.step(token, cache)
 
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("timing", total=5 * turns)
+        task = progress.add_task("timing", total=(3 if "linear_attention" in config.layer_types else 2) * turns)
 
-        def tick() -> None:
+        def tick() -> dict[str, float]:
             progress.advance(task)
+            return machine_can(dtype, memory)
 
         prefill = split(model, lambda: list(model.prefill(ids, model.new_cache(max_len=n))), options.repetitions, tick)
         # A step after a change of backends finds out anew what it can run.
         steps = split(model, decode, options.repetitions, tick, ready=lambda: model.step(new[:, :1], cache))
         rules = delta_rules(config, options, tick) if "linear_attention" in config.layer_types else {}
     flops, nbytes = flops_by_operation(config, n), bytes_by_operation(config, n, dtype.itemsize)
-    least = delta_rule_flops(
-        tokens=n,
-        heads=config.linear_num_value_heads,
-        key_dim=config.linear_key_head_dim,
-        value_dim=config.linear_value_head_dim,
-    )
+    rate, bandwidth = prefill["can"]["flops_per_second"], steps["can"]["read_bytes_per_second"]
+    for side in ("before", "after"):
+        steps[side] = {part: x / options.steps for part, x in steps[side].items()}
     return {
-        "machine_can": {"flops_per_second": rate, "read_bytes_per_second": bandwidth},
         "prefill": prefill | {"least": {part: x / rate for part, x in flops.items()}},
-        "decode": {side: {part: x / options.steps for part, x in found.items()} for side, found in steps.items()}
-        | {"least": {part: x / bandwidth for part, x in nbytes.items()}},
-        "delta rule": rules | {"least": {"forward": least / rate, "with gradients": 3 * least / rate}},
+        "decode": steps | {"least": {part: x / bandwidth for part, x in nbytes.items()}},
+        "delta rule": rules,
     }
 
 
@@ -245,17 +250,18 @@ def by_part(found: dict[str, dict[str, float]]) -> list[list[str]]:
 def main(options: Options) -> dict[str, Any]:
     """Time, print the tables, write the files."""
     found, where = measure(options), machine()
-    can = found["machine_can"]
-    rates = f"{can['flops_per_second'] / 1e9:,.0f} GFLOP/s, reading {can['read_bytes_per_second'] / 1e9:.1f} GB/s"
-    told = f"Preset {options.preset}, {options.dtype}. Measured in this run: matrix products {rates}. "
+    rate = found["prefill"]["can"]["flops_per_second"] / 1e9
+    bandwidth = found["decode"]["can"]["read_bytes_per_second"] / 1e9
+    told = f"Preset {options.preset}, {options.dtype}. Beside the prefill, matrix products ran at {rate:,.0f} GFLOP/s; "
+    told += f"beside decoding, reading at {bandwidth:.1f} GB/s. "
     told += "; ".join(f"{k}: {v}" for k, v in where.items()) + "."
     sides = ["before, ms", "after, ms", "least, ms"]
     tables = [
         ([f"prefill of {options.tokens} tokens", *sides], by_part(found["prefill"])),
         ([f"a decoding step behind {options.tokens} tokens", *sides], by_part(found["decode"])),
     ]
-    if len(rules := found["delta rule"]) > 1:
-        rows = [[name, *(f"{1e3 * x:.2f}" for x in times.values())] for name, times in rules.items()]
+    if rules := found["delta rule"]:
+        rows = [[name, *(f"{1e3 * x:.2f}" for x in times.values())] for name, times in rules.items() if name != "can"]
         tables.append((["delta rule of one layer", "forward, ms", "with gradients, ms"], rows))
     lines = [told]
     for heads, rows in tables:

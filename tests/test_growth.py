@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
@@ -38,6 +39,7 @@ def test_models_are_of_one_size(preset):
 def test_memory_grows_as_counted(tmp_path, monkeypatch):
     """In `tiny`, one layer of four is softmax attention: a quarter of the attention-only model's bytes a token."""
     monkeypatch.setattr(growth, "in_own_process", here)
+    monkeypatch.setattr(growth, "random_bytes", lambda: torch.rand(1000))  # enough to count, and quickly
     out = tmp_path / "new" / "growth"
     found = main(Options(**TINY, out=out))
     held = {(row["tokens"], row["model"]): row["held"] for row in found["rows"]}
@@ -46,9 +48,9 @@ def test_memory_grows_as_counted(tmp_path, monkeypatch):
         assert 4 * (held[b, "hybrid"] - held[a, "hybrid"]) == held[b, "attention"] - held[a, "attention"] > 0
     assert held[280, "attention"] == 4 * held[70, "attention"]
     for row in found["rows"]:
-        assert row["held"] == row["limit"]["held"] <= row["reserved"]
+        assert row["held"] == row["formula"] <= row["reserved"]
         assert row["prefill"] > 0 < row["decode"]
-        assert row["limit"]["prefill"] > 0 < row["limit"]["decode"]
+        assert row["theory"]["prefill"] > 0 < row["limit"]["decode"]
         assert len(row["each"]) == (1 if row["tokens"] == 280 else 2)
     written = json.loads(out.with_suffix(".json").read_text())
     assert written["rows"] == json.loads(json.dumps(found["rows"]))
@@ -75,6 +77,7 @@ def test_a_model_that_takes_too_long_is_left_out_from_there_on(monkeypatch):
         return {"failed": "took longer than 1 s"} if slow else here(module, job, most_seconds)
 
     monkeypatch.setattr(growth, "in_own_process", stopped)
+    monkeypatch.setattr(growth, "random_bytes", lambda: torch.rand(1000))
     rows = main(Options(**TINY | {"rounds": 1}))["rows"]
     failed = {(row["tokens"], row["model"]): row["failed"] for row in rows if "failed" in row}
     assert failed == dict.fromkeys([(140, "attention"), (280, "attention")], "took longer than 1 s")
