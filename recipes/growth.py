@@ -250,7 +250,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     panels: list[tuple[str, str, Callable[[dict[str, Any]], float], Callable[[int, float], float]]] = [
         ("prefill, tokens a second", "prefill", lambda row: row["theory"]["prefill"], lambda n, x: n / x),
         ("decoding, ms a token", "decode", lambda row: row["theory"]["decode"], lambda _, x: 1e3 * x),
-        ("memory of a prefill beside the weights, MiB", "peak", lambda row: row["formula"], lambda _, x: x / 2**20),
+        ("most memory in a prefill, MiB", "peak", lambda row: row["formula"], lambda _, x: x / 2**20),
     ]
     lengths = sorted({row["tokens"] for row in found["rows"]})
     for axis, (title, key, theory, scale) in zip(axes, panels, strict=True):
