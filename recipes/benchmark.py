@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -31,7 +30,16 @@ import qwen3next as q
 from qwen3next.commands.common import show
 from recipes import benchmark_cases as cases
 from recipes.benchmark_cases import Case, Models
-from recipes.measuring import give_back, machine, matmul_rate, peak_memory, read_bandwidth, synchronize, write_results
+from recipes.measuring import (
+    give_back,
+    machine,
+    matmul_rate,
+    peak_memory,
+    read_bandwidth,
+    seconds_of,
+    write_figure,
+    write_results,
+)
 
 
 @dataclass(frozen=True)
@@ -104,12 +112,9 @@ def compare(case: Case, repetitions: int, *, dtype: str, limit: float) -> list[R
     times: dict[str, list[float]] = {name: [] for name in case.sides}
     for n in range(repetitions + 1):
         for name, run in case.sides.items():
-            synchronize()
-            begin = perf_counter()
-            run()
-            synchronize()
+            took = seconds_of(run)
             if n:  # the first one warms up
-                times[name].append(perf_counter() - begin)
+                times[name].append(took)
     memory = {name: _memory(run) for name, run in case.sides.items()}
     ours, *peers = times
     rows = []
@@ -117,8 +122,8 @@ def compare(case: Case, repetitions: int, *, dtype: str, limit: float) -> list[R
         ratios = [b / a for a, b in zip(times[ours], times[peer], strict=True)]
         seconds = median(times[ours]), median(times[peer])
         spread = median(ratios), min(ratios), max(ratios)
-        took = memory[ours], memory[peer]
-        rows.append(Row(dtype, case.what, peer, case.tokens, *seconds, *spread, limit, *took))
+        row = Row(dtype, case.what, peer, case.tokens, *seconds, *spread, limit, memory[ours], memory[peer])
+        rows.append(row)
     return rows
 
 
@@ -262,7 +267,7 @@ def draw(rows: list[Row], path: Path) -> None:
     axis.set(yticks=range(len(rows)), yticklabels=names, xscale="log", xlabel="times as fast as the peer")
     axis.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
     axis.invert_yaxis()
-    figure.savefig(path, dpi=120)
+    write_figure(figure, path)
     plt.close(figure)
 
 

@@ -10,13 +10,13 @@ bandwidth that is measured in the same process.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,7 +31,15 @@ import qwen3next as q
 from qwen3next.commands.common import show
 from qwen3next.commands.context import parse_tokens
 from qwen3next.sizes import binary
-from recipes.measuring import machine, peak_memory, read_bandwidth, write_results
+from recipes.measuring import (
+    in_own_process,
+    machine,
+    peak_memory,
+    read_bandwidth,
+    seconds_of,
+    write_figure,
+    write_results,
+)
 
 QUESTION = 32  # tokens
 
@@ -115,12 +123,7 @@ def theirs(folder: str, ids: torch.Tensor, options: dict[str, Any]) -> dict[str,
 
 
 def _times(step: Any, ids: torch.Tensor) -> list[float]:
-    seconds = []
-    for token in ids.split(1, dim=1):
-        began = time.perf_counter()
-        step(token)
-        seconds.append(time.perf_counter() - began)
-    return seconds
+    return [seconds_of(partial(step, token)) for token in ids.split(1, dim=1)]
 
 
 def worker(job: dict[str, Any]) -> dict[str, Any]:
@@ -156,25 +159,11 @@ def measure(options: Options) -> list[dict[str, Any]]:
             progress.update(task, description=f"{side}, {n:,} tokens")
             if side not in given_up:
                 job = {"folder": f"{folder}/model", "side": side, "length": n, "options": asdict(options) | {"out": ""}}
-                rows[n][side] = _run(job, options.most_seconds)
+                rows[n][side] = in_own_process("recipes.long_context", job, options.most_seconds)
                 if "failed" in rows[n][side]:
                     given_up.add(side)
             progress.advance(task, n)
     return list(rows.values())
-
-
-def _run(job: dict[str, Any], most_seconds: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "recipes.long_context", "--worker"]
-    try:
-        done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=most_seconds)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"took longer than {most_seconds:.0f} s"}
-    if done.returncode < 0:
-        return {"failed": "out of memory" if done.returncode == -9 else f"killed by signal {-done.returncode}"}
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:]
-        return {"failed": last[0] if last else f"status {done.returncode}"}
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 Show = Callable[[Any], str]
@@ -238,7 +227,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_xticks(x, [f"{n // 1024}k" for n in x], minor=False)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    write_figure(figure, path)
     plt.close(figure)
 
 

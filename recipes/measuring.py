@@ -4,8 +4,9 @@ import ctypes
 import json
 import platform
 import subprocess
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,10 @@ from typing import Any
 
 import torch
 
+from layers.linear import linear
 from qwen3next.atomic import fresh_file
+
+HERE = Path(__file__).parent
 
 
 def machine() -> dict[str, str]:
@@ -21,7 +25,8 @@ def machine() -> dict[str, str]:
     import transformers
 
     try:
-        run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
+        command = ["git", "describe", "--always", "--dirty"]
+        run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE)
         commit = run.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
@@ -44,29 +49,33 @@ def _processor() -> str:
     return f"{platform.machine()} {names[0]}" if names else platform.machine()
 
 
-def read_bandwidth(device: torch.device | str = "cpu") -> float:
-    """Bytes a second at which memory is read, the best of a few sums over 512 MiB."""
-    x = torch.rand(2**27, device=device)  # not constant: equal pages may be one in memory
+def read_bandwidth(device: torch.device | str = "cpu", *, of: torch.Tensor | None = None) -> float:
+    """Bytes a second at which memory is read, the best of a few sums over 512 MiB, or over `of`."""
+    x = random_bytes(device) if of is None else of
     return x.nbytes / _best(lambda: x.sum(), 5)
 
 
+def random_bytes(device: torch.device | str = "cpu") -> torch.Tensor:
+    """512 MiB to read; not constant, because equal pages may be one in memory, which then stays in the caches."""
+    return torch.rand(2**27, device=device)
+
+
 def matmul_rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
-    """Floating-point operations a second of a large matrix product, the best of a few."""
+    """Floating-point operations a second of a large matrix product, the best of a few, by the faster library."""
     n = 4096 if torch.device(device).type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
-    return 2 * n**3 / _best(lambda: a @ b, 5)
+    with torch.no_grad():
+        return 2 * n**3 / _best(lambda: linear(a, b), 5)
+
+
+def machine_can(dtype: torch.dtype, of: torch.Tensor) -> dict[str, float]:
+    """Both limits of the CPU at this moment; other work on the machine, or its host, may change them."""
+    return {"flops_per_second": matmul_rate(dtype), "read_bytes_per_second": read_bandwidth(of=of)}
 
 
 def _best(run: Any, times: int) -> float:
     run()
-    found = []
-    for _ in range(times):
-        synchronize()
-        begin = time.perf_counter()
-        run()
-        synchronize()
-        found.append(time.perf_counter() - begin)
-    return min(found)
+    return min(seconds_of(run) for _ in range(times))
 
 
 def synchronize() -> None:
@@ -112,6 +121,40 @@ def peak_memory() -> Iterator[Peak]:
 def _status(name: str) -> int:
     text = Path("/proc/self/status").read_text(encoding="ascii")
     return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(f"{name}:"))
+
+
+def in_own_process(module: str, job: Mapping[str, Any], most_seconds: float) -> dict[str, Any]:
+    """What `python -m MODULE --worker` prints for a job, both as JSON: a process has a peak memory of its own.
+
+    Returns {"failed": why, in a few words} where it does not end well or in time.
+    """
+    command = [sys.executable, "-m", module, "--worker"]
+    try:
+        done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=most_seconds)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"took longer than {most_seconds:.0f} s"}
+    if done.returncode < 0:
+        return {"failed": "out of memory" if done.returncode == -9 else f"killed by signal {-done.returncode}"}
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:]
+        return {"failed": last[0] if last else f"status {done.returncode}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """How long it takes, once."""
+    synchronize()
+    begin = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - begin
+
+
+def write_figure(figure: Any, path: Path) -> None:
+    """A picture of matplotlib as a .png, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with fresh_file(path) as fresh:
+        figure.savefig(fresh, format="png", dpi=120)
 
 
 def write_results(out: Path, content: Mapping[str, Any], markdown: str) -> None:

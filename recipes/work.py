@@ -27,7 +27,13 @@ def delta_rule_flops(*, tokens: int, heads: int, key_dim: int, value_dim: int) -
     return tokens * heads * 6 * key_dim * value_dim
 
 
-def forward_flops(config: ModelConfig, tokens: int, *, past: int = 0, logits: int = 1) -> int:
+def routed_weights(config: ModelConfig) -> int:
+    """Of `linear_weights` those of the chosen experts."""
+    sparse = sum(map(config.is_sparse, range(config.num_hidden_layers)))
+    return sparse * 3 * config.hidden_size * config.num_experts_per_tok * config.moe_intermediate_size
+
+
+def flops_by_operation(config: ModelConfig, tokens: int, *, past: int = 0, logits: int = 1) -> dict[str, int]:
     """Of one sequence of `tokens` new tokens behind `past` others, with logits for the last `logits` of them."""
     c = config
     rule = delta_rule_flops(
@@ -37,9 +43,18 @@ def forward_flops(config: ModelConfig, tokens: int, *, past: int = 0, logits: in
         value_dim=c.linear_value_head_dim,
     )
     seen = tokens * past + tokens * (tokens + 1) // 2  # pairs of a query and a key
-    softmax = 4 * seen * c.num_attention_heads * c.head_dim
-    layers = c.layer_types.count("linear_attention") * rule + c.layer_types.count("full_attention") * softmax
-    return 2 * tokens * linear_weights(c) + layers + 2 * logits * c.hidden_size * c.vocab_size
+    routed = 2 * tokens * routed_weights(c)
+    return {
+        "linear maps": 2 * tokens * linear_weights(c) - routed + 2 * logits * c.hidden_size * c.vocab_size,
+        "experts": routed,
+        "delta rule": c.layer_types.count("linear_attention") * rule,
+        "attention": c.layer_types.count("full_attention") * 4 * seen * c.num_attention_heads * c.head_dim,
+    }
+
+
+def forward_flops(config: ModelConfig, tokens: int, *, past: int = 0, logits: int = 1) -> int:
+    """Of all of `flops_by_operation`."""
+    return sum(flops_by_operation(config, tokens, past=past, logits=logits).values())
 
 
 def train_flops(config: ModelConfig, tokens: int) -> int:
@@ -50,3 +65,14 @@ def train_flops(config: ModelConfig, tokens: int) -> int:
 def active_weight_bytes(config: ModelConfig, element_size: int) -> int:
     """What one decoded token has to read of the weights: those it is multiplied with, and the head."""
     return element_size * (linear_weights(config) + config.hidden_size * config.vocab_size)
+
+
+def bytes_by_operation(config: ModelConfig, past: int, element_size: int) -> dict[str, int]:
+    """What one decoded token behind `past` others has to read: weights, states, keys and values."""
+    routed = element_size * routed_weights(config)
+    return {
+        "linear maps": active_weight_bytes(config, element_size) - routed,
+        "experts": routed,
+        "delta rule": config.bytes_per_sequence(element_size),
+        "attention": past * config.bytes_per_token(element_size),
+    }
