@@ -3,8 +3,10 @@
 "auto" picks the fastest that can run and may fall back. A backend that was named runs or raises.
 """
 
+import importlib.metadata
 import importlib.util
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +16,10 @@ import torch
 from torch import Tensor
 
 from layers.native.build import missing
+
+
+class Refusal(str):
+    """Why a kernel that is installed and meant for this device is not used; "auto" warns of it, once."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,44 @@ def _fla(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return "flash-linear-attention's kernels have no float64"
     return fla_missing()
+
+
+@cache
+def release(package: str) -> tuple[int, ...] | None:
+    """The numbers of an installed package's release, None where it is not installed."""
+    try:
+        text = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return tuple(map(int, re.findall(r"\d+", text.partition("+")[0])[:3]))
+
+
+def generation(device: torch.device) -> int:
+    """The first number of a GPU's compute capability: 8 Ampere and Ada, 9 Hopper, 10 and up Blackwell; 0 if unknown."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
+
+
+# Triton releases that miscompile the gradients of FLA's gated delta rule on Hopper; FLA raises there (its #640).
+WRONG_TRITON = (3, 4, 0), (3, 7, 1)  # from the first, up to the second
+
+
+def triton_refused(device: torch.device) -> Refusal | None:
+    """Why the gradients of FLA's gated delta rule cannot be had with this Triton on this GPU, or None."""
+    triton, (first, fixed) = release("triton"), WRONG_TRITON
+    if triton is None or generation(device) != 9 or not first <= triton < fixed:
+        return None
+    return Refusal(
+        f"triton {'.'.join(map(str, triton))} miscompiles the gradients of its gated delta rule on Hopper GPUs: "
+        f"pip install 'triton>={'.'.join(map(str, fixed))}'"
+    )
+
+
+def _fla_rule(device: torch.device, dtype: torch.dtype) -> str | None:
+    if reason := _fla(device, dtype):
+        return reason
+    return triton_refused(device) if torch.is_grad_enabled() else None  # the forward is compiled correctly
 
 
 def _for_caches(device: torch.device, _dtype: torch.dtype) -> str | None:
@@ -115,7 +159,7 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
         Implementation("torch", "torch's linear"),
     ),
     "delta_rule": (
-        Implementation("fla", "fused Triton kernels", _fla),
+        Implementation("fla", "fused Triton kernels", _fla_rule),
         Implementation("cpp", "a memory at a time in a core's caches", _cpp),
         Implementation("piecewise", "chunks of 64 tokens, a few at a time, in torch", passed_over=_for_caches),
         Implementation("chunked", "matrix products over chunks of 64 tokens, in torch"),
@@ -177,9 +221,17 @@ def choose_for(operation: str, backend: str, device: torch.device, dtype: torch.
             raise RuntimeError(f"The {backend!r} backend of {operation} cannot run here: {reason}.")
         return backend
     for implementation in OPERATIONS[operation]:
-        if implementation.unfit(device, dtype) is None:
+        reason = implementation.unfit(device, dtype)
+        if reason is None:
             return implementation.name
+        if isinstance(reason, Refusal):
+            _warn_once(operation, implementation.name, reason)
     raise AssertionError(f"{operation} has no implementation that always runs")
+
+
+@cache
+def _warn_once(operation: str, name: str, reason: str) -> None:
+    warnings.warn(f"The {name!r} backend of {operation} is not used: {reason}.", stacklevel=4)
 
 
 @dataclass(frozen=True)
@@ -204,8 +256,11 @@ def explain_operation(operation: str, backend: str, device: torch.device, dtype:
             reason = implementation.unfit(device, dtype)
             faster.append(f"{implementation.name}: {reason or 'choose it or auto'}")
     why = f"{why}: {implementation.why}"
-    if backend == "auto":
-        with torch.enable_grad():
-            training = choose_for(operation, backend, device, dtype)
-        why += "" if training == runs else f"; with them, {training}"
+    with torch.enable_grad():
+        reason = why_not(operation, runs, device, dtype)
+        training = choose_for(operation, backend, device, dtype) if backend == "auto" else runs
+    if training != runs:
+        why += f"; with gradients, {training}" + (f", as {reason}" if isinstance(reason, Refusal) else "")
+    elif reason is not None:
+        why += f"; not with gradients: {reason}"
     return Explanation(operation, runs, why, "; ".join(faster) or "-")

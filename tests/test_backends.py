@@ -75,6 +75,51 @@ def test_every_backend_gives_the_same_model():
 
 
 @pytest.fixture
+def on_a_hopper(monkeypatch):
+    """FLA installed on a Hopper GPU, with the Triton that a test puts there; warnings are fresh."""
+    monkeypatch.setattr(backends, "fla_missing", lambda: None)
+    monkeypatch.setattr(backends, "generation", lambda device: 9 if device.type == "cuda" else 0)
+    backends._warn_once.cache_clear()
+    yield lambda triton: monkeypatch.setattr(backends, "release", {"triton": triton}.get)
+    backends._warn_once.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "triton, refused",
+    [((3, 3, 1), False), ((3, 4, 0), True), ((3, 6, 0), True), ((3, 7, 0), True), ((3, 7, 1), False), ((4, 0), False)],
+)
+def test_a_triton_that_miscompiles_gradients_is_refused_on_hopper(on_a_hopper, monkeypatch, triton, refused):
+    on_a_hopper(triton)
+    reason = backends.why_not("delta_rule", "fla", CUDA, torch.bfloat16)
+    assert (reason is not None) == refused
+    if refused:
+        assert f"triton {'.'.join(map(str, triton))} miscompiles" in reason
+        assert "pip install 'triton>=3.7.1'" in reason
+    with torch.no_grad():  # the forward is right
+        assert backends.why_not("delta_rule", "fla", CUDA, torch.bfloat16) is None
+    assert backends.why_not("causal_conv", "fla", CUDA, torch.bfloat16) is None
+    for other in (8, 10):
+        monkeypatch.setattr(backends, "generation", lambda _device, other=other: other)
+        assert backends.why_not("delta_rule", "fla", CUDA, torch.bfloat16) is None
+
+
+def test_a_refused_triton_is_never_replaced_in_silence(on_a_hopper):
+    on_a_hopper((3, 6, 0))
+    with pytest.raises(RuntimeError, match=r"'fla' backend of delta_rule cannot run here: triton 3\.6\.0 miscompiles"):
+        backends.choose_for("delta_rule", "fla", CUDA, torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"not used: triton 3\.6\.0.*pip install 'triton>=3\.7\.1'") as seen:
+        chosen = [backends.choose_for("delta_rule", "auto", CUDA, torch.bfloat16) for _ in "ab"]
+    assert chosen == ["chunked"] * 2
+    assert len(seen) == 1
+    row = backends.explain_operation("delta_rule", "auto", CUDA, torch.bfloat16)
+    assert row.runs == "fla"
+    assert "with gradients, chunked, as triton 3.6.0 miscompiles" in row.why
+    assert (
+        "not with gradients: triton 3.6.0" in backends.explain_operation("delta_rule", "fla", CUDA, torch.bfloat16).why
+    )
+
+
+@pytest.fixture
 def fake_fla(monkeypatch):
     """FLA's documented signatures, computed by our reference: what we pass must mean what we meant."""
     calls = []
