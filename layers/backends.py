@@ -3,6 +3,7 @@
 "auto" picks the fastest that can run and may fall back. A backend that was named runs or raises.
 """
 
+import importlib
 import importlib.metadata
 import importlib.util
 import re
@@ -26,18 +27,23 @@ class Refusal(str):
 class Implementation:
     """One way to run an operation.
 
-    `missing` says in a sentence why it cannot run for a tensor, or None; `passed_over` why "auto" leaves it although it
-    can.
+    `missing` says in a sentence why it cannot run for a tensor, or None, and `head_dims` why not for heads so wide;
+    `passed_over` why "auto" leaves it although it can.
     """
 
     name: str
     why: str
     missing: Callable[[torch.device, torch.dtype], str | None] = lambda _device, _dtype: None
     passed_over: Callable[[torch.device, torch.dtype], str | None] = lambda _device, _dtype: None
+    head_dims: Callable[[int], str | None] = lambda _head_dim: None
 
-    def unfit(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def cannot(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Why it cannot run for such tensors, whose heads are so wide (0: unknown), or None."""
+        return self.missing(device, dtype) or (self.head_dims(head_dim) if head_dim else None)
+
+    def unfit(self, device: torch.device, dtype: torch.dtype, head_dim: int = 0) -> str | None:
         """Why "auto" does not pick it for such tensors, or None."""
-        return self.missing(device, dtype) or self.passed_over(device, dtype)
+        return self.cannot(device, dtype, head_dim) or self.passed_over(device, dtype)
 
 
 @cache
@@ -93,6 +99,50 @@ def _fla_rule(device: torch.device, dtype: torch.dtype) -> str | None:
     if reason := _fla(device, dtype):
         return reason
     return triton_refused(device) if torch.is_grad_enabled() else None  # the forward is compiled correctly
+
+
+# flash-attn's releases 3, 4 and 2, the fastest first, and the generations of GPUs that each is built for.
+FLASH = (("flash_attn_interface", (9,)), ("flash_attn.cute", (9, 10)), ("flash_attn", (8, 9, 10, 12)))
+
+
+@cache
+def flash_module(gpu: int) -> str | None:
+    """The flash-attn to import for a GPU of that `generation`, 0 for any, or None."""
+    for name, generations in FLASH:
+        if gpu and gpu not in generations:
+            continue
+        try:
+            module = importlib.import_module(name)
+        except (ImportError, OSError):  # not there, or built for another torch
+            continue
+        if hasattr(module, "flash_attn_func") and hasattr(module, "flash_attn_varlen_func"):
+            return name
+    return None
+
+
+def _flash(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"flash-attn's kernels run on CUDA, the tensors are on {device.type}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "flash-attn's kernels have float16 and bfloat16 alone"
+    if flash_module(generation(device)) is None:
+        return "no flash-attn for this GPU can be imported: pip install flash-attn-4, or flash-attn"
+    return None
+
+
+def _flash_heads(head_dim: int) -> str | None:
+    fits = head_dim <= 256 and head_dim % 8 == 0
+    return None if fits else f"flash-attn's heads are multiples of 8 up to 256 wide, not {head_dim}"
+
+
+def _sdpa_flash(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"torch's fused kernels that it picks from run on CUDA, the tensors are on {device.type}"
+    return "torch's fused kernels have no float64" if dtype == torch.float64 else None
+
+
+def _math_kernel(device: torch.device, _dtype: torch.dtype) -> str | None:
+    return None if device.type == "cpu" else "it may run torch's math kernel, which holds all scores: name it"
 
 
 def _for_caches(device: torch.device, _dtype: torch.dtype) -> str | None:
@@ -175,8 +225,10 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
         Implementation("torch", "one pass a tap, in torch"),
     ),
     "attention": (
+        Implementation("flash", "flash-attn's kernels", _flash, head_dims=_flash_heads),
+        Implementation("sdpa_flash", "torch's fused attention, never its math kernel", _sdpa_flash),
         Implementation("cpp", "in tiles, without gradients", _cpp_without_gradients),
-        Implementation("sdpa", "torch's fused attention"),
+        Implementation("sdpa", "torch's fused attention", passed_over=_math_kernel),
         Implementation("eager", "shows scores and pattern"),
     ),
     "elementwise": (
@@ -193,35 +245,35 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
 }
 
 
-def why_not(operation: str, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the named backend cannot run on such tensors, in a sentence, or None.
+def why_not(operation: str, name: str, device: torch.device, dtype: torch.dtype, *, head_dim: int = 0) -> str | None:
+    """Why the named backend cannot run on such tensors, in a sentence, or None; `head_dim` 0 leaves that open.
 
     Raises: ValueError for a backend that the operation does not have.
     """
     for implementation in OPERATIONS[operation]:
         if implementation.name == name:
-            return implementation.missing(device, dtype)
+            return implementation.cannot(device, dtype, head_dim)
     known = ", ".join(repr(i.name) for i in OPERATIONS[operation])
     raise ValueError(f"{operation} has no backend {name!r}: choose 'auto', {known}.")
 
 
-def choose(operation: str, backend: str, like: Tensor) -> str:
+def choose(operation: str, backend: str, like: Tensor, *, head_dim: int = 0) -> str:
     """The name of the implementation that runs for a tensor `like` this one.
 
     Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
     """
-    return choose_for(operation, backend, like.device, like.dtype)
+    return choose_for(operation, backend, like.device, like.dtype, head_dim=head_dim)
 
 
-def choose_for(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose_for(operation: str, backend: str, device: torch.device, dtype: torch.dtype, *, head_dim: int = 0) -> str:
     """`choose` for tensors that need not exist."""
     if backend != "auto":
-        reason = why_not(operation, backend, device, dtype)
+        reason = why_not(operation, backend, device, dtype, head_dim=head_dim)
         if reason is not None:
             raise RuntimeError(f"The {backend!r} backend of {operation} cannot run here: {reason}.")
         return backend
     for implementation in OPERATIONS[operation]:
-        reason = implementation.unfit(device, dtype)
+        reason = implementation.unfit(device, dtype, head_dim)
         if reason is None:
             return implementation.name
         if isinstance(reason, Refusal):
@@ -244,21 +296,23 @@ class Explanation:
     faster: str
 
 
-def explain_operation(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> Explanation:
+def explain_operation(
+    operation: str, backend: str, device: torch.device, dtype: torch.dtype, *, head_dim: int = 0
+) -> Explanation:
     """Say what `choose` picks for such tensors where no gradients are taken, and why nothing faster runs."""
     with torch.no_grad():
-        runs = choose_for(operation, backend, device, dtype)
+        runs = choose_for(operation, backend, device, dtype, head_dim=head_dim)
         why = "named" if backend != "auto" else "fastest that can run here"
         faster: list[str] = []
         for implementation in OPERATIONS[operation]:
             if implementation.name == runs:
                 break
-            reason = implementation.unfit(device, dtype)
+            reason = implementation.unfit(device, dtype, head_dim)
             faster.append(f"{implementation.name}: {reason or 'choose it or auto'}")
     why = f"{why}: {implementation.why}"
     with torch.enable_grad():
-        reason = why_not(operation, runs, device, dtype)
-        training = choose_for(operation, backend, device, dtype) if backend == "auto" else runs
+        reason = why_not(operation, runs, device, dtype, head_dim=head_dim)
+        training = choose_for(operation, backend, device, dtype, head_dim=head_dim) if backend == "auto" else runs
     if training != runs:
         why += f"; with gradients, {training}" + (f", as {reason}" if isinstance(reason, Refusal) else "")
     elif reason is not None:

@@ -54,7 +54,7 @@ def explain(
             if hasattr(module, "conv_weight"):
                 rows["causal_conv"] = explain_operation("causal_conv", module.conv_backend, where, kind)
         elif isinstance(module, GatedAttention):
-            rows["attention"] = explain_operation("attention", module.backend, where, kind)
+            rows["attention"] = explain_operation("attention", module.backend, where, kind, head_dim=module.head_dim)
         elif isinstance(module, Experts):
             rows["experts"] = explain_operation("experts", module.chosen, where, kind)
         elif isinstance(module, OffloadedExperts):
