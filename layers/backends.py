@@ -145,6 +145,14 @@ def _math_kernel(device: torch.device, _dtype: torch.dtype) -> str | None:
     return None if device.type == "cpu" else "it may run torch's math kernel, which holds all scores: name it"
 
 
+def _rounds_once(_device: torch.device, dtype: torch.dtype) -> str | None:
+    return None if dtype == torch.float32 else "it rounds once where the checkpoints' order rounds three times: name it"
+
+
+def _unmeasured(_device: torch.device, _dtype: torch.dtype) -> str | None:
+    return "which of the two is faster has not been measured: name it"
+
+
 def _for_caches(device: torch.device, _dtype: torch.dtype) -> str | None:
     return (
         None if device.type == "cpu" else f"its pieces are sized for a CPU's caches, the tensors are on {device.type}"
@@ -232,8 +240,13 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
         Implementation("eager", "shows scores and pattern"),
     ),
     "elementwise": (
+        Implementation("fla", "the gated norm as one Triton kernel, the others in torch", _fla, _rounds_once),
         Implementation("cpp", "a norm, gate or activation in one pass over memory", _cpp),
         Implementation("torch", "step by step, in torch"),
+    ),
+    "cross_entropy": (
+        Implementation("fla", "logits in eight parts, with fused Triton kernels", _fla, _unmeasured),
+        Implementation("torch", "logits some rows at a time, gradients made with them"),
     ),
     "experts": (
         Implementation("cpp", "sorted, activated and summed in one pass each", _cpp),

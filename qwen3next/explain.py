@@ -43,6 +43,7 @@ def explain(
     reason = why_not(model, where, kind)
     if rows["decode"].runs == "cpp" and reason is not None:
         rows["decode"] = Explanation("decode", "torch", "the modules, one operation after another", f"cpp: {reason}")
+    rows["cross_entropy"] = explain_operation("cross_entropy", model.cross_entropy_backend, where, kind)
     for module in model.modules():
         if isinstance(module, RMSNorm):
             rows["elementwise"] = explain_operation("elementwise", module.backend, where, kind)
