@@ -250,9 +250,7 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
     ),
     "experts": (
         Implementation("cpp", "sorted, activated and summed in one pass each", _cpp),
-        Implementation(
-            "grouped", "one grouped matmul for all experts; a single token reads its own in place", _grouped
-        ),
+        Implementation("grouped", "one grouped matmul for all experts; a few tokens read what they chose", _grouped),
         Implementation("loop", "one expert after another, the definition"),
     ),
 }
