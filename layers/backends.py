@@ -142,7 +142,7 @@ def _sdpa_flash(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _math_kernel(device: torch.device, _dtype: torch.dtype) -> str | None:
-    return None if device.type == "cpu" else "it may run torch's math kernel, which holds all scores: name it"
+    return "it may run torch's math kernel, which holds all scores: name it" if device.type == "cuda" else None
 
 
 def _rounds_once(_device: torch.device, dtype: torch.dtype) -> str | None:
@@ -198,6 +198,10 @@ def _grouped(_device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype in (torch.float32, torch.bfloat16) else f"torch's grouped_mm has no {dtype}"
 
 
+def _graph(device: torch.device, _dtype: torch.dtype) -> str | None:
+    return None if device.type == "cuda" else f"it is for CUDA, the tensors are on {device.type}"
+
+
 def _step(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"it is for the CPU, the tensors are on {device.type}"
@@ -210,6 +214,7 @@ def _step(device: torch.device, dtype: torch.dtype) -> str | None:
 OPERATIONS: dict[str, tuple[Implementation, ...]] = {
     "decode": (
         Implementation("cpp", "a step of a few tokens as one call into compiled code", _step),
+        Implementation("graph", "a step of a token a row as one CUDA graph", _graph),
         Implementation("torch", "the modules, one operation after another"),
     ),
     "linear": (

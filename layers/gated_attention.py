@@ -16,6 +16,7 @@ from layers.linear import Linear
 from layers.norm import RMSNorm, at_least_fp32
 from layers.rope import Rotation
 from layers.segments import Run, Segments
+from layers.static_kv import StaticKV
 from layers.tiled_attention import tiled_attention
 
 Heads = Float[Tensor, "b t h d"]
@@ -138,7 +139,7 @@ class GatedAttention(nn.Module):
         rope: Rotation,
         *,
         segments: Segments | None = None,
-        state: KVState | None = None,
+        state: KVState | StaticKV | None = None,
     ) -> Float[Tensor, "b t width"]:
         """Mix tokens. `state`, where given, holds the tokens before, and takes those of this call."""
         q = self.hook_q_pre(self.q_proj(x).unflatten(-1, (self.heads, -1)))  # (b, t, heads, head_dim)
@@ -156,8 +157,10 @@ class GatedAttention(nn.Module):
         v = self.hook_v(self.v_proj(x).unflatten(-1, (self.kv_heads, -1)))
         return self.hook_rot_k(rope(k)), v
 
-    def _mix(self, q: Heads, k: KVHeads, v: KVHeads, segments: Segments, state: KVState | None) -> Heads:
+    def _mix(self, q: Heads, k: KVHeads, v: KVHeads, segments: Segments, state: KVState | StaticKV | None) -> Heads:
         """Attention over the tokens of this call and those before, sequence by sequence."""
+        if isinstance(state, StaticKV):
+            return state.attend(q, k, v)
         if state is not None:
             state.append(k, v, segments)
         points = (self.hook_scores, self.hook_pattern)

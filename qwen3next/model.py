@@ -31,6 +31,7 @@ from qwen3next.cache import HybridCache, new_cache
 from qwen3next.config import ModelConfig
 from qwen3next.decode import Slot, plan_for
 from qwen3next.generation_config import GenerationConfig
+from qwen3next.graph_decode import graph_for
 from qwen3next.hooks import Hooked
 from qwen3next.mtp import MTP
 from qwen3next.prefill import prefill, score
@@ -233,11 +234,17 @@ class Qwen3Next(Hooked, nn.Module):
     def step(self, input_ids: Int[Tensor, "b t"], cache: HybridCache) -> Float[Tensor, "b vocab"]:
         """A step of generation: extend the cache by a few tokens; logits after the last of them.
 
-        As forward, but on the CPU in compiled code where that can run (`q.explain`), several times as fast; its last
-        bits are its own. Where somebody looks inside, the modules run.
+        As forward, but where that can run (`q.explain`) on the CPU in compiled code, several times as fast, and a token
+        a row on CUDA as one graph; their last bits are their own. Where somebody looks inside, the modules run.
         """
         if type(self).forward is Qwen3Next.forward:
             segments = self._check(input_ids, None, cache)
+            graph = graph_for(self, segments, cache)
+            if graph is not None:
+                with cache.call(segments):
+                    hidden, logits = graph.run(cache, input_ids)
+                    self._advance(cache, input_ids, segments, hidden)
+                return logits
             plan = plan_for(self, segments, cache)
             if plan is not None:
                 with cache.call(segments):
