@@ -73,6 +73,7 @@ def release(package: str) -> tuple[int, ...] | None:
     return tuple(map(int, re.findall(r"\d+", text.partition("+")[0])[:3]))
 
 
+@cache
 def generation(device: torch.device) -> int:
     """The first number of a GPU's compute capability: 8 Ampere and Ada, 9 Hopper, 10 and up Blackwell; 0 if unknown."""
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -95,10 +96,23 @@ def triton_refused(device: torch.device) -> Refusal | None:
     )
 
 
+def _self_check(operation: str, name: str, device: torch.device, dtype: torch.dtype) -> Refusal | None:
+    from layers.self_check import failed  # which uses what is chosen here
+
+    reason = failed(operation, name, device, dtype)
+    return None if reason is None else Refusal(reason)
+
+
 def _fla_rule(device: torch.device, dtype: torch.dtype) -> str | None:
     if reason := _fla(device, dtype):
         return reason
-    return triton_refused(device) if torch.is_grad_enabled() else None  # the forward is compiled correctly
+    if torch.is_grad_enabled() and (reason := triton_refused(device)):  # the forward is compiled correctly
+        return reason
+    return _self_check("delta_rule", "fla", device, dtype)
+
+
+def _fla_conv(device: torch.device, dtype: torch.dtype) -> str | None:
+    return _fla(device, dtype) or _self_check("causal_conv", "fla", device, dtype)
 
 
 # flash-attn's releases 3, 4 and 2, the fastest first, and the generations of GPUs that each is built for.
@@ -127,7 +141,7 @@ def _flash(device: torch.device, dtype: torch.dtype) -> str | None:
         return "flash-attn's kernels have float16 and bfloat16 alone"
     if flash_module(generation(device)) is None:
         return "no flash-attn for this GPU can be imported: pip install flash-attn-4, or flash-attn"
-    return None
+    return _self_check("attention", "flash", device, dtype)
 
 
 def _flash_heads(head_dim: int) -> str | None:
@@ -138,7 +152,9 @@ def _flash_heads(head_dim: int) -> str | None:
 def _sdpa_flash(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"torch's fused kernels that it picks from run on CUDA, the tensors are on {device.type}"
-    return "torch's fused kernels have no float64" if dtype == torch.float64 else None
+    if dtype == torch.float64:
+        return "torch's fused kernels have no float64"
+    return _self_check("attention", "sdpa_flash", device, dtype)
 
 
 def _math_kernel(device: torch.device, _dtype: torch.dtype) -> str | None:
@@ -233,7 +249,7 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
         Implementation("recurrent", "token loop, the definition"),
     ),
     "causal_conv": (
-        Implementation("fla", "fused Triton kernel", _fla),
+        Implementation("fla", "fused Triton kernel", _fla_conv),
         Implementation("cpp", "one pass over memory", _cpp),
         Implementation("torch", "one pass a tap, in torch"),
     ),
