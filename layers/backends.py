@@ -140,7 +140,7 @@ def _flash(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float16, torch.bfloat16):
         return "flash-attn's kernels have float16 and bfloat16 alone"
     if flash_module(generation(device)) is None:
-        return "no flash-attn for this GPU can be imported: pip install flash-attn-4, or flash-attn"
+        return "no flash-attn for this GPU can be imported: pip install 'qwen3next[flash]', or flash-attn"
     return _self_check("attention", "flash", device, dtype)
 
 

@@ -36,6 +36,7 @@ from layers.cross_entropy import linear_cross_entropy
 from layers.delta_rule import gated_delta_rule
 from layers.norm import GatedRMSNorm, l2_normalise
 from layers.segments import Segments
+from layers.self_check import checked
 
 
 class _Int(int):
@@ -164,3 +165,9 @@ def test_fused_linear_cross_entropy_kernel():
         found.append((loss, *torch.autograd.grad(0.5 * loss, (hidden, weight))))
     for kernel, definition in zip(*found, strict=True):
         assert (kernel - definition).abs().max() <= 1e-5 * definition.abs().max()
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("operation", ["delta_rule", "causal_conv"])
+def test_the_self_check_passes_right_kernels(operation, gradients):
+    assert checked(operation, "fla", torch.device("cpu"), torch.float32, gradients) is None
