@@ -7,7 +7,7 @@ READY := $(VENV)/.qwen3next-installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu test-kernels test-packages lint types format wheel bench clean
+.PHONY: help demo test test-slow test-gpu gpu-check test-kernels test-packages lint types format wheel bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test-slow: $(READY) ## the slow tests
 
 test-gpu: $(READY) ## the tests that need a CUDA device
 	$(RUN) -m pytest -m gpu
+
+gpu-check: $(READY) ## what only an NVIDIA GPU can tell: parity, speed, memory, in ten minutes
+	$(RUN) -m recipes.gpu_check
 
 # An environment of its own: where transformers finds FLA's kernels it binds them, GPU or not.
 KERNELS := .venv-kernels

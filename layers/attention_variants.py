@@ -18,6 +18,7 @@ from layers.linear import Linear
 from layers.norm import RMSNorm
 from layers.rope import Rotation
 from layers.segments import Segments
+from layers.static_kv import StaticKV
 
 POSITIONS = ("G1", "G2", "G3", "G4", "G5")
 GRANULARITIES = (*GATE_ROWS, "head_shared")
@@ -140,7 +141,7 @@ class AttentionVariant(GatedAttention):
         rope: Rotation,
         *,
         segments: Segments | None = None,
-        state: KVState | None = None,
+        state: KVState | StaticKV | None = None,
     ) -> Float[Tensor, "b t width"]:
         """As `GatedAttention`'s; each `_gated` does something at one of its places only."""
         q = self.hook_q(self.q_norm(self.hook_q_pre(self.q_proj(x).unflatten(-1, (self.heads, -1)))))

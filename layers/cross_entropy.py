@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from layers.backends import choose
 from layers.linear import linear, product
 from layers.norm import at_least_fp32
 
@@ -15,18 +16,32 @@ LOGITS = 1 << 23  # at a time, where that is more
 
 
 def linear_cross_entropy(
-    hidden: Float[Tensor, "n width"], weight: Float[Tensor, "vocab width"], target: Int[Tensor, "n"]
+    hidden: Float[Tensor, "n width"],
+    weight: Float[Tensor, "vocab width"],
+    target: Int[Tensor, "n"],
+    *,
+    backend: str = "auto",
 ) -> Float[Tensor, ""]:
     """Σ −ln softmax(hidden weightᵀ)[target], summed in fp32 or better; products in autocast's dtype under autocast.
 
     Its gradients are those of `F.cross_entropy(linear(hidden, weight), target, reduction="sum")`, made in the forward
     pass where they will be asked for, while a part's logits are there. They cannot be differentiated again.
+
+    Args:
+        backend: "torch", or "fla" (CUDA; where gradients are taken), whose gradient of the weight is rounded to the
+            products' dtype before it reaches a weight of more; "auto" picks.
+    Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
     """
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _Summed.apply(hidden.to(dtype), weight, target)
+        hidden = hidden.to(dtype)
+        if choose("cross_entropy", backend, hidden) == "fla" and torch.is_grad_enabled() and len(hidden):
+            from fla.modules import FusedLinearCrossEntropyLoss
+
+            return FusedLinearCrossEntropyLoss(reduction="sum")(hidden, target, weight.to(dtype))
+        return _Summed.apply(hidden, weight, target)
 
 
 class _Summed(torch.autograd.Function):

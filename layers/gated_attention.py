@@ -8,12 +8,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from layers.backends import choose
+from layers.fused_attention import NAMES as FUSED
+from layers.fused_attention import attend_fused, fused_attention
 from layers.hook_point import HookPoint
 from layers.kv_state import KVState
 from layers.linear import Linear
 from layers.norm import RMSNorm, at_least_fp32
 from layers.rope import Rotation
 from layers.segments import Run, Segments
+from layers.static_kv import StaticKV
 from layers.tiled_attention import tiled_attention
 
 Heads = Float[Tensor, "b t h d"]
@@ -36,7 +39,8 @@ def attend(
 
     Args:
         mask: True where a query may look; None means causal, the queries being the last t of the s tokens.
-        backend: "eager" (scores and pattern as tensors, both pass their hook points), "sdpa"; "auto" picks of these.
+        backend: "eager" (scores and pattern as tensors, both pass their hook points), "sdpa", and on CUDA "flash"
+            (flash-attn, which takes no mask) and "sdpa_flash" (torch's fused kernels alone); "auto" picks of these.
     Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here, or a hook waits for
         scores or pattern and "eager" does not run.
     """
@@ -47,9 +51,16 @@ def attend(
         raise RuntimeError(
             'The "cpp" backend of attention is part of tiled_attention, and "attend" is not: choose "sdpa".'
         )
-    fused = choose("attention", backend, q) != "eager"
+    choice = choose("attention", backend, q, head_dim=q.shape[-1])
+    fused = choice != "eager"
     if fused:
         _refuse(tuple(point for point in (hook_scores, hook_pattern) if point is not None))
+    if choice == "flash" and mask is not None:
+        if backend == "flash":
+            raise RuntimeError('The "flash" backend of attention takes no mask: choose "sdpa_flash".')
+        choice = "sdpa_flash"
+    if choice in FUSED:
+        return attend_fused(choice, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask=mask)
     if mask is None and 1 < t < s:
         mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
     if fused:
@@ -128,7 +139,7 @@ class GatedAttention(nn.Module):
         rope: Rotation,
         *,
         segments: Segments | None = None,
-        state: KVState | None = None,
+        state: KVState | StaticKV | None = None,
     ) -> Float[Tensor, "b t width"]:
         """Mix tokens. `state`, where given, holds the tokens before, and takes those of this call."""
         q = self.hook_q_pre(self.q_proj(x).unflatten(-1, (self.heads, -1)))  # (b, t, heads, head_dim)
@@ -146,13 +157,21 @@ class GatedAttention(nn.Module):
         v = self.hook_v(self.v_proj(x).unflatten(-1, (self.kv_heads, -1)))
         return self.hook_rot_k(rope(k)), v
 
-    def _mix(self, q: Heads, k: KVHeads, v: KVHeads, segments: Segments, state: KVState | None) -> Heads:
+    def _mix(self, q: Heads, k: KVHeads, v: KVHeads, segments: Segments, state: KVState | StaticKV | None) -> Heads:
         """Attention over the tokens of this call and those before, sequence by sequence."""
+        if isinstance(state, StaticKV):
+            return state.attend(q, k, v)
         if state is not None:
             state.append(k, v, segments)
         points = (self.hook_scores, self.hook_pattern)
         backend = "eager" if self.exposed_pattern else self.backend
-        if q.device.type == "cpu" and not torch.is_grad_enabled() and choose("attention", backend, q) != "eager":
+        if q.device.type == "cuda" and torch.is_autocast_enabled("cuda"):  # kernels that it does not see
+            q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
+        choice = choose("attention", backend, q, head_dim=self.head_dim)
+        if choice in FUSED:
+            _refuse(points)
+            return fused_attention(choice, q, k, v, segments=segments, state=state)
+        if q.device.type == "cpu" and not torch.is_grad_enabled() and choice != "eager":
             _refuse(points)
             if torch.is_autocast_enabled("cpu"):  # the kernel below is asked for by name, which autocast does not see
                 q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))

@@ -105,7 +105,12 @@ class KVState:
             for n, row, begin, stop, place in segments.runs:
                 to[n, :, place - base : place - base + stop - begin] = x[row, :, begin:stop]
 
-    def reserve(self, segments: Segments) -> None:
+    def whole(self, segments: Segments) -> Stored:
+        """As `reserve`, with all in one piece: the buffer itself, its first `segments.past` places filled."""
+        self.reserve(segments, in_one=True)
+        return self._own
+
+    def reserve(self, segments: Segments, *, in_one: bool = False) -> None:
         """Have places for the tokens of `segments`, after `segments.past`, that this state alone may write to.
 
         Raises: ValueError for more than `max_len` tokens.
@@ -115,9 +120,9 @@ class KVState:
             raise ValueError(
                 f"The cache holds {self.max_len} tokens and {end} are needed: make it with a larger max_len."
             )
-        self._make_room(first, past, end, aligned=segments.aligned)
+        self._make_room(first, past, end, in_one=in_one or not segments.aligned)
 
-    def _make_room(self, first: int, past: int, end: int, *, aligned: bool) -> None:
+    def _make_room(self, first: int, past: int, end: int, *, in_one: bool) -> None:
         """Let places `first` to `end` be this state's own, those before `past` keeping what they hold."""
         base, more = self.base, 0
         if first < base + self._seen or (end > self.capacity and self._seen):
@@ -125,7 +130,7 @@ class KVState:
             more = past // 4 if past > base else 0
             self._parts, self._own, self._seen = self.parts(0, past), self._empty, 0
             base = self.base
-        in_one = self._own[0].device.type != "cpu" or not aligned or len(self._parts) > MOST_PARTS
+        in_one = in_one or self._own[0].device.type != "cpu" or len(self._parts) > MOST_PARTS
         join = bool(self._parts) and in_one
         if end > self.capacity or join:
             base = 0 if join else base

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from layers.backends import choose
+from layers.backends import choose, generation
 from layers.grouped_linear import grouped_linear, runs, wide
 from layers.hook_point import HookPoint
 from layers.linear import Linear, linear
@@ -16,6 +16,7 @@ from layers.native import functions as native
 from layers.native import ops
 from layers.norm import at_least_fp32
 
+GATHERED = 64  # choices whose weights are copied out together, where that keeps the host out of it
 TOKENS = 2048  # at a time: transient memory is bounded, and so is what falls out of the caches
 
 
@@ -60,6 +61,11 @@ def one_token(x: Tensor, weights: Tensor, indices: Tensor, expert: Expert) -> Te
     return y
 
 
+def grouped_on_device(x: Tensor) -> bool:
+    """Whether torch's grouped_mm has a kernel for such tensors; else it asks the host where its groups end."""
+    return x.dtype == torch.bfloat16 and generation(x.device) >= 9
+
+
 class Experts(nn.Module):
     """e SwiGLU feed-forwards in two stacked tensors: gate rows above up rows."""
 
@@ -76,8 +82,11 @@ class Experts(nn.Module):
 
         Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
         """
-        if self.backend == "auto" and x.shape[0] == 1 and not torch.is_grad_enabled():
-            return one_token(x, weights, indices, self._expert)
+        if self.backend == "auto" and not torch.is_grad_enabled():
+            if x.device.type == "cpu" and x.shape[0] == 1:
+                return one_token(x, weights, indices, self._expert)
+            if x.device.type != "cpu" and indices.numel() <= GATHERED and not self._grouped_serves(x):
+                return self._gathered(x, weights, indices)
         chosen = choose("experts", self.chosen, x)
         if chosen == "cpp":
             parts = zip(*(part.split(TOKENS) for part in (x, weights, indices)), strict=True)
@@ -113,11 +122,26 @@ class Experts(nn.Module):
         """Sort the (token, expert) pairs by expert, so that each expert's rows are neighbours; no host sync."""
         order = indices.flatten().argsort(stable=True)
         token = order // indices.shape[1]
-        ends = torch.bincount(indices.flatten(), minlength=self.gate_up_proj.shape[0]).cumsum(0).int()
+        # Not bincount, which asks a GPU for the largest index before it counts.
+        experts = torch.arange(self.gate_up_proj.shape[0], device=x.device)
+        ends = torch.searchsorted(indices.flatten()[order], experts, right=True, out_int32=True)
         gate, up = grouped_linear(x[token], self.gate_up_proj, ends).chunk(2, dim=-1)
         out = at_least_fp32(grouped_linear(activate(gate, up), self.down_proj, ends))
         out = out * weights.flatten()[order, None]
         return torch.zeros_like(at_least_fp32(x)).index_add(0, token, out).to(x.dtype)
+
+    def _grouped_serves(self, x: Tensor) -> bool:
+        return self.chosen != "loop" and grouped_on_device(x)
+
+    def _gathered(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """A few tokens with a copy of every choice's weights: more to read than `_grouped`, and no host sync either."""
+        chosen, (n, k) = indices.flatten(), indices.shape
+        rows = x.repeat_interleave(k, dim=0, output_size=n * k)[..., None]
+        if torch.is_autocast_enabled(x.device.type):
+            rows = rows.to(torch.get_autocast_dtype(x.device.type))
+        gate, up = (self.gate_up_proj[chosen].to(rows.dtype) @ rows).chunk(2, dim=1)
+        out = (self.down_proj[chosen].to(rows.dtype) @ activate(gate, up)).view(n, k, -1)
+        return (at_least_fp32(out) * weights[..., None]).sum(1).to(x.dtype)
 
     def extra_repr(self) -> str:
         e, width, inner = self.down_proj.shape

@@ -13,6 +13,7 @@ from layers.norm import RMSNorm, at_least_fp32
 from layers.replay import Tape
 from layers.rope import Rotation
 from layers.segments import Segments
+from layers.static_kv import StaticKV
 from layers.tiled_attention import TILE
 from qwen3next.config import ModelConfig
 from qwen3next.mixers import linear_attention, softmax_attention
@@ -59,13 +60,13 @@ class Block(nn.Module):
         rope: Rotation,
         *,
         segments: Segments,
-        state: KVState | DeltaNetState | None = None,
+        state: KVState | StaticKV | DeltaNetState | None = None,
         counted: Bool[Tensor, "b t"] | None = None,
         stats: bool = True,
     ) -> tuple[Float[Tensor, "b t width"], RouterStats | None]:
         """The residual stream after this block; router statistics over `counted` tokens where it is sparse."""
         split = x.shape[1] > TOKENS and not stats and self._may_split(x)
-        if split and segments.plain and segments.aligned and state is not None:
+        if split and segments.plain and segments.aligned and isinstance(state, (KVState, DeltaNetState)):
             return self._in_parts(x, rope, segments, state), None
         x = self.hook_resid_pre(x)
         y = self.input_layernorm(x)

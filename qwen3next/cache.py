@@ -19,6 +19,7 @@ from qwen3next.config import ModelConfig
 from qwen3next.rollback import Journal, State
 
 if TYPE_CHECKING:
+    from qwen3next.graph_decode import GraphStep
     from qwen3next.model import Qwen3Next
 
 
@@ -66,6 +67,7 @@ class HybridCache:
         last_logits: (b, vocab) after each row's last token, once `generate` or `prefill` has run; else None.
         snapshots: marks by name.
         model: the one that made it, which a file of it names.
+        graph: the CUDA graph of a step, bound to this cache's buffers.
     """
 
     config: ModelConfig
@@ -79,6 +81,7 @@ class HybridCache:
     last_logits: Tensor | None = field(default=None, repr=False)
     snapshots: dict[str, Mark] = field(default_factory=dict, repr=False)
     model: "weakref.ref[Qwen3Next] | None" = field(default=None, repr=False)
+    graph: "GraphStep | None" = field(default=None, repr=False, compare=False)
     _journal: Journal | None = field(default=None, repr=False)
 
     @property

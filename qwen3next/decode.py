@@ -73,16 +73,15 @@ def why_not(model: "Qwen3Next", device: torch.device | None = None, dtype: torch
     return None
 
 
-class Plan:
-    """Where a model's weights lie; good as long as nothing about the model changes.
+class Sight:
+    """A model as it was looked at, to notice when anything about it changes.
 
     Attributes:
         watched: somebody looks inside, or chose how something inside runs: then the modules themselves run.
-        serves: the cache that was looked at last is in dtypes that compiled code knows.
+        serves: the cache that was looked at last is of a kind that can be served.
     """
 
     def __init__(self, model: "Qwen3Next"):
-        blocks, c = list(model.blocks), model.config
         apart = set() if model.mtp is None else set(model.mtp.modules())
         everything = [m for m in model.modules() if m not in apart]
         points = [m for m in everything if isinstance(m, HookPoint)]
@@ -106,6 +105,46 @@ class Plan:
             for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
         ]
         self._chosen = [m.__dict__ for m in modules if hasattr(m, "backend")]
+        self.watched, self.serves = False, False
+        self._seen, self._steps = (-1, 0), 0  # when all was looked at
+
+    def _serves(self, _cache: HybridCache) -> bool:
+        return True
+
+    def holds(self, cache: HybridCache) -> bool:
+        """Whether modules and weights are those that were there at first; sets `watched`.
+
+        Hooks are noticed at once. The rest, some hundred comparisons, is looked at when another cache comes and every
+        few steps: a module that is replaced in the middle of a text acts from then on.
+        """
+        now = RemovableHandle.next_id, id(cache)  # the first grows with every hook that is registered anywhere
+        self._steps += 1
+        if now == self._seen and self._steps < LOOK_EVERY and not self.watched:
+            return True
+        self._seen, self._steps = now, 0
+        self.serves = self._serves(cache)
+        self.watched = (
+            any(map(ARMED, self._points))
+            or any(map(len, self._hooks))
+            or any(map(contains, self._dicts, repeat("forward")))
+            or any(
+                [chosen.get("backend", "auto") != "auto" or chosen.get("exposed_pattern") for chosen in self._chosen]
+            )
+        )
+        return all([children[name] is child for children, name, child in self._children]) and all(
+            [parameters[name].data_ptr() == address for parameters, name, address in self._parameters]
+        )
+
+
+class Plan(Sight):
+    """Where a model's weights lie; good as long as nothing about the model changes.
+
+    `serves` is whether the cache is in dtypes that compiled code knows.
+    """
+
+    def __init__(self, model: "Qwen3Next"):
+        super().__init__(model)
+        blocks, c = list(model.blocks), model.config
         self.layers = (Layer * len(blocks))()
         for layer, block in zip(self.layers, blocks, strict=True):
             assert isinstance(block, Block)
@@ -142,34 +181,11 @@ class Plan:
             eps=c.rms_norm_eps,
         )
         self._dtype = model.embed_tokens.weight.dtype
-        self.watched, self.serves = False, False
-        self._seen, self._steps = (-1, 0), 0  # when all was looked at
         self._lock = threading.Lock()  # the structures are filled anew for every call
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
 
-    def holds(self, cache: HybridCache) -> bool:
-        """Whether modules and weights are those that the plan was made for; sets `watched`.
-
-        Hooks are noticed at once. The rest, some hundred comparisons, is looked at when another cache comes and every
-        few steps: a module that is replaced in the middle of a text acts from then on.
-        """
-        now = RemovableHandle.next_id, id(cache)  # the first grows with every hook that is registered anywhere
-        self._steps += 1
-        if now == self._seen and self._steps < LOOK_EVERY and not self.watched:
-            return True
-        self._seen, self._steps = now, 0
-        self.serves = all([_served(state, self._dtype) for state in cache.layers])
-        self.watched = (
-            any(map(ARMED, self._points))
-            or any(map(len, self._hooks))
-            or any(map(contains, self._dicts, repeat("forward")))
-            or any(
-                [chosen.get("backend", "auto") != "auto" or chosen.get("exposed_pattern") for chosen in self._chosen]
-            )
-        )
-        return all([children[name] is child for children, name, child in self._children]) and all(
-            [parameters[name].data_ptr() == address for parameters, name, address in self._parameters]
-        )
+    def _serves(self, cache: HybridCache) -> bool:
+        return all([_served(state, self._dtype) for state in cache.layers])
 
     def rotation(self, model: "Qwen3Next", position: int, dtype: torch.dtype) -> tuple[int, int]:
         """Addresses of cos and sin of a position."""
@@ -261,6 +277,8 @@ class Slot:
     def __init__(self) -> None:
         self.plan: Plan | None = None
         self.refused = 0  # steps since it was found that there can be none
+        self.sight: Sight | None = None  # for CUDA graphs, which the caches keep,
+        self.reason: str | None = None  # and why there can be none
 
     def __deepcopy__(self, _memo: dict) -> "Slot":
         return Slot()
@@ -276,7 +294,7 @@ def plan_for(model: "Qwen3Next", segments: Segments, cache: HybridCache) -> Plan
     """
     slot, named = model.decode_slot, model.decode_backend == "cpp"
     if (
-        model.decode_backend == "torch"
+        model.decode_backend in ("torch", "graph")
         or segments.batch * segments.length > MOST_TOKENS
         or not segments.plain
         or torch.compiler.is_compiling()

@@ -12,6 +12,7 @@ from layers.moe import Experts
 from layers.norm import RMSNorm
 from layers.offloaded_experts import OffloadedExperts
 from qwen3next.decode import why_not
+from qwen3next.graph_decode import why_not as graph_why_not
 from qwen3next.model import Qwen3Next, as_device, as_dtype
 
 
@@ -40,9 +41,11 @@ def explain(
     where = weight.device if device is None else as_device(device)
     kind = weight.dtype if dtype is None else as_dtype(dtype)
     rows = {"decode": explain_operation("decode", model.decode_backend, where, kind)}
-    reason = why_not(model, where, kind)
-    if rows["decode"].runs == "cpp" and reason is not None:
-        rows["decode"] = Explanation("decode", "torch", "the modules, one operation after another", f"cpp: {reason}")
+    runs = rows["decode"].runs
+    reason = {"cpp": why_not, "graph": graph_why_not}[runs](model, where, kind) if runs != "torch" else None
+    if reason is not None:
+        rows["decode"] = Explanation("decode", "torch", "the modules, one operation after another", f"{runs}: {reason}")
+    rows["cross_entropy"] = explain_operation("cross_entropy", model.cross_entropy_backend, where, kind)
     for module in model.modules():
         if isinstance(module, RMSNorm):
             rows["elementwise"] = explain_operation("elementwise", module.backend, where, kind)
@@ -54,7 +57,7 @@ def explain(
             if hasattr(module, "conv_weight"):
                 rows["causal_conv"] = explain_operation("causal_conv", module.conv_backend, where, kind)
         elif isinstance(module, GatedAttention):
-            rows["attention"] = explain_operation("attention", module.backend, where, kind)
+            rows["attention"] = explain_operation("attention", module.backend, where, kind, head_dim=module.head_dim)
         elif isinstance(module, Experts):
             rows["experts"] = explain_operation("experts", module.chosen, where, kind)
         elif isinstance(module, OffloadedExperts):

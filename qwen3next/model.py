@@ -31,6 +31,7 @@ from qwen3next.cache import HybridCache, new_cache
 from qwen3next.config import ModelConfig
 from qwen3next.decode import Slot, plan_for
 from qwen3next.generation_config import GenerationConfig
+from qwen3next.graph_decode import graph_for
 from qwen3next.hooks import Hooked
 from qwen3next.mtp import MTP
 from qwen3next.prefill import prefill, score
@@ -92,7 +93,7 @@ class Qwen3Next(Hooked, nn.Module):
         self.origin: Path | None = None
         self.generation_config = GenerationConfig()
         self._warned_of_length = False
-        self.decode_backend = "auto"
+        self.decode_backend = self.cross_entropy_backend = "auto"
         self.decode_slot = Slot()
         self.expert_cache: ExpertCache | None = None  # where routed experts stay in the files
         if config.tie_word_embeddings:
@@ -233,11 +234,17 @@ class Qwen3Next(Hooked, nn.Module):
     def step(self, input_ids: Int[Tensor, "b t"], cache: HybridCache) -> Float[Tensor, "b vocab"]:
         """A step of generation: extend the cache by a few tokens; logits after the last of them.
 
-        As forward, but on the CPU in compiled code where that can run (`q.explain`), several times as fast; its last
-        bits are its own. Where somebody looks inside, the modules run.
+        As forward, but where that can run (`q.explain`) on the CPU in compiled code, several times as fast, and a token
+        a row on CUDA as one graph; their last bits are their own. Where somebody looks inside, the modules run.
         """
         if type(self).forward is Qwen3Next.forward:
             segments = self._check(input_ids, None, cache)
+            graph = graph_for(self, segments, cache)
+            if graph is not None:
+                with cache.call(segments):
+                    hidden, logits = graph.run(cache, input_ids)
+                    self._advance(cache, input_ids, segments, hidden)
+                return logits
             plan = plan_for(self, segments, cache)
             if plan is not None:
                 with cache.call(segments):
@@ -296,7 +303,7 @@ class Qwen3Next(Hooked, nn.Module):
         hidden, target = hidden[place], target[place]  # logits only where there is a target
         head = self.lm_head
         if type(head) is Linear and head.bias is None and not head._forward_hooks and not (hook and hook.active):
-            summed = linear_cross_entropy(hidden, head.weight, target)
+            summed = linear_cross_entropy(hidden, head.weight, target, backend=self.cross_entropy_backend)
         else:  # somebody looks at the logits, or has changed how they are made
             logits = head(hidden) if hook is None else hook(head(hidden))
             summed = F.cross_entropy(at_least_fp32(logits), target, reduction="sum")
@@ -391,11 +398,11 @@ class Qwen3Next(Hooked, nn.Module):
         self.config, self._warned_of_length = self.config.replace(rope_scaling=scaling), False
 
     def set_backend(self, operation: str, name: str) -> None:
-        """Choose how an operation of `q.explain` runs in every layer, "decode" as a whole; "auto" picks again.
+        """Choose how an operation of `q.explain` runs in every layer, or as a whole; "auto" picks again.
 
         Args:
-            operation: "linear", "elementwise", "delta_rule" (the convolution follows it), "attention", "experts"
-                or "decode".
+            operation: "linear", "elementwise", "delta_rule" (the convolution follows it), "attention", "experts",
+                "decode" or "cross_entropy".
 
         Raises: ValueError for an unknown operation or backend; RuntimeError where a named one cannot run here.
         """
@@ -406,13 +413,14 @@ class Qwen3Next(Hooked, nn.Module):
             "attention": GatedAttention,
             "experts": Experts,
         }
-        if operation not in kinds and operation != "decode":
-            raise ValueError(f"There is no operation {operation!r} to choose for: {', '.join(kinds)}, decode.")
+        if operation not in kinds and operation not in ("decode", "cross_entropy"):
+            known = ", ".join((*kinds, "decode", "cross_entropy"))
+            raise ValueError(f"There is no operation {operation!r} to choose for: {known}.")
         with torch.no_grad():
             choose(operation, name, self.embed_tokens.weight)
         self.decode_slot = Slot()  # look anew at the next step
-        if operation == "decode":
-            self.decode_backend = name
+        if operation not in kinds:
+            setattr(self, f"{operation}_backend", name)
             return
         if not any(isinstance(module, kinds[operation]) for module in self.modules()):
             raise ValueError(f"This model has no {operation} of its own whose backend could be chosen: see q.explain.")

@@ -31,6 +31,7 @@ def test_auto_takes_the_fastest_that_can_run(monkeypatch):
                     "causal_conv": kernels or "torch",
                     "attention": "cpp" if kernels and not grad else "sdpa",
                     "elementwise": kernels or "torch",
+                    "cross_entropy": "torch",
                     "experts": kernels or "grouped",
                 }
     monkeypatch.setattr(backends, "fla_missing", lambda: None)
@@ -72,6 +73,51 @@ def test_every_backend_gives_the_same_model():
         for name in names:
             model.set_backend(operation, name)
             torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=1e-10)
+
+
+@pytest.fixture
+def on_a_hopper(monkeypatch):
+    """FLA installed on a Hopper GPU, with the Triton that a test puts there; warnings are fresh."""
+    monkeypatch.setattr(backends, "fla_missing", lambda: None)
+    monkeypatch.setattr(backends, "generation", lambda device: 9 if device.type == "cuda" else 0)
+    backends._warn_once.cache_clear()
+    yield lambda triton: monkeypatch.setattr(backends, "release", {"triton": triton}.get)
+    backends._warn_once.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "triton, refused",
+    [((3, 3, 1), False), ((3, 4, 0), True), ((3, 6, 0), True), ((3, 7, 0), True), ((3, 7, 1), False), ((4, 0), False)],
+)
+def test_a_triton_that_miscompiles_gradients_is_refused_on_hopper(on_a_hopper, monkeypatch, triton, refused):
+    on_a_hopper(triton)
+    reason = backends.why_not("delta_rule", "fla", CUDA, torch.bfloat16)
+    assert (reason is not None) == refused
+    if refused:
+        assert f"triton {'.'.join(map(str, triton))} miscompiles" in reason
+        assert "pip install 'triton>=3.7.1'" in reason
+    with torch.no_grad():  # the forward is right
+        assert backends.why_not("delta_rule", "fla", CUDA, torch.bfloat16) is None
+    assert backends.why_not("causal_conv", "fla", CUDA, torch.bfloat16) is None
+    for other in (8, 10):
+        monkeypatch.setattr(backends, "generation", lambda _device, other=other: other)
+        assert backends.why_not("delta_rule", "fla", CUDA, torch.bfloat16) is None
+
+
+def test_a_refused_triton_is_never_replaced_in_silence(on_a_hopper):
+    on_a_hopper((3, 6, 0))
+    with pytest.raises(RuntimeError, match=r"'fla' backend of delta_rule cannot run here: triton 3\.6\.0 miscompiles"):
+        backends.choose_for("delta_rule", "fla", CUDA, torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"not used: triton 3\.6\.0.*pip install 'triton>=3\.7\.1'") as seen:
+        chosen = [backends.choose_for("delta_rule", "auto", CUDA, torch.bfloat16) for _ in "ab"]
+    assert chosen == ["chunked"] * 2
+    assert len(seen) == 1
+    row = backends.explain_operation("delta_rule", "auto", CUDA, torch.bfloat16)
+    assert row.runs == "fla"
+    assert "with gradients, chunked, as triton 3.6.0 miscompiles" in row.why
+    assert (
+        "not with gradients: triton 3.6.0" in backends.explain_operation("delta_rule", "fla", CUDA, torch.bfloat16).why
+    )
 
 
 @pytest.fixture
@@ -138,6 +184,72 @@ def test_fla_is_called_as_meant(fake_fla, state, packed):
     torch.testing.assert_close(o, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(final, last, rtol=0, atol=1e-6)
     assert fake_fla == ["chunk"]
+
+
+@pytest.fixture
+def fake_fla_rows(fake_fla, monkeypatch):
+    """FLA's gated norm and fused loss, in the precision and with the reductions that it documents."""
+
+    def rms_norm_gated(x, g, weight, bias, activation="swish", eps=1e-6):
+        assert bias is None
+        assert activation in ("silu", "swish")
+        fake_fla.append("rms_norm_gated")
+        y = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps) * weight.float()
+        return (y * torch.nn.functional.silu(g.float())).to(x.dtype)
+
+    class FusedLinearCrossEntropyLoss:
+        def __init__(self, ignore_index=-100, reduction="mean"):
+            assert reduction == "sum"
+
+        def __call__(self, x, target, weight, bias=None):
+            assert x.dtype == weight.dtype
+            fake_fla.append("FusedLinearCrossEntropyLoss")
+            return torch.nn.functional.cross_entropy((x @ weight.mT).float(), target, reduction="sum")
+
+    norm = types.ModuleType("fla.modules.fused_norm_gate")
+    norm.rms_norm_gated = rms_norm_gated
+    monkeypatch.setitem(sys.modules, "fla.modules.fused_norm_gate", norm)
+    sys.modules["fla.modules"].FusedLinearCrossEntropyLoss = FusedLinearCrossEntropyLoss
+    for name in ("elementwise", "cross_entropy"):
+        fla, *others = backends.OPERATIONS[name]
+        assert fla.name == "fla"
+        monkeypatch.setitem(backends.OPERATIONS, name, (backends.Implementation(fla.name, fla.why), *others))
+    return fake_fla
+
+
+def test_fla_s_gated_norm_and_loss_are_called_as_meant(fake_fla_rows):
+    """fp32, where FLA's order is the definition's to rounding; a hook on the gate gets it from the definition."""
+    model, ids, found, seen = small_model(), torch.arange(40).view(2, 20), [], []
+    for name in ("fla", "torch"):
+        model.set_backend("elementwise", name)
+        model.set_backend("cross_entropy", name)
+        model.set_backend("delta_rule", "chunked")
+        model.zero_grad()
+        losses = model.loss(ids)
+        losses.total.backward()
+        grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append([losses.lm.detach(), losses.mtp.detach(), *grads])
+        if name == "fla":
+            assert fake_fla_rows.count("rms_norm_gated") == 3
+            assert fake_fla_rows.count("FusedLinearCrossEntropyLoss") == 1 + (model.mtp is not None)
+            with torch.no_grad():
+                point = "blocks.0.linear_attn.hook_gate"
+                model.run_with_hooks(ids, fwd_hooks=[(point, lambda x, hook: seen.append(x))])
+            assert seen
+            assert fake_fla_rows.count("rms_norm_gated") == 5
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_what_auto_picks_of_fla_s_row_kernels(monkeypatch):
+    monkeypatch.setattr(backends, "fla_missing", lambda: None)
+    pick = backends.choose_for
+    assert pick("elementwise", "auto", CUDA, torch.float32) == "fla"
+    assert pick("elementwise", "auto", CUDA, torch.bfloat16) == "torch"  # another order of rounding
+    assert pick("elementwise", "fla", CUDA, torch.bfloat16) == "fla"
+    assert pick("cross_entropy", "auto", CUDA, torch.bfloat16) == "torch"
+    row = {row.operation: row for row in q.explain(small_model(), device="cuda", dtype="bfloat16")}["cross_entropy"]
+    assert "not been measured: name it" in row.faster
 
 
 def test_fla_serves_the_whole_model(fake_fla):

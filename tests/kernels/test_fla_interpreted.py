@@ -27,13 +27,16 @@ def _first_config(self, *args, **kwargs):
 triton_tuner.Autotuner.run = _first_config
 
 import fla.modules.convolution
+import fla.modules.fused_norm_gate
 import fla.ops.gated_delta_rule  # noqa: F401
 
 import layers.backends as backends
 from layers.causal_conv import causal_conv
+from layers.cross_entropy import linear_cross_entropy
 from layers.delta_rule import gated_delta_rule
-from layers.norm import l2_normalise
+from layers.norm import GatedRMSNorm, l2_normalise
 from layers.segments import Segments
+from layers.self_check import checked
 
 
 class _Int(int):
@@ -55,7 +58,7 @@ for name, module in list(sys.modules.items()):
 @pytest.fixture(autouse=True)
 def fla_anywhere(monkeypatch):
     """Let the backend be chosen although there is no CUDA."""
-    for operation in ("delta_rule", "causal_conv"):
+    for operation in ("delta_rule", "causal_conv", "elementwise", "cross_entropy"):
         fla, *others = backends.OPERATIONS[operation]
         monkeypatch.setitem(backends.OPERATIONS, operation, (backends.Implementation(fla.name, fla.why), *others))
 
@@ -113,3 +116,58 @@ def test_convolution_kernel(t):
     definition = causal_conv(x, weight, state=state, backend="torch")
     for a, b in zip(kernel, definition, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 65])
+def test_gated_norm_kernel(rows):
+    """Relative to the largest entry: fp32, with sums in another order."""
+    g = torch.Generator().manual_seed(0)
+    norm, found = GatedRMSNorm(32), []
+    x, gate = (torch.randn(2, rows, 4, 32, generator=g).requires_grad_() for _ in "xg")
+    with torch.no_grad():
+        norm.weight.add_(torch.randn(32, generator=g) * 0.1)
+    for backend in ("fla", "torch"):
+        norm.backend = backend
+        y = norm(x, gate)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (x, gate, norm.weight))))
+    for kernel, definition in zip(*found, strict=True):
+        assert (kernel - definition).abs().max() <= 2e-6 * definition.abs().max()
+
+
+def test_gated_norm_kernel_rounds_once_in_bf16():
+    """Nearer to the truth than the definition, which rounds three times, and an ulp or two, 2^-8 to 2^-7, from it.
+
+    The interpreter cuts bits off where a GPU rounds: so the kernel runs in fp32 on bf16 numbers and torch rounds.
+    """
+    g = torch.Generator().manual_seed(0)
+    x, gate, weight = (torch.randn(*shape, generator=g).bfloat16() for shape in ((200, 32), (200, 32), (32,)))
+    found = []
+    for backend, dtype in (("fla", torch.float32), ("torch", torch.bfloat16), ("torch", torch.float64)):
+        norm = GatedRMSNorm(32).to(dtype)
+        with torch.no_grad():
+            norm.weight.copy_(weight)
+            norm.backend = backend
+            found.append(norm(x.to(dtype), gate.to(dtype)))
+    kernel, definition, truth = found[0].bfloat16().double(), found[1].double(), found[2]
+    errors = [(y - truth).square().mean().sqrt() / truth.square().mean().sqrt() for y in (kernel, definition)]
+    apart = ((kernel - definition).abs() / definition.abs().clamp(min=1e-9)).max()
+    print(f"relative rms error {errors[0]:.1e} (kernel), {errors[1]:.1e} (definition); apart at most {apart:.1e}")
+    assert errors[0] < errors[1]
+    assert apart <= 3 * 2**-8
+
+
+def test_fused_linear_cross_entropy_kernel():
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*s, generator=g).requires_grad_() for s in ((37, 32), (65, 32)))
+    target, found = torch.randint(65, (37,), generator=g), []
+    for backend in ("fla", "torch"):
+        loss = linear_cross_entropy(hidden, weight, target, backend=backend)
+        found.append((loss, *torch.autograd.grad(0.5 * loss, (hidden, weight))))
+    for kernel, definition in zip(*found, strict=True):
+        assert (kernel - definition).abs().max() <= 1e-5 * definition.abs().max()
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("operation", ["delta_rule", "causal_conv"])
+def test_the_self_check_passes_right_kernels(operation, gradients):
+    assert checked(operation, "fla", torch.device("cpu"), torch.float32, gradients) is None

@@ -1,0 +1,71 @@
+"""Experts as CUDA runs them: the same values as the definition, and nothing that waits for the device.
+
+Tensors on "meta", which have no values, stand in for those of a GPU: what would read one on the host, an `.item()`, a
+`.tolist()`, a shape that depends on data, raises on them.
+"""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+import layers.moe as moe
+from layers.moe import Experts, SparseMoE
+
+
+def made(dtype, width=32, inner=16):
+    torch.manual_seed(0)
+    experts = Experts(width, inner, 8)
+    for p in experts.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return experts.to(dtype)
+
+
+def routed(n, k=3, width=32, dtype=torch.float32):
+    g = torch.Generator().manual_seed(n)
+    logits = torch.randn(n, 8, generator=g)
+    weights, indices = logits.softmax(-1).topk(k)
+    return torch.randn(n, width, generator=g).to(dtype), weights.to(dtype), indices
+
+
+@pytest.mark.parametrize("n", [1, 2, 21])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 2**-6), (torch.float64, 1e-14)])
+def test_a_few_gathered_equal_the_definition(n, dtype, bound):
+    """bf16: products rounded to 2^-8 of entries of order 1, twice."""
+    experts, x = made(dtype), routed(n, dtype=dtype)
+    with torch.no_grad():
+        expected = moe.loop(*x, experts._expert)
+        assert (experts._gathered(*x) - expected).abs().max() <= bound * expected.abs().max()
+
+
+@pytest.mark.parametrize("n", [1, 5, 70])
+def test_grouped_counts_without_the_host(n):
+    experts, x = made(torch.float32), routed(n)
+    with torch.no_grad():
+        torch.testing.assert_close(experts._grouped(*x), moe.loop(*x, experts._expert), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "n, gpu, dtype",
+    [*((n, gpu, torch.bfloat16) for n in (1, 4, 500) for gpu in (8, 9)), (1, 9, torch.float32), (4, 9, torch.float32)],
+)
+def test_nothing_waits_for_the_device(monkeypatch, n, gpu, dtype):
+    monkeypatch.setattr(torch, "autocast", lambda *_args, **_options: nullcontext())  # meta has none
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_args: False)
+    monkeypatch.setattr(moe, "generation", lambda _device: gpu)
+    with torch.device("meta"), torch.no_grad():
+        layer = SparseMoE(32, experts=8, top_k=3, inner=16, shared_inner=16).to(dtype)
+        assert layer.experts._grouped_serves(torch.empty(1, dtype=dtype)) == (gpu == 9 and dtype == torch.bfloat16)
+        y, stats = layer(torch.empty(1, n, 32, dtype=dtype))
+        assert y.shape == (1, n, 32)
+        assert stats is not None
+
+
+def test_tensors_without_values_do_notice():
+    """The loop over experts and a single token's path on a CPU both read indices on the host."""
+    with torch.device("meta"), torch.no_grad():
+        experts, x = Experts(32, 16, 8), torch.empty(1, 32)
+        weights, indices = torch.empty(1, 3), torch.zeros(1, 3, dtype=torch.long)
+        for path in (moe.loop, moe.one_token):
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                path(x, weights, indices, experts._expert)
