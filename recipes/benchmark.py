@@ -1,6 +1,6 @@
 """How fast is it beside others, on the same weights, in the same run, and how close to what the machine can do?
 
-    python -m recipes.benchmark                 everything, fp32 and bf16; some twenty minutes on 2 cores
+    python -m recipes.benchmark                 everything, fp32 and bf16; some twelve minutes on 2 cores
     python -m recipes.benchmark --quick         short lengths, under two minutes
     python -m recipes.benchmark --only decode   the rows whose name holds one of these words
     python -m recipes.benchmark --peer my.py    a third implementation beside both, see docs/benchmarks.md
