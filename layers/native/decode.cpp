@@ -22,6 +22,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "kernels.h"
+
 enum Dtype : int64_t { F32, BF16, F64, I8 };
 
 struct Mat { const void* p; int64_t dtype; };  // contiguous; p is null where the model has none
@@ -62,6 +64,7 @@ struct Ends {  // what stands before the first layer and after the last
 
 namespace {
 
+constexpr int64_t GROUP = 4;      // queries that read a key or value together
 constexpr int64_t KEYS = 512;      // of a context that one item of attention looks at
 // Of weights that one item of a product reads, at most: less, and threads disturb each other's reading ahead.
 constexpr int64_t BYTES = 1 << 18;
@@ -171,6 +174,9 @@ template <class real, class W> Wide<real> widen(const W* p) {
     }
 }
 template <class real> real sum_of(Wide<real> v) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<real, float>) return _mm512_reduce_add_ps((__m512)v);  // the halves as below
+#endif
     real x[LANES<real>];
     memcpy(x, &v, sizeof v);
     for (int64_t half = LANES<real> / 2; half; half /= 2)
@@ -452,43 +458,183 @@ template <class real> struct Step {
     // Queries of one key head over the places from `first` on: (sum of weighed values, weights, largest score) a query.
     void look(const Layer& l, int64_t i, int64_t h, int64_t first, real* out, std::vector<real>& scratch) {
         int64_t d = s.head_dim, share = s.heads / s.kv_heads, queries = s.t * share;
-        scratch.resize(KEYS + d);
-        real *scores = scratch.data(), *wide = scores + KEYS, root = 1 / std::sqrt(real(d));
+        int64_t all = std::min(first + KEYS, past[i] + s.t) - first;
+        scratch.resize(KEYS * (d + queries));
+        real *wide = scratch.data(), *scores = wide + KEYS * d, root = 1 / std::sqrt(real(d));
+        auto seen = [&](int64_t j) { return std::clamp<int64_t>(past[i] + j / share + 1 - first, 0, all); };
+        const real* query[GROUP];
+        with_rows(l, i, h, first, all, true, wide, [&](const auto* keys) {
+            for (int64_t from = 0; from < queries; from += GROUP) {
+                int64_t size = std::min(GROUP, queries - from);
+                for (int64_t g = 0; g < size; g++) {
+                    int64_t j = from + g;
+                    query[g] = &q[((i * s.t + j / share) * s.heads + h * share + j % share) * d];
+                }
+                grouped(size, [&](auto g) {
+                    constexpr int group = g.value;
+                    if (!dots_in_bf16<group>(keys, seen(from + size - 1), d, query, scores + from * KEYS))
+                        dots<group>(keys, seen(from + size - 1), d, query, scores + from * KEYS);
+                });
+            }
+        });
         for (int64_t j = 0; j < queries; j++) {
-            int64_t r = i * s.t + j / share, end = std::min(first + KEYS, past[i] + j / share + 1);
-            const real* query = &q[(r * s.heads + h * share + j % share) * d];
-            real *sum = out + j * (d + 2), most = -INFINITY, total = 0;
-            std::fill(sum, sum + d, real(0));
-            for (int64_t place = first; place < end; place++) {
-                scores[place - first] = root * dot(widened(l, i, h, place, true, wide), query, d);
-                most = std::max(most, scores[place - first]);
+            real *score = scores + j * KEYS, most = -INFINITY;
+            int64_t count = seen(j), padded = (count + LANES<real> - 1) / LANES<real> * LANES<real>;
+            std::fill(score + count, score + KEYS, -INFINITY);
+            Wide<real> highest = Wide<real>{} - INFINITY, sum = {};
+            for (int64_t place = 0; place < padded; place += LANES<real>) {
+                Wide<real> part = widen<real>(score + place) * root;
+                memcpy(score + place, &part, sizeof part);
+                highest = part > highest ? part : highest;
             }
-            for (int64_t place = first; place < end; place++) {
-                real weight = std::exp(scores[place - first] - most);
-                const real* v = widened(l, i, h, place, false, wide);
-                total += weight;
-#pragma omp simd
-                for (int64_t c = 0; c < d; c++) sum[c] += weight * v[c];
+            for (int64_t lane = 0; lane < LANES<real>; lane++) most = std::max(most, highest[lane]);
+            for (int64_t place = 0; place < padded; place++) score[place] = raised(score[place] - most);
+            std::fill(score + padded, score + KEYS, real(0));
+            for (int64_t place = 0; place < padded; place += LANES<real>) sum += widen<real>(score + place);
+            out[j * (d + 2) + d] = sum_of<real>(sum), out[j * (d + 2) + d + 1] = most;
+        }
+        with_rows(l, i, h, first, all, false, wide, [&](const auto* values) {
+            for (int64_t from = 0; from < queries; from += GROUP) {
+                int64_t size = std::min(GROUP, queries - from);
+                grouped(size, [&](auto g) { weigh<g.value>(values, seen(from + size - 1), d, scores + from * KEYS, out + from * (d + 2)); });
             }
-            sum[d] = total, sum[d + 1] = most;
+        });
+    }
+    // Calls `use` with the number of queries, at most GROUP, as a constant.
+    template <class Use> static void grouped(int64_t size, Use&& use) {
+        switch (size) {
+            case 1: return use(std::integral_constant<int, 1>());
+            case 2: return use(std::integral_constant<int, 2>());
+            case 3: return use(std::integral_constant<int, 3>());
+            default: return use(std::integral_constant<int, 4>());
         }
     }
-    const real* widened(const Layer& l, int64_t i, int64_t h, int64_t place, bool key, real* to) const {
-        const Part& part = find(l, place);
-        int64_t d = s.head_dim, at = i * part.row + h * part.head + place * d;
-        const void* from = key ? part.k : part.v;
-        if (sizeof(real) == (l.kv_dtype == F32 ? 4 : 8) && (l.kv_dtype == F32 || l.kv_dtype == F64)) return (const real*)from + at;
-        if (l.kv_dtype == BF16) {
-            const uint16_t* v = (const uint16_t*)from + at;
-            for (int64_t c = 0; c < d; c++) to[c] = as_float(v[c]);
-        } else if (l.kv_dtype == I8) {
-            const int8_t* v = (const int8_t*)from + at;
-            real scale = ((const float*)(key ? part.k_scale : part.v_scale))[i * part.scale_row + h * part.scale_head + place];
-            for (int64_t c = 0; c < d; c++) to[c] = R(v[c] * scale);
-        } else {
-            for (int64_t c = 0; c < d; c++) to[c] = R(load<real>(from, l.kv_dtype, at + c));
+    static float raised(float x) { return ::exponential(x); }
+    static double raised(double x) { return std::exp(x); }
+
+    // out[j][place] = row `place` · x[j] for the queries of a group, for which a row is read and widened once.
+    template <int group, class W>
+    static void dots(const W* rows, int64_t count, int64_t d, const real* const* x, real* out) {
+        constexpr int64_t L = LANES<real>;
+        Wide<real> sums[group][L];
+        for (int64_t begin = 0, whole = d / L * L; begin < count; begin += L) {
+            int64_t size = std::min(L, count - begin);
+            for (int64_t place = 0; place < size; place++) {
+                const W* row = rows + (begin + place) * d;
+                Wide<real> sum[group] = {};
+                for (int64_t c = 0; c < whole; c += L) {
+                    Wide<real> part = widen<real>(row + c);
+                    UNROLL for (int g = 0; g < group; g++) sum[g] += part * widen<real>(x[g] + c);
+                }
+                for (int64_t c = whole; c < d; c++)
+                    for (int g = 0; g < group; g++) sum[g][0] += real(as_number(row[c])) * x[g][c];
+                UNROLL for (int g = 0; g < group; g++) sums[g][place] = sum[g];
+            }
+            for (int g = 0; g < group; g++) each_sum(sums[g], size, out + g * KEYS + begin);
         }
-        return to;
+    }
+    // The same by an instruction for pairs of bf16, where there is one and queries are bf16 as keys are.
+    template <int group, class W>
+    bool dots_in_bf16(const W* rows, int64_t count, int64_t d, const real* const* x, real* out) const {
+#if defined(__AVX512BF16__)
+        if constexpr (std::is_same_v<W, uint16_t> && std::is_same_v<real, float>) {
+            constexpr int64_t MOST = 512;
+            if (!bf16 || d % 32 || d > MOST) return false;
+            alignas(64) uint16_t low[group][MOST];
+            for (int g = 0; g < group; g++)
+                for (int64_t c = 0; c < d; c++) low[g][c] = as_bf16(x[g][c]);
+            Wide<real> sums[group][16];
+            for (int64_t begin = 0; begin < count; begin += 16) {
+                int64_t size = std::min<int64_t>(16, count - begin);
+                for (int64_t place = 0; place < size; place++) {
+                    const uint16_t* row = rows + (begin + place) * d;
+                    __m512 sum[group] = {};
+                    for (int64_t c = 0; c < d; c += 32) {
+                        __m512bh part = (__m512bh)_mm512_loadu_si512(row + c);
+                        UNROLL for (int g = 0; g < group; g++) sum[g] = _mm512_dpbf16_ps(sum[g], part, (__m512bh)_mm512_load_si512(low[g] + c));
+                    }
+                    UNROLL for (int g = 0; g < group; g++) sums[g][place] = (Wide<real>)sum[g];
+                }
+                for (int g = 0; g < group; g++) each_sum(sums[g], size, out + g * KEYS + begin);
+            }
+            return true;
+        }
+#endif
+        return false;
+    }
+    // out[j] = the rows' sum, each times its weight for query j.
+    template <int group, class W>
+    static void weigh(const W* rows, int64_t count, int64_t d, const real* weights, real* out) {
+        constexpr int64_t L = LANES<real>, V = 4;  // vectors of columns that stay in registers
+        int64_t c = 0;
+        for (; c + V * L <= d; c += V * L) {
+            Wide<real> sums[group][V] = {};
+            for (int64_t place = 0; place < count; place++)
+                UNROLL for (int r = 0; r < V; r++) {
+                    Wide<real> part = widen<real>(rows + place * d + c + r * L);
+                    UNROLL for (int g = 0; g < group; g++) sums[g][r] += part * weights[g * KEYS + place];
+                }
+            for (int g = 0; g < group; g++) memcpy(out + g * (d + 2) + c, sums[g], sizeof sums[g]);
+        }
+        for (; c < d; c++)
+            for (int g = 0; g < group; g++) {
+                real sum = 0;
+                for (int64_t place = 0; place < count; place++) sum += real(as_number(rows[place * d + c])) * weights[g * KEYS + place];
+                out[g * (d + 2) + c] = sum;
+            }
+    }
+    // The sum of each of `count` vectors, at most as many as a vector has numbers.
+    static void each_sum(const Wide<real>* v, int64_t count, real* out) {
+#if defined(__AVX512F__)
+        if constexpr (std::is_same_v<real, float>) {
+            if (count == 16) {  // transposed and added, halves at a time
+                __m512 four[4], eight[2];
+                UNROLL for (int k = 0; k < 4; k++) {
+                    __m512 a = (__m512)v[4 * k], b = (__m512)v[4 * k + 1], c = (__m512)v[4 * k + 2], e = (__m512)v[4 * k + 3];
+                    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+                    __m512 ce = _mm512_add_ps(_mm512_unpacklo_ps(c, e), _mm512_unpackhi_ps(c, e));
+                    four[k] = _mm512_add_ps(_mm512_shuffle_ps(ab, ce, 0x44), _mm512_shuffle_ps(ab, ce, 0xee));
+                }
+                UNROLL for (int k = 0; k < 2; k++)
+                    eight[k] = _mm512_add_ps(_mm512_shuffle_f32x4(four[2 * k], four[2 * k + 1], 0x88), _mm512_shuffle_f32x4(four[2 * k], four[2 * k + 1], 0xdd));
+                __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(eight[0], eight[1], 0x88), _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd));
+                memcpy(out, &all, sizeof all);
+                return;
+            }
+        }
+#endif
+        for (int64_t r = 0; r < count; r++) out[r] = sum_of<real>(v[r]);
+    }
+
+    // Gives `use` keys or values of `count` places, a row a place: where they lie, if they lie in a piece, else in `to`.
+    template <class Use>
+    void with_rows(const Layer& l, int64_t i, int64_t h, int64_t first, int64_t count, bool key, real* to, Use&& use) const {
+        int64_t d = s.head_dim, place = first;
+        const Part& part = find(l, place);
+        if (part.n - place >= count) {
+            int64_t at = i * part.row + h * part.head + place * d;
+            const void* from = key ? part.k : part.v;
+            if (l.kv_dtype == BF16 && std::is_same_v<real, float>) return use((const uint16_t*)from + at);
+            if (l.kv_dtype == (std::is_same_v<real, float> ? F32 : F64) && !bf16) return use((const real*)from + at);
+        }
+        for (int64_t done = 0; done < count;) {
+            int64_t place = first + done;
+            const Part& part = find(l, place);
+            int64_t n = std::min(count - done, part.n - place), at = i * part.row + h * part.head + place * d;
+            const void* from = key ? part.k : part.v;
+            real* rows = to + done * d;
+            if (l.kv_dtype == I8) {
+                const int8_t* v = (const int8_t*)from + at;
+                const float* scale = (const float*)(key ? part.k_scale : part.v_scale) + i * part.scale_row + h * part.scale_head + place;
+                for (int64_t r = 0; r < n; r++)
+                    for (int64_t c = 0; c < d; c++) rows[r * d + c] = R(v[r * d + c] * scale[r]);
+            } else {
+                load_all(from, l.kv_dtype, at, n * d, rows);
+                for (int64_t c = 0; c < n * d && bf16 && l.kv_dtype != BF16; c++) rows[c] = R(rows[c]);
+            }
+            done += n;
+        }
+        use((const real*)to);
     }
     void join(const real* from, int64_t stride, int64_t pieces, real* out) const {
         int64_t d = s.head_dim;
