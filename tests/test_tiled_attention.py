@@ -6,7 +6,9 @@ from conftest import small_model
 from parity import tokens
 
 from layers.gated_attention import attend
+from layers.kv_state import KVState
 from layers.tiled_attention import TILE, tiled_attention
+from qwen3next import Qwen3Next, block, presets
 
 
 @pytest.mark.parametrize("t", [1, 2, TILE - 1, TILE, TILE + 1, 300])
@@ -47,3 +49,25 @@ def test_chunked_prefill_is_close_in_fp32():
                 model(ids[:, :begin], cache=cache)
             parts = [model(ids[:, i : i + chunk], cache=cache).logits for i in range(begin, 500, chunk)]
             assert (torch.cat(parts, dim=1) - whole[:, begin:]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("past", [0, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_parts_of_a_long_prompt_leave_no_trace(past, dtype, monkeypatch):
+    """A block takes 2048 tokens at a time; in one piece, the bits are the same in bf16, and in fp32 to rounding."""
+    model = Qwen3Next(presets.tiny(mtp_num_hidden_layers=0)).to(dtype).eval()
+    ids = torch.randint(0, 256, (2, past + 4500), generator=torch.Generator().manual_seed(0))
+    found = []
+    for at_a_time in (block.TOKENS, 10**9):
+        monkeypatch.setattr(block, "TOKENS", at_a_time)
+        cache = model.new_cache(batch=2, max_len=ids.shape[1])
+        if past:
+            model(ids[:, :past], cache=cache)
+        logits = model(ids[:, past:], cache=cache, logits_to_keep=3).logits
+        held = [s.read(0, past + 4500) if isinstance(s, KVState) else (s.conv, s.memory) for s in cache.layers]
+        found.append([logits, *(x for state in held for x in state)])
+    for a, b in zip(*found, strict=True):
+        if dtype == torch.bfloat16:
+            assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
