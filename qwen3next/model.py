@@ -448,7 +448,11 @@ class Qwen3Next(Hooked, nn.Module):
 def _kv_dtype(name: str | torch.dtype | None, default: torch.dtype) -> torch.dtype:
     if name in ("int8", torch.int8):
         return torch.int8
-    return default if name is None else as_dtype(name)
+    try:
+        return default if name is None else as_dtype(name)
+    except ValueError:
+        known = "float32, bfloat16, float16 or int8"
+        raise ValueError(f"Keys and values cannot be kept in {name!r}: choose {known}.") from None
 
 
 def _stack(aux: list[RouterStats]) -> RouterStats | None:

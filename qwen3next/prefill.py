@@ -35,6 +35,8 @@ def prefill(
     """`Qwen3Next.prefill`."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+    if not input_ids.numel() and not max(cache.lengths):  # behind a text that is there, nothing is to be run
+        raise ValueError("The prompt is empty: give at least one token.")
     segments = Segments.full(input_ids) if segments is None else segments
     if max_memory is not None:
         most = chunk_for(model, cache, segments.after(cache.lengths), parse_bytes(max_memory))

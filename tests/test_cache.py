@@ -158,3 +158,10 @@ def test_less_precision_costs_what_it_should(model, options, bound):
         last = run(model, cache, ids[:, t : t + 1])
     gap = (last - cold(model, ids)).abs().max()
     assert 0 < gap < bound
+
+
+def test_what_cannot_be_run_or_kept_gets_a_sentence(model):
+    with pytest.raises(ValueError, match="prompt is empty"):
+        model.prefill(torch.zeros(1, 0, dtype=torch.long), model.new_cache())
+    with pytest.raises(ValueError, match=r"cannot be kept in 'int4': choose .* or int8"):
+        model.new_cache(kv_dtype="int4")
