@@ -260,7 +260,7 @@ def test_the_80b_preset_builds_on_meta():
             "made for 1 sequences and 2",
         ),
         (lambda m: m.new_cache(max_len=0), "at least one"),
-        (lambda m: m.new_cache(kv_dtype="int3"), "floating-point"),
+        (lambda m: m.new_cache(kv_dtype="int3"), "cannot be kept in 'int3': choose .* or int8"),
         (lambda m: m.set_backend("attention", "magic"), "no backend"),
         (lambda m: m.set_backend("magic", "auto"), "no operation"),
     ],
