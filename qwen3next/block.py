@@ -77,15 +77,15 @@ class Block(nn.Module):
         y = self.attn_out_norm(y) if self.sandwich else y
         x = self.hook_resid_mid(x + self.hook_attn_out(y))
         if split:
-            return torch.cat([self._feed(part) for part in x.split(TOKENS, dim=1)], dim=1), None
+            return torch.cat([self._feed(part, None, stats=False)[0] for part in x.split(TOKENS, dim=1)], dim=1), None
+        return self._feed(x, counted, stats=stats)
+
+    def _feed(self, x: Tensor, counted: Tensor | None, *, stats: bool) -> tuple[Tensor, RouterStats | None]:
+        """What the feed-forward makes of the stream, a token at a time."""
         y, router = self.post_attention_layernorm(x), None
         y, router = self.mlp(y, mask=counted, stats=stats) if self.sparse else (self.mlp(y), None)
         y = self.mlp_out_norm(y) if self.sandwich else y
         return self.hook_resid_post(x + self.hook_mlp_out(y)), router
-
-    def _feed(self, x: Tensor) -> Tensor:
-        y = self.post_attention_layernorm(x)
-        return x + (self.mlp(y, stats=False)[0] if self.sparse else self.mlp(y))
 
     def _in_parts(self, x: Tensor, rope: Rotation, segments: Segments, state: KVState | DeltaNetState) -> Tensor:
         """TOKENS at a time, the memory carried in full precision: the same bits, and temporaries that do not grow."""

@@ -62,14 +62,25 @@ def why_not(model: "Qwen3Next", device: torch.device | None = None, dtype: torch
     where, kind = weight.device if device is None else device, weight.dtype if dtype is None else dtype
     if reason := choose_reason("decode", "cpp", where, kind):
         return reason
+    if reason := unknown_module(model):
+        return reason
+    for name, module in model.blocks.named_modules():
+        if isinstance(module, SparseMoE) and module.shared_expert is None:
+            return f"blocks.{name} has no shared expert, and it knows experts with one"
+    used = {id(weight) for block in model.blocks for weight in _weights(cast("Block", block)).values()}
+    for name, parameter in model.blocks.named_parameters():
+        if id(parameter) not in used:
+            return f"blocks.{name} is a weight that it does not know"
+        if not parameter.is_contiguous() or parameter.dtype not in DTYPES or parameter.device != weight.device:
+            return f"blocks.{name} is not contiguous, elsewhere, or of a dtype that it does not know"
+    return None
+
+
+def unknown_module(model: "Qwen3Next") -> str | None:
+    """The first module of the blocks that the default model does not have, in a sentence, or None."""
     for name, module in model.blocks.named_modules():
         if not isinstance(module, (nn.ModuleList, HookPoint)) and type(module) not in KNOWN:
             return f"blocks.{name} is a {type(module).__name__}, which it does not know"
-        if isinstance(module, SparseMoE) and module.shared_expert is None:
-            return f"blocks.{name} has no shared expert, and it knows experts with one"
-    for name, parameter in model.blocks.named_parameters():
-        if not parameter.is_contiguous() or parameter.dtype not in DTYPES or parameter.device != weight.device:
-            return f"blocks.{name} is not contiguous, elsewhere, or of a dtype that it does not know"
     return None
 
 
@@ -340,12 +351,19 @@ def _part(stored: tuple[Tensor, ...]) -> Part:
 def _fill(layer: Layer, block: Block) -> None:
     """Point a layer to a block's weights."""
     layer.softmax, layer.sparse = block.mixer == "full_attention", block.sparse
-    found: dict[str, Tensor | None] = {"norm_in": block.input_layernorm.weight}
-    found["norm_post"] = block.post_attention_layernorm.weight
     if layer.softmax:
-        found |= dict(_attention(block.self_attn))
         gate = block.self_attn.gate_proj
         layer.gate_rows = 0 if gate is None else gate.out_features // block.self_attn.heads
+    for name, weight in _weights(block).items():
+        setattr(layer, name, _mat(weight))
+
+
+def _weights(block: Block) -> dict[str, Tensor | None]:
+    """All weights that a step multiplies with, by the names that `Layer` has for them."""
+    found: dict[str, Tensor | None] = {"norm_in": block.input_layernorm.weight}
+    found["norm_post"] = block.post_attention_layernorm.weight
+    if block.mixer == "full_attention":
+        found |= dict(_attention(block.self_attn))
     else:
         m = block.linear_attn
         found |= {"in_qkv": m.in_proj_qkv.weight, "in_z": m.in_proj_z.weight, "in_b": m.in_proj_b.weight}
@@ -360,8 +378,7 @@ def _fill(layer: Layer, block: Block) -> None:
         assert isinstance(mlp.experts, Experts)
         found |= {"router": mlp.router.weight, "shared_weight": mlp.shared_expert_gate.weight}
         found |= {"experts_in": mlp.experts.gate_up_proj, "experts_out": mlp.experts.down_proj}
-    for name, weight in found.items():
-        setattr(layer, name, _mat(weight))
+    return found
 
 
 def _attention(m: GatedAttention) -> Iterator[tuple[str, Tensor | None]]:

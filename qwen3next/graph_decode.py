@@ -9,18 +9,17 @@ import warnings
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from layers.backends import why_not as choose_reason
 from layers.gated_deltanet import DeltaNetState
-from layers.hook_point import HookPoint
 from layers.kv_state import KVState
 from layers.moe import GATHERED, Experts, grouped_on_device
 from layers.rope import Rotation
 from layers.segments import Segments
 from layers.static_kv import StaticKV
 from qwen3next.cache import HybridCache
-from qwen3next.decode import KNOWN, Sight
+from qwen3next.decode import Sight, unknown_module
 
 if TYPE_CHECKING:
     from qwen3next.model import Qwen3Next
@@ -38,9 +37,9 @@ def why_not(model: "Qwen3Next", device: torch.device | None = None, dtype: torch
     where, kind = weight.device if device is None else device, weight.dtype if dtype is None else dtype
     if reason := choose_reason("decode", "graph", where, kind):
         return reason
+    if reason := unknown_module(model):
+        return reason
     for name, module in model.blocks.named_modules():
-        if not isinstance(module, (nn.ModuleList, HookPoint)) and type(module) not in KNOWN:
-            return f"blocks.{name} is a {type(module).__name__}, which it does not know"
         if getattr(module, "backend", "auto") != "auto":
             return f"blocks.{name} has a backend chosen by name"
     return None

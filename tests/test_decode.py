@@ -351,3 +351,18 @@ def test_nothing_is_compiled_twice(fresh):
     build.library.cache_clear()
     assert build.missing() is None
     assert [(x, x.stat().st_mtime_ns) for x in fresh.rglob("*") if x.is_file()] == [(made, when)]
+
+
+@torch.no_grad()
+def test_a_model_with_weights_that_a_step_does_not_know_runs_its_modules():
+    model = q.Qwen3Next(q.presets.tiny(sandwich_norm=True, mtp_num_hidden_layers=0))
+    ids = torch.randint(0, 256, (1, 20))
+    caches = [model.new_cache(max_len=30) for _ in "ab"]
+    for cache in caches:
+        model(ids, cache=cache)
+    step = model.step(ids[:, :1], caches[0])
+    assert torch.equal(step, model(ids[:, :1], cache=caches[1]).logits[:, -1])
+    assert {row.operation: row.runs for row in q.explain(model)}["decode"] == "torch"
+    model.set_backend("decode", "cpp")
+    with pytest.raises(RuntimeError, match=r"attn_out_norm\.weight is a weight that it does not know"):
+        model.step(ids[:, :1], caches[0])

@@ -7,6 +7,7 @@ from parity import tokens
 
 from layers.gated_attention import attend
 from layers.kv_state import KVState
+from layers.segments import Segments
 from layers.tiled_attention import TILE, tiled_attention
 from qwen3next import Qwen3Next, block, presets
 
@@ -71,3 +72,17 @@ def test_parts_of_a_long_prompt_leave_no_trace(past, dtype, monkeypatch):
         if dtype == torch.bfloat16:
             assert torch.equal(a, b)
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_parts_of_padded_prompts_with_sandwich_norms_leave_no_trace(monkeypatch):
+    """Rows of unequal lengths: the feed-forward alone goes in parts, its norms with it."""
+    torch.manual_seed(0)
+    model = Qwen3Next(presets.tiny(sandwich_norm=True, mtp_num_hidden_layers=0)).eval()
+    ids, found = torch.randint(0, 256, (2, 2500)), []
+    segments = Segments.from_mask(torch.arange(2500) < torch.tensor([[2500], [2300]]))
+    for at_a_time in (block.TOKENS, 10**9):
+        monkeypatch.setattr(block, "TOKENS", at_a_time)
+        cache = model.new_cache(batch=2, max_len=2500)
+        found.append(model(ids, segments=segments, cache=cache, logits_to_keep=1).logits)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
