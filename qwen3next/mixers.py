@@ -1,5 +1,7 @@
 """The token mixers that a configuration asks for."""
 
+from typing import Any
+
 from layers.attention_variants import AttentionVariant
 from layers.deltanet_variants import DeltaNetVariant
 from layers.gated_attention import GatedAttention
@@ -9,24 +11,19 @@ from qwen3next.config import ModelConfig
 
 def linear_attention(c: ModelConfig) -> GatedDeltaNet:
     """Gated DeltaNet, or the variant of it that c chooses."""
+    sizes: dict[str, Any] = {
+        "key_heads": c.linear_num_key_heads,
+        "value_heads": c.linear_num_value_heads,
+        "key_dim": c.linear_key_head_dim,
+        "value_dim": c.linear_value_head_dim,
+        "conv_taps": c.linear_conv_kernel_dim,
+        "eps": c.rms_norm_eps,
+    }
     if not c.chosen("linear_"):
-        return GatedDeltaNet(
-            c.hidden_size,
-            key_heads=c.linear_num_key_heads,
-            value_heads=c.linear_num_value_heads,
-            key_dim=c.linear_key_head_dim,
-            value_dim=c.linear_value_head_dim,
-            conv_taps=c.linear_conv_kernel_dim,
-            eps=c.rms_norm_eps,
-        )
+        return GatedDeltaNet(c.hidden_size, **sizes)
     return DeltaNetVariant(
         c.hidden_size,
-        key_heads=c.linear_num_key_heads,
-        value_heads=c.linear_num_value_heads,
-        key_dim=c.linear_key_head_dim,
-        value_dim=c.linear_value_head_dim,
-        conv_taps=c.linear_conv_kernel_dim,
-        eps=c.rms_norm_eps,
+        **sizes,
         output_gate=c.linear_output_gate,
         conv=c.linear_use_conv,
         output_norm=c.linear_output_norm,
@@ -38,25 +35,21 @@ def linear_attention(c: ModelConfig) -> GatedDeltaNet:
 
 def softmax_attention(c: ModelConfig) -> GatedAttention:
     """Gated attention, or the variant of it that c chooses."""
+    shared: dict[str, Any] = {
+        "heads": c.num_attention_heads,
+        "kv_heads": c.num_key_value_heads,
+        "head_dim": c.head_dim,
+        "eps": c.rms_norm_eps,
+        "gate": c.attention_gate,
+        "qk_norm": c.use_qk_norm,
+        "zero_centred": c.zero_centred_norms,
+        "bias": c.attention_bias,
+    }
     if not c.has_attention_variant:
-        return GatedAttention(
-            c.hidden_size,
-            heads=c.num_attention_heads,
-            kv_heads=c.num_key_value_heads,
-            head_dim=c.head_dim,
-            eps=c.rms_norm_eps,
-            gate=c.attention_gate,
-            qk_norm=c.use_qk_norm,
-            zero_centred=c.zero_centred_norms,
-            bias=c.attention_bias,
-        )
+        return GatedAttention(c.hidden_size, **shared)
     return AttentionVariant(
         c.hidden_size,
-        heads=c.num_attention_heads,
-        kv_heads=c.num_key_value_heads,
-        head_dim=c.head_dim,
-        eps=c.rms_norm_eps,
-        gate=c.attention_gate,
+        **shared,
         position=c.attention_gate_position,
         form=c.attention_gate_form,
         activation=c.attention_gate_activation,
@@ -66,7 +59,4 @@ def softmax_attention(c: ModelConfig) -> GatedAttention:
         switch=c.attention_switch,
         switch_experts=c.attention_switch_experts,
         switch_top_k=c.attention_switch_top_k,
-        qk_norm=c.use_qk_norm,
-        zero_centred=c.zero_centred_norms,
-        bias=c.attention_bias,
     )

@@ -1,6 +1,6 @@
 """What a long context costs beside transformers, on the same weights: prefill, memory, decoding, a second question.
 
-    python -m recipes.long_context                     1k to 128k tokens, and 256k of ours alone; about an hour
+    python -m recipes.long_context                     1k to 128k tokens, and 256k of ours alone; bf16: ten minutes
     python -m recipes.long_context --quick             1k and 4k, some two minutes
     python -m recipes.long_context --lengths 1k 32k --out docs/benchmarks/2026-11-25-long-context
 
