@@ -18,6 +18,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "LICENSE*")
 ENOUGH = 10_000  # missing tensors after which no more are counted: config.json is of another model
 
 
@@ -246,19 +247,38 @@ def dequantise(weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> 
 
 
 def local_folder(path: str | Path) -> Path:
-    """A local folder, downloading a hub id's config and safetensors where the hub can be reached."""
-    folder = Path(path)
+    """A local folder, downloading a hub id's config and safetensors where the hub can be reached.
+
+    Args:
+        path: a folder, owner/name on the hub, or owner/name/folder where a hub repository holds several models.
+    """
+    folder, parts = Path(path), str(path).split("/")
     if folder.is_dir():
-        return folder
-    if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "~", "/")):
+        return _one_model(folder)
+    here = folder.exists() or parts[0].startswith((".", "~"))
+    mistyped = len(parts) > 2 and Path(parts[0]).exists()  # rather than a folder of something on the hub
+    if here or mistyped or len(parts) < 2 or not all(parts):
         raise ValueError(f"{path} is not a folder: give one that holds config.json and safetensors, or a hub id.")
+    inside = "/".join(parts[2:])
     try:
         from huggingface_hub import snapshot_download
 
-        wanted = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "LICENSE*"]
-        return Path(snapshot_download(str(path), allow_patterns=wanted))
+        wanted = [f"{inside}/{name}" if inside else name for name in HUB_FILES]
+        found = Path(snapshot_download("/".join(parts[:2]), allow_patterns=wanted)) / inside
     except Exception as error:  # no client, no network, no such id: the client raises many kinds
         raise ValueError(f"{path} is neither a folder here nor to be had from the hub ({error}).") from error
+    if not found.is_dir():
+        raise ValueError(f"{'/'.join(parts[:2])} on the hub holds no folder {inside}: look there for its name.")
+    return _one_model(found)
+
+
+def _one_model(folder: Path) -> Path:
+    """Raises: ValueError for a folder of several models, that names them."""
+    if not (folder / "config.json").exists():
+        inside = sorted(place.parent.name for place in folder.glob("*/config.json"))
+        if inside:
+            raise ValueError(f"{folder} holds no config.json, its folders do: give one of them ({some(inside)}).")
+    return folder
 
 
 def some(names: list[str]) -> str:

@@ -3,6 +3,7 @@
     python -m recipes.gated_attention toy --budget 40m
     python -m recipes.gated_attention lm --budget 75m --seeds 0 1 2
     python -m recipes.gated_attention report
+    python -m recipes.gated_attention report --checkpoint DIR DIR
 
 Each run is an arm and a seed. What is finished is kept; the same command goes on after Ctrl-C, a crash or a kill, with
 exactly the losses it would have had. docs/gated_attention.md explains arms, figures and what to expect.
@@ -19,7 +20,7 @@ from rich.console import Console
 
 from recipes.pretrain import exit_status
 from recipes.settings import pick_device
-from recipes.study_checkpoint import DEFAULT_SEQUENCES, report_checkpoint
+from recipes.study_checkpoint import DEFAULT_SEQUENCES, How, report_checkpoints
 from recipes.study_extrapolate import extension_task, measure_lengths
 from recipes.study_progress import say
 from recipes.study_queue import run_all, with_steps
@@ -109,25 +110,29 @@ class Extrapolate(WithText):
 
 @dataclass(frozen=True)
 class Report:
-    """Pictures, the table of claims, one JSON; or the study's figures of a checkpoint.
+    """Pictures, the table of claims, one JSON; or the study's figures of checkpoints.
 
     Attributes:
         out: the folder of the runs.
-        checkpoint: a checkpoint folder to measure, instead of the runs.
+        also: results.json of other reports, whose runs are told with those here: seeds of another machine.
+        checkpoint: checkpoints to measure, instead of the runs: folders, or on the hub owner/name or owner/name/folder.
         data: text to measure it on.
         window: its windows, in tokens.
         sequences: how many.
         prompt: whose attention is drawn; a few lines of Python, if empty.
         device: "auto", "cpu" or "cuda".
+        experts: where a checkpoint's routed experts are: "memory", "int8", or "mmap" for models larger than memory.
     """
 
     out: Path = OUT
-    checkpoint: Path | None = None
+    also: tuple[Path, ...] = ()
+    checkpoint: tuple[Path, ...] = ()
     data: str = "stdlib"
     window: int = 1024
     sequences: int = DEFAULT_SEQUENCES
     prompt: str = ""
     device: str = "auto"
+    experts: Literal["memory", "int8", "mmap"] = "memory"
 
 
 def experiment(options: Options, console: Console) -> None:
@@ -213,19 +218,11 @@ def main(args: list[str] | None = None) -> int:
         console = Console()
         if not isinstance(options, Report):
             experiment(options, console)
-        elif options.checkpoint is None:
-            report(options.out, console)
+        elif not options.checkpoint:
+            report(options.out, console, options.also)
         else:
-            report_checkpoint(
-                options.checkpoint,
-                source=options.data,
-                out=options.out / "report",
-                window=options.window,
-                sequences=options.sequences,
-                device=options.device,
-                prompt=options.prompt,
-                console=console,
-            )
+            how = How(options.data, options.window, options.sequences, options.prompt, options.device, options.experts)
+            report_checkpoints(options.checkpoint, how, out=options.out / "report", console=console)
 
     return exit_status(program)
 

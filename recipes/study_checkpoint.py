@@ -1,5 +1,7 @@
-"""The study's figures of one checkpoint, released or trained here, and its attention maps."""
+"""The study's figures of checkpoints, released or trained here, and their attention maps."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,62 +12,127 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import qwen3next as q
+from qwen3next.opened import local_folder
 from recipes.demo import machine
 from recipes.documents import documents
 from recipes.study_claims import CLAIMS
-from recipes.study_maps import draw_maps, text_prompt
+from recipes.study_maps import draw_depths, draw_maps, head_averages, text_prompt
 from recipes.study_metrics import measure
 from recipes.study_report import COLUMNS, PROMPT
 from recipes.study_run import MEASURED_AT_THE_END, write_json
 from recipes.study_text import BOS, with_first
-from recipes.tokenizer import load_tokenizer
+from recipes.tokenizer import load_tokenizer, write_atomically
 
 
-def report_checkpoint(
-    checkpoint: Path, *, source: str, out: Path, window: int, sequences: int, device: str, prompt: str, console: Console
-) -> dict[str, Any]:
-    """Measure a checkpoint on text; print its figures beside the paper's, write them as JSON, and its attention maps.
+@dataclass(frozen=True)
+class How:
+    """How checkpoints are measured.
 
-    Text is cut into windows as it comes, document after document. Where the tokenizer has the token with which windows
-    begin in this study's own training, they begin with it; else with whatever comes.
-
-    Args:
-        source: as `documents` takes it.
+    Attributes:
+        source: text, as `documents` takes it.
         window: tokens; the study measured at its training length, 4096.
         sequences: windows.
+        prompt: whose attention is drawn; a few lines of Python, if empty.
+        device: "auto", "cpu" or "cuda".
+        experts: where routed experts are, as `q.load` takes it.
+    """
+
+    source: str
+    window: int
+    sequences: int
+    prompt: str
+    device: str
+    experts: str = "memory"
+
+
+def report_checkpoints(
+    checkpoints: Sequence[Path], how: How, *, out: Path, console: Console
+) -> dict[str, dict[str, Any]]:
+    """Measure checkpoints, one after another, on the same text; print their figures beside the paper's, and write them.
+
+    Into `out`, for each: its figures, layer by layer too, as NAME.json, and attention in four layers, NAME-maps.png.
+    For several also checkpoints.md, and side by side the layer in which the first sinks most, checkpoints-maps.png.
+
+    Args:
+        checkpoints: folders, or hub ids with the folder inside: owner/name/folder.
     Raises: ValueError for a model without softmax layers, without a tokenizer, or too little text.
     """
-    place = checkpoint.resolve()
-    name = place.parent.name if place.name == "model" else place.name  # of runs here, which keep theirs in model/
-    tokenizer = load_tokenizer(checkpoint)
-    model = q.load(checkpoint, device=device).eval()
+    names, folders = names_of(checkpoints), [local_folder(checkpoint) for checkpoint in checkpoints]
+    measured, averages, prompts = dict[str, dict[str, Any]](), dict[str, dict[int, Tensor]](), list[list[str]]()
+    for name, folder in zip(names, folders, strict=True):
+        measured[name], averages[name], tokens = _measure(name, folder, how)
+        prompts.append(tokens)
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / f"{name}.json", measured[name])
+        draw_depths(name, averages[name], tokens, out / f"{name}-maps.png")
+        console.print(_in_words(measured[name]), highlight=False, markup=False)
+        console.print(f"Layer by layer: {out / name}.json; attention of a prompt beside it.", highlight=False)
+    if len(measured) > 1:
+        write_atomically(out / "checkpoints.md", "\n".join(_table(measured)).encode())
+        alike = all(a.keys() == next(iter(averages.values())).keys() for a in averages.values())
+        if alike and all(tokens == prompts[0] for tokens in prompts):
+            draw_maps(averages, prompts[0], out / "checkpoints-maps.png")
+        console.print(f"Side by side: {out}/checkpoints.md and pictures.", highlight=False)
+    return measured
+
+
+def names_of(checkpoints: Sequence[Path]) -> list[str]:
+    """Names as short as tells them apart: a run's here for its model/, else as much of the path's end as it takes."""
+    whole = [place.resolve() if place.is_dir() else place for place in checkpoints]
+    parts = [(place.parent if place.name == "model" else place).parts for place in whole]
+    if len(set(parts)) < len(parts):
+        raise ValueError("The same checkpoint is named twice: name each once.")
+    length = 1
+    while len({p[-length:] for p in parts}) < len(parts):
+        length += 1
+    return ["-".join(part for part in p[-length:] if part != "/") for p in parts]
+
+
+def _measure(name: str, folder: Path, how: How) -> tuple[dict[str, Any], dict[int, Tensor], list[str]]:
+    """A checkpoint's figures; and of a prompt its attention, averaged over heads, and its tokens."""
+    tokenizer = load_tokenizer(folder)
+    model = q.load(folder, device=how.device, experts=how.experts, progress=True).eval()
     first = tokenizer.token_to_id(BOS)
-    windows = _windows(tokenizer, source, window=window, sequences=sequences, first=first)
-    rows = max(1, min(16, 4096 * 2 // window))
-    found = measure(model, windows.split(rows))
-    arm = arm_of(model.config)
+    windows = _windows(tokenizer, how.source, window=how.window, sequences=how.sequences, first=first)
+    found = measure(model, windows.split(max(1, min(16, 4096 * 2 // how.window))))
     values = {
         "checkpoint": name,
-        "arm": arm,
-        "text": source,
+        "arm": arm_of(model.config),
+        "text": how.source,
         "windows": len(windows),
-        "window": window,
+        "window": how.window,
         "first_token": None if first is None else BOS,
         **found,
         "machine": machine(),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / f"{name}.json", values)
-    ids, tokens = text_prompt(tokenizer, prompt or PROMPT, first)
-    draw_maps({name: model}, ids, tokens, out / f"{name}-map.png")
-    console.print(f"{name}: {len(windows)} windows of {window} tokens; as the study's {arm}", highlight=False)
+    ids, tokens = text_prompt(tokenizer, how.prompt or PROMPT, first)
+    return values, head_averages(model, ids), tokens
+
+
+def _in_words(values: Mapping[str, Any]) -> str:
+    name, arm = values["checkpoint"], values["arm"]
+    lines = [f"{name}: {values['windows']} windows of {values['window']} tokens; as the study's {arm}"]
     for figure in COLUMNS:
-        if figure in found:
+        if figure in values:
             printed = paper_figure(figure, arm)
             beside = "" if printed is None else f"   paper {printed:g}"
-            console.print(f"  {figure.replace('_', ' '):24} {found[figure]:.4g}{beside}", highlight=False)
-    console.print(f"Layer by layer: {out / name}.json; attention of a prompt beside it.", highlight=False)
-    return values
+            lines.append(f"  {figure.replace('_', ' '):24} {values[figure]:.4g}{beside}")
+    return "\n".join(lines)
+
+
+def _table(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A row a figure, a column a checkpoint; the paper's figure of that arm behind it."""
+    lines = ["| figure | " + " | ".join(measured) + " |", "|---|" + "--:|" * len(measured)]
+    for figure in COLUMNS:
+        if not any(figure in values for values in measured.values()):
+            continue
+        cells = []
+        for values in measured.values():
+            printed = paper_figure(figure, values["arm"])
+            beside = "" if printed is None else f" (paper {printed:g})"
+            cells.append(f"{values[figure]:.4g}{beside}" if figure in values else "-")
+        lines.append(f"| {figure.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def arm_of(config: q.ModelConfig) -> str:

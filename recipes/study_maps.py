@@ -26,25 +26,57 @@ def head_averages(model: q.Qwen3Next, ids: Tensor) -> dict[int, Tensor]:
     return {i: acts[name][0].float().mean(0).cpu() for i, name in zip(layers, names, strict=True)}
 
 
-def draw_maps(models: Mapping[str, q.Qwen3Next], ids: Tensor, tokens: Sequence[str], path: Path) -> dict[str, Any]:
+def draw_maps(averages: Mapping[str, Mapping[int, Tensor]], tokens: Sequence[str], path: Path) -> dict[str, Any]:
     """Each model's attention in the layer in which the first model attends most to the first token.
 
+    Args:
+        averages: `head_averages` of one prompt, by the model's name; models of equal layers.
     Writes `path` (.png) and beside it the numbers, .json. Returns those.
     """
-    averages = {name: head_averages(model, ids) for name, model in models.items()}
     first = next(iter(averages.values()))
-    layer = max(first, key=lambda i: float(first[i][1:, 0].mean()))
-    shares = {name: float(maps[layer][1:, 0].mean()) for name, maps in averages.items()}
-    titled = {f"{name}, layer {layer}: {shares[name]:.2f} on the first token": m[layer] for name, m in averages.items()}
-    draw_attention(titled, tokens=tokens).savefig(path, bbox_inches="tight")
+    layer = max(first, key=lambda i: first_token_share(first[i]))
+    draw_attention(
+        {_title(name, layer, maps[layer]): maps[layer] for name, maps in averages.items()}, tokens=tokens
+    ).savefig(path, bbox_inches="tight")
     values = {
         "layer": layer,
         "tokens": list(tokens),
-        "first_token": shares,
-        "maps": {name: [[round(x, 4) for x in row] for row in m[layer].tolist()] for name, m in averages.items()},
+        "first_token": {name: first_token_share(maps[layer]) for name, maps in averages.items()},
+        "maps": {name: _rounded(maps[layer]) for name, maps in averages.items()},
     }
     write_json(path.with_suffix(".json"), values)
     return values
+
+
+def draw_depths(name: str, averages: Mapping[int, Tensor], tokens: Sequence[str], path: Path) -> None:
+    """A model's attention in four of its softmax layers: of 28 the first, seventh, twenty-first and last, as the study.
+
+    Writes `path` (.png) and beside it the numbers, .json, which have the first token's share of every layer.
+    """
+    layers = list(averages)
+    n = len(layers)
+    shown = sorted({layers[i] for i in (0, max(n // 4 - 1, 0), max(3 * n // 4 - 1, 0), n - 1)})
+    figure = draw_attention({_title(name, i, averages[i]): averages[i] for i in shown}, tokens=tokens, columns=2)
+    figure.savefig(path, bbox_inches="tight")
+    values = {
+        "tokens": list(tokens),
+        "first_token": {i: first_token_share(matrix) for i, matrix in averages.items()},
+        "maps": {i: _rounded(averages[i]) for i in shown},
+    }
+    write_json(path.with_suffix(".json"), values)
+
+
+def first_token_share(matrix: Tensor) -> float:
+    """Mean attention to the first token, from those behind it."""
+    return float(matrix[1:, 0].mean())
+
+
+def _title(name: str, layer: int, matrix: Tensor) -> str:
+    return f"{name}, layer {layer}: {first_token_share(matrix):.2f} on the first token"
+
+
+def _rounded(matrix: Tensor) -> list[list[float]]:
+    return [[round(x, 4) for x in row] for row in matrix.tolist()]
 
 
 def toy_prompt() -> tuple[Tensor, list[str]]:

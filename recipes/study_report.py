@@ -10,7 +10,7 @@ from rich.console import Console
 import qwen3next as q
 from recipes.study_claims import Verdict, ladder_runs, value_of, verdicts
 from recipes.study_extrapolate import LENGTHS, rise, yarn_cost
-from recipes.study_maps import draw_maps, text_prompt, toy_prompt
+from recipes.study_maps import draw_maps, head_averages, text_prompt, toy_prompt
 from recipes.study_pictures import NAMES, arms_in, draw_bars, draw_curves, draw_ladder, draw_lengths
 from recipes.study_run import RESULT, write_json
 from recipes.study_text import bos_id
@@ -23,6 +23,7 @@ COLUMNS = (
     *("first_token_attention", "sink_rate", "massive_activation", "massive_ratio", "residual_norm_ratio"),
     *("value_norm_ratio", "gate_mean", "gate_closed"),
 )
+ALIKE = ("steps", "batch_size", "accumulate", "window", "tokenizer")  # settings that an experiment's runs share
 IN_WORDS = NAMES | {
     "spikes": "loss spikes over 0.1 nats",
     "outliers": "losses beyond 6 standard deviations",
@@ -32,10 +33,13 @@ IN_WORDS = NAMES | {
 }
 
 
-def gather(out: Path) -> list[dict[str, Any]]:
+def gather(out: Path, also: Sequence[Path] = ()) -> list[dict[str, Any]]:
     """Every finished run below a folder, with its losses by position where they were measured.
 
-    Raises: ValueError where there is none, or a result cannot be read.
+    Args:
+        also: results.json of other reports, of other machines perhaps; a run that is in several places is taken from
+            the folder, else from the first file that has it.
+    Raises: ValueError where there is none, a result cannot be read, or runs of an experiment are not comparable.
     """
     runs = []
     for path in sorted(out.glob(f"*/*/{RESULT}")):
@@ -48,16 +52,53 @@ def gather(out: Path) -> list[dict[str, Any]]:
             run["lengths"] = json.loads(lengths.read_bytes())
             run["final"] |= {"rise": rise(run["lengths"]), "yarn_cost": yarn_cost(run["lengths"])}
         runs.append({"folder": str(path.parent.relative_to(out)), **run})
+    for path in also:
+        known = {run["folder"] for run in runs}
+        runs += [run for run in _reported(path) if run["folder"] not in known]
+    runs.sort(key=lambda run: run["folder"])
+    refuse_incomparable(runs)
     if not runs:
         raise ValueError(f"There are no finished runs in {out}: run the toy or the lm experiment first.")
     return runs
 
 
-def report(out: Path, console: Console) -> Path:
-    """Write results.json, table.md and the pictures into out/report. Returns that folder."""
-    runs = gather(out)
+def _reported(path: Path) -> list[dict[str, Any]]:
+    """The runs of a report's results.json."""
+    needed = {"folder", "kind", "arm", "seed", "final", "training", "curve", "settings", "data"}
+    try:
+        runs = json.loads(path.read_bytes())["runs"]
+        if all(run.keys() >= needed for run in runs):
+            return runs
+        reason = "a run in it lacks what runs have"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise ValueError(f"{path} is not the results.json of a report ({reason}): give one that `report` wrote.")
+
+
+def refuse_incomparable(runs: Runs) -> None:
+    """Raises: ValueError where an experiment's runs differ in more than arm, seed, rate, precision and machine."""
+    first: dict[str, Mapping[str, Any]] = {}
+    for run in runs:
+        other = first.setdefault(run["kind"], run)
+        pairs = {name: (other["settings"][name], run["settings"][name]) for name in ALIKE}
+        if run["kind"] != "toy":  # whose sequences are drawn from the seed
+            pairs["text"] = other["data"], run["data"]
+        for name, (a, b) in pairs.items():
+            if a != b:
+                raise ValueError(
+                    f"{other['folder']} and {run['folder']} differ in {name} ({a} and {b}), so that their figures say "
+                    "nothing of their arms: report them apart."
+                )
+
+
+def report(out: Path, console: Console, also: Sequence[Path] = ()) -> Path:
+    """Write results.json, table.md and the pictures into out/report. Returns that folder.
+
+    Attention maps are drawn where both models of a seed lie in `out`.
+    """
+    runs = gather(out, also)
     folder = out / "report"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", {"runs": runs})
     write_atomically(folder / "table.md", tables(runs).encode())
     draw(runs, out, folder)
@@ -97,8 +138,8 @@ def _maps(kind: str, runs: Runs, out: Path, folder: Path) -> None:
         else:
             tokenizer = load_tokenizer(out / "text" / "tokenizer")
             ids, tokens = text_prompt(tokenizer, PROMPT, bos_id(tokenizer))
-        models = {arm: q.load(places[arm]).eval() for arm in pair}
-        draw_maps(models, ids, tokens, folder / f"maps-{kind}.png")
+        averages = {arm: head_averages(q.load(places[arm]).eval(), ids) for arm in pair}
+        draw_maps(averages, tokens, folder / f"maps-{kind}.png")
         return
 
 

@@ -1,7 +1,9 @@
 """Checkpoint folders: byte-equal round trips, and every kind of damage is an error that names it."""
 
 import json
+import shutil
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,3 +201,41 @@ def test_not_a_folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(small_config().to_dict()))
     with pytest.raises(ValueError, match=r"neither model\.safetensors"):
         q.load(tmp_path)
+
+
+def test_a_folder_of_several_models_is_named(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "several" / "1B_baseline")
+    with pytest.raises(ValueError, match=r"several holds no config\.json, its folders do: .*\(1B_baseline\)"):
+        q.load(tmp_path / "several")
+
+
+def test_hub_ids_may_name_a_folder(tmp_path, folder, monkeypatch):
+    """The study's models lie side by side in one repository."""
+    model, asked = q.load(folder), []
+
+    def hub(repository, *, allow_patterns):
+        asked.append((repository, allow_patterns))
+        if repository != "owner/name":
+            raise OSError("no such repository")
+        return str(tmp_path / "snapshot")
+
+    shutil.copytree(folder, tmp_path / "snapshot" / "1B_baseline")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    monkeypatch.chdir(tmp_path)
+    loaded = q.load("owner/name/1B_baseline")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert asked.pop()[0] == "owner/name"
+    q.load(Path("owner/name/1B_baseline"))
+    assert "1B_baseline/*.safetensors" in asked.pop()[1]
+    with pytest.raises(ValueError, match="its folders do"):
+        q.load("owner/name")
+    assert "*.safetensors" in asked.pop()[1]
+    with pytest.raises(ValueError, match="owner/name on the hub holds no folder 1B_other"):
+        q.load("owner/name/1B_other")
+    with pytest.raises(ValueError, match=r"neither a folder here nor to be had from the hub \(no such repository\)"):
+        q.load("owner/another/1B_other")
+    asked.clear()
+    for mistyped in ("snapshot/1B_baseline/wrong", "./owner/name", "one", "owner//name"):
+        with pytest.raises(ValueError, match="is not a folder"):
+            q.load(mistyped)
+    assert not asked  # nobody was asked for what is meant to be here

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from recipes.gated_attention import main
 from recipes.pretrain import Run
 from recipes.report import read_metrics
 from recipes.study_arms import arm_config, arms_of, build
-from recipes.study_checkpoint import arm_of, paper_figure
+from recipes.study_checkpoint import arm_of, names_of, paper_figure
 from recipes.study_claims import CLAIMS, ladder_runs, verdicts
 from recipes.study_progress import StudyLive, last_step
 from recipes.study_queue import Failed, parse_budget, run_all, with_steps
@@ -402,16 +403,74 @@ def test_the_whole_study(tmp_path, source, capsys):
     assert extended["rise"] == pytest.approx(lengths["yarn"][3] - lengths["plain"][2], abs=1e-6)
     capsys.readouterr()
 
-    model = tmp_path / "lm-dense" / "g1_elementwise-0" / "model"
+    models = [tmp_path / "lm-dense" / f"{arm}-0" / "model" for arm in ("baseline", "g1_elementwise")]
     measured = ("--data", source, "--window", 16, "--sequences", 5)
-    assert study("report", "--checkpoint", model, "--out", tmp_path, *measured) == 0
+    assert study("report", "--checkpoint", *models, "--out", tmp_path, *measured) == 0
     printed = capsys.readouterr().out
-    assert "g1_elementwise-0" in printed
+    assert "g1_elementwise-0: 5 windows of 16 tokens; as the study's g1_elementwise" in printed
     assert "paper 0.048" in printed
     found = json.loads((report / "g1_elementwise-0.json").read_bytes())
     assert found["arm"] == "g1_elementwise"
     assert found["windows"] == 5
-    assert (report / "g1_elementwise-0-map.png").is_file()
+    shares = json.loads((report / "g1_elementwise-0-maps.json").read_bytes())
+    assert shares["first_token"].keys() == {"0", "1"}
+    side_by_side = json.loads((report / "checkpoints-maps.json").read_bytes())
+    layer = str(side_by_side["layer"])
+    assert side_by_side["first_token"]["g1_elementwise-0"] == shares["first_token"][layer]
+    table = (report / "checkpoints.md").read_text().splitlines()
+    assert table[0] == "| figure | baseline-0 | g1_elementwise-0 |"
+    value = f"{found['first_token_attention']:.4g} (paper 0.048)"
+    assert next(line for line in table if line.startswith("| first token")).endswith(f" | {value} |")
+    pictures = ("baseline-0-maps", "g1_elementwise-0-maps", "checkpoints-maps")
+    assert all((report / f"{name}.png").stat().st_size > 8000 for name in pictures)
+
+
+def test_seeds_of_another_machine_are_told_with_those_here(tmp_path, capsys):
+    """Its results.json is enough; a run that is in both places counts once, as the folder has it."""
+    there, here = tmp_path / "there", tmp_path / "here"
+    for out, seeds in ((there, (0, 1)), (here, (1, 2))):
+        assert study("toy", "--seeds", *seeds, "--out", out, "--jobs", 1) == 0
+        assert study("report", "--out", out) == 0
+    other = there / "report" / "results.json"
+    changed = json.loads(other.read_bytes())
+    for run_there in changed["runs"]:
+        run_there["finished"] = "there"
+    other.write_text(json.dumps(changed))
+    assert study("report", "--out", here, "--also", other) == 0
+    joined = json.loads((here / "report" / "results.json").read_bytes())["runs"]
+    assert [r["folder"] for r in joined] == [
+        f"toy/{arm}-{s}" for arm in ("baseline", "g1_elementwise") for s in (0, 1, 2)
+    ]
+    assert [r["finished"] == "there" for r in joined] == [True, False, False] * 2
+    (row,) = (
+        line
+        for line in (here / "report" / "table.md").read_text().splitlines()
+        if line.startswith("| attention on the first token")
+    )
+    assert row.endswith(" of 3 |")
+    assert study("report", "--out", tmp_path / "nothing_ran_here", "--also", here / "report" / "results.json") == 0
+    capsys.readouterr()
+
+    changed["runs"][0]["settings"]["steps"] = 7
+    other.write_text(json.dumps(changed))
+    assert study("report", "--out", here, "--also", other) == 1
+    assert "toy/baseline-0 and toy/baseline-1 differ in steps (7 and 6)" in capsys.readouterr().err
+    del changed["runs"][0]["curve"]
+    for content in (json.dumps(changed), "[]", "{"):
+        other.write_text(content)
+        assert study("report", "--out", here, "--also", other) == 1
+        assert "is not the results.json of a report" in capsys.readouterr().err
+
+
+def test_checkpoints_are_named_as_shortly_as_tells_them_apart(tmp_path):
+    a, b = tmp_path / "one" / "base-0" / "model", tmp_path / "two" / "base-0" / "model"
+    for folder in (a, b):
+        folder.mkdir(parents=True)
+    hub = Path("owner/name/1B_baseline")
+    assert names_of([a, hub]) == ["base-0", "1B_baseline"]
+    assert names_of([a, b]) == ["one-base-0", "two-base-0"]
+    with pytest.raises(ValueError, match="named twice"):
+        names_of([a, a])
 
 
 @pytest.mark.parametrize(

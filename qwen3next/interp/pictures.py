@@ -21,14 +21,22 @@ MOST_LABELS = 40  # along an axis; more are thinned out
 GRID = {"alpha": 0.25, "linewidth": 0.6}
 
 
-def draw_attention(maps: Mapping[str, Float[Tensor, "t s"]], *, tokens: Sequence[str] | None = None) -> "Figure":
-    """Attention maps side by side by title: one head's each, a Gated DeltaNet head's as `implicit_attention` gives it.
+def draw_attention(
+    maps: Mapping[str, Float[Tensor, "t s"]], *, tokens: Sequence[str] | None = None, columns: int | None = None
+) -> "Figure":
+    """Attention maps by title, side by side or in so many columns: one head's each, a Gated DeltaNet head's as
+    `implicit_attention` gives it.
 
     A map with negative entries gets diverging colours around zero, others run from white; each its own scale. The
     scale ends at the 99.5th percentile of the entries below the diagonal or on it, so that one peak hides nothing.
     """
-    figure = _figure(width=0.6 + 5.4 * len(maps), height=5.0)
-    for axes, (title, matrix) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
+    columns = min(columns or len(maps), len(maps))
+    rows = -(-len(maps) // columns)
+    figure = _figure(width=0.6 + 5.4 * columns, height=5.0 * rows)
+    places = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in places[len(maps) :]:
+        axes.set_axis_off()
+    for axes, (title, matrix) in zip(places, maps.items(), strict=False):
         values = matrix.detach().float().cpu()
         seen = values.tril().abs()
         limit = float(seen[seen > 0].quantile(0.995)) if bool((seen > 0).any()) else 1.0
