@@ -18,6 +18,7 @@ from recipes.documents import documents
 from recipes.study_claims import CLAIMS
 from recipes.study_maps import draw_depths, draw_maps, head_averages, text_prompt
 from recipes.study_metrics import measure
+from recipes.study_progress import say
 from recipes.study_report import COLUMNS, PROMPT
 from recipes.study_run import MEASURED_AT_THE_END, write_json
 from recipes.study_text import BOS, with_first
@@ -65,14 +66,14 @@ def report_checkpoints(
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / f"{name}.json", measured[name])
         draw_depths(name, averages[name], tokens, out / f"{name}-maps.png")
-        console.print(_in_words(measured[name]), highlight=False, markup=False)
-        console.print(f"Layer by layer: {out / name}.json; attention of a prompt beside it.", highlight=False)
+        say(console, _in_words(measured[name]))
+        say(console, f"Layer by layer: {out / name}.json; attention of a prompt beside it.")
     if len(measured) > 1:
         write_atomically(out / "checkpoints.md", "\n".join(_table(measured)).encode())
         alike = all(a.keys() == next(iter(averages.values())).keys() for a in averages.values())
         if alike and all(tokens == prompts[0] for tokens in prompts):
             draw_maps(averages, prompts[0], out / "checkpoints-maps.png")
-        console.print(f"Side by side: {out}/checkpoints.md and pictures.", highlight=False)
+        say(console, f"Side by side: {out}/checkpoints.md and pictures.")
     return measured
 
 

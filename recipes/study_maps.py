@@ -56,7 +56,8 @@ def draw_depths(name: str, averages: Mapping[int, Tensor], tokens: Sequence[str]
     layers = list(averages)
     n = len(layers)
     shown = sorted({layers[i] for i in (0, max(n // 4 - 1, 0), max(3 * n // 4 - 1, 0), n - 1)})
-    figure = draw_attention({_title(name, i, averages[i]): averages[i] for i in shown}, tokens=tokens, columns=2)
+    titled = {_title(name, i, averages[i]): averages[i] for i in shown}
+    figure = draw_attention(titled, tokens=tokens, columns=2 if len(shown) == 4 else None)
     figure.savefig(path, bbox_inches="tight")
     values = {
         "tokens": list(tokens),

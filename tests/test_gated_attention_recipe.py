@@ -22,6 +22,7 @@ from recipes.report import read_metrics
 from recipes.study_arms import arm_config, arms_of, build
 from recipes.study_checkpoint import arm_of, names_of, paper_figure
 from recipes.study_claims import CLAIMS, ladder_runs, verdicts
+from recipes.study_maps import draw_depths
 from recipes.study_progress import StudyLive, last_step
 from recipes.study_queue import Failed, parse_budget, run_all, with_steps
 from recipes.study_run import run
@@ -460,6 +461,15 @@ def test_seeds_of_another_machine_are_told_with_those_here(tmp_path, capsys):
         other.write_text(content)
         assert study("report", "--out", here, "--also", other) == 1
         assert "is not the results.json of a report" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layers, shown", [(28, (0, 6, 20, 27)), (4, (0, 2, 3)), (1, (0,))])
+def test_attention_is_drawn_in_the_layers_that_the_study_shows(tmp_path, layers, shown):
+    averages = {i: torch.full((4, 4), 1 / (i + 1)).tril() for i in range(layers)}
+    draw_depths("1B", averages, list("abcd"), tmp_path / "maps.png")
+    written = json.loads((tmp_path / "maps.json").read_bytes())
+    assert written["maps"].keys() == {str(i) for i in shown}
+    assert written["first_token"] == pytest.approx({str(i): 1 / (i + 1) for i in range(layers)}, abs=1e-6)
 
 
 def test_checkpoints_are_named_as_shortly_as_tells_them_apart(tmp_path):
