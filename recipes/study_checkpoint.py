@@ -43,7 +43,7 @@ class How:
     sequences: int
     prompt: str
     device: str
-    experts: str = "memory"
+    experts: str
 
 
 def report_checkpoints(
@@ -71,9 +71,9 @@ def report_checkpoints(
     if len(measured) > 1:
         write_atomically(out / "checkpoints.md", "\n".join(_table(measured)).encode())
         alike = all(a.keys() == next(iter(averages.values())).keys() for a in averages.values())
-        if alike and all(tokens == prompts[0] for tokens in prompts):
+        if drawn := alike and all(tokens == prompts[0] for tokens in prompts):
             draw_maps(averages, prompts[0], out / "checkpoints-maps.png")
-        say(console, f"Side by side: {out}/checkpoints.md and pictures.")
+        say(console, f"Side by side: {out}/checkpoints.md" + " and checkpoints-maps.png." * drawn)
     return measured
 
 
@@ -111,29 +111,28 @@ def _measure(name: str, folder: Path, how: How) -> tuple[dict[str, Any], dict[in
 
 
 def _in_words(values: Mapping[str, Any]) -> str:
-    name, arm = values["checkpoint"], values["arm"]
-    lines = [f"{name}: {values['windows']} windows of {values['window']} tokens; as the study's {arm}"]
-    for figure in COLUMNS:
-        if figure in values:
-            printed = paper_figure(figure, arm)
-            beside = "" if printed is None else f"   paper {printed:g}"
-            lines.append(f"  {figure.replace('_', ' '):24} {values[figure]:.4g}{beside}")
+    text = f"{values['windows']} windows of {values['window']} tokens"
+    lines = [f"{values['checkpoint']}: {text}; as the study's {values['arm']}"]
+    lines += [f"  {figure.replace('_', ' '):24} {_cell(values, figure)}" for figure in COLUMNS if figure in values]
     return "\n".join(lines)
 
 
 def _table(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A row a figure, a column a checkpoint; the paper's figure of that arm behind it."""
+    """A row a figure, a column a checkpoint."""
     lines = ["| figure | " + " | ".join(measured) + " |", "|---|" + "--:|" * len(measured)]
     for figure in COLUMNS:
-        if not any(figure in values for values in measured.values()):
-            continue
-        cells = []
-        for values in measured.values():
-            printed = paper_figure(figure, values["arm"])
-            beside = "" if printed is None else f" (paper {printed:g})"
-            cells.append(f"{values[figure]:.4g}{beside}" if figure in values else "-")
-        lines.append(f"| {figure.replace('_', ' ')} | " + " | ".join(cells) + " |")
+        if any(figure in values for values in measured.values()):
+            cells = [_cell(values, figure) for values in measured.values()]
+            lines.append(f"| {figure.replace('_', ' ')} | " + " | ".join(cells) + " |")
     return [*lines, ""]
+
+
+def _cell(values: Mapping[str, Any], figure: str) -> str:
+    """A figure, and behind it the paper's of that arm where it prints one."""
+    if figure not in values:
+        return "-"
+    printed = paper_figure(figure, values["arm"])
+    return f"{values[figure]:.4g}" + ("" if printed is None else f" (paper {printed:g})")
 
 
 def arm_of(config: q.ModelConfig) -> str:
@@ -156,6 +155,7 @@ def paper_figure(metric: str, arm: str) -> float | None:
 
 
 def _windows(tokenizer: Tokenizer, source: str, *, window: int, sequences: int, first: int | None) -> Tensor:
+    """Text cut as it comes, document after document; behind the token `first`, where the tokenizer has it."""
     size = window - (first is not None)
     if size < 2 or sequences < 1:
         raise ValueError(f"{sequences} windows of {window} tokens say nothing: give at least 1 of 3.")
