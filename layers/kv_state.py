@@ -41,6 +41,7 @@ class KVState:
     ):
         self.max_len, self.dtype, self.size = max_len, dtype, (batch, kv_heads, head_dim)
         self._empty = _buffer(self.size, 0, dtype, device)
+        self.native: object = None  # what compiled code made of these buffers, until there are others
         self._parts: tuple[Stored, ...] = ()  # seen by others: read only
         self._own: Stored = self._empty  # behind them, written here alone,
         self._seen = 0  # but for its first places, which others see too
@@ -109,6 +110,7 @@ class KVState:
 
     def leave_inference_mode(self) -> None:
         """Hold copies of what was made in torch.inference_mode, which autograd refuses to work with."""
+        self.native = None
         self._parts = tuple(tuple(x.clone() if x.is_inference() else x for x in part) for part in self._parts)
 
     def whole(self, segments: Segments) -> Stored:
@@ -132,6 +134,7 @@ class KVState:
         """Let places `first` to `end` be this state's own, those before `past` keeping what they hold."""
         base, more = self.base, 0
         if first < base + self._seen or (end > self.capacity and self._seen):
+            self.native = None
             # Others see where this would write, or hold on to what would be copied: they keep it, and so do we.
             more = past // 4 if past > base else 0
             self._parts, self._own, self._seen = self.parts(0, past), self._empty, 0
@@ -139,6 +142,7 @@ class KVState:
         in_one = in_one or self._own[0].device.type != "cpu" or len(self._parts) > MOST_PARTS
         join = bool(self._parts) and in_one
         if end > self.capacity or join:
+            self.native = None
             base = 0 if join else base
             kept, held = self.parts(base, past), past - base
             # A quarter more than is held, so that decoding seldom moves; behind another's document, than is its own.
@@ -161,7 +165,7 @@ class KVState:
 
     def hold(self, parts: tuple[Stored, ...]) -> None:
         """Hold what `parts` of a state gave, in place of what was held; it is shared, not copied."""
-        self._parts, self._own, self._seen = parts, self._empty, 0
+        self._parts, self._own, self._seen, self.native = parts, self._empty, 0, None
 
     def copy(self, begin: int, end: int) -> Stored:
         """What lies in these places, in one piece and in memory of its own."""

@@ -123,24 +123,29 @@ class HybridCache:
                     "make one with model.new_cache()."
                 )
 
-    def admit(self, segments: Segments) -> Segments:
+    def admit(self, segments: Segments | None, like: Tensor) -> Segments:
         """Check that these tokens fit, before anything is written; return them as continuations of what is held.
 
         A sequence is a row here; where rows of `input_ids` are packed, they are sequences of it in their order.
+        Without segments every row of `like` is one whole sequence.
         Raises: ValueError for another number of sequences, or more tokens than fit.
         """
-        if segments.sequences != self.batch:
+        if segments is None:
+            b, t = like.shape
+            given = Segments(b, t, like.device, None, b, self.lengths) if b == self.batch else Segments.full(like)
+        else:
+            given = segments.after(self.lengths) if segments.sequences == self.batch else segments
+        if given.sequences != self.batch:
             raise ValueError(
-                f"The cache was made for {self.batch} sequences and {segments.sequences} are given: "
+                f"The cache was made for {self.batch} sequences and {given.sequences} are given: "
                 "make it with batch= that many."
             )
-        segments = segments.after(self.lengths)
-        if max(segments.ends) > self.max_len:
+        if max(given.ends) > self.max_len:
             raise ValueError(
-                f"The cache holds {self.max_len} tokens a sequence and {max(segments.ends)} are needed: "
+                f"The cache holds {self.max_len} tokens a sequence and {max(given.ends)} are needed: "
                 "make it with a larger max_len."
             )
-        return segments
+        return given
 
     @contextmanager
     def call(self, segments: Segments) -> Iterator[None]:

@@ -300,27 +300,34 @@ class Plan:
     def run(self, model: "Qwen3Next", ids: Tensor, segments: Segments, cache: HybridCache) -> tuple[Tensor, Tensor]:
         """Hidden states (b t width) after the final norm and logits (b, vocab); the cache's layers go on with ids."""
         b, t = ids.shape
-        ids, like = ids.to(torch.int64).contiguous(), model.embed_tokens.weight
-        hidden, logits = like.new_empty(b, t, self.sizes.width), like.new_empty(b, self.ends.vocab)
+        ids = ids.to(torch.int64).contiguous()
+        hidden = torch.empty(b, t, self.sizes.width, dtype=self._dtype)
+        logits = torch.empty(b, self.ends.vocab, dtype=self._dtype)
         addresses = ctypes.c_void_p * (b * t)
         after: list[tuple[DeltaNetState, Tensor, Tensor, list[Tensor]]] = []
+        kept: list[object] = []  # what compiled code points to lives until it returns
         with self._lock:
-            kept: list[object] = []  # what compiled code points to lives until it returns
             turns = [self.rotation(model, past + j) for past in segments.past for j in range(t)]
+            states = self._states(cache)
             self.sizes.b, self.sizes.t = b, t
             self.ends.ids, self.ends.hidden, self.ends.logits = ids.data_ptr(), hidden.data_ptr(), logits.data_ptr()
             for layer, state in zip(self.layers, cache.layers, strict=True):
                 if isinstance(state, KVState):
                     state.reserve(segments)
-                    parts = state.parts(0, max(segments.ends))
-                    array = (Part * len(parts))(*(_part(stored, state) for stored in parts))
-                    layer.parts, layer.part_count = ctypes.addressof(array), len(parts)
+                    if state.native is None:
+                        state.native = Parts(state)
+                    parts = cast("Parts", state.native)
+                    layer.parts, layer.part_count = parts.address, parts.count
                     layer.kv_dtype = DTYPES[state.dtype]
-                    kept += [array, parts]
+                    kept.append(parts)
                 else:
+                    conv, memory = next(states)
                     before = state.conv.contiguous(), state.memory.contiguous()
                     kept.append(before)
-                    after.append((state, *self._after(layer, state, before, b, t)))
+                    layer.conv_before, layer.memory_before = map(address, before)
+                    layer.conv_after, layer.memory_after = conv.data_ptr(), memory.data_ptr()
+                    layer.memory_dtype = DTYPES[memory.dtype]
+                    after.append((state, conv, memory, self._notes(layer, state, b, t)))
             kernels().decode_step(
                 ctypes.byref(self.sizes),
                 self.layers,
@@ -336,22 +343,28 @@ class Plan:
             state.conv, state.memory = conv, memory
         return hidden, logits
 
-    def _after(
-        self, layer: Layer, state: DeltaNetState, before: tuple[Tensor, Tensor], b: int, t: int
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Tensors for what comes after and for a tape, with the layer pointing to them and to what came before."""
-        conv, memory = torch.empty_like(before[0]), torch.empty_like(before[1])
-        layer.conv_before, layer.memory_before = address(before[0]), address(before[1])
-        layer.conv_after, layer.memory_after = conv.data_ptr(), memory.data_ptr()
-        layer.memory_dtype = DTYPES[memory.dtype]
-        noted: list[Tensor] = []
-        if state.tape is not None:
-            s, real = self.sizes, torch.float64 if conv.dtype == torch.float64 else torch.float32
-            shapes = ((s.key_heads, s.key_dim), (s.value_heads, s.value_dim), (s.value_heads,))
-            noted = [conv.new_empty(b, t, conv.shape[2]), *(torch.empty(b, t, *shape, dtype=real) for shape in shapes)]
-        addresses: list[int | None] = [x.data_ptr() for x in noted]
-        layer.tape_inputs, layer.tape_k, layer.tape_u, layer.tape_decay = addresses or [None] * 4
-        return conv, memory, noted
+    def _states(self, cache: HybridCache) -> Iterator[tuple[Tensor, Tensor]]:
+        """Memory for what comes after a step, convolution and recurrent state of each layer that has them."""
+        before = [state.memory for state in cache.layers if isinstance(state, DeltaNetState)]
+        if not before:
+            return iter(())
+        b, dtype = cache.batch, before[0].dtype
+        conv = torch.empty(len(before), b, *self._conv_size, dtype=self._dtype).unbind()
+        if any([memory.dtype != dtype for memory in before]):
+            return zip(conv, map(torch.empty_like, before), strict=True)
+        return zip(conv, torch.empty(len(before), b, *self._memory_size, dtype=dtype).unbind(), strict=True)
+
+    def _notes(self, layer: Layer, state: DeltaNetState, b: int, t: int) -> list[Tensor]:
+        """Tensors for what a tape wants to know, with the layer pointing to them; none where there is no tape."""
+        if state.tape is None:
+            layer.tape_inputs = layer.tape_k = layer.tape_u = layer.tape_decay = None
+            return []
+        s, real = self.sizes, torch.float64 if self._dtype == torch.float64 else torch.float32
+        shapes = ((s.key_heads, s.key_dim), (s.value_heads, s.value_dim), (s.value_heads,))
+        inputs = torch.empty(b, t, self._conv_size[1], dtype=self._dtype)
+        noted = [inputs, *(torch.empty(b, t, *shape, dtype=real) for shape in shapes)]
+        layer.tape_inputs, layer.tape_k, layer.tape_u, layer.tape_decay = (x.data_ptr() for x in noted)
+        return noted
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (b, vocab) of hidden states (b, width) after the final norm."""
@@ -410,7 +423,7 @@ def plan_for(model: "Qwen3Next", segments: Segments, cache: HybridCache) -> Plan
         or not segments.plain
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
-        or (choose_reason("decode", "cpp", weight.device, weight.dtype) and not named)
+        or (weight.device.type != "cpu" and not named)
     ):
         return None
     guard = slot.current(model)
@@ -423,13 +436,30 @@ def plan_for(model: "Qwen3Next", segments: Segments, cache: HybridCache) -> Plan
         return None
     if guard.watched(model):
         if named:
-            raise RuntimeError("Compiled decoding shows nothing inside: model.set_backend('decode', 'auto') lets hooks in.")
+            raise RuntimeError(
+                "Compiled decoding shows nothing inside: model.set_backend('decode', 'auto') lets hooks in."
+            )
         return None
     return slot.plan if slot.plan.serves(cache) else None
 
 
 def _mat(x: Tensor | None) -> Mat:
     return Mat() if x is None else Mat(address(x), DTYPES[x.dtype])
+
+
+class Parts:
+    """A state's keys and values as compiled code finds them: good as long as it has the same buffers, kept alive."""
+
+    def __init__(self, state: KVState):
+        self._held = state.parts(0, state.capacity)
+        self._array = (Part * len(self._held))(*(_part(stored, state) for stored in self._held))
+        self.address, self.count = ctypes.addressof(self._array), len(self._array)
+
+    def __deepcopy__(self, _memo: dict) -> None:
+        """Addresses are no use to a copy."""
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
 
 
 def _part(stored: tuple[Tensor, ...], state: KVState) -> Part:

@@ -184,15 +184,15 @@ class Qwen3Next(Hooked, nn.Module):
                 f"segments describe a batch of {segments.batch} x {segments.length} tokens, "
                 f"input_ids are {input_ids.shape[0]} x {input_ids.shape[1]}."
             )
-        if segments is None:
-            segments = Segments.full(input_ids)
         if cache is not None:
             if cache.yarn != self.config.rope_scaling:
                 raise ValueError(
                     "The cache was made with another RoPE scaling: its keys are turned otherwise. Make a new one."
                 )
             cache.check(self.config)
-            segments = cache.admit(segments)
+            segments = cache.admit(segments, input_ids)
+        elif segments is None:
+            segments = Segments.full(input_ids)
         if torch.compiler.is_compiling():
             return segments
         if not self._warned_of_length and segments.plain and max(segments.ends) > self.config.longest_context:

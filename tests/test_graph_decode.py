@@ -17,8 +17,8 @@ import layers.delta_rule as delta_rule
 import qwen3next as q
 from layers.segments import Segments
 from qwen3next import graph_decode
-from qwen3next.guard import Guard
 from qwen3next.graph_decode import GraphStep
+from qwen3next.guard import Guard
 
 
 @pytest.fixture(autouse=True)

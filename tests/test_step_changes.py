@@ -16,13 +16,20 @@ import torch
 from conftest import small_model
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
-from layers.norm import RMSNorm
 from layers.native import build
+from layers.norm import RMSNorm
 from qwen3next.decode import Plan
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"compiled code cannot run: {build.missing()}")
@@ -129,7 +136,9 @@ class Changes(RuleBasedStateMachine):
     def weight(self, n):
         """A module of the part that decodes, the name of one of its parameters, and that."""
         parts = (self.model.embed_tokens, self.model.blocks, self.model.norm, self.model.lm_head)
-        owners = [(m, name) for part in parts for m in part.modules() for name, p in m._parameters.items() if p is not None]
+        owners = [
+            (m, name) for part in parts for m in part.modules() for name, p in m._parameters.items() if p is not None
+        ]
         module, name = self.pick(owners, n)
         return module, name, module._parameters[name]
 
@@ -335,7 +344,9 @@ class Changes(RuleBasedStateMachine):
 
     @rule(n=some, patch=st.sampled_from(sorted(PATCHES)))
     def hook_point(self, n, patch):
-        points = [p for name, p in self.model.hook_dict.items() if p.dtype != "int64" and not p.route and "mtp" not in name]
+        points = [
+            p for name, p in self.model.hook_dict.items() if p.dtype != "int64" and not p.route and "mtp" not in name
+        ]
         point = self.pick([p for p in points if not p.active], n)
         if patch == "fp16" and self.dtype == torch.float64:
             return  # rounds so much that a router may turn
