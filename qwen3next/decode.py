@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from qwen3next.model import Qwen3Next
 
 MOST_TOKENS = 8  # new ones in a call, all rows together: beyond, matrix products in torch are faster
+OTHER_CACHE = "The cache was made for a model of other layers or sizes: make one with model.new_cache()."
 TABLE = 64  # positions whose rotation is computed at a time
 KNOWN = (
     nn.Linear,
@@ -264,27 +265,20 @@ class Plan:
 
         Raises: ValueError for one whose states are of other kinds or sizes than this model's.
         """
-        b, good = cache.batch, len(cache.layers) == len(self._softmax)
-        for state, softmax in zip(cache.layers, self._softmax, strict=False):
-            if softmax:
-                good = good and type(state) is KVState and state.size == (b, *self._kv_size)
-                if not good or state.dtype not in DTYPES:
-                    break
+        if len(cache.layers) != len(self._softmax):
+            raise ValueError(OTHER_CACHE)
+        b, known = cache.batch, True
+        for state, softmax in zip(cache.layers, self._softmax, strict=True):
+            if isinstance(state, KVState):
+                fits = softmax and state.size == (b, *self._kv_size)
+                known = known and state.dtype in DTYPES
             else:
-                good = (
-                    good
-                    and type(state) is DeltaNetState
-                    and state.conv.shape == (b, *self._conv_size)
-                    and state.memory.shape == (b, *self._memory_size)
-                )
-                if not good or state.conv.dtype != self._dtype or state.memory.dtype not in DTYPES:
-                    break
-        else:
-            if good:
-                return True
-        if not good:
-            raise ValueError("The cache was made for a model of other layers or sizes: make one with model.new_cache.")
-        return False
+                sizes = (b, *self._conv_size), (b, *self._memory_size)
+                fits = not softmax and (state.conv.shape, state.memory.shape) == sizes
+                known = known and state.conv.dtype == self._dtype and state.memory.dtype in DTYPES
+            if not fits:
+                raise ValueError(OTHER_CACHE)
+        return known
 
     def rotation(self, model: "Qwen3Next", position: int) -> tuple[Tensor, Tensor, int]:
         """cos and sin of TABLE positions, one of them this, and how many bytes before it."""

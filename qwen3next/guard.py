@@ -59,7 +59,8 @@ class Guard:
         # Dictionaries compare what is not the same object by ==, which says nothing of tensors of a single number.
         self._single = [x for x in weights if isinstance(x[2], Tensor) and x[2].numel() < 2]
         # Each once, tied or not; of other classes it is enough that they are the same object: no plan uses them.
-        self._tensors = list({id(x): x for *_, x in weights if type(x) in (Tensor, nn.Parameter)}.values())
+        plain = {id(x): x for *_, x in weights if x is not None and type(x) in (Tensor, nn.Parameter)}
+        self._tensors: list[Tensor] = list(plain.values())
         self._memory = [x.detach() for x in self._tensors]  # kept alive: no other tensor can get its address
         self._addresses = list(map(ADDRESS, self._tensors))
         self._alike = Alike(self._tensors, self._memory)
@@ -114,13 +115,15 @@ class Alike:
         self._tensors, self._memory = tensors, memory
         self._dtypes = list(map(DTYPE, tensors))
         self._guards: Any = None
+        sizes: Any = [list(x.shape) for x in tensors]
+        strides: Any = [list(x.stride()) for x in tensors]
         try:  # in a third of the time, by what torch.compile does it with, which is no public part of torch
             from torch._C._dynamo.guards import TensorGuards
 
             self._guards = TensorGuards(
                 *tensors,
-                dynamic_dims_sizes=[list(x.shape) for x in tensors],
-                dynamic_dims_strides=[list(x.stride()) for x in tensors],
+                dynamic_dims_sizes=sizes,
+                dynamic_dims_strides=strides,
             )
         except Exception:
             pass
@@ -136,7 +139,7 @@ def _count_changes(kind: type[nn.Module]) -> None:
     """Let `changes` grow whenever an attribute of a module of this class is set or deleted."""
     set_, delete = kind.__setattr__, kind.__delattr__
 
-    def __setattr__(module: nn.Module, name: str, value: object) -> None:
+    def __setattr__(module: nn.Module, name: str, value: Any) -> None:
         global changes
         changes += 1
         set_(module, name, value)

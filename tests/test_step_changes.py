@@ -395,8 +395,9 @@ class Changes(RuleBasedStateMachine):
 
     @rule(n=some)
     def backend(self, n):
-        choices = [("linear", "torch"), ("elementwise", "torch"), ("delta_rule", "recurrent"), ("delta_rule", "chunked"),
-                   ("attention", "eager"), ("attention", "sdpa"), ("decode", "torch")]  # fmt: skip
+        choices = [("linear", "torch"), ("elementwise", "torch"), ("delta_rule", "recurrent"),
+                   ("delta_rule", "chunked"), ("attention", "eager"), ("attention", "sdpa"),
+                   ("decode", "torch")]  # fmt: skip
         choices += [(operation, "auto") for operation, _ in choices] * 2
         self.model.set_backend(*self.pick(choices, n))
 
