@@ -33,6 +33,8 @@ FLAGS = (
 )
 
 
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
+
 # A step of decoding reads weights at the speed of memory only if a product and a sum are one instruction.
 MORE_FLAGS = {"decode.cpp": ("-ffp-contract=fast", "-pthread")}
 
@@ -67,6 +69,8 @@ def _compiled() -> Path:
         raise _Unavailable(f"the C++ kernels are written for Linux, this is {platform.system()}")
     compiler = _compiler()
     flags = [*FLAGS, *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])]
+    if os.environ.get("QWEN3NEXT_SANITIZE"):  # `make test-sanitize`, which loads the sanitizers' library first
+        flags += SANITIZERS
     sources = sorted(FOLDER.glob("*.cpp"))
     digest = hashlib.sha256()
     for part in (_run([compiler, "--version"]), " ".join(flags), repr(MORE_FLAGS), _processor(), torch.__version__):
