@@ -46,7 +46,7 @@ $(KERNELS)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 test-kernels: $(KERNELS)/.installed ## flash-linear-attention's kernels in Triton's interpreter, without a GPU
-	$(ONE_THREAD) $(KERNELS)/bin/python -m pytest tests/kernels
+	$(ONE_THREAD) TRITON_INTERPRET=1 FLA_FLASH_QLA=0 $(KERNELS)/bin/python -m pytest tests/kernels
 
 # Packages that the tests compare with and that bring a hundred others: an environment of their own as well.
 PACKAGES := .venv-packages
