@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from layers.native import cpu
 from layers.native.build import missing
 
 
@@ -185,12 +185,7 @@ def _onednn(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _mkl_uses_all() -> bool:
     """MKL leaves AVX-512 unused on processors that are not Intel's; elsewhere there is nothing to gain."""
-    try:
-        vendor = re.search(r"^vendor_id\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        vendor = None
-    other = vendor is not None and vendor[1] != "GenuineIntel"
-    return not (other and torch.backends.cpu.get_cpu_capability() == "AVX512")
+    return cpu.intel() or not cpu.can("avx512")
 
 
 MKL_USES_ALL = _mkl_uses_all()
