@@ -17,7 +17,7 @@ from recipes.documents import plan_split, split_documents
 from recipes.shards import Meta, build_shards, read_meta
 from recipes.tokenizer import byte_tokenizer, eos_id, load_tokenizer, save_tokenizer, train_bpe, write_atomically
 
-MEASURED_STEPS = 20  # that tell how many fit into `minutes`
+MEASURED_STEPS = 20  # that tell first how many fit into `minutes`
 # What a resumed run may change: nothing here changes the losses.
 FREE = {"out", "resume", "eval_every", "save_every", "device", "tensorboard"}
 
@@ -31,7 +31,7 @@ class Settings:
         tokenizer: "bytes", "bpe:N" (learnt from the training documents) or a tokenizer.json.
         preset: a name out of qwen3next.presets, or a config.json; the vocabulary's size is the tokenizer's.
         steps: how long to train, in optimizer steps; 1000 where `minutes` is not given either.
-        minutes: how long to train, in minutes: the first steps tell how many fit.
+        minutes: how long to train and measure, in minutes: as many steps as fit at the pace of the run.
         batch_size: windows in a micro-batch.
         window: tokens in a window.
         accumulate: micro-batches in a step.

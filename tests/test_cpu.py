@@ -83,7 +83,9 @@ def test_other_processors_have_no_x86_choices(machine, monkeypatch):
 
 def test_unknown_words_are_refused(machine, monkeypatch):
     machine("amx", "sse4")
-    with pytest.raises(ValueError, match="QWEN3NEXT_CPU is 'sse4': choose none, avx2, avx512, avx512_bf16, amx or nati"):
+    with pytest.raises(
+        ValueError, match="QWEN3NEXT_CPU is 'sse4': choose none, avx2, avx512, avx512_bf16, amx or nati"
+    ):
         cpu.choice()
     machine("amx")
     monkeypatch.setenv("QWEN3NEXT_PRECISION", "fp16")
@@ -161,7 +163,7 @@ def test_these_tests_keep_to_the_choice_that_was_made():
     bound = cpu.TORCH.get(cpu.choice())
     if bound is not None:
         assert torch.backends.cpu.get_cpu_capability().lower() == bound["ATEN_CPU_CAPABILITY"]
-    assert backends.MKL_USES_ALL == backends._mkl_uses_all()
+    assert backends._mkl_uses_all() == backends.MKL_USES_ALL
     if cpu.choice() == "none":
         assert "QWEN3NEXT_CPU is none" in build.missing()
 

@@ -1,7 +1,9 @@
 """Compile the C++ kernels of this folder on first use, keep the result, load it.
 
 They use the instructions of the machine they were compiled on, or those that QWEN3NEXT_CPU names (cpu.py): the file's
-name is a digest of sources, compiler, flags, that choice and processor. They share torch's OpenMP threads: linked without an OpenMP library, they find torch's in the process.
+name is a digest of sources, compiler, flags, that choice and processor.
+
+They share torch's OpenMP threads: linked without an OpenMP library, they find torch's in the process.
 """
 
 import ctypes

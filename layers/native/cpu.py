@@ -14,6 +14,7 @@ import platform
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 # What each level needs beyond the one before it, in the words of /proc/cpuinfo.
 LEVELS = {
@@ -109,11 +110,10 @@ def _facts() -> tuple[str, frozenset[str]]:
 
 
 def _told_by_torch() -> frozenset[str]:
-    """The features of a processor that is not under Linux, as far as torch knows it: those that decide the precision."""
+    """The features of a processor that is not under Linux, as far as torch knows those that decide the precision."""
     import torch
 
-    able = getattr(torch.cpu, "get_capabilities", dict)()
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     found = [level for level in ("avx512_bf16", "amx") if able.get({"amx": "amx_bf16"}.get(level, level))]
     last = list(LEVELS).index(found[-1]) if found else -1
     return frozenset(feature for level in list(LEVELS)[: last + 1] for feature in LEVELS[level])
-

@@ -18,7 +18,9 @@ from triton.runtime.jit import JITFunction
 # Triton's own functions (sum, cumsum, cdiv) become what runs when triton is imported, and tests/conftest.py, through
 # torch's compiler, imports it before this file can say anything.
 if isinstance(one_of_triton_s, JITFunction):
-    raise RuntimeError("Triton was imported without its interpreter: run `make test-kernels`, which sets TRITON_INTERPRET.")
+    raise RuntimeError(
+        "Triton was imported without its interpreter: run `make test-kernels`, which sets TRITON_INTERPRET."
+    )
 
 
 def _first_config(self, *args, **kwargs):
