@@ -5,7 +5,9 @@ Lively: with the usual N(0, 0.02) a random model's layers barely move the residu
 
 import os
 
-import layers  # noqa: F401, I001  before torch, which QWEN3NEXT_CPU bounds
+import layers  # noqa: F401  before torch, which QWEN3NEXT_CPU bounds
+
+# isort: split
 
 import pytest
 import torch

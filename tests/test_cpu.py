@@ -106,7 +106,7 @@ def test_precision_is_forced_on_auto_alone(machine, monkeypatch, level):
 
 def test_none_is_no_compiled_kernels(machine):
     machine("amx", "none")
-    with pytest.raises(build._Unavailable, match="QWEN3NEXT_CPU is none, which turns the C.. kernels off"):
+    with pytest.raises(build._Unavailable, match=r"QWEN3NEXT_CPU is none, which turns the C\+\+ kernels off"):
         build._compiled()
 
 
