@@ -29,7 +29,7 @@ NATIVE = {
     "attention": ("attend",),
     "elementwise": ("normalise", "silu", "swiglu"),
     "causal_conv": ("convolve",),
-    "experts": ("route", "combine", "spread"),
+    "experts": ("route", "combine", "spread", "each_once"),
 }
 TORCH_OPERATORS = {
     "mkldnn::_linear_pointwise": ("linear", "onednn"),
