@@ -57,7 +57,9 @@ class HookPoint(nn.Module):
             return x
         name = self.name or "a hook point"
         if not isinstance(y, Tensor):
-            raise TypeError(f"A hook at {name} returned {type(y).__name__}: return a tensor, or None to change nothing.")
+            raise TypeError(
+                f"A hook at {name} returned {type(y).__name__}: return a tensor, or None to change nothing."
+            )
         if y.device != x.device:
             raise ValueError(f"A hook at {name} returned a tensor on {y.device}: return one on {x.device}.")
         if y.is_complex() or (y.is_floating_point() and not x.is_floating_point()):

@@ -22,9 +22,15 @@ class Pace:
         assert settings.minutes is not None
         self.settings, self.budget = settings, 60 * settings.minutes
         self.looks_after = looks_after
-        self.looking = self.saving = 0.0
+        self.saving = 0.0
         self.steps: list[float] = []
+        self.looks: list[float] = []  # in steps, because other work slows both
         self.compared = elapsed
+
+    def looked(self, seconds: float) -> None:
+        """Note what a look took, after a step at least."""
+        last = self.steps[-10:]
+        self.looks.append(seconds * len(last) / sum(last))
 
     def first(self, step: int, elapsed: float) -> int:
         """The first plan. The first steps are slower, as kernels are chosen and memory is fetched: hence the median."""
@@ -55,14 +61,15 @@ class Pace:
 
     def _fitting(self, step: int, elapsed: float, usual: float) -> int:
         """The most steps in all that end in time, and one more at least."""
-        left = self.budget - elapsed - self.looks_after * self.looking
+        looking = usual * sorted(self.looks)[(len(self.looks) - 1) // 2] if self.looks else 0.0
+        left = self.budget - elapsed - self.looks_after * looking
         self.compared = elapsed
 
         def takes(total: int) -> float:
             looks, saves = (
                 _times(every, step, total) for every in (self.settings.eval_every, self.settings.save_every)
             )
-            return (total - step) * usual + looks * self.looking + saves * self.saving
+            return (total - step) * usual + looks * looking + saves * self.saving
 
         possible = range(step + 1, step + 2 + max(int(left / usual), 0))
         return max(step + 1, step + bisect_right(possible, left, key=takes))

@@ -197,8 +197,6 @@ class Run:
         begun, before = time.perf_counter(), state.elapsed
         durations: list[float] = []
         pace = Pace(settings, before, self.looks_after) if settings.minutes else None
-        if pace is not None and state.step and state.step != state.total:
-            pace.looking = self._timed(lambda: self.look(self.model))[1]  # how long that takes is in no saved state
         with stop_on_signal() as asked:
             while state.total is None or state.step < state.total:
                 row, seconds = self._timed(self.step)
@@ -212,7 +210,10 @@ class Run:
                 planned = state.total
                 if pace is not None and state.step != state.total:
                     pace.steps.append(seconds)
-                    pace.looking = looking or pace.looking
+                    if not pace.looks and not looking:  # after resuming: what a look takes is in no saved state
+                        looking = self._timed(lambda: self.look(self.model))[1] if state.total else 0.0
+                    if looking:
+                        pace.looked(looking)
                     if first:
                         state.total = pace.first(state.step, state.elapsed)
                     elif state.total is not None:

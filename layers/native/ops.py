@@ -135,7 +135,13 @@ def _rule_operands(
 @_operator("(Tensor q, Tensor k, Tensor v, bool causal) -> Tensor[]")
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> list[Tensor]:
     """q (b h t d), k, v (b kvh s d). Returns answer and logsumexp (b h t) in fp32."""
-    if q.ndim != 4 or k.ndim != 4 or not all(k.shape[1:]) or q.shape[1] % k.shape[1] or (causal and k.shape[2] < q.shape[2]):
+    if (
+        q.ndim != 4
+        or k.ndim != 4
+        or not all(k.shape[1:])
+        or q.shape[1] % k.shape[1]
+        or (causal and k.shape[2] < q.shape[2])
+    ):
         raise ValueError(
             f"attend: q must be (b, h, t, d) and k (b, kvh, s, d), h a multiple of kvh, no width 0, and t at most s where "
             f"causal; they are {tuple(q.shape)} and {tuple(k.shape)}."
