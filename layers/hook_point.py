@@ -40,7 +40,10 @@ class HookPoint(nn.Module):
         return bool(self.armed) or "forward" in self.__dict__
 
     def __call__(self, x: Tensor, position: int | tuple[int, ...] | None = None) -> Tensor:
-        """x, or what hooks make of it, in x's shape and dtype. `position` is x's own, where it is not that of the call's first token."""
+        """x, or what hooks make of it, in x's shape and dtype.
+
+        `position` is x's own, where it is not that of the call's first token.
+        """
         if self.armed or "forward" in self.__dict__:
             self.ctx.update(self.call)
             if position is not None:

@@ -203,8 +203,8 @@ class SparseMoE(nn.Module):
 
     With `shared_inner` 0 there is no shared expert.
 
-    Router: linear → fp32 softmax over **all** experts → top-k → renormalise → cast, in this order. Of experts with equal
-    logits the lower number comes first.
+    Router: linear → fp32 softmax over **all** experts → top-k → renormalise → cast, in this order. Of experts with
+    equal logits the lower number comes first.
     """
 
     def __init__(

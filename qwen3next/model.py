@@ -130,7 +130,7 @@ class Qwen3Next(Hooked, nn.Module):
             logits_to_keep: compute logits for the last so many columns only; 0 means all.
         Raises: ValueError for ids outside the vocabulary, an empty batch, or tokens that do not fit the cache.
         """
-        hidden, aux, _ = self._backbone(input_ids, segments, cache, stats=cache is None)
+        hidden, aux, _ = self._backbone(as_ids(input_ids), segments, cache, stats=cache is None)
         logits = self.hook_logits(self.lm_head(hidden[:, -logits_to_keep:]))
         return Output(logits, hidden, _stack(aux))
 
@@ -151,6 +151,7 @@ class Qwen3Next(Hooked, nn.Module):
         if cache is not None:
             raise ValueError("Stopping at a layer would leave the cache half-filled: run without a cache.")
         stop = stop_at_layer + count if stop_at_layer < 0 else stop_at_layer
+        input_ids = as_ids(input_ids)
         segments = self._check(input_ids, segments, None)
         return self._stream(input_ids, segments, None, stats=False, stop=stop)[0]
 
@@ -176,21 +177,22 @@ class Qwen3Next(Hooked, nn.Module):
 
     def _check(self, input_ids: Tensor, segments: Segments | None, cache: HybridCache | None) -> Segments:
         """Where the sequences are, what a cache holds counted in. Raises: as forward."""
-        if input_ids.ndim != 2 or not input_ids.numel() or input_ids.is_floating_point():
+        if input_ids.ndim != 2 or not input_ids.numel():
             raise ValueError(f"input_ids must be integers of shape (b, t), got {tuple(input_ids.shape)}.")
         if segments is not None and (segments.batch, segments.length) != tuple(input_ids.shape):
             raise ValueError(
                 f"segments describe a batch of {segments.batch} x {segments.length} tokens, "
                 f"input_ids are {input_ids.shape[0]} x {input_ids.shape[1]}."
             )
-        if segments is None:
-            segments = Segments.full(input_ids)
         if cache is not None:
             if cache.yarn != self.config.rope_scaling:
                 raise ValueError(
                     "The cache was made with another RoPE scaling: its keys are turned otherwise. Make a new one."
                 )
-            segments = cache.admit(segments)
+            cache.check(self.config)
+            segments = cache.admit(segments, input_ids)
+        elif segments is None:
+            segments = Segments.full(input_ids)
         if torch.compiler.is_compiling():
             return segments
         if not self._warned_of_length and segments.plain and max(segments.ends) > self.config.longest_context:
@@ -237,6 +239,7 @@ class Qwen3Next(Hooked, nn.Module):
         As forward, but where that can run (`q.explain`) on the CPU in compiled code, several times as fast, and a token
         a row on CUDA as one graph; their last bits are their own. Where somebody looks inside, the modules run.
         """
+        input_ids = as_ids(input_ids)
         if type(self).forward is Qwen3Next.forward:
             segments = self._check(input_ids, None, cache)
             graph = graph_for(self, segments, cache)
@@ -263,7 +266,7 @@ class Qwen3Next(Hooked, nn.Module):
             raise ValueError("The cache is empty: there is no token that another could follow.")
         plan = plan_for(self, Segments.full(cache.hidden[:, None]), cache)
         if plan is not None:
-            return plan.linear(cache.hidden, self.lm_head.weight)
+            return plan.head(cache.hidden)
         return self.hook_logits(self.lm_head(cache.hidden[:, None]))[:, 0]
 
     def loss(
@@ -276,6 +279,7 @@ class Qwen3Next(Hooked, nn.Module):
                 the one before it); None means input_ids themselves.
         Raises: ValueError where no token has a target.
         """
+        input_ids = as_ids(input_ids)
         labels = input_ids if labels is None else labels
         hidden, aux, segments = self._backbone(input_ids, segments, None, stats=True)
         lm, targets = self._cross_entropy(hidden, labels, segments, ahead=1)
@@ -433,6 +437,16 @@ class Qwen3Next(Hooked, nn.Module):
             elif hasattr(module, attribute):
                 setattr(module, attribute, name)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "Qwen3Next":
+        """As torch's, for `.to()` and the like; the memory of the weights before is let go first."""
+        self.decode_slot = Slot()
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """torch's; likewise."""
+        self.decode_slot = Slot()
+        return super().load_state_dict(*args, **kwargs)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and safetensors in the released layout, MTP included."""
         from qwen3next.checkpoint import save
@@ -462,6 +476,13 @@ def _kv_dtype(name: str | torch.dtype | None, default: torch.dtype) -> torch.dty
 
 def _stack(aux: list[RouterStats]) -> RouterStats | None:
     return RouterStats(*(torch.stack(x) for x in zip(*aux, strict=True))) if aux else None
+
+
+def as_ids(ids: Tensor) -> Tensor:
+    """Token ids in int64, from whole numbers of any width. Raises: ValueError for other numbers."""
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"input_ids must be integers of shape (b, t), got {str(ids.dtype).removeprefix('torch.')}.")
+    return ids.to(torch.int64)
 
 
 def as_dtype(name: str | torch.dtype) -> torch.dtype:

@@ -27,11 +27,13 @@ def operand(
 
 def address(x: Tensor) -> int:
     """Where the numbers of a checked tensor begin. Raises: ValueError where it has no memory for all of them."""
-    storage = x.untyped_storage()
-    last = x.storage_offset() + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1
-    if x.numel() and storage.nbytes() < last * x.element_size():
+    count = x.numel()
+    if count and not x.is_contiguous():  # up to the last number of all
+        count = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    held = x.untyped_storage().nbytes()
+    if held < (x.storage_offset() + count) * x.itemsize and count:
         raise ValueError(
-            f"A tensor of shape {tuple(x.shape)} has {storage.nbytes()} bytes of memory, fewer than its numbers need: "
+            f"A tensor of shape {tuple(x.shape)} has {held} bytes of memory, fewer than its numbers need: "
             "its storage was freed or shrunk. Give it its memory back before it is used."
         )
     return x.data_ptr()

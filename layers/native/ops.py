@@ -1,7 +1,7 @@
 """The C++ kernels as functions of tensors, and as torch operators, so that torch.compile leaves them whole.
 
-Each checks its arguments: tensors of the dtypes and shapes that its docstring names, on the CPU, or a ValueError. Where a
-kernel wants its numbers side by side, it gets a copy of a tensor that lies otherwise. Gradients are in functions.py.
+Each checks its arguments: tensors of the dtypes and shapes that its docstring names, on the CPU, or a ValueError.
+Where a kernel wants contiguous numbers, it gets a contiguous copy. Gradients are in functions.py.
 """
 
 import ctypes
@@ -135,16 +135,11 @@ def _rule_operands(
 @_operator("(Tensor q, Tensor k, Tensor v, bool causal) -> Tensor[]")
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> list[Tensor]:
     """q (b h t d), k, v (b kvh s d). Returns answer and logsumexp (b h t) in fp32."""
-    if (
-        q.ndim != 4
-        or k.ndim != 4
-        or not all(k.shape[1:])
-        or q.shape[1] % k.shape[1]
-        or (causal and k.shape[2] < q.shape[2])
-    ):
+    fits = q.ndim == k.ndim == 4 and all(k.shape[1:]) and q.shape[1] % k.shape[1] == 0
+    if not fits or (causal and k.shape[2] < q.shape[2]):
         raise ValueError(
-            f"attend: q must be (b, h, t, d) and k (b, kvh, s, d), h a multiple of kvh, no width 0, and t at most s where "
-            f"causal; they are {tuple(q.shape)} and {tuple(k.shape)}."
+            "attend: q must be (b, h, t, d) and k (b, kvh, s, d), h a multiple of kvh, no width 0, and t at most s "
+            f"where causal; they are {tuple(q.shape)} and {tuple(k.shape)}."
         )
     b, h, t, d = q.shape
     keys = (b, *k.shape[1:3], d)
