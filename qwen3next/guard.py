@@ -28,6 +28,7 @@ ADDRESS = torch._C.TensorBase.data_ptr
 ARMED, FORWARD, CALLS = attrgetter("armed"), attrgetter("forward"), attrgetter("forward", "__call__")
 # Classes whose attributes are watched as they are set; others are compared.
 WATCHED = (Linear, RMSNorm, GatedRMSNorm, GatedDeltaNet, GatedAttention, SwiGLU, SparseMoE, Experts, Block, HookPoint)
+BACKENDS = ("backend", "linear_backend", "elementwise_backend")
 END = object()
 changes = 0  # of an attribute of a module of these classes
 DTYPE, SAME_MEMORY = attrgetter("dtype"), torch._C.TensorBase.is_set_to
@@ -173,7 +174,7 @@ def chooses(module: nn.Module) -> bool:
     settings = module.__dict__
     return bool(
         "forward" in settings
-        or settings.get("backend", "auto") != "auto"
+        or any(settings.get(name, "auto") != "auto" for name in BACKENDS)
         or settings.get("exposed_pattern")
         or settings.get("exposed_positions")
     )

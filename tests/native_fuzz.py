@@ -279,7 +279,7 @@ def walk_steps(r: Random, steps: int) -> None:
                 if isinstance(ids, Tensor) and ids.untyped_storage().nbytes() < ids.nbytes:
                     return  # torch itself looks at ids first, and would read what is not there
             elif way == 4:
-                cache = r.pick((lambda: cache.fork()[0], lambda: cache.select([0]), lambda: cache))()
+                cache = cache.fork()[0] if r.below(2) else cache.select([0])
             model.step(ids, cache)
             model.logits_after(cache)
         except REFUSED:
