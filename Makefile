@@ -7,7 +7,7 @@ READY := $(VENV)/.qwen3next-installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cpu test-cpus test-slow test-gpu gpu-check test-kernels test-packages lint types format wheel bench clean
+.PHONY: help demo test test-cpu test-cpus test-slow test-sanitize test-gpu gpu-check test-kernels test-packages lint types format wheel bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,14 @@ test-cpus: $(READY) ## the tests as on each CPU that this one can stand for; res
 
 test-slow: $(READY) ## the slow tests
 	$(ONE_THREAD) $(RUN) -m pytest -n 2 -m "slow and not gpu"
+
+# The sanitizers' libraries have to be there before Python is; CALLS and SEED choose how much and what is called.
+CALLS := 1000000
+SEED := 0
+SANITIZED = LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 QWEN3NEXT_SANITIZE=1 PYTHONPATH=.
+test-sanitize: $(READY) ## wrong arguments to every compiled function, under AddressSanitizer and UBSan
+	$(ONE_THREAD) $(SANITIZED) $(RUN) tests/native_fuzz.py $(CALLS) $(SEED)
 
 test-gpu: $(READY) ## the tests that need a CUDA device
 	$(RUN) -m pytest -m gpu
