@@ -83,6 +83,7 @@ class HybridCache:
     model: "weakref.ref[Qwen3Next] | None" = field(default=None, repr=False)
     graph: "GraphStep | None" = field(default=None, repr=False, compare=False)
     _journal: Journal | None = field(default=None, repr=False)
+    _resting: Sequence[int] = field(default=(), repr=False)
 
     @property
     def batch(self) -> int:
@@ -132,7 +133,8 @@ class HybridCache:
         if self.history:
             if self._journal is None:
                 self._journal = Journal(self.history)
-            self._journal.begin(self.layers, segments, logits=self.last_logits, hidden=self.hidden)
+            told = {"logits": self.last_logits, "hidden": self.hidden, "resting": self._resting}
+            self._journal.begin(self.layers, segments, **told)
         try:
             yield
         except BaseException:
@@ -140,6 +142,29 @@ class HybridCache:
             if self._journal is not None:
                 self._journal.abandon(self.layers)
             raise
+
+    @contextmanager
+    def resting(self, rows: Sequence[int]) -> Iterator[None]:
+        """A call of one token a row runs these rows along with the others and leaves them as they are."""
+        states: list[State] = [s if isinstance(s, KVState) else DeltaNetState(s.conv, s.memory) for s in self.layers]
+        lengths, hidden, self._resting = self.lengths, self.hidden, rows
+        try:
+            yield
+        finally:
+            self._resting = ()
+        if not rows or self.lengths == lengths:
+            return
+        index = torch.tensor(rows, device=self.tokens.device)
+
+        def put_back(now: Tensor, then: Tensor) -> Tensor:  # into a new tensor: others may hold the old one
+            return now.index_copy(0, index, then[index].to(now.dtype))
+
+        for now, then in zip(self.layers, states, strict=True):
+            if isinstance(now, DeltaNetState) and isinstance(then, DeltaNetState):
+                now.conv, now.memory = put_back(now.conv, then.conv), put_back(now.memory, then.memory)
+        self.lengths = tuple(lengths[r] if r in rows else n for r, n in enumerate(self.lengths))
+        if self.hidden is not None and hidden is not None:
+            self.hidden = put_back(self.hidden, hidden)
 
     def advance(self, input_ids: Tensor, segments: Segments, hidden: Tensor) -> None:
         """Note that these tokens, a result of `admit`, are now part of every layer's state; `hidden` is (b t width)."""

@@ -1,6 +1,7 @@
 """Continue token sequences: greedy or sampled, in batches of unequal length, token by token."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -93,26 +94,49 @@ def stream(
             running &= ~torch.isin(token, stops)
             if i + 1 == max_new_tokens or not bool(running.any()):
                 return
-            logits = cache.last_logits = model.step(token[:, None], cache)
+            with cache.resting((~running).nonzero().flatten().tolist()):
+                new = model.step(token[:, None], cache)
+            logits = cache.last_logits = torch.where(running[:, None], new, logits)
 
 
 def _run_prompt(model: Qwen3Next, input_ids: Tensor, segments: Segments, cache: HybridCache) -> Tensor:
     """Run what the cache does not hold yet; logits (b, vocab) after each prompt's last token."""
-    held = cache.lengths[0]
     if any(cache.lengths):
-        if not segments.plain or len(set(cache.lengths)) > 1:
-            raise ValueError("A cache can be continued with prompts of equal length only: leave segments out.")
-        if held > input_ids.shape[1] or not torch.equal(cache.tokens[:, :held], input_ids[:, :held]):
-            raise ValueError(
-                f"The cache holds {held} tokens that the prompt does not begin with: give the whole text, "
-                "or start from a new cache."
-            )
-        input_ids, segments = input_ids[:, held:], segments.part(held, input_ids.shape[1])
-    for _ in model.prefill(input_ids, cache, segments=segments):
-        pass
+        input_ids, segments = _rest(input_ids, segments, cache)
+    if input_ids.numel():
+        for _ in model.prefill(input_ids, cache, segments=segments):
+            pass
     if cache.last_logits is None:
         cache.last_logits = model.logits_after(cache)
     return cache.last_logits
+
+
+def _rest(input_ids: Tensor, segments: Segments, cache: HybridCache) -> tuple[Tensor, Segments]:
+    """The columns behind what the cache holds of every prompt, without the tokens that it holds.
+
+    Raises: ValueError for prompts that do not begin with what it holds.
+    """
+    if segments.sequences != cache.batch:
+        raise ValueError(f"The cache holds {cache.batch} sequences and {segments.sequences} prompts are given.")
+    held, number = torch.tensor(cache.lengths, device=input_ids.device), segments.document_ids
+    if number is None:
+        number = torch.arange(cache.batch, device=input_ids.device)[:, None].expand_as(input_ids)
+    known = segments.mask & (segments.positions < held[number.clamp(min=0)])
+    same = cache.tokens[number[known], segments.positions[known]] == input_ids[known]
+    wrong = {r for r, (n, real) in enumerate(zip(cache.lengths, segments.real_lengths, strict=True)) if n > real}
+    wrong |= set(number[known][~same].tolist())
+    if wrong:
+        where = f"Row {min(wrong)} of the cache" if cache.batch > 1 else "The cache"
+        raise ValueError(
+            f"{where} holds {cache.lengths[min(wrong)]} tokens that the prompt does not begin "
+            "with: give the whole text, or start from a new cache."
+        )
+    new = segments.mask & ~known
+    if not bool(new.any()):
+        return input_ids[:, :0], segments
+    first = int(new.any(0).int().argmax())
+    rest = replace(segments, document_ids=number.masked_fill(~new, -1))
+    return input_ids[:, first:], rest.part(first, input_ids.shape[1])
 
 
 def generate(model: Qwen3Next, input_ids: Tensor, **options: object) -> Tensor:

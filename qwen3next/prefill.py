@@ -97,6 +97,8 @@ def _chunks(
     model: "Qwen3Next", input_ids: Tensor, cache: HybridCache, segments: Segments, past: int, chunk_size: int
 ) -> Iterator[tuple[int, int]]:
     total, begin, last = input_ids.shape[1], 0, cache.last_logits
+    if last is None and not segments.plain and cache.hidden is not None:
+        last = model.logits_after(cache)  # rows that get no tokens here keep theirs
     while begin < total:
         end = min(total, (past + begin) // chunk_size * chunk_size + chunk_size - past)
         chunk, part = input_ids[:, begin:end], segments.part(begin, end)

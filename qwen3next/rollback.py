@@ -1,7 +1,7 @@
 """How a cache goes back to a token in its past: kept states, and between them the replay of what was written."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +26,7 @@ class Stretch:
         logits: (b, vocab) where it begins, if known.
         before: (b, width) hidden state of the token before it, if known.
         hidden: (b n width) of the tokens noted.
+        rested: row → how many of them are its own, where it rested after those.
     """
 
     lengths: tuple[int, ...]
@@ -33,6 +34,7 @@ class Stretch:
     logits: Tensor | None
     before: Tensor | None
     hidden: list[Tensor] = field(default_factory=list)
+    rested: dict[int, int] = field(default_factory=dict)
 
     @property
     def noted(self) -> int:
@@ -42,7 +44,8 @@ class Stretch:
         """The same beginning with `length` of its tokens."""
         hidden = [torch.cat(self.hidden, dim=1)[:, :length]] if length else []
         tapes = [tape.cut(length) for tape in self.tapes]
-        return Stretch(self.lengths, tapes, self.logits, self.before, hidden)
+        rested = {row: n for row, n in self.rested.items() if n < length}
+        return Stretch(self.lengths, tapes, self.logits, self.before, hidden, rested)
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ class Journal:
     def __init__(self, limit: int):
         self.limit = limit
         self.stretches: deque[Stretch] = deque()
-        self._open: Stretch | None = None  # notes the call that runs now
+        self._open: Stretch | None = None  # notes the call that runs now,
+        self._cut = 0  # from this of its tokens on
 
     def copy(self) -> "Journal":
         """Another journal of the same past: lists are copied, tensors shared."""
@@ -83,9 +87,19 @@ class Journal:
         self._open = None
 
     def begin(
-        self, layers: Sequence[State], segments: Segments, *, logits: Tensor | None, hidden: Tensor | None
+        self,
+        layers: Sequence[State],
+        segments: Segments,
+        *,
+        logits: Tensor | None,
+        hidden: Tensor | None,
+        resting: Collection[int] = (),
     ) -> None:
-        """Before a call that nothing refuses any more: make its layers note what they write."""
+        """Before a call that nothing refuses any more: make its layers note what they write.
+
+        Args:
+            resting: rows that it leaves as they are.
+        """
         states = [s for s in layers if isinstance(s, DeltaNetState)]
         newest = self.stretches[-1] if self.stretches else None
         length, cut = segments.length, 0
@@ -93,7 +107,8 @@ class Journal:
             self._open = None
             self._keep(Stretch(segments.past, _tapes(states), logits, hidden))
             return
-        if newest is not None and newest.noted + length <= self._most(newest) and self._reaches(newest, segments.past):
+        fits = newest is not None and newest.noted + length <= self._most(newest)
+        if newest is not None and fits and self._reaches(newest, segments.past, resting):
             self._open = newest
         else:
             if length > self.limit + GRID:
@@ -101,14 +116,16 @@ class Journal:
                 logits = hidden = None
             lengths = tuple(past + cut for past in segments.past)
             self._open = Stretch(lengths, _tapes(states), logits, hidden)
+        self._cut = cut
+        rested = self._open.rested
+        self._open.rested = {row: rested.get(row, self._open.noted) for row in resting}
         for state, tape in zip(states, self._open.tapes, strict=True):
             state.tape, state.cut = tape, cut
 
     def end(self, layers: Sequence[State], hidden: Tensor) -> None:
         """After that call; `hidden` is (b t width)."""
         states = [s for s in layers if isinstance(s, DeltaNetState)]
-        tapes, stretch = [s.tape for s in states], self._open
-        cut = states[0].cut if states else 0
+        tapes, stretch, cut = [s.tape for s in states], self._open, self._cut
         for state in states:
             state.tape, state.cut = None, 0
         self._open = None
@@ -140,7 +157,8 @@ class Journal:
         for i in reversed(range(len(self.stretches))):
             stretch = self.stretches[i]
             counts = [target - begin for target, begin in zip(targets, stretch.lengths, strict=True)]
-            if min(counts) < 0 or max(counts) > stretch.noted:
+            own = [stretch.rested.get(row, stretch.noted) for row in range(len(counts))]
+            if min(counts) < 0 or any(count > most for count, most in zip(counts, own, strict=True)):
                 continue
             layers = [DeltaNetState(*tape.state_after(counts)) for tape in stretch.tapes]
             hidden, logits = stretch.before, None if max(counts) else stretch.logits
@@ -198,9 +216,12 @@ class Journal:
         return min(self.limit, cheap)
 
     @staticmethod
-    def _reaches(stretch: Stretch, past: Sequence[int]) -> bool:
-        """Whether its last token is the one before the call's first, in every row."""
-        return all(begin + stretch.noted == now for begin, now in zip(stretch.lengths, past, strict=True))
+    def _reaches(stretch: Stretch, past: Sequence[int], resting: Collection[int]) -> bool:
+        """Whether its last token is the one before the call's first, in every row that goes on."""
+        return all(
+            row in resting or begin + stretch.noted == now
+            for row, (begin, now) in enumerate(zip(stretch.lengths, past, strict=True))
+        )
 
 
 def _tapes(states: Sequence[DeltaNetState]) -> list[Tape]:

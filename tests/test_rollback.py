@@ -208,3 +208,15 @@ def test_the_mtp_layers_part_goes_back_too(model):
         assert same(model.draft(cache, token), cold_draft(model, ids[:, :held], token))
     cache.rollback([0, 1])
     assert same(model.draft(cache, token)[1], cold_draft(model, ids[:, :34], token)[1])
+
+
+@pytest.mark.parametrize("kind", ["full_attention", "linear_attention"])
+def test_a_long_call_is_taken_back_in_models_of_one_kind_of_layer(kind):
+    model = small_model(dtype=torch.float64, num_hidden_layers=2, layer_types=(kind, kind))
+    ids = torch.randint(0, 97, (1, 300), generator=torch.Generator().manual_seed(3))
+    cache = model.new_cache(max_len=400, history=16)
+    with torch.no_grad():
+        model(ids, cache=cache)
+    for back in (5, 11):
+        cache.rollback(back)
+        assert same(cache.last_logits, cold(model, ids[:, : cache.lengths[0]]))
