@@ -133,8 +133,9 @@ class HybridCache:
         if self.history:
             if self._journal is None:
                 self._journal = Journal(self.history)
-            told = {"logits": self.last_logits, "hidden": self.hidden, "resting": self._resting}
-            self._journal.begin(self.layers, segments, **told)
+            self._journal.begin(
+                self.layers, segments, logits=self.last_logits, hidden=self.hidden, resting=self._resting
+            )
         try:
             yield
         except BaseException:

@@ -131,7 +131,7 @@ def test_a_cache_of_other_text_is_refused(model):
 
 @pytest.mark.parametrize("history", [0, 20])
 def test_a_row_that_stopped_can_be_continued(history):
-    """Its cache ends before its stop token, as that of a single prompt does; then every row goes on from its own end."""
+    """Its cache ends before its stop token, as a single prompt's does; then every row goes on from its own end."""
     model = small_model(dtype=torch.float64, mtp_num_hidden_layers=1)
     prompt = ids(3, 70)
     free = q.generate(model, prompt, max_new_tokens=12, stop_tokens=[])[:, 70:].tolist()
