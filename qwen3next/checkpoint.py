@@ -17,7 +17,7 @@ from qwen3next.atomic import fresh_folder
 from qwen3next.expert_weights import PLACES, fill_int8, replace_experts, routed
 from qwen3next.generation_config import GenerationConfig
 from qwen3next.model import Qwen3Next, as_device, as_dtype
-from qwen3next.opened import INDEX, SINGLE, Opened, open_checkpoint
+from qwen3next.opened import INDEX, SINGLE, Opened, cast_dtype, open_checkpoint
 from qwen3next.released import Entry, Layout, entries
 from qwen3next.sizes import parse_bytes
 from qwen3next.tensor_files import write
@@ -71,6 +71,8 @@ def load(
     opened = open_checkpoint(path)
     with ExitStack() as failed:
         failed.callback(opened.files.close)
+        if cast is None and (mixed := opened.mixed()):
+            raise ValueError(mixed)
         generation = GenerationConfig.load(opened.folder, quiet=True)
         with torch.device("meta"):
             model = Qwen3Next(opened.config)
@@ -180,15 +182,10 @@ def _allocate(model: Qwen3Next, opened: Opened, dtype: torch.dtype | None, devic
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             name = f"{prefix}.{leaf}" if prefix else leaf
             if parameter not in shared:
-                kind = opened.dtypes[name] if dtype is None or stays_exact(name) else dtype
+                kind = opened.dtypes[name] if dtype is None else cast_dtype(name, opened.dtypes[name], dtype)
                 shared[parameter] = torch.nn.Parameter(torch.empty(parameter.shape, dtype=kind, device=device))
             setattr(module, leaf, shared[parameter])
     return dict(model.named_parameters())
-
-
-def stays_exact(name: str) -> bool:
-    """Whether a tensor of this name (ours or released) keeps its stored precision in a cast."""
-    return name.endswith(("A_log", "dt_bias", "norm.weight")) or "_norm_" in name or "layernorm" in name
 
 
 def tracked(items: Iterable[T], progress: bool, label: str, total: int | None = None) -> Iterator[T]:
