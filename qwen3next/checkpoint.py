@@ -145,7 +145,10 @@ def copy_companions(source: Path, target: Path) -> None:
 
 def write_config(folder: Path, values: dict[str, object], dtype: torch.dtype) -> None:
     """config.json for weights of that dtype, which are not quantised."""
-    values = {k: v for k, v in values.items() if k not in ("dtype", "torch_dtype", "quantization_config")}
+    about = ("dtype", "torch_dtype", "quantization_config")
+    values = {k: v for k, v in values.items() if k not in about}
+    if isinstance(nested := values.get("text_config"), dict):
+        values["text_config"] = {k: v for k, v in nested.items() if k not in about}
     values["torch_dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

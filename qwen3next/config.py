@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from layers.rope import Yarn
-from qwen3next.families import FAMILIES, harmless, read, unwrap, with_yarn, write
+from qwen3next.families import FAMILIES, Family, check_beside, harmless, read, unwrap, with_yarn, write
 from qwen3next.json_files import read_object, typed
 from qwen3next.variants import Variants
 
@@ -207,6 +207,20 @@ class ModelConfig(Variants):
         Raises: ValueError for another model_type, a missing size, an unknown key or contradicting values.
         """
         family, text, outer = unwrap(values)
+        config = cls._read(family, text, outer)
+        if outer:
+            names = {f.name for f in fields(cls)} - {"extra", "outer", "model_type"}
+
+            def changes(key: str, value: Any) -> bool:
+                if text.get(key) is not None:
+                    return text[key] != value
+                return cls._read(family, text | {key: value}, outer).replace(extra={}) != config.replace(extra={})
+
+            check_beside(outer, names, changes)
+        return config
+
+    @classmethod
+    def _read(cls, family: Family, text: dict[str, Any], outer: dict[str, Any]) -> "ModelConfig":
         # Said although it goes without saying: written back as long as it stays true.
         spelt = {key: value for key, value in text.items() if key in family.implied and value is not None}
         text = read(family, text)

@@ -35,7 +35,7 @@ class Opened:
         vision: the tensors of a vision tower, which a text model leaves out.
         dtypes: that of each of our parameters, as stored.
         wanted: what config.json asks for, in the order of the layers.
-        torn: how tensors that fill one parameter differ in dtype, in a sentence; without a cast, nothing can be made of it.
+        torn: how tensors that fill one parameter differ in dtype, in a sentence; they need a cast.
         problems: what is wrong, in sentences; where there are any, only `verify` goes on.
     """
 
