@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 
@@ -36,7 +37,7 @@ def fresh_folder(folder: Path, *, replaced: Callable[[str], bool]) -> Iterator[P
 @contextmanager
 def fresh_file(path: Path) -> Iterator[Path]:
     """A new file beside `path` that takes its place when the block ends well, and is gone when it does not."""
-    fresh = path.with_name(f".{path.name}-{os.getpid()}")
+    fresh = path.with_name(f".{path.name}-{uuid4().hex[:12]}")  # other threads may write the same one
     try:
         yield fresh
         fresh.replace(path)
@@ -50,7 +51,7 @@ def _take_place(fresh: Path, folder: Path) -> None:
         fresh.rename(folder)
     elif not _exchange(fresh, folder):
         # Where a file system cannot exchange: between these two renames the old folder has another name.
-        old = folder.with_name(f".{folder.name}-old-{os.getpid()}")
+        old = folder.with_name(f".{folder.name}-old-{uuid4().hex[:12]}")
         folder.rename(old)
         fresh.rename(folder)
         shutil.rmtree(old, ignore_errors=True)

@@ -85,6 +85,10 @@ class HybridCache:
     _journal: Journal | None = field(default=None, repr=False)
     _resting: Sequence[int] = field(default=(), repr=False)
 
+    def __getstate__(self) -> dict[str, object]:
+        """For pickle: without the model, which the next call with one gives back, and without a graph."""
+        return self.__dict__ | {"model": None, "graph": None}
+
     @property
     def batch(self) -> int:
         return len(self.lengths)
@@ -337,7 +341,8 @@ class HybridCache:
             self._journal.clear()
 
     def _with(self, mark: Mark) -> "HybridCache":
-        tokens = self.tokens.new_zeros(len(mark.lengths), self.max_len)
+        with torch.inference_mode(False):
+            tokens = torch.zeros(len(mark.lengths), self.max_len, dtype=torch.long, device=self.tokens.device)
         other = HybridCache(self.config, [], tokens, mark.lengths, self.yarn, self.history, model=self.model)
         other.go_to(mark)
         return other
@@ -388,5 +393,6 @@ def new_cache(
             memory = torch.zeros(batch, *heads, dtype=dtype, device=device)
             memory = at_least_fp32(memory) if state_dtype is None else memory.to(state_dtype)
             layers.append(DeltaNetState(conv, memory))
-    tokens = torch.zeros(batch, max_len, dtype=torch.long, device=device)
+    with torch.inference_mode(False):  # written to by every call, in inference mode or not
+        tokens = torch.zeros(batch, max_len, dtype=torch.long, device=device)
     return HybridCache(c, layers, tokens, (0,) * batch, c.rope_scaling, history, mtp=keys_and_values() if mtp else None)

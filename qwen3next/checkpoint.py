@@ -15,6 +15,7 @@ from layers.int8_experts import Int8Experts
 from layers.offloaded_experts import OffloadedExperts
 from qwen3next.atomic import fresh_folder
 from qwen3next.expert_weights import PLACES, fill_int8, replace_experts, routed
+from qwen3next.fingerprint import files_as_they_are
 from qwen3next.generation_config import GenerationConfig
 from qwen3next.model import Qwen3Next, as_device, as_dtype
 from qwen3next.opened import INDEX, SINGLE, Opened, cast_dtype, open_checkpoint, some
@@ -91,7 +92,10 @@ def load(
             failed.pop_all()  # experts go on being read
     model.layout, model.origin = opened.layout, opened.folder
     model.generation_config = generation
-    return model.to(target) if experts == "int8" else model
+    model = model.to(target) if experts == "int8" else model
+    model.experts_in = files_as_they_are(opened.folder) if experts == "mmap" else ""
+    model.weight_sums.loaded(opened.folder, model.state_dict(keep_vars=True), f"{cast} {experts}")
+    return model
 
 
 def save(

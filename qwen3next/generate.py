@@ -92,6 +92,7 @@ def stream(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     segments = Segments.full(input_ids) if segments is None else segments
+    input_ids, segments = segments.closed(input_ids)
     if min(segments.real_lengths) < 1:
         raise ValueError("A prompt is empty: give every row at least one token.")
     stop = model.stop_tokens if stop_tokens is None else stop_tokens

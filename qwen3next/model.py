@@ -30,6 +30,7 @@ from qwen3next.block import Block
 from qwen3next.cache import HybridCache, new_cache
 from qwen3next.config import ModelConfig
 from qwen3next.decode import Slot, plan_for
+from qwen3next.fingerprint import WeightSums
 from qwen3next.generation_config import GenerationConfig
 from qwen3next.graph_decode import graph_for
 from qwen3next.hooks import Hooked
@@ -95,7 +96,9 @@ class Qwen3Next(Hooked, nn.Module):
         self._warned_of_length = False
         self.decode_backend = self.cross_entropy_backend = "auto"
         self.decode_slot = Slot()
-        self.expert_cache: ExpertCache | None = None  # where routed experts stay in the files
+        self.expert_cache: ExpertCache | None = None  # where routed experts stay in the files,
+        self.experts_in = ""  # as they were when it was loaded
+        self.weight_sums = WeightSums()
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.reset_parameters()
@@ -125,11 +128,14 @@ class Qwen3Next(Hooked, nn.Module):
         """Predict the next token after each one.
 
         Args:
-            segments: where sequences begin and end (packed or padded rows); None means every row is one sequence.
+            segments: where sequences begin and end (packed or padded rows); None means every row is one sequence. Where
+                tokens are absent within a row, those behind them are moved up, as hooks see it.
             cache: what came before; extended by these tokens, without gradients.
             logits_to_keep: compute logits for the last so many columns only; 0 means all.
         Raises: ValueError for ids outside the vocabulary, an empty batch, or tokens that do not fit the cache.
         """
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep must not be negative, got {logits_to_keep}: 0 keeps all of them.")
         hidden, aux, _ = self._backbone(input_ids, segments, cache, stats=cache is None)
         logits = self.hook_logits(self.lm_head(hidden[:, -logits_to_keep:]))
         return Output(logits, hidden, _stack(aux))
@@ -151,13 +157,19 @@ class Qwen3Next(Hooked, nn.Module):
         if cache is not None:
             raise ValueError("Stopping at a layer would leave the cache half-filled: run without a cache.")
         stop = stop_at_layer + count if stop_at_layer < 0 else stop_at_layer
+        given = Segments.full(input_ids) if segments is None else segments
+        input_ids, segments = given.closed(input_ids)
         segments = self._check(input_ids, segments, None)
-        return self._stream(input_ids, segments, None, stats=False, stop=stop)[0]
+        return given.reopened(self._stream(input_ids, segments, None, stats=False, stop=stop)[0])
 
     def _backbone(
         self, input_ids: Tensor, segments: Segments | None, cache: HybridCache | None, *, stats: bool
     ) -> tuple[Tensor, list[RouterStats], Segments]:
         """Hidden states after the final norm, router statistics a sparse layer, and where the sequences are."""
+        if segments is not None and segments.gapped:
+            ids, together = segments.closed(input_ids)
+            hidden, aux, _ = self._backbone(ids, together, cache, stats=stats)
+            return segments.reopened(hidden), aux, segments
         segments = self._check(input_ids, segments, cache)
         with nullcontext() if cache is None else cache.call(segments):
             x, aux = self._stream(input_ids, segments, cache, stats=stats, stop=len(self.blocks))
@@ -191,6 +203,8 @@ class Qwen3Next(Hooked, nn.Module):
                     "The cache was made with another RoPE scaling: its keys are turned otherwise. Make a new one."
                 )
             segments = cache.admit(segments)
+            if cache.model is None:  # from a pickle
+                cache.model = weakref.ref(self)
         if torch.compiler.is_compiling():
             return segments
         if not self._warned_of_length and segments.plain and max(segments.ends) > self.config.longest_context:
@@ -277,6 +291,9 @@ class Qwen3Next(Hooked, nn.Module):
         Raises: ValueError where no token has a target.
         """
         labels = input_ids if labels is None else labels
+        if segments is not None and segments.gapped:
+            labels = segments.closed(labels)[0]
+            input_ids, segments = segments.closed(input_ids)
         hidden, aux, segments = self._backbone(input_ids, segments, None, stats=True)
         lm, targets = self._cross_entropy(hidden, labels, segments, ahead=1)
         if not targets:
@@ -451,7 +468,7 @@ def _kv_dtype(name: str | torch.dtype | None, default: torch.dtype) -> torch.dty
     try:
         return default if name is None else as_dtype(name)
     except ValueError:
-        known = "float32, bfloat16, float16 or int8"
+        known = "float32, bfloat16, float16, float64 or int8"
         raise ValueError(f"Keys and values cannot be kept in {name!r}: choose {known}.") from None
 
 
@@ -460,10 +477,10 @@ def _stack(aux: list[RouterStats]) -> RouterStats | None:
 
 
 def as_dtype(name: str | torch.dtype) -> torch.dtype:
-    """torch's dtype of that name. Raises: ValueError for a name that is no floating-point dtype."""
+    """torch's dtype of that name. Raises: ValueError for one in which nothing is computed, as FP8."""
     dtype = getattr(torch, name, None) if isinstance(name, str) else name
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"{name!r} is no floating-point dtype: choose float32, bfloat16 or float16.")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"{name!r} is no dtype to compute in: choose float32, bfloat16, float16 or float64.")
     return dtype
 
 

@@ -38,6 +38,7 @@ def prefill(
     if not input_ids.numel() and not max(cache.lengths):  # behind a text that is there, nothing is to be run
         raise ValueError("The prompt is empty: give at least one token.")
     segments = Segments.full(input_ids) if segments is None else segments
+    input_ids, segments = segments.closed(input_ids)
     if max_memory is not None:
         most = chunk_for(model, cache, segments.after(cache.lengths), parse_bytes(max_memory))
         chunk_size = min(chunk_size, most)
