@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-
 from layers.gated_deltanet import DeltaNetState
 from layers.kv_state import KVState
 from layers.norm import at_least_fp32
@@ -17,6 +15,7 @@ from layers.rope import Yarn
 from layers.segments import Segments
 from qwen3next.config import ModelConfig
 from qwen3next.rollback import Journal, State
+from torch import Tensor
 
 if TYPE_CHECKING:
     from qwen3next.graph_decode import GraphStep
@@ -241,7 +240,9 @@ class HybridCache:
     def select(self, rows: Sequence[int] | Tensor) -> "HybridCache":
         """A cache of these rows, in this order, any of them several times: for batches that shrink, and beams."""
         index = torch.as_tensor(rows, device=self.tokens.device)
-        if not index.numel() or int(index.min()) < 0 or int(index.max()) >= self.batch:
+        if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32) or not len(index):
+            raise ValueError(f"rows must be a list of row numbers, at least one, got {rows}.".replace("\n", " "))
+        if int(index.min()) < 0 or int(index.max()) >= self.batch:
             raise ValueError(f"rows must be numbers below {self.batch}, got {index.tolist()}.")
         held = max(self.lengths)
         layers: list[State] = []

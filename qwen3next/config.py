@@ -1,5 +1,6 @@
 """The one configuration type: what a checkpoint's config.json says, under its own names."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -98,8 +99,8 @@ class ModelConfig(Variants):
             least = 0 if f.name in MAY_BE_NONE else 1
             if f.type is int and value < least:
                 raise ValueError(f"{f.name} must be at least {least}, got {value}.")
-            if f.type is float and value < 0:
-                raise ValueError(f"{f.name} must not be negative, got {value}.")
+            if f.type is float and not 0 <= value < math.inf:
+                raise ValueError(f"{f.name} must be a number and not negative, got {value}.")
         self.check_variants(self.attention_gate)
         for name, most in (("num_hidden_layers", MOST_LAYERS), ("num_experts", MOST_EXPERTS)):
             if getattr(self, name) > most:

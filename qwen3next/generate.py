@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
-
 from layers.segments import Segments
 from qwen3next.cache import HybridCache
 from qwen3next.hooks import Hooks
 from qwen3next.model import Qwen3Next
+from qwen3next.prefill import check_ids
 from qwen3next.sampling_rules import SamplingRules
+from torch import Tensor
 
 
 def sample(
@@ -36,6 +36,8 @@ def sample(
         raise ValueError(
             f"temperature ({temperature}) and top_k ({top_k}) must not be negative, top_p ({top_p}) in (0, 1]."
         )
+    if logits.ndim != 2 or not logits.shape[1]:
+        raise ValueError(f"logits must have shape (b, vocab), got {tuple(logits.shape)}.")
     most = logits.amax(-1, keepdim=True)
     if not bool(most.isfinite().all()):
         raise ValueError(
@@ -91,6 +93,7 @@ def stream(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    check_ids(input_ids)
     segments = Segments.full(input_ids) if segments is None else segments
     input_ids, segments = segments.closed(input_ids)
     if min(segments.real_lengths) < 1:

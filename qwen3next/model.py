@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
 
+import torch
 from layers.attention_variants import AttentionVariant
 from layers.backends import choose
 from layers.cross_entropy import linear_cross_entropy
@@ -35,8 +34,9 @@ from qwen3next.generation_config import GenerationConfig
 from qwen3next.graph_decode import graph_for
 from qwen3next.hooks import Hooked
 from qwen3next.mtp import MTP
-from qwen3next.prefill import prefill, score
+from qwen3next.prefill import check_ids, prefill, score
 from qwen3next.released import Layout
+from torch import Tensor, nn
 
 
 @dataclass
@@ -157,6 +157,7 @@ class Qwen3Next(Hooked, nn.Module):
         if cache is not None:
             raise ValueError("Stopping at a layer would leave the cache half-filled: run without a cache.")
         stop = stop_at_layer + count if stop_at_layer < 0 else stop_at_layer
+        check_ids(input_ids)
         given = Segments.full(input_ids) if segments is None else segments
         input_ids, segments = given.closed(input_ids)
         segments = self._check(input_ids, segments, None)
@@ -188,8 +189,7 @@ class Qwen3Next(Hooked, nn.Module):
 
     def _check(self, input_ids: Tensor, segments: Segments | None, cache: HybridCache | None) -> Segments:
         """Where the sequences are, what a cache holds counted in. Raises: as forward."""
-        if input_ids.ndim != 2 or not input_ids.numel() or input_ids.is_floating_point():
-            raise ValueError(f"input_ids must be integers of shape (b, t), got {tuple(input_ids.shape)}.")
+        check_ids(input_ids)
         if segments is not None and (segments.batch, segments.length) != tuple(input_ids.shape):
             raise ValueError(
                 f"segments describe a batch of {segments.batch} x {segments.length} tokens, "
@@ -291,6 +291,7 @@ class Qwen3Next(Hooked, nn.Module):
         Raises: ValueError where no token has a target.
         """
         labels = input_ids if labels is None else labels
+        self._check_labels(input_ids, labels)
         if segments is not None and segments.gapped:
             labels = segments.closed(labels)[0]
             input_ids, segments = segments.closed(input_ids)
@@ -310,6 +311,16 @@ class Qwen3Next(Hooked, nn.Module):
         balance, z = (zero, zero) if stats is None else (stats.balance.mean(), stats.z.mean())
         total = total + self.config.router_aux_loss_coef * balance + self.config.router_z_loss_coef * z
         return Losses(total, lm, mtp, balance, z, None if stats is None else stats.load.detach(), targets)
+
+    def _check_labels(self, input_ids: Tensor, labels: Tensor) -> None:
+        check_ids(input_ids)
+        check_ids(labels, "labels")
+        if labels.shape != input_ids.shape:
+            raise ValueError(f"labels are {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)}: align them.")
+        if labels is not input_ids and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = labels[(labels != -100) & ((labels < 0) | (labels >= self.vocab_size))]
+            if len(wrong):
+                raise ValueError(f"labels hold {int(wrong[0])}: give ids below {self.vocab_size}, or -100 for none.")
 
     def _cross_entropy(
         self, hidden: Tensor, labels: Tensor, segments: Segments, *, ahead: int, hook: HookPoint | None = None
@@ -398,6 +409,11 @@ class Qwen3Next(Hooked, nn.Module):
         """
         if cache.mtp is None or self.mtp is None or cache.hidden is None or not min(cache.lengths):
             raise ValueError("A draft needs a cache that was made with mtp=True and holds at least one token a row.")
+        check_ids(token, "token", ndim=1)
+        if len(token) != cache.batch:
+            raise ValueError(f"token has {len(token)} ids and the cache {cache.batch} rows: give one a row.")
+        if not 0 <= int(token.min()) <= int(token.max()) < self.vocab_size:
+            raise ValueError(f"token holds {int(token.min())} to {int(token.max())} of 0 to {self.vocab_size - 1}.")
         segments = Segments.full(token[:, None]).after([n - 1 for n in cache.lengths])
         rope = self._rotation(segments.positions, cache.hidden.dtype)
         state = cache.mtp.share(max(segments.past))  # continued here and forgotten

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen3next.atomic import usable
 from qwen3next.config import ModelConfig
 from qwen3next.json_files import read_object
 from qwen3next.released import VISION, Entry, Layout, entries
@@ -284,8 +285,9 @@ def local_folder(path: str | Path) -> Path:
         path: a folder, owner/name on the hub, or owner/name/folder where a hub repository holds several models.
     """
     folder, parts = Path(path), str(path).split("/")
-    if folder.is_dir():
-        return _one_model(folder)
+    with usable(path):
+        if folder.is_dir():
+            return _one_model(folder)
     here = folder.exists() or parts[0].startswith((".", "~"))
     mistyped = len(parts) > 2 and Path(parts[0]).exists()  # rather than a folder of something on the hub
     if here or mistyped or len(parts) < 2 or not all(parts):

@@ -3,7 +3,6 @@
 import tempfile
 from pathlib import Path
 
-import torch
 from caches import cold, cold_draft, same
 from conftest import small_model
 from hypothesis import settings
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import qwen3next as q
+import torch
 from layers.segments import Segments
 
 MOST = 120  # tokens a row
