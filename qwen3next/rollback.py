@@ -26,7 +26,7 @@ class Stretch:
         logits: (b, vocab) where it begins, if known.
         before: (b, width) hidden state of the token before it, if known.
         hidden: (b n width) of the tokens noted.
-        rested: row → how many of them are its own, where it rested after those.
+        rested: row → how many of them are its own, where it rested after those, or was taken back to there.
     """
 
     lengths: tuple[int, ...]
@@ -39,6 +39,22 @@ class Stretch:
     @property
     def noted(self) -> int:
         return sum(x.shape[1] for x in self.hidden)
+
+    def own(self, row: int) -> int:
+        """How many of the tokens noted are this row's; −1 where not even the beginning is."""
+        return self.rested.get(row, self.noted)
+
+    def after(self, counts: Sequence[int]) -> "Point":
+        """The state after so many tokens of each row."""
+        layers = [DeltaNetState(*tape.state_after(counts)) for tape in self.tapes]
+        hidden, logits = self.before, None if max(counts) else self.logits
+        if max(counts):
+            noted = torch.cat(self.hidden, dim=1)
+            before = torch.zeros_like(noted[:, :1]) if hidden is None else hidden[:, None]
+            index = torch.tensor(counts, device=noted.device)[:, None, None].expand(-1, 1, noted.shape[2])
+            hidden = torch.cat((before, noted), dim=1).gather(1, index)[:, 0]
+        lengths = tuple(begin + n for begin, n in zip(self.lengths, counts, strict=True))
+        return Point(lengths, layers, logits, hidden)
 
     def cut(self, length: int) -> "Stretch":
         """The same beginning with `length` of its tokens."""
@@ -154,30 +170,35 @@ class Journal:
 
     def find(self, targets: Sequence[int]) -> Point | None:
         """The state after so many tokens of each row, and everything after it forgotten; None where it is not known."""
-        for i in reversed(range(len(self.stretches))):
-            stretch = self.stretches[i]
-            counts = [target - begin for target, begin in zip(targets, stretch.lengths, strict=True)]
-            own = [stretch.rested.get(row, stretch.noted) for row in range(len(counts))]
-            if min(counts) < 0 or any(count > most for count, most in zip(counts, own, strict=True)):
-                continue
-            layers = [DeltaNetState(*tape.state_after(counts)) for tape in stretch.tapes]
-            hidden, logits = stretch.before, None if max(counts) else stretch.logits
-            if max(counts) and (hidden is not None or min(counts)):
-                noted = torch.cat(stretch.hidden, dim=1)
-                before = noted[:, :1] if hidden is None else hidden[:, None]
-                index = torch.tensor(counts, device=noted.device)[:, None, None].expand(-1, 1, noted.shape[2])
-                hidden = torch.cat((before, noted), dim=1).gather(1, index)[:, 0]
-            while len(self.stretches) > i:
-                self.stretches.pop()
-            if len(set(counts)) == 1:  # else what follows would not stand in the same columns
-                self.stretches.append(stretch.cut(counts[0]))
-            return Point(tuple(targets), layers, logits, hidden)
-        return None
+        holding = []
+        for row, target in enumerate(targets):
+            found = [i for i, s in enumerate(self.stretches) if 0 <= target - s.lengths[row] <= s.own(row)]
+            if not found:
+                return None
+            holding.append(found[-1])
+        counts = {i: [0] * len(targets) for i in holding}
+        for row, i in enumerate(holding):
+            counts[i][row] = targets[row] - self.stretches[i].lengths[row]
+        points = {i: self.stretches[i].after(counts[i]) for i in counts}
+        self._forget(targets)
+        if len(points) == 1:
+            return points[holding[0]]
+        return _gathered([points[i] for i in holding], targets)
 
     def furthest(self, most: int) -> int:
         """Of a cache of one row: the largest number of tokens, up to `most`, that `find` would know; −1 for none."""
-        ends = [min(most, s.lengths[0] + s.noted) for s in self.stretches if s.lengths[0] <= most]
+        ends = [min(most, s.lengths[0] + s.own(0)) for s in self.stretches if s.lengths[0] <= most]
         return max(ends, default=-1)
+
+    def _forget(self, targets: Sequence[int]) -> None:
+        """Take out what was noted behind so many tokens of each row."""
+        for _ in range(len(self.stretches)):
+            stretch = self.stretches.popleft()
+            left = [min(target - stretch.lengths[row], stretch.own(row)) for row, target in enumerate(targets)]
+            if max(left) >= 0:
+                kept = stretch.cut(max(left))
+                kept.rested = {row: n for row, n in enumerate(left) if n < max(left)}
+                self.stretches.append(kept)
 
     @property
     def nbytes(self) -> int:
@@ -219,10 +240,29 @@ class Journal:
     def _reaches(stretch: Stretch, past: Sequence[int], resting: Collection[int]) -> bool:
         """Whether its last token is the one before the call's first, in every row that goes on."""
         return all(
-            row in resting or begin + stretch.noted == now
+            row in resting or (begin + stretch.noted == now and stretch.own(row) == stretch.noted)
             for row, (begin, now) in enumerate(zip(stretch.lengths, past, strict=True))
         )
 
 
 def _tapes(states: Sequence[DeltaNetState]) -> list[Tape]:
     return [Tape(s.conv, s.memory, s.memory.dtype) for s in states]
+
+
+def _gathered(points: Sequence[Point], targets: Sequence[int]) -> Point:
+    """One point of several: each row is that of its own."""
+    layers = []
+    for states in zip(*(point.layers for point in points), strict=True):
+        conv, memory = (
+            torch.stack([x[row] for row, x in enumerate(parts)])
+            for parts in ([s.conv for s in states], [s.memory for s in states])
+        )
+        layers.append(DeltaNetState(conv, memory))
+    known = [x for point in points if (x := point.hidden) is not None]
+    hidden = None
+    if known:  # a row without tokens has none
+        rows = [
+            known[0].new_zeros(known[0].shape[1]) if p.hidden is None else p.hidden[r] for r, p in enumerate(points)
+        ]
+        hidden = torch.stack(rows)
+    return Point(tuple(targets), layers, None, hidden)

@@ -220,3 +220,25 @@ def test_a_long_call_is_taken_back_in_models_of_one_kind_of_layer(kind):
     for back in (5, 11):
         cache.rollback(back)
         assert same(cache.last_logits, cold(model, ids[:, : cache.lengths[0]]))
+
+
+def test_each_row_goes_back_by_its_own_number(model):
+    """Within `history`, whatever stretch of notes a row's token lies in; and again from there, with other tokens."""
+    ids = tokens(60, b=3)
+    cache = model.new_cache(batch=3, max_len=90, history=16)
+    run(model, cache, ids[:, :40])
+    for t in range(40, 60):
+        run(model, cache, ids[:, t : t + 1])
+    said = [ids[r].tolist() for r in range(3)]
+    for back in ([0, 16, 7], [3, 0, 5], [1, 1, 1], [0, 0, 2]):
+        cache.rollback(back)
+        said = [row[: len(row) - n] for row, n in zip(said, back, strict=True)]
+        for r, row in enumerate(said):
+            assert same(cache.last_logits[r], cold(model, torch.tensor([row]))[0])
+        for k in range(4):
+            new = torch.tensor([[k], [k + 1], [k + 2]])
+            run(model, cache, new)
+            said = [[*row, int(x)] for row, x in zip(said, new, strict=True)]
+        for r, row in enumerate(said):
+            assert same(cache.last_logits[r], cold(model, torch.tensor([row]))[0])
+            assert cache.tokens[r, : len(row)].tolist() == row
