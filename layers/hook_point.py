@@ -40,13 +40,42 @@ class HookPoint(nn.Module):
         return bool(self.armed) or "forward" in self.__dict__
 
     def __call__(self, x: Tensor, position: int | tuple[int, ...] | None = None) -> Tensor:
-        """x, or what hooks make of it. `position` is x's own, where it is not that of the call's first token."""
+        """x, or what hooks make of it, in x's shape and dtype.
+
+        `position` is x's own, where it is not that of the call's first token.
+        """
         if self.armed or "forward" in self.__dict__:
             self.ctx.update(self.call)
             if position is not None:
                 self.ctx["position"] = position
-            return super().__call__(x)
+            return self._fitted(super().__call__(x), x)
         return x
+
+    def _fitted(self, y: Any, x: Tensor) -> Tensor:
+        """What hooks made of x, as a tensor of its shape and dtype that lies side by side: broadcast, cast, copied.
+
+        Raises: TypeError, ValueError for what cannot take x's place.
+        """
+        if y is x:
+            return x
+        name = self.name or "a hook point"
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"A hook at {name} returned {type(y).__name__}: return a tensor, or None to change nothing."
+            )
+        if y.device != x.device:
+            raise ValueError(f"A hook at {name} returned a tensor on {y.device}: return one on {x.device}.")
+        if y.is_complex() or (y.is_floating_point() and not x.is_floating_point()):
+            raise ValueError(f"A hook at {name} returned {y.dtype}, which is no {x.dtype}: return that.")
+        if y.shape != x.shape:
+            try:
+                y = y.expand(x.shape)
+            except RuntimeError:
+                raise ValueError(
+                    f"A hook at {name} returned shape {tuple(y.shape)}, which does not broadcast to {tuple(x.shape)}, "
+                    "that of what passes there."
+                ) from None
+        return y.to(x.dtype).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         return x

@@ -32,13 +32,16 @@ class KVState:
         batch, kv_heads, head_dim: sizes.
         max_len: most tokens a row.
         dtype: to store in; torch.int8 keeps a number a head and token besides, its largest value / 127, in fp32.
+    Attributes:
+        size: (batch, kv_heads, head_dim).
     """
 
     def __init__(
         self, batch: int, *, kv_heads: int, head_dim: int, max_len: int, dtype: torch.dtype, device: torch.device
     ):
-        self.max_len, self.dtype, self._size = max_len, dtype, (batch, kv_heads, head_dim)
-        self._empty = _buffer(self._size, 0, dtype, device)
+        self.max_len, self.dtype, self.size = max_len, dtype, (batch, kv_heads, head_dim)
+        self._empty = _buffer(self.size, 0, dtype, device)
+        self.native: object = None  # what compiled code made of these buffers, until there are others
         self._parts: tuple[Stored, ...] = ()  # seen by others: read only
         self._own: Stored = self._empty  # behind them, written here alone,
         self._seen = 0  # but for its first places, which others see too
@@ -65,7 +68,7 @@ class KVState:
     @property
     def bytes_per_token(self) -> int:
         """Of keys and values, all rows."""
-        batch, kv_heads, head_dim = self._size
+        batch, kv_heads, head_dim = self.size
         return batch * kv_heads * 2 * (head_dim * self.dtype.itemsize + (4 if self.dtype == torch.int8 else 0))
 
     @property
@@ -76,7 +79,7 @@ class KVState:
 
     def share(self, held: int) -> "KVState":
         """Another state of the first `held` tokens; nothing is copied."""
-        batch, kv_heads, head_dim = self._size
+        batch, kv_heads, head_dim = self.size
         other = KVState(
             batch,
             kv_heads=kv_heads,
@@ -105,6 +108,11 @@ class KVState:
             for n, row, begin, stop, place in segments.runs:
                 to[n, :, place - base : place - base + stop - begin] = x[row, :, begin:stop]
 
+    def leave_inference_mode(self) -> None:
+        """Hold copies of what was made in torch.inference_mode, which autograd refuses to work with."""
+        self.native = None
+        self._parts = tuple(tuple(x.clone() if x.is_inference() else x for x in part) for part in self._parts)
+
     def whole(self, segments: Segments) -> Stored:
         """As `reserve`, with all in one piece: the buffer itself, its first `segments.past` places filled."""
         self.reserve(segments, in_one=True)
@@ -126,6 +134,7 @@ class KVState:
         """Let places `first` to `end` be this state's own, those before `past` keeping what they hold."""
         base, more = self.base, 0
         if first < base + self._seen or (end > self.capacity and self._seen):
+            self.native = None
             # Others see where this would write, or hold on to what would be copied: they keep it, and so do we.
             more = past // 4 if past > base else 0
             self._parts, self._own, self._seen = self.parts(0, past), self._empty, 0
@@ -133,12 +142,13 @@ class KVState:
         in_one = in_one or self._own[0].device.type != "cpu" or len(self._parts) > MOST_PARTS
         join = bool(self._parts) and in_one
         if end > self.capacity or join:
+            self.native = None
             base = 0 if join else base
             kept, held = self.parts(base, past), past - base
             # A quarter more than is held, so that decoding seldom moves; behind another's document, than is its own.
             wanted = max(end - base, held + max(held // 4, more))
             capacity = min(self.max_len - base, -(-wanted // BLOCK) * BLOCK)
-            self._own, place = _buffer(self._size, capacity, self.dtype, self._own[0].device), 0
+            self._own, place = _buffer(self.size, capacity, self.dtype, self._own[0].device), 0
             for part in kept:
                 for to, x in zip(self._own, part, strict=True):
                     to[:, :, place : place + x.shape[2]] = x
@@ -155,7 +165,7 @@ class KVState:
 
     def hold(self, parts: tuple[Stored, ...]) -> None:
         """Hold what `parts` of a state gave, in place of what was held; it is shared, not copied."""
-        self._parts, self._own, self._seen = parts, self._empty, 0
+        self._parts, self._own, self._seen, self.native = parts, self._empty, 0, None
 
     def copy(self, begin: int, end: int) -> Stored:
         """What lies in these places, in one piece and in memory of its own."""
@@ -165,7 +175,7 @@ class KVState:
 
     def select(self, rows: Tensor, held: int) -> "KVState":
         """A state of its own with these rows, of which at most `held` tokens count."""
-        _, kv_heads, head_dim = self._size
+        _, kv_heads, head_dim = self.size
         other = KVState(
             len(rows),
             kv_heads=kv_heads,
@@ -189,6 +199,7 @@ class KVState:
         return tuple(found)
 
 
+@torch.inference_mode(False)  # a buffer made inside that mode could not be written to outside it
 def _buffer(size: tuple[int, int, int], n: int, dtype: torch.dtype, device: torch.device) -> Stored:
     batch, kv_heads, head_dim = size
     with torch.inference_mode(False):  # what a call in inference mode makes, one outside it must write to

@@ -13,8 +13,9 @@ def activate(
     gate: Float[Tensor, "*batch inner"], up: Float[Tensor, "*batch inner"], *, backend: str = "auto"
 ) -> Float[Tensor, "*batch inner"]:
     """silu(gate) · up."""
-    if choose("elementwise", backend, gate) == "cpp" and gate.dtype == up.dtype:
-        return native.swiglu(gate.flatten(0, -2), up.flatten(0, -2)).view(gate.shape)
+    if choose("elementwise", backend, gate) == "cpp" and (gate.dtype, gate.shape) == (up.dtype, up.shape):
+        width = gate.shape[-1]
+        return native.swiglu(gate.reshape(-1, width), up.reshape(-1, width)).view(gate.shape)
     return F.silu(gate) * up
 
 

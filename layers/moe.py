@@ -46,7 +46,7 @@ Expert = Callable[[int, Tensor], Tensor]
 def loop(x: Tensor, weights: Tensor, indices: Tensor, expert: Expert) -> Tensor:
     """The definition: every expert in use is asked once, in rising order; weighed and summed in fp32."""
     y = torch.zeros_like(at_least_fp32(x))
-    for e in sorted(set(indices.flatten().tolist())):
+    for e in sorted(set(_numbers(indices))):
         token, slot = (indices == e).nonzero(as_tuple=True)
         out = at_least_fp32(expert(e, x[token])) * weights[token, slot, None]
         y = y.index_add(0, token, out.to(y.dtype))
@@ -56,9 +56,17 @@ def loop(x: Tensor, weights: Tensor, indices: Tensor, expert: Expert) -> Tensor:
 def one_token(x: Tensor, weights: Tensor, indices: Tensor, expert: Expert) -> Tensor:
     """One token's experts in the order of its choices; sorting and grouping would cost more than the products."""
     y = torch.zeros_like(x)
-    for slot, e in enumerate(indices[0].tolist()):
+    for slot, e in enumerate(_numbers(indices[0])):
         y = torch.addcmul(y, expert(e, x), weights[:, slot, None])
     return y
+
+
+def _numbers(indices: Tensor) -> list[int]:
+    """Numbers of experts, none of which counts from the end."""
+    numbers = indices.flatten().tolist()
+    if numbers and min(numbers) < 0:
+        raise ValueError(f"A token is routed to the expert {min(numbers)}: experts are counted from 0.")
+    return numbers
 
 
 def grouped_on_device(x: Tensor) -> bool:
@@ -120,6 +128,8 @@ class Experts(nn.Module):
 
     def _grouped(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """Sort the (token, expert) pairs by expert, so that each expert's rows are neighbours; no host sync."""
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_experts(indices, len(self.gate_up_proj))
         order = indices.flatten().argsort(stable=True)
         token = order // indices.shape[1]
         # Not bincount, which asks a GPU for the largest index before it counts.
@@ -148,12 +158,38 @@ class Experts(nn.Module):
         return f"{e} x ({width} -> {inner} -> {width})"
 
 
+def top_experts(logits: Float[Tensor, "*batch e"], k: int) -> Int[Tensor, "*batch k"]:
+    """Numbers of the k largest logits, the largest first; of equal ones the lower number first.
+
+    bf16 logits are often equal, and torch's topk leaves open which of them it takes: another choice on another device,
+    or for another number of tokens. Compiled decoding follows the same rule.
+    """
+    if logits.dtype == torch.float64:
+        return logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    # One integer a logit, in the order of the rule: the float's bits, which for negative ones count downwards, and then
+    # the expert's number from the end. Adding 0 makes -0 and 0 equal.
+    bits = (logits.detach().float() + 0.0).view(torch.int32)
+    rising = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+    e = logits.shape[-1]
+    return ((rising << 32) | torch.arange(e - 1, -1, -1, device=logits.device)).topk(k, dim=-1).indices
+
+
+def check_experts(indices: Tensor, count: int) -> None:
+    """Raises: ValueError for indices that name no expert of `count`."""
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < count:
+        raise ValueError(
+            f"Tokens are routed to the experts {int(indices.min())} to {int(indices.max())}, "
+            f"and there are 0 to {count - 1}."
+        )
+
+
 class SparseMoE(nn.Module):
     """A router picks top_k of the experts for every token; a shared expert serves all, scaled by its own gate.
 
     With `shared_inner` 0 there is no shared expert.
 
-    Router: linear → fp32 softmax over **all** experts → top-k → renormalise → cast, in this order.
+    Router: linear → fp32 softmax over **all** experts → top-k → renormalise → cast, in this order. Of experts with
+    equal logits the lower number comes first.
     """
 
     def __init__(
@@ -191,8 +227,11 @@ class SparseMoE(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # in mixed precision the router stays fp32
             logits = self.hook_router_logits(linear(x.to(self.router.weight.dtype), self.router.weight))
             probabilities = at_least_fp32(logits).softmax(-1)
-        weights, indices = probabilities.topk(self.top_k, dim=-1)
+        indices = top_experts(logits, self.top_k)
+        weights = probabilities.gather(-1, indices)
         indices = self.hook_router_indices(indices)
+        if self.hook_router_indices.active:
+            check_experts(indices, logits.shape[-1])
         if self.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
         weights = self.hook_router_weights(weights.to(x.dtype))

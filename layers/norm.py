@@ -21,7 +21,8 @@ def l2_normalise(
 ) -> Float[Tensor, "*batch d"]:
     """scale · x / sqrt(Σx² + eps) over the last axis, in fp32 or better. eps is inside the root and not scaled by d."""
     if choose("elementwise", backend, x) == "cpp":
-        return native.normalise(x, torch.full((x.shape[-1],), scale), mean=False, eps=eps, exact=True)
+        weight = torch.full((x.shape[-1],), float(scale), dtype=torch.float32)
+        return native.normalise(x, weight, mean=False, eps=eps, exact=True)
     x = at_least_fp32(x)
     y = x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
     return y if scale == 1.0 else y * scale

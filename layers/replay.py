@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layers.implicit_attention import written
+from layers.native.operands import address, operand
 from layers.native.step import DTYPES, Sizes, kernels
 from layers.norm import at_least_fp32
 
@@ -154,10 +155,14 @@ def _replay(state: Tensor, keys: Tensor, writes: Tensor, decay: Tensor) -> Tenso
 
 def _replay_compiled(state: Tensor, keys: Tensor, writes: Tensor, decay: Tensor) -> Tensor:
     """As layers/native/decode.cpp."""
-    b, n, key_heads, key_dim = keys.shape
-    sizes = Sizes(b=b, key_heads=key_heads, key_dim=key_dim, value_heads=state.shape[1], value_dim=state.shape[3])
+    (b, h, key_dim, value_dim), (_, n, key_heads, _) = state.shape, keys.shape
+    if h % key_heads or state.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{key_heads} key heads cannot serve {h} memories in {state.dtype}.")
+    keys = operand("replay: keys", keys, (b, n, key_heads, key_dim), state.dtype)
+    writes = operand("replay: writes", writes, (b, n, h, value_dim), state.dtype)
+    decay = operand("replay: decay", decay, (b, n, h), state.dtype)
+    sizes = Sizes(b=b, key_heads=key_heads, key_dim=key_dim, value_heads=h, value_dim=value_dim)
     sizes.dtype = DTYPES[state.dtype]
-    state, *rest = state.contiguous().clone(), *(x.contiguous() for x in (keys, writes, decay))
-    addresses = (ctypes.c_void_p(x.data_ptr()) for x in (state, *rest))
-    kernels().replay(ctypes.byref(sizes), *addresses, ctypes.c_int64(n))
+    state = state.contiguous().clone()
+    kernels().replay(ctypes.byref(sizes), *map(address, (state, keys, writes, decay)), n)
     return state

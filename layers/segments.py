@@ -211,6 +211,8 @@ class Segments:
     @cached_property
     def ends(self) -> tuple[int, ...]:
         """Tokens of each sequence with these counted in: where a cache stands afterwards."""
+        if self.document_ids is None and len(self.past) == 1:  # quicker, which counts in decoding
+            return (self.past[0] + self.length,)
         return tuple(past + new for past, new in zip(self.past, self.real_lengths, strict=True))
 
     @cached_property
@@ -250,7 +252,7 @@ class Segments:
     @property
     def aligned(self) -> bool:
         """Every row is one whole sequence and all stand at the same place: no masks, no row by row."""
-        return self.plain and len(set(self.past)) == 1
+        return self.document_ids is None and (len(self.past) == 1 or len(set(self.past)) == 1)
 
     @cached_property
     def first(self) -> Tensor:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+
 from layers.gated_deltanet import DeltaNetState
 from layers.kv_state import KVState
 from layers.norm import at_least_fp32
@@ -15,11 +17,18 @@ from layers.rope import Yarn
 from layers.segments import Segments
 from qwen3next.config import ModelConfig
 from qwen3next.rollback import Journal, State
-from torch import Tensor
 
 if TYPE_CHECKING:
     from qwen3next.graph_decode import GraphStep
     from qwen3next.model import Qwen3Next
+
+
+# What a cache's contents depend on, of a model's configuration.
+SHAPED_BY = (
+    "layer_types", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "partial_rotary_factor", "rope_theta", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
+    "linear_value_head_dim", "linear_conv_kernel_dim",
+)  # fmt: skip
 
 
 @dataclass
@@ -107,24 +116,41 @@ class HybridCache:
         """Of recurrent states; None in a model without Gated DeltaNet layers."""
         return next((s.memory.dtype for s in self.layers if isinstance(s, DeltaNetState)), None)
 
-    def admit(self, segments: Segments) -> Segments:
+    def check(self, config: ModelConfig) -> None:
+        """Raises: ValueError where this is no cache for a model of that configuration."""
+        if config is self.config:
+            return
+        for name in SHAPED_BY:
+            mine, asked = getattr(self.config, name), getattr(config, name)
+            if mine != asked:
+                raise ValueError(
+                    f"The cache was made for a model with {name} = {mine}, this one has {asked}: "
+                    "make one with model.new_cache()."
+                )
+
+    def admit(self, segments: Segments | None, like: Tensor) -> Segments:
         """Check that these tokens fit, before anything is written; return them as continuations of what is held.
 
         A sequence is a row here; where rows of `input_ids` are packed, they are sequences of it in their order.
+        Without segments every row of `like` is one whole sequence.
         Raises: ValueError for another number of sequences, or more tokens than fit.
         """
-        if segments.sequences != self.batch:
+        if segments is None:
+            b, t = like.shape
+            given = Segments(b, t, like.device, None, b, self.lengths) if b == self.batch else Segments.full(like)
+        else:
+            given = segments.after(self.lengths) if segments.sequences == self.batch else segments
+        if given.sequences != self.batch:
             raise ValueError(
-                f"The cache was made for {self.batch} sequences and {segments.sequences} are given: "
+                f"The cache was made for {self.batch} sequences and {given.sequences} are given: "
                 "make it with batch= that many."
             )
-        segments = segments.after(self.lengths)
-        if max(segments.ends) > self.max_len:
+        if max(given.ends) > self.max_len:
             raise ValueError(
-                f"The cache holds {self.max_len} tokens a sequence and {max(segments.ends)} are needed: "
+                f"The cache holds {self.max_len} tokens a sequence and {max(given.ends)} are needed: "
                 "make it with a larger max_len."
             )
-        return segments
+        return given
 
     @contextmanager
     def call(self, segments: Segments) -> Iterator[None]:
@@ -132,6 +158,8 @@ class HybridCache:
 
         Where it fails, the cache stands where it stood; what was added to keys and values lies behind what counts.
         """
+        if torch.is_grad_enabled():
+            self._leave_inference_mode()
         before: list[State] = [s if isinstance(s, KVState) else DeltaNetState(s.conv, s.memory) for s in self.layers]
         if self.history:
             if self._journal is None:
@@ -169,6 +197,13 @@ class HybridCache:
         self.lengths = tuple(lengths[r] if r in rows else n for r, n in enumerate(self.lengths))
         if self.hidden is not None and hidden is not None:
             self.hidden = put_back(self.hidden, hidden)
+
+    def _leave_inference_mode(self) -> None:
+        for state in self.layers:
+            if isinstance(state, KVState):
+                state.leave_inference_mode()
+            elif state.conv.is_inference() or state.memory.is_inference():
+                state.conv, state.memory = state.conv.clone(), state.memory.clone()
 
     def advance(self, input_ids: Tensor, segments: Segments, hidden: Tensor) -> None:
         """Note that these tokens, a result of `admit`, are now part of every layer's state; `hidden` is (b t width)."""
@@ -342,8 +377,7 @@ class HybridCache:
             self._journal.clear()
 
     def _with(self, mark: Mark) -> "HybridCache":
-        with torch.inference_mode(False):
-            tokens = torch.zeros(len(mark.lengths), self.max_len, dtype=torch.long, device=self.tokens.device)
+        tokens = _no_tokens(len(mark.lengths), self.max_len, self.tokens.device)
         other = HybridCache(self.config, [], tokens, mark.lengths, self.yarn, self.history, model=self.model)
         other.go_to(mark)
         return other
@@ -357,6 +391,11 @@ def common_prefix(a: Tensor, b: Tensor) -> int:
     n = min(len(a), len(b))
     differ = (a[:n] != b[:n]).nonzero()
     return int(differ[0]) if len(differ) else n
+
+
+@torch.inference_mode(False)  # made inside that mode, it could not be written to outside it
+def _no_tokens(batch: int, max_len: int, device: torch.device) -> Tensor:
+    return torch.zeros(batch, max_len, dtype=torch.long, device=device)
 
 
 def new_cache(
@@ -394,6 +433,5 @@ def new_cache(
             memory = torch.zeros(batch, *heads, dtype=dtype, device=device)
             memory = at_least_fp32(memory) if state_dtype is None else memory.to(state_dtype)
             layers.append(DeltaNetState(conv, memory))
-    with torch.inference_mode(False):  # written to by every call, in inference mode or not
-        tokens = torch.zeros(batch, max_len, dtype=torch.long, device=device)
+    tokens = _no_tokens(batch, max_len, device)
     return HybridCache(c, layers, tokens, (0,) * batch, c.rope_scaling, history, mtp=keys_and_values() if mtp else None)

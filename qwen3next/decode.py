@@ -1,21 +1,20 @@
 """A step of decoding as one call into compiled code, for the CPU: the plan of a model's weights, and when it serves.
 
 layers/native/decode.cpp has the arithmetic; here is what it is told, and the conditions under which it may stand in for
-the modules: nobody looks inside, nothing was put in a module's place, and every part is one that it knows.
+the modules: nobody looks inside, nothing was put in a module's place, and every part is one that it knows. A guard
+(qwen3next/guard.py) compares the model with the plan before every step.
 """
 
 import ctypes
 import threading
-from collections.abc import Iterator
-from itertools import repeat
-from operator import attrgetter, contains
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from layers.backends import why_not as choose_reason
+from layers.delta_rule import gated_delta_rule
 from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import DeltaNetState, GatedDeltaNet
 from layers.hook_point import HookPoint
@@ -23,19 +22,19 @@ from layers.kv_state import KVState
 from layers.linear import Linear
 from layers.mlp import SwiGLU
 from layers.moe import Experts, SparseMoE
+from layers.native.operands import address
 from layers.native.step import DTYPES, Ends, Layer, Mat, Part, Sizes, kernels
 from layers.norm import GatedRMSNorm, RMSNorm
 from layers.segments import Segments
 from qwen3next.block import Block
 from qwen3next.cache import HybridCache
+from qwen3next.guard import CALLS, Guard
 
 if TYPE_CHECKING:
     from qwen3next.model import Qwen3Next
 
-ASK_AGAIN = 256  # steps of a model that cannot run here, until it is looked at again
-LOOK_EVERY = 16  # steps
 MOST_TOKENS = 8  # new ones in a call, all rows together: beyond, matrix products in torch are faster
-ARMED = attrgetter("armed")
+OTHER_CACHE = "The cache was made for a model of other layers or sizes: make one with model.new_cache()."
 TABLE = 64  # positions whose rotation is computed at a time
 KNOWN = (
     nn.Linear,
@@ -49,7 +48,13 @@ KNOWN = (
     Experts,
     Block,
     nn.Identity,
+    nn.ModuleList,
+    HookPoint,
 )
+# How their classes were called when this was loaded: who replaces that wants to be called.
+CALLED = {kind: CALLS(kind) for kind in (*KNOWN, nn.Embedding)}
+LINEAR, EMBEDDING, NORM = (nn.Linear, Linear), (nn.Embedding,), (RMSNorm,)
+PARTS = {"embed_tokens": EMBEDDING, "norm": NORM, "lm_head": LINEAR}
 
 
 def why_not(model: "Qwen3Next", device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
@@ -62,189 +67,269 @@ def why_not(model: "Qwen3Next", device: torch.device | None = None, dtype: torch
     where, kind = weight.device if device is None else device, weight.dtype if dtype is None else dtype
     if reason := choose_reason("decode", "cpp", where, kind):
         return reason
-    if reason := unknown_module(model):
+    if reason := unknown_module(model) or _unlike(model):
         return reason
-    for name, module in model.blocks.named_modules():
-        if isinstance(module, SparseMoE) and module.shared_expert is None:
-            return f"blocks.{name} has no shared expert, and it knows experts with one"
-    used = {id(weight) for block in model.blocks for weight in _weights(cast("Block", block)).values()}
-    for name, parameter in model.blocks.named_parameters():
+    used = {id(x.tensor): x for x in _all_weights(model)}
+    for name, parameter in (*model.blocks.named_parameters(prefix="blocks"), *_outer_parameters(model)):
         if id(parameter) not in used:
-            return f"blocks.{name} is a weight that it does not know"
+            return f"{name} is a weight that it does not know"
+        if type(parameter) is not nn.Parameter:
+            return f"{name} is a {type(parameter).__name__}, and it knows nn.Parameter alone"
         if not parameter.is_contiguous() or parameter.dtype not in DTYPES or parameter.device != weight.device:
-            return f"blocks.{name} is not contiguous, elsewhere, or of a dtype that it does not know"
+            return f"{name} is not contiguous, elsewhere, or of a dtype that it does not know"
+        if parameter.is_floating_point() and parameter.is_neg():
+            return f"{name} is a view that negates"
+    sizes = _sizes(model)
+    for x in _all_weights(model):
+        expected = _shapes(sizes, x.gate_rows, x.sparse)[x.name]
+        if x.tensor is not None and not _fits(x.tensor.shape, expected):
+            return f"{x.where} has the shape {tuple(x.tensor.shape)} where it expects {expected}"
+    if sizes.rotary > sizes.head_dim or sizes.rotary % 2:
+        return f"RoPE turns {sizes.rotary} of {sizes.head_dim} numbers a head"
+    if len(model.embed_tokens.weight) < model.vocab_size:
+        return f"embed_tokens has {len(model.embed_tokens.weight)} rows and the vocabulary {model.vocab_size} tokens"
     return None
 
 
 def unknown_module(model: "Qwen3Next") -> str | None:
-    """The first module of the blocks that the default model does not have, in a sentence, or None."""
-    for name, module in model.blocks.named_modules():
-        if not isinstance(module, (nn.ModuleList, HookPoint)) and type(module) not in KNOWN:
-            return f"blocks.{name} is a {type(module).__name__}, which it does not know"
+    """The first module that the default model does not have in its place, in a sentence, or None."""
+    for name, kinds in PARTS.items():
+        module = getattr(model, name)
+        if type(module) not in kinds:
+            return f"{name} is a {type(module).__name__}, which it does not know"
+        if CALLS(type(module)) != CALLED[type(module)]:
+            return f"the forward of {type(module).__name__} was replaced"
+    for name, module in model.blocks.named_modules(prefix="blocks"):
+        if type(module) not in KNOWN:
+            return f"{name} is a {type(module).__name__}, which it does not know"
+        if CALLS(type(module)) != CALLED[type(module)]:
+            return f"the forward of {type(module).__name__} was replaced"
     return None
 
 
-class Sight:
-    """A model as it was looked at, to notice when anything about it changes.
-
-    Attributes:
-        watched: somebody looks inside, or chose how something inside runs: then the modules themselves run.
-        serves: the cache that was looked at last is of a kind that can be served.
-    """
-
-    def __init__(self, model: "Qwen3Next"):
-        apart = set() if model.mtp is None else set(model.mtp.modules())
-        everything = [m for m in model.modules() if m not in apart]
-        points = [m for m in everything if isinstance(m, HookPoint)]
-        modules = [m for m in everything if not isinstance(m, HookPoint)]
-        self._parameters = [
-            (cast("dict[str, Tensor]", m._parameters), name, parameter.data_ptr())
-            for m in modules
-            for name, parameter in m._parameters.items()
-            if parameter is not None
-        ]
-        self._children = [
-            (m._modules, name, child)
-            for m in modules
-            for name, child in m._modules.items()
-            if not isinstance(child, HookPoint)
-        ]
-        self._points, self._dicts = points, [m.__dict__ for m in everything]
-        self._hooks: list[dict] = [
-            hooks
-            for m in modules
-            for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-        ]
-        self._chosen = [m.__dict__ for m in modules if hasattr(m, "backend")]
-        self.watched, self.serves = False, False
-        self._seen, self._steps = (-1, 0), 0  # when all was looked at
-
-    def _serves(self, _cache: HybridCache) -> bool:
-        return True
-
-    def holds(self, cache: HybridCache) -> bool:
-        """Whether modules and weights are those that were there at first; sets `watched`.
-
-        Hooks are noticed at once. The rest, some hundred comparisons, is looked at when another cache comes and every
-        few steps: a module that is replaced in the middle of a text acts from then on.
-        """
-        now = RemovableHandle.next_id, id(cache)  # the first grows with every hook that is registered anywhere
-        self._steps += 1
-        if now == self._seen and self._steps < LOOK_EVERY and not self.watched:
-            return True
-        self._seen, self._steps = now, 0
-        self.serves = self._serves(cache)
-        self.watched = (
-            any(map(ARMED, self._points))
-            or any(map(len, self._hooks))
-            or any(map(contains, self._dicts, repeat("forward")))
-            or any(
-                [chosen.get("backend", "auto") != "auto" or chosen.get("exposed_pattern") for chosen in self._chosen]
-            )
-        )
-        return all([children[name] is child for children, name, child in self._children]) and all(
-            [parameters[name].data_ptr() == address for parameters, name, address in self._parameters]
-        )
+def _unlike(model: "Qwen3Next") -> str | None:
+    """Where a setting differs from what a step takes for all layers, in a sentence, or None."""
+    if model.lm_head.bias is not None:
+        return "lm_head has a bias"
+    if model.embed_tokens.max_norm is not None:
+        return "embed_tokens limits its norms"
+    blocks = [module for module in model.blocks.modules() if isinstance(module, Block)]
+    if len(blocks) != len(model.blocks) or not blocks:
+        return "blocks holds something else than blocks"
+    modules = [*model.blocks.modules(), model.norm]
+    alike: dict[type, tuple[str, ...]] = {
+        RMSNorm: ("eps", "zero_centred"),
+        GatedRMSNorm: ("eps", "activation"),
+        GatedDeltaNet: ("key_heads", "value_heads", "key_dim", "value_dim", "rule"),
+        GatedAttention: ("heads", "kv_heads", "head_dim"),
+        SparseMoE: ("top_k", "renormalise"),
+    }
+    for kind, names in alike.items():
+        for name in names:
+            found = {getattr(module, name) for module in modules if type(module) is kind}
+            if len(found) > 1:
+                return f"{kind.__name__}.{name} is not the same in all layers"
+    for module in modules:
+        if isinstance(module, SparseMoE) and module.shared_expert is None:
+            return "a layer has no shared expert, and it knows experts with one"
+        if isinstance(module, SparseMoE) and not 1 <= module.top_k <= len(module.router.weight):
+            return f"a layer routes to {module.top_k} of {len(module.router.weight)} experts"
+        if isinstance(module, GatedDeltaNet) and module.rule is not gated_delta_rule:
+            return "a layer has another rule than the gated delta rule"
+        if isinstance(module, GatedDeltaNet) and module.value_heads % module.key_heads:
+            return "value heads cannot share key heads"
+        if isinstance(module, GatedAttention) and module.heads % module.kv_heads:
+            return "query heads cannot share key heads"
+        if isinstance(module, GatedRMSNorm) and (module.activation != "silu" or module.eps != model.norm.eps):
+            return "a gated norm has another activation or eps"
+        if isinstance(module, (Linear, nn.Linear)) and module.weight.ndim != 2:
+            return "a linear map's weight is no matrix"
+    return None
 
 
-class Plan(Sight):
-    """Where a model's weights lie; good as long as nothing about the model changes.
+def _outer_parameters(model: "Qwen3Next") -> Iterator[tuple[str, nn.Parameter]]:
+    for part in PARTS:
+        yield from getattr(model, part).named_parameters(prefix=part)
 
-    `serves` is whether the cache is in dtypes that compiled code knows.
-    """
 
-    def __init__(self, model: "Qwen3Next"):
-        super().__init__(model)
-        blocks, c = list(model.blocks), model.config
-        self.layers = (Layer * len(blocks))()
-        for layer, block in zip(self.layers, blocks, strict=True):
-            assert isinstance(block, Block)
-            _fill(layer, block)
+class Weight(NamedTuple):
+    """A weight as compiled code knows it: `name` of `Layer` or `Ends`, and `where` it is in the model."""
+
+    name: str
+    where: str
+    tensor: Tensor | None
+    gate_rows: int = 0
+    sparse: bool = False
+
+
+def _all_weights(model: "Qwen3Next") -> Iterator[Weight]:
+    """All weights that a step multiplies with."""
+    yield Weight("embedding", "embed_tokens.weight", model.embed_tokens.weight)
+    yield Weight("norm", "norm.weight", model.norm.weight)
+    yield Weight("head", "lm_head.weight", model.lm_head.weight)
+    for i, module in enumerate(model.blocks):
+        block = cast("Block", module)
+        rows, sparse = _gate_rows(block), isinstance(block.mlp, SparseMoE)
+        for name, tensor in _weights(block).items():
+            yield Weight(name, f"{name} of blocks.{i}", tensor, rows, sparse)
+
+
+def _gate_rows(block: Block) -> int:
+    """Rows of the gate's projection a head."""
+    if block.mixer != "full_attention" or block.self_attn.gate_proj is None:
+        return 0
+    return len(block.self_attn.gate_proj.weight) // block.self_attn.heads
+
+
+def _sizes(model: "Qwen3Next") -> Sizes:
+    """What all layers have in common, read off the modules."""
+
+    def first(kind: type) -> Any:
+        return next((module for module in model.blocks.modules() if type(module) is kind), None)
+
+    attention, mixer, moe = first(GatedAttention), first(GatedDeltaNet), first(SparseMoE)
+    dense = next((b.mlp for b in cast("Iterable[Block]", model.blocks) if isinstance(b.mlp, SwiGLU)), None)
+    sizes = Sizes(
+        layers=len(model.blocks),
+        width=model.embed_tokens.weight.shape[1],
+        dtype=DTYPES.get(model.embed_tokens.weight.dtype, 0),
+        zero_centred=model.norm.zero_centred,
+        dense_inner=0 if dense is None else len(dense.gate_proj.weight),
+        eps=model.norm.eps,
+    )
+    if attention is not None:
+        sizes.heads, sizes.kv_heads, sizes.head_dim = attention.heads, attention.kv_heads, attention.head_dim
+        sizes.rotary = model.config.rotary_dim
+    if mixer is not None:
+        sizes.key_heads, sizes.value_heads = mixer.key_heads, mixer.value_heads
+        sizes.key_dim, sizes.value_dim, sizes.taps = mixer.key_dim, mixer.value_dim, mixer.conv_weight.shape[1]
+    if moe is not None:
+        sizes.experts, sizes.top_k, sizes.renormalise = len(moe.router.weight), moe.top_k, moe.renormalise
+        sizes.inner, sizes.shared_inner = moe.experts.down_proj.shape[2], len(moe.shared_expert.gate_proj.weight)
+    return sizes
+
+
+def _shapes(s: Sizes, gate_rows: int, sparse: bool) -> dict[str, tuple[int | None, ...]]:
+    """The shape of each weight; None where any number of rows will do."""
+    keys, values = s.key_heads * s.key_dim, s.value_heads * s.value_dim
+    query, kv, inner = s.heads * s.head_dim, s.kv_heads * s.head_dim, s.shared_inner if sparse else s.dense_inner
+    linear = {
+        "in_qkv": (2 * keys + values, s.width), "in_z": (values, s.width), "in_b": (s.value_heads, s.width),
+        "in_a": (s.value_heads, s.width), "out": (s.width, values), "conv": (2 * keys + values, s.taps),
+        "q": (query, s.width), "k": (kv, s.width), "v": (kv, s.width), "o": (s.width, query),
+        "gate": (s.heads * gate_rows, s.width), "router": (s.experts, s.width), "shared_weight": (1, s.width),
+        "shared_gate": (inner, s.width), "shared_up": (inner, s.width), "shared_down": (s.width, inner),
+        "experts_in": (s.experts, 2 * s.inner, s.width), "experts_out": (s.experts, s.width, s.inner),
+        "embedding": (None, s.width), "head": (None, s.width),
+    }  # fmt: skip
+    vectors = {
+        "norm_in": s.width, "norm_post": s.width, "norm": s.width, "a_log": s.value_heads, "dt_bias": s.value_heads,
+        "out_norm": s.value_dim, "q_norm": s.head_dim, "k_norm": s.head_dim, "q_bias": query, "k_bias": kv,
+        "v_bias": kv, "gate_bias": s.heads * gate_rows, "o_bias": s.width,
+    }  # fmt: skip
+    return linear | {name: (n,) for name, n in vectors.items()}
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(expected) and all(b is None or a == b for a, b in zip(shape, expected, strict=True))
+
+
+class Plan:
+    """Where a model's weights lie. Good as long as the guard with which it was made holds, which keeps them alive."""
+
+    def __init__(self, model: "Qwen3Next", guard: Guard):
+        self.guard, self.sizes = guard, _sizes(model)
+        self.layers = (Layer * len(model.blocks))()
+        for layer, block in zip(self.layers, cast("Iterable[Block]", model.blocks), strict=True):
+            layer.softmax, layer.sparse = block.mixer == "full_attention", isinstance(block.mlp, SparseMoE)
+            layer.gate_rows = _gate_rows(block)
+            for name, weight in _weights(block).items():
+                setattr(layer, name, _mat(weight))
         self.ends = Ends(
             embedding=_mat(model.embed_tokens.weight),
             norm=_mat(model.norm.weight),
             head=_mat(model.lm_head.weight),
-            vocab=c.vocab_size,
-        )
-        first = next((b.mlp for b in blocks if isinstance(b.mlp, SparseMoE)), None)
-        experts = 0 if first is None else c.num_experts
-        dense = next((b.mlp.gate_proj.out_features for b in blocks if isinstance(b.mlp, SwiGLU)), 0)
-        self.sizes = Sizes(
-            layers=len(blocks),
-            width=c.hidden_size,
-            dtype=DTYPES[model.embed_tokens.weight.dtype],
-            heads=c.num_attention_heads,
-            kv_heads=c.num_key_value_heads,
-            head_dim=c.head_dim,
-            rotary=c.rotary_dim,
-            zero_centred=c.zero_centred_norms,
-            key_heads=c.linear_num_key_heads,
-            value_heads=c.linear_num_value_heads,
-            key_dim=c.linear_key_head_dim,
-            value_dim=c.linear_value_head_dim,
-            taps=c.linear_conv_kernel_dim,
-            experts=experts,
-            top_k=c.num_experts_per_tok if experts else 0,
-            inner=c.moe_intermediate_size if experts else 0,
-            shared_inner=c.shared_expert_intermediate_size if experts else 0,
-            dense_inner=dense,
-            renormalise=c.norm_topk_prob,
-            eps=c.rms_norm_eps,
+            vocab=len(model.lm_head.weight),
         )
         self._dtype = model.embed_tokens.weight.dtype
+        s = self.sizes
+        self._softmax = [bool(layer.softmax) for layer in self.layers]
+        self._kv_size = s.kv_heads, s.head_dim
+        self._conv_size = s.taps - 1, 2 * s.key_heads * s.key_dim + s.value_heads * s.value_dim
+        self._memory_size = s.value_heads, s.key_dim, s.value_dim
         self._lock = threading.Lock()  # the structures are filled anew for every call
-        self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def _serves(self, cache: HybridCache) -> bool:
-        return all([_served(state, self._dtype) for state in cache.layers])
+    def serves(self, cache: HybridCache) -> bool:
+        """Whether a cache is in dtypes that compiled code knows.
 
-    def rotation(self, model: "Qwen3Next", position: int, dtype: torch.dtype) -> tuple[int, int]:
-        """Addresses of cos and sin of a position."""
+        Raises: ValueError for one whose states are of other kinds or sizes than this model's.
+        """
+        if len(cache.layers) != len(self._softmax):
+            raise ValueError(OTHER_CACHE)
+        b, known = cache.batch, True
+        for state, softmax in zip(cache.layers, self._softmax, strict=True):
+            if isinstance(state, KVState):
+                fits = softmax and state.size == (b, *self._kv_size)
+                known = known and state.dtype in DTYPES
+            else:
+                sizes = (b, *self._conv_size), (b, *self._memory_size)
+                fits = not softmax and (state.conv.shape, state.memory.shape) == sizes
+                known = known and state.conv.dtype == self._dtype and state.memory.dtype in DTYPES
+            if not fits:
+                raise ValueError(OTHER_CACHE)
+        return known
+
+    def rotation(self, model: "Qwen3Next", position: int) -> tuple[Tensor, Tensor, int]:
+        """cos and sin of TABLE positions, one of them this, and how many bytes before it."""
         block, row = divmod(position, TABLE)
-        key = (block, dtype, model.config.rope_scaling)
-        if key not in self._tables:
+        table = self._tables.get((block, self._dtype))
+        if table is None:
             if len(self._tables) >= 64:
-                self._tables.clear()
-            places = torch.arange(block * TABLE, block * TABLE + TABLE)[None]
-            rope = model._rotation(places, dtype)
-            self._tables[key] = (rope.cos.contiguous(), rope.sin.contiguous())
-        cos, sin = self._tables[key]
-        offset = row * cos.shape[-1] * cos.element_size()
-        return cos.data_ptr() + offset, sin.data_ptr() + offset
+                self._tables.clear()  # a call under way holds on to those that it uses
+            rope = model._rotation(torch.arange(block * TABLE, block * TABLE + TABLE)[None], self._dtype)
+            table = self._tables[block, self._dtype] = rope.cos[0].contiguous(), rope.sin[0].contiguous()
+        return *table, row * table[0].shape[-1] * table[0].element_size()
 
     def run(self, model: "Qwen3Next", ids: Tensor, segments: Segments, cache: HybridCache) -> tuple[Tensor, Tensor]:
         """Hidden states (b t width) after the final norm and logits (b, vocab); the cache's layers go on with ids."""
         b, t = ids.shape
-        ids, weight = ids.contiguous(), model.embed_tokens.weight
-        hidden, logits = weight.new_empty(b, t, weight.shape[1]), weight.new_empty(b, len(weight))
-        places = [past + j for past in segments.past for j in range(t)]
-        cos, sin = zip(*(self.rotation(model, place, weight.dtype) for place in places), strict=True)
-        addresses = ctypes.c_void_p * len(places)
+        ids = ids.to(torch.int64).contiguous()
+        hidden = torch.empty(b, t, self.sizes.width, dtype=self._dtype)
+        logits = torch.empty(b, self.ends.vocab, dtype=self._dtype)
+        addresses = ctypes.c_void_p * (b * t)
+        after: list[tuple[DeltaNetState, Tensor, Tensor, list[Tensor]]] = []
+        kept: list[object] = []  # what compiled code points to lives until it returns
         with self._lock:
+            turns = [self.rotation(model, past + j) for past in segments.past for j in range(t)]
+            states = self._states(cache)
             self.sizes.b, self.sizes.t = b, t
             self.ends.ids, self.ends.hidden, self.ends.logits = ids.data_ptr(), hidden.data_ptr(), logits.data_ptr()
-            after: list[tuple[DeltaNetState, Tensor, Tensor, list[Tensor]]] = []
-            kept: list[object] = []  # what compiled code points to lives until it returns
             for layer, state in zip(self.layers, cache.layers, strict=True):
                 if isinstance(state, KVState):
                     state.reserve(segments)
-                    parts = state.parts(0, max(segments.ends))
-                    array = (Part * len(parts))(*map(_part, parts))
-                    layer.parts, layer.part_count = ctypes.addressof(array), len(parts)
+                    if state.native is None:
+                        state.native = Parts(state)
+                    parts = cast("Parts", state.native)
+                    layer.parts, layer.part_count = parts.address, parts.count
                     layer.kv_dtype = DTYPES[state.dtype]
-                    kept += [array, parts]
+                    kept.append(parts)
                 else:
+                    conv, memory = next(states)
                     before = state.conv.contiguous(), state.memory.contiguous()
                     kept.append(before)
-                    after.append((state, *self._after(layer, state, before, b, t)))
+                    layer.conv_before, layer.memory_before = map(address, before)
+                    layer.conv_after, layer.memory_after = conv.data_ptr(), memory.data_ptr()
+                    layer.memory_dtype = DTYPES[memory.dtype]
+                    after.append((state, conv, memory, self._notes(layer, state, b, t)))
             kernels().decode_step(
                 ctypes.byref(self.sizes),
                 self.layers,
                 ctypes.byref(self.ends),
                 (ctypes.c_int64 * b)(*segments.past),
-                addresses(*cos),
-                addresses(*sin),
-                ctypes.c_int64(torch.get_num_threads()),
+                addresses(*(cos.data_ptr() + offset for cos, _, offset in turns)),
+                addresses(*(sin.data_ptr() + offset for _, sin, offset in turns)),
+                torch.get_num_threads(),
             )
         for state, conv, memory, noted in after:
             if state.tape is not None:
@@ -252,44 +337,66 @@ class Plan(Sight):
             state.conv, state.memory = conv, memory
         return hidden, logits
 
-    def _after(
-        self, layer: Layer, state: DeltaNetState, before: tuple[Tensor, Tensor], b: int, t: int
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Tensors for what comes after and for a tape, with the layer pointing to them and to what came before."""
-        conv, memory = torch.empty_like(before[0]), torch.empty_like(before[1])
-        layer.conv_before, layer.memory_before = before[0].data_ptr(), before[1].data_ptr()
-        layer.conv_after, layer.memory_after = conv.data_ptr(), memory.data_ptr()
-        layer.memory_dtype = DTYPES[memory.dtype]
-        noted: list[Tensor] = []
-        if state.tape is not None:
-            s, real = self.sizes, torch.float64 if conv.dtype == torch.float64 else torch.float32
-            shapes = ((s.key_heads, s.key_dim), (s.value_heads, s.value_dim), (s.value_heads,))
-            noted = [conv.new_empty(b, t, conv.shape[2]), *(torch.empty(b, t, *shape, dtype=real) for shape in shapes)]
-        addresses: list[int | None] = [x.data_ptr() for x in noted]
-        layer.tape_inputs, layer.tape_k, layer.tape_u, layer.tape_decay = addresses or [None] * 4
-        return conv, memory, noted
+    def _states(self, cache: HybridCache) -> Iterator[tuple[Tensor, Tensor]]:
+        """Memory for what comes after a step, convolution and recurrent state of each layer that has them."""
+        before = [state.memory for state in cache.layers if isinstance(state, DeltaNetState)]
+        if not before:
+            return iter(())
+        b, dtype = cache.batch, before[0].dtype
+        conv = torch.empty(len(before), b, *self._conv_size, dtype=self._dtype).unbind()
+        if any([memory.dtype != dtype for memory in before]):
+            return zip(conv, map(torch.empty_like, before), strict=True)
+        return zip(conv, torch.empty(len(before), b, *self._memory_size, dtype=dtype).unbind(), strict=True)
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x (…, columns) times weight (rows, columns) transposed, as F.linear has it, for a few vectors."""
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
-        out = flat.new_empty(len(flat), len(weight))
+    def _notes(self, layer: Layer, state: DeltaNetState, b: int, t: int) -> list[Tensor]:
+        """Tensors for what a tape wants to know, with the layer pointing to them; none where there is no tape."""
+        if state.tape is None:
+            layer.tape_inputs = layer.tape_k = layer.tape_u = layer.tape_decay = None
+            return []
+        s, real = self.sizes, torch.float64 if self._dtype == torch.float64 else torch.float32
+        shapes = ((s.key_heads, s.key_dim), (s.value_heads, s.value_dim), (s.value_heads,))
+        inputs = torch.empty(b, t, self._conv_size[1], dtype=self._dtype)
+        noted = [inputs, *(torch.empty(b, t, *shape, dtype=real) for shape in shapes)]
+        layer.tape_inputs, layer.tape_k, layer.tape_u, layer.tape_decay = (x.data_ptr() for x in noted)
+        return noted
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (b, vocab) of hidden states (b, width) after the final norm."""
+        if hidden.shape[1:] != (self.sizes.width,) or hidden.dtype != self._dtype:
+            raise ValueError(
+                f"The head reads hidden states (b, {self.sizes.width}) in {self._dtype}, "
+                f"not {tuple(hidden.shape)} in {hidden.dtype}."
+            )
+        hidden = hidden.contiguous()
+        logits = hidden.new_empty(len(hidden), self.ends.vocab)
         kernels().linear(
-            ctypes.byref(_mat(weight)),
-            *map(ctypes.c_int64, (len(weight), weight.shape[1], len(flat))),
-            *map(ctypes.c_void_p, (flat.data_ptr(), out.data_ptr())),
-            *map(ctypes.c_int64, (DTYPES[x.dtype], torch.get_num_threads())),
+            ctypes.byref(self.ends.head),
+            self.ends.vocab,
+            self.sizes.width,
+            len(hidden),
+            address(hidden),
+            logits.data_ptr(),
+            DTYPES[self._dtype],
+            torch.get_num_threads(),
         )
-        return out.view(*x.shape[:-1], -1)
+        return logits
 
 
 class Slot:
-    """Where a model keeps its plan. Addresses are no use to a copy or in another process: those begin without one."""
+    """Where a model keeps what its fast steps were made from. Addresses are no use to a copy: those begin without."""
 
     def __init__(self) -> None:
+        self.guard: Guard | None = None
         self.plan: Plan | None = None
-        self.refused = 0  # steps since it was found that there can be none
-        self.sight: Sight | None = None  # for CUDA graphs, which the caches keep,
-        self.reason: str | None = None  # and why there can be none
+        self.reasons: dict[str, str | None] = {}  # by backend: why it cannot run, as long as the guard holds
+
+    def current(self, model: "Qwen3Next") -> Guard:
+        """The guard of the model as it is; what was made for another is forgotten."""
+        if self.guard is None or not self.guard.holds(model):
+            self.guard = self.plan = None  # before another is made: what they keep alive may be large
+            self.reasons = {}
+            self.guard = Guard(model)
+        return self.guard
 
     def __deepcopy__(self, _memo: dict) -> "Slot":
         return Slot()
@@ -301,61 +408,68 @@ class Slot:
 def plan_for(model: "Qwen3Next", segments: Segments, cache: HybridCache) -> Plan | None:
     """The plan by which this step can run, None where it cannot.
 
-    Raises: RuntimeError where compiled code was asked for by name and cannot run.
+    Raises: RuntimeError where compiled code was asked for by name and cannot run; ValueError for another model's cache.
     """
-    slot, named = model.decode_slot, model.decode_backend == "cpp"
+    slot, named, weight = model.decode_slot, model.decode_backend == "cpp", model.embed_tokens.weight
     if (
         model.decode_backend in ("torch", "graph")
         or segments.batch * segments.length > MOST_TOKENS
         or not segments.plain
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
+        or (weight.device.type != "cpu" and not named)
     ):
         return None
-    if slot.plan is None or not slot.plan.holds(cache):
-        slot.refused = (slot.refused + 1) % ASK_AGAIN if slot.plan is None else 1
-        slot.plan = None
-        if slot.refused != 1 and not named:
-            return None
-        reason = why_not(model)
-        if reason is not None and named:
-            raise RuntimeError(f"The 'cpp' backend of decode cannot run here: {reason}.")
-        if reason is not None:
-            return None
-        slot.plan = Plan(model)
-        slot.plan.holds(cache)
-    if slot.plan.watched and named:
-        raise RuntimeError("Compiled decoding shows nothing inside: model.set_backend('decode', 'auto') lets hooks in.")
-    return None if slot.plan.watched or not slot.plan.serves else slot.plan
-
-
-def _served(state: KVState | DeltaNetState, dtype: torch.dtype) -> bool:
-    if isinstance(state, KVState):
-        return state.dtype in DTYPES
-    return state.conv.dtype == dtype and state.memory.dtype in DTYPES
+    guard = slot.current(model)
+    if "cpp" not in slot.reasons:
+        slot.reasons["cpp"] = why_not(model)
+        slot.plan = None if slot.reasons["cpp"] else Plan(model, guard)
+    if slot.plan is None:
+        if named:
+            raise RuntimeError(f"The 'cpp' backend of decode cannot run here: {slot.reasons['cpp']}.")
+        return None
+    if guard.watched(model):
+        if named:
+            raise RuntimeError(
+                "Compiled decoding shows nothing inside: model.set_backend('decode', 'auto') lets hooks in."
+            )
+        return None
+    return slot.plan if slot.plan.serves(cache) else None
 
 
 def _mat(x: Tensor | None) -> Mat:
-    return Mat() if x is None else Mat(x.data_ptr(), DTYPES[x.dtype])
+    return Mat() if x is None else Mat(address(x), DTYPES[x.dtype])
 
 
-def _part(stored: tuple[Tensor, ...]) -> Part:
+class Parts:
+    """A state's keys and values as compiled code finds them: good as long as it has the same buffers, kept alive."""
+
+    def __init__(self, state: KVState):
+        self._held = state.parts(0, state.capacity)
+        self._array = (Part * len(self._held))(*(_part(stored, state) for stored in self._held))
+        self.address, self.count = ctypes.addressof(self._array), len(self._array)
+
+    def __deepcopy__(self, _memo: dict) -> None:
+        """Addresses are no use to a copy."""
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+
+def _part(stored: tuple[Tensor, ...], state: KVState) -> Part:
     k, v, *scales = stored
-    part = Part(k.data_ptr(), v.data_ptr(), n=k.shape[2], row=k.stride(0), head=k.stride(1))
+    batch, kv_heads, d = state.size
+    n = k.shape[2]
+    part = Part(address(k), address(v), n=n, row=k.stride(0), head=k.stride(1))
+    good = k.shape == v.shape == (batch, kv_heads, n, d) and k.stride() == v.stride() and k.stride()[2:] == (d, 1)
     if scales:
-        part.k_scale, part.v_scale = (x.data_ptr() for x in scales)
+        part.k_scale, part.v_scale = map(address, scales)
         part.scale_row, part.scale_head = scales[0].stride(0), scales[0].stride(1)
+        good = good and all(x.shape == (batch, kv_heads, n, 1) and x.dtype == torch.float32 for x in scales)
+        good = good and scales[0].stride() == scales[1].stride() and scales[0].stride(2) == 1
+    assert good
+    assert k.dtype == v.dtype == state.dtype
     return part
-
-
-def _fill(layer: Layer, block: Block) -> None:
-    """Point a layer to a block's weights."""
-    layer.softmax, layer.sparse = block.mixer == "full_attention", block.sparse
-    if layer.softmax:
-        gate = block.self_attn.gate_proj
-        layer.gate_rows = 0 if gate is None else gate.out_features // block.self_attn.heads
-    for name, weight in _weights(block).items():
-        setattr(layer, name, _mat(weight))
 
 
 def _weights(block: Block) -> dict[str, Tensor | None]:

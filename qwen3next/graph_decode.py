@@ -19,7 +19,8 @@ from layers.rope import Rotation
 from layers.segments import Segments
 from layers.static_kv import StaticKV
 from qwen3next.cache import HybridCache
-from qwen3next.decode import Sight, unknown_module
+from qwen3next.decode import unknown_module
+from qwen3next.guard import Guard
 
 if TYPE_CHECKING:
     from qwen3next.model import Qwen3Next
@@ -61,8 +62,8 @@ def _cache_refused(model: "Qwen3Next", cache: HybridCache) -> str | None:
 class GraphStep:
     """The step of one cache, one token a row. `prepare`, then `run`, at every step."""
 
-    def __init__(self, model: "Qwen3Next", cache: HybridCache, sight: Sight):
-        self.model, self.sight, device = model, sight, cache.tokens.device
+    def __init__(self, model: "Qwen3Next", cache: HybridCache, guard: Guard):
+        self.model, self.guard, device = model, guard, cache.tokens.device
         states = [s for s in cache.layers if isinstance(s, DeltaNetState)]
         # All layers' states in two tensors, so that a copy is two kernels.
         self._conv = torch.stack([s.conv for s in states]) if states else None
@@ -172,20 +173,20 @@ def graph_for(model: "Qwen3Next", segments: Segments, cache: HybridCache) -> Gra
         return None
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(weight.device.type):
         return None
-    if slot.sight is None or not slot.sight.holds(cache):
-        slot.sight, slot.reason = Sight(model), why_not(model)
-        slot.sight.holds(cache)
-    looks = "somebody looks inside: model.set_backend('decode', 'auto') lets hooks in" if slot.sight.watched else None
-    reason = slot.reason or looks or _cache_refused(model, cache)
+    guard = slot.current(model)
+    if "graph" not in slot.reasons:
+        slot.reasons["graph"] = why_not(model)
+    looks = "somebody looks inside: model.set_backend('decode', 'auto') lets hooks in" if guard.watched(model) else None
+    reason = slot.reasons["graph"] or looks or _cache_refused(model, cache)
     if reason is None:
-        if cache.graph is None or cache.graph.sight is not slot.sight:
-            cache.graph = GraphStep(model, cache, slot.sight)
+        if cache.graph is None or cache.graph.guard is not guard:
+            cache.graph = GraphStep(model, cache, guard)
         try:
             cache.graph.prepare(cache, segments)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            reason = slot.reason = f"it could not be captured, as {str(error).splitlines()[0]}"
+            reason = slot.reasons["graph"] = f"it could not be captured, as {str(error).splitlines()[0]}"
             cache.graph = None
             if not named:
                 warnings.warn(f"Decoding runs without a CUDA graph: {reason}.", stacklevel=4)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from torch import Tensor, nn
 
-import torch
 from layers.attention_variants import AttentionVariant
 from layers.backends import choose
 from layers.cross_entropy import linear_cross_entropy
@@ -36,7 +37,6 @@ from qwen3next.hooks import Hooked
 from qwen3next.mtp import MTP
 from qwen3next.prefill import check_ids, prefill, score
 from qwen3next.released import Layout
-from torch import Tensor, nn
 
 
 @dataclass
@@ -136,7 +136,7 @@ class Qwen3Next(Hooked, nn.Module):
         """
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must not be negative, got {logits_to_keep}: 0 keeps all of them.")
-        hidden, aux, _ = self._backbone(input_ids, segments, cache, stats=cache is None)
+        hidden, aux, _ = self._backbone(as_ids(input_ids), segments, cache, stats=cache is None)
         logits = self.hook_logits(self.lm_head(hidden[:, -logits_to_keep:]))
         return Output(logits, hidden, _stack(aux))
 
@@ -158,6 +158,7 @@ class Qwen3Next(Hooked, nn.Module):
             raise ValueError("Stopping at a layer would leave the cache half-filled: run without a cache.")
         stop = stop_at_layer + count if stop_at_layer < 0 else stop_at_layer
         check_ids(input_ids)
+        input_ids = as_ids(input_ids)
         given = Segments.full(input_ids) if segments is None else segments
         input_ids, segments = given.closed(input_ids)
         segments = self._check(input_ids, segments, None)
@@ -195,16 +196,17 @@ class Qwen3Next(Hooked, nn.Module):
                 f"segments describe a batch of {segments.batch} x {segments.length} tokens, "
                 f"input_ids are {input_ids.shape[0]} x {input_ids.shape[1]}."
             )
-        if segments is None:
-            segments = Segments.full(input_ids)
         if cache is not None:
             if cache.yarn != self.config.rope_scaling:
                 raise ValueError(
                     "The cache was made with another RoPE scaling: its keys are turned otherwise. Make a new one."
                 )
-            segments = cache.admit(segments)
+            cache.check(self.config)
+            segments = cache.admit(segments, input_ids)
             if cache.model is None:  # from a pickle
                 cache.model = weakref.ref(self)
+        elif segments is None:
+            segments = Segments.full(input_ids)
         if torch.compiler.is_compiling():
             return segments
         if not self._warned_of_length and segments.plain and max(segments.ends) > self.config.longest_context:
@@ -251,6 +253,7 @@ class Qwen3Next(Hooked, nn.Module):
         As forward, but where that can run (`q.explain`) on the CPU in compiled code, several times as fast, and a token
         a row on CUDA as one graph; their last bits are their own. Where somebody looks inside, the modules run.
         """
+        input_ids = as_ids(input_ids)
         if type(self).forward is Qwen3Next.forward:
             segments = self._check(input_ids, None, cache)
             graph = graph_for(self, segments, cache)
@@ -277,7 +280,7 @@ class Qwen3Next(Hooked, nn.Module):
             raise ValueError("The cache is empty: there is no token that another could follow.")
         plan = plan_for(self, Segments.full(cache.hidden[:, None]), cache)
         if plan is not None:
-            return plan.linear(cache.hidden, self.lm_head.weight)
+            return plan.head(cache.hidden)
         return self.hook_logits(self.lm_head(cache.hidden[:, None]))[:, 0]
 
     def loss(
@@ -290,8 +293,10 @@ class Qwen3Next(Hooked, nn.Module):
                 the one before it); None means input_ids themselves.
         Raises: ValueError where no token has a target.
         """
+        input_ids = as_ids(input_ids)
         labels = input_ids if labels is None else labels
         self._check_labels(input_ids, labels)
+        labels = as_ids(labels)
         if segments is not None and segments.gapped:
             labels = segments.closed(labels)[0]
             input_ids, segments = segments.closed(input_ids)
@@ -410,6 +415,7 @@ class Qwen3Next(Hooked, nn.Module):
         if cache.mtp is None or self.mtp is None or cache.hidden is None or not min(cache.lengths):
             raise ValueError("A draft needs a cache that was made with mtp=True and holds at least one token a row.")
         check_ids(token, "token", ndim=1)
+        token = as_ids(token)
         if len(token) != cache.batch:
             raise ValueError(f"token has {len(token)} ids and the cache {cache.batch} rows: give one a row.")
         if not 0 <= int(token.min()) <= int(token.max()) < self.vocab_size:
@@ -461,6 +467,16 @@ class Qwen3Next(Hooked, nn.Module):
             if isinstance(module, kinds[operation]):
                 setattr(module, "backend", name)  # noqa: B010
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "Qwen3Next":
+        """As torch's, for `.to()` and the like; the memory of the weights before is let go first."""
+        self.decode_slot = Slot()
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """torch's; likewise."""
+        self.decode_slot = Slot()
+        return super().load_state_dict(*args, **kwargs)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and safetensors in the released layout, MTP included."""
         from qwen3next.checkpoint import save
@@ -490,6 +506,13 @@ def _kv_dtype(name: str | torch.dtype | None, default: torch.dtype) -> torch.dty
 
 def _stack(aux: list[RouterStats]) -> RouterStats | None:
     return RouterStats(*(torch.stack(x) for x in zip(*aux, strict=True))) if aux else None
+
+
+def as_ids(ids: Tensor) -> Tensor:
+    """Token ids in int64, from whole numbers of any width. Raises: ValueError for other numbers."""
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"input_ids must be integers of shape (b, t), got {str(ids.dtype).removeprefix('torch.')}.")
+    return ids.to(torch.int64)
 
 
 def as_dtype(name: str | torch.dtype) -> torch.dtype:

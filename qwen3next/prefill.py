@@ -49,10 +49,11 @@ def prefill(
 
 def check_ids(ids: Tensor, name: str = "input_ids", *, least: int = 1, ndim: int = 2) -> None:
     """Raises: ValueError for what are no token ids of shape (b, t), or (b,) where ndim is 1."""
-    if ids.dtype not in (torch.int64, torch.int32) or ids.ndim != ndim or ids.numel() < least:
+    other = ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
+    if other or ids.ndim != ndim or ids.numel() < least:
         shape = "(b, t)" if ndim == 2 else "(b,)"
         kind = str(ids.dtype).removeprefix("torch.")
-        raise ValueError(f"{name} must be int64 or int32 of shape {shape}, got {kind} of shape {tuple(ids.shape)}.")
+        raise ValueError(f"{name} must be integers of shape {shape}, got {kind} of shape {tuple(ids.shape)}.")
 
 
 def chunk_for(model: "Qwen3Next", cache: HybridCache, segments: Segments, max_memory: int) -> int:

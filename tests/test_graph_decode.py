@@ -17,8 +17,8 @@ import layers.delta_rule as delta_rule
 import qwen3next as q
 from layers.segments import Segments
 from qwen3next import graph_decode
-from qwen3next.decode import Sight
 from qwen3next.graph_decode import GraphStep
+from qwen3next.guard import Guard
 
 
 @pytest.fixture(autouse=True)
@@ -212,7 +212,7 @@ def test_no_value_is_read_on_the_host(monkeypatch, batch):
     with torch.device("meta"), torch.no_grad():
         model = q.Qwen3Next(small_config()).eval()
         cache = model.new_cache(batch, max_len=30)
-        step = GraphStep(model, cache, Sight(model))
+        step = GraphStep(model, cache, Guard(model))
         step._bind([s.whole(Segments.full(torch.empty(batch, 5))) for s in cache.layers if hasattr(s, "whole")])
         step._step()
     assert step.logits.shape == (batch, 1, model.vocab_size)

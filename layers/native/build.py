@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from layers.native.signatures import declare
+
 FOLDER = Path(__file__).parent
 FLAGS = (
     "-std=c++20",
@@ -39,7 +41,7 @@ MORE_FLAGS = {"decode.cpp": ("-ffp-contract=fast", "-pthread")}
 def library() -> ctypes.CDLL | str:
     """The kernels, or in a sentence why they cannot be had. Compiled once a machine, which takes some seconds."""
     try:
-        return ctypes.CDLL(str(_compiled()))
+        return declare(ctypes.CDLL(str(_compiled())))
     except _Unavailable as reason:
         sentence = str(reason)
     except OSError as error:  # found another way to fail: no folder to write to, an OpenMP that is not torch's

@@ -694,20 +694,24 @@ template <class real> struct Step {
         });
     }
 
-    // Softmax over all experts, the top_k of them, renormalised, then rounded: by each thread for itself.
+    // Softmax over all experts, the top_k of them, renormalised, then rounded: by each thread for itself. Of equal logits
+    // the lower number comes first, as in layers/moe.py; one that is no number comes before all.
     void choose(std::vector<Choice>& chosen) const {
         chosen.resize(n * s.top_k);
-        std::vector<Choice> all(s.experts);
+        std::vector<std::pair<real, int64_t>> all(s.experts);
         for (int64_t r = 0; r < n; r++) {
+            const real* logit = &logits[r * s.experts];
             real most = -INFINITY, total = 0, kept = 0;
-            for (int64_t e = 0; e < s.experts; e++) most = std::max(most, logits[r * s.experts + e]);
-            for (int64_t e = 0; e < s.experts; e++) total += (all[e] = {e, std::exp(logits[r * s.experts + e] - most)}).weight;
-            std::partial_sort(all.begin(), all.begin() + s.top_k, all.end(), [](const Choice& a, const Choice& b) {
-                return a.weight > b.weight || (a.weight == b.weight && a.expert < b.expert);
-            });
-            for (int64_t c = 0; c < s.top_k; c++) kept += all[c].weight / total;
+            for (int64_t e = 0; e < s.experts; e++) most = std::max(most, logit[e]);
+            for (int64_t e = 0; e < s.experts; e++) {
+                total += std::exp(logit[e] - most);
+                all[e] = {logit[e] == logit[e] ? -logit[e] : -INFINITY, e};
+            }
+            std::partial_sort(all.begin(), all.begin() + s.top_k, all.end());
+            auto probability = [&](int64_t c) { return std::exp(logit[all[c].second] - most) / total; };
+            for (int64_t c = 0; c < s.top_k; c++) kept += probability(c);
             for (int64_t c = 0; c < s.top_k; c++)
-                chosen[r * s.top_k + c] = {all[c].expert, R(all[c].weight / total / (s.renormalise ? kept : 1))};
+                chosen[r * s.top_k + c] = {all[c].second, R(probability(c) / (s.renormalise ? kept : 1))};
         }
     }
 

@@ -2,6 +2,7 @@
 // over memory. Sums are fp32; a value is rounded to the model's dtype wherever the definitions in torch round it.
 #include <algorithm>
 #include <type_traits>
+#include <vector>
 
 #include "kernels.h"
 
@@ -49,7 +50,7 @@ void filter(const T* const* inputs, const float* weight, T* to, int64_t n, int64
     }
 }
 
-// Along time; what lies before token 0 is in `state` (b, taps − 1, d). At most 8 taps.
+// Along time; what lies before token 0 is in `state` (b, taps − 1, d).
 template <class T>
 void convolve(const T* x, const float* weight, const T* state, T* y, int64_t batch, int64_t tokens, int64_t d, int taps) {
     constexpr int64_t CHANNELS = 512, TOKENS = 32;  // whose weights and inputs stay in the nearest cache
@@ -57,19 +58,19 @@ void convolve(const T* x, const float* weight, const T* state, T* y, int64_t bat
 #pragma omp parallel for if (batch * tokens * d > SMALL)
     for (int64_t task = 0; task < batch * blocks; task++) {
         const int64_t b = task / blocks, first = task % blocks * TOKENS, last = std::min(first + TOKENS, tokens);
+        std::vector<const T*> inputs(taps);
         for (int64_t begin = 0; begin < d; begin += CHANNELS) {
             const int64_t n = std::min(CHANNELS, d - begin);
             for (int64_t t = first; t < last; t++) {
-                const T* inputs[8];
                 for (int64_t j = 0; j < taps; j++) {
                     const int64_t at = t + j - carried;
                     inputs[j] = begin + (at < 0 ? state + (b * carried + at + carried) * d : x + (b * tokens + at) * d);
                 }
                 T* to = y + (b * tokens + t) * d + begin;
                 if (taps == 4)  // known to the compiler, the sum stays in registers
-                    filter(inputs, weight + begin, to, n, d, std::integral_constant<int, 4>());
+                    filter(inputs.data(), weight + begin, to, n, d, std::integral_constant<int, 4>());
                 else
-                    filter(inputs, weight + begin, to, n, d, taps);
+                    filter(inputs.data(), weight + begin, to, n, d, taps);
             }
         }
     }
@@ -123,9 +124,23 @@ void combine(const T* out, const float* weights, const int64_t* places, Y* y, in
 
 extern "C" {
 
+// Whether `count` places name each of as many rows once.
+int64_t each_once(const int64_t* places, int64_t count, int64_t rows) {
+    if (count != rows) return 0;
+    std::vector<char> seen(rows);
+    for (int64_t i = 0; i < count; i++) {
+        if (places[i] < 0 || places[i] >= rows || seen[places[i]]) return 0;
+        seen[places[i]] = 1;
+    }
+    return 1;
+}
+
 // A stable counting sort of (token, expert) pairs: the token of each place, the place of each pair, where experts end.
-void route(const int64_t* indices, int64_t* token, int64_t* place, int32_t* ends, int64_t pairs, int64_t choices,
-           int64_t experts) {
+// Returns 1, or 0 and does nothing where an index names no expert.
+int64_t route(const int64_t* indices, int64_t* token, int64_t* place, int32_t* ends, int64_t pairs, int64_t choices,
+              int64_t experts) {
+    for (int64_t i = 0; i < pairs; i++)
+        if (indices[i] < 0 || indices[i] >= experts) return 0;
     std::fill(ends, ends + experts, 0);
     for (int64_t i = 0; i < pairs; i++) ends[indices[i]]++;
     for (int64_t e = 0, begin = 0; e < experts; e++) {
@@ -137,6 +152,7 @@ void route(const int64_t* indices, int64_t* token, int64_t* place, int32_t* ends
         place[i] = ends[indices[i]]++;  // which leaves each expert's end behind
         token[place[i]] = i / choices;
     }
+    return 1;
 }
 
 #define FOR_DTYPE(name, T)                                                                                              \

@@ -2,6 +2,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "kernels.h"
 
@@ -67,13 +68,13 @@ void convolve(const T* x, const float* weight, const T* state, const T* to_y, T*
 #pragma omp parallel for schedule(static)
     for (int64_t begin = 0; begin < d; begin += CHANNELS) {
         const int64_t n = std::min(CHANNELS, d - begin);
-        float recent[8][CHANNELS], sums[8][CHANNELS] = {};  // gradients of the latest sums; of the taps
+        std::vector<float> recent(taps * CHANNELS), sums(taps * CHANNELS);  // gradients of the latest sums; of the taps
+        std::vector<const T*> inputs(taps);
         for (int64_t b = 0; b < batch; b++) {
-            std::memset(recent, 0, sizeof recent);
+            std::fill(recent.begin(), recent.end(), 0.0f);
             for (int64_t t = tokens - 1; t >= -carried; t--) {
-                float* now = recent[(t + taps) % taps];
+                float* now = &recent[(t + taps) % taps * CHANNELS];
                 if (t >= 0) {
-                    const T* inputs[8];
                     for (int64_t j = 0; j < taps; j++) {
                         const int64_t at = t + j - carried;
                         inputs[j] = begin + (at < 0 ? state + (b * carried + at + carried) * d : x + (b * tokens + at) * d);
@@ -84,20 +85,20 @@ void convolve(const T* x, const float* weight, const T* state, const T* to_y, T*
                         for (int64_t c = 0; c < n; c++) now[c] += to_float(inputs[j][c]) * weight[j * d + begin + c];
                     for (int64_t c = 0; c < n; c++) now[c] = to_float(to[c]) * silu_slope(rounded<T>(now[c]));
                     for (int64_t j = 0; j < taps; j++)
-                        for (int64_t c = 0; c < n; c++) sums[j][c] += now[c] * to_float(inputs[j][c]);
+                        for (int64_t c = 0; c < n; c++) sums[j * CHANNELS + c] += now[c] * to_float(inputs[j][c]);
                 } else {
                     std::fill_n(now, n, 0.0f);
                 }
                 float total[CHANNELS] = {};
                 for (int64_t i = 0; i < taps; i++) {
-                    const float *later = recent[(t + i + taps) % taps], *w = weight + (carried - i) * d + begin;
+                    const float *later = &recent[(t + i + taps) % taps * CHANNELS], *w = weight + (carried - i) * d + begin;
                     for (int64_t c = 0; c < n; c++) total[c] += later[c] * w[c];
                 }
                 T* to = t < 0 ? to_state + (b * carried + t + carried) * d + begin : to_x + (b * tokens + t) * d + begin;
                 for (int64_t c = 0; c < n; c++) store(to[c], total[c]);
             }
         }
-        for (int64_t j = 0; j < taps; j++) std::copy_n(sums[j], n, to_weight + j * d + begin);
+        for (int64_t j = 0; j < taps; j++) std::copy_n(&sums[j * CHANNELS], n, to_weight + j * d + begin);
     }
 }
 

@@ -53,7 +53,7 @@ class Sizes(ctypes.Structure):
 
 
 def kernels() -> ctypes.CDLL:
-    """The compiled code. Only where `layers.native.build.missing()` is None."""
+    """The compiled code. Only where `layers.native.build.missing()` is None. ctypes checks the number of arguments."""
     found = library()
     assert isinstance(found, ctypes.CDLL)
     return found
