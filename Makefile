@@ -7,7 +7,7 @@ READY := $(VENV)/.qwen3next-installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu gpu-check test-kernels test-packages lint types format wheel bench clean
+.PHONY: help demo test test-cpu test-cpus test-slow test-gpu gpu-check test-kernels test-packages lint types format wheel bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,24 @@ demo: $(READY) ## train a tiny model on this machine and look inside it
 
 test: $(READY) ## the tests that need neither a GPU nor patience
 	$(ONE_THREAD) $(RUN) -m pytest -n 2
+
+# How a processor is chosen, and what that bounds: layers/native/cpu.py.
+CPU ?= native
+PRECISION ?= auto
+TESTS ?= tests
+FORCED = $(ONE_THREAD) QWEN3NEXT_CPU=$(1) QWEN3NEXT_PRECISION=$(2) $(RUN) -m pytest -n 2 $(TESTS)
+
+test-cpu: $(READY) ## the tests as on a lesser or another CPU: make test-cpu CPU=avx2 PRECISION=bf16
+	$(call FORCED,$(CPU),$(PRECISION))
+
+test-cpus: $(READY) ## the tests as on each CPU that this one can stand for; results in test-cpus.txt
+	@: > test-cpus.txt; failed=0; \
+	cpus=$$($(RUN) -c "from layers.native.cpu import possible; print(*possible())") || exit 1; \
+	for choice in $$cpus native/fp32 native/bf16; do \
+	  cpu=$${choice%/*}; precision=auto; case $$choice in */*) precision=$${choice#*/};; esac; \
+	  $(call FORCED,$$cpu,$$precision) > test-cpus.log 2>&1 || { failed=1; grep -E "^(FAILED|ERROR)" test-cpus.log >> test-cpus.txt; }; \
+	  echo "CPU=$$cpu PRECISION=$$precision: $$(tail -n 1 test-cpus.log)" | tee -a test-cpus.txt; \
+	done; exit $$failed
 
 test-slow: $(READY) ## the slow tests
 	$(ONE_THREAD) $(RUN) -m pytest -n 2 -m "slow and not gpu"
@@ -46,7 +64,7 @@ $(KERNELS)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 test-kernels: $(KERNELS)/.installed ## flash-linear-attention's kernels in Triton's interpreter, without a GPU
-	$(ONE_THREAD) $(KERNELS)/bin/python -m pytest tests/kernels
+	$(ONE_THREAD) TRITON_INTERPRET=1 FLA_FLASH_QLA=0 $(KERNELS)/bin/python -m pytest tests/kernels
 
 # Packages that the tests compare with and that bring a hundred others: an environment of their own as well.
 PACKAGES := .venv-packages
@@ -79,4 +97,5 @@ bench: $(READY) ## time the hot paths on this machine
 
 clean: ## remove what building and testing left; the environment stays
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -f test-cpus.txt test-cpus.log
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

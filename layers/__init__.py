@@ -4,5 +4,9 @@ Shapes: b batch, t time (tokens), s time of keys, h heads, k key width, v value 
 a flattened batch. Nothing here knows a config, a checkpoint name or a layer index.
 """
 
+from layers.native.cpu import bound_torch
+
+bound_torch()  # before torch runs anything
+
 # qwen3next compares this with its own version: another package called `layers` would otherwise be used silently.
 __version__ = "0.1.0"

@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from layers.native import cpu
 from layers.native.build import missing
 
 
@@ -28,7 +28,8 @@ class Implementation:
     """One way to run an operation.
 
     `missing` says in a sentence why it cannot run for a tensor, or None, and `head_dims` why not for heads so wide;
-    `passed_over` why "auto" leaves it although it can.
+    `passed_over` why "auto" leaves it although it can. `except_for` says for which calls something else runs in its
+    place, and `on_auto_except_for` for which more where it was not named.
     """
 
     name: str
@@ -36,6 +37,8 @@ class Implementation:
     missing: Callable[[torch.device, torch.dtype], str | None] = lambda _device, _dtype: None
     passed_over: Callable[[torch.device, torch.dtype], str | None] = lambda _device, _dtype: None
     head_dims: Callable[[int], str | None] = lambda _head_dim: None
+    except_for: str = ""
+    on_auto_except_for: str = ""
 
     def cannot(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """Why it cannot run for such tensors, whose heads are so wide (0: unknown), or None."""
@@ -185,12 +188,7 @@ def _onednn(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _mkl_uses_all() -> bool:
     """MKL leaves AVX-512 unused on processors that are not Intel's; elsewhere there is nothing to gain."""
-    try:
-        vendor = re.search(r"^vendor_id\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        vendor = None
-    other = vendor is not None and vendor[1] != "GenuineIntel"
-    return not (other and torch.backends.cpu.get_cpu_capability() == "AVX512")
+    return cpu.intel() or not cpu.can("avx512")
 
 
 MKL_USES_ALL = _mkl_uses_all()
@@ -226,6 +224,10 @@ def _step(device: torch.device, dtype: torch.dtype) -> str | None:
     return missing()
 
 
+_ONE_TOKEN = "a token by itself takes the token loop"
+_ONE_EXPERT_AT_A_TIME = "a token by itself takes one expert after another"
+_ONE_QUERY = "one query behind more than 4096 keys takes plain products"
+
 # Fastest first: "auto" takes the first that can run.
 OPERATIONS: dict[str, tuple[Implementation, ...]] = {
     "decode": (
@@ -234,35 +236,59 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
         Implementation("torch", "the modules, one operation after another"),
     ),
     "linear": (
-        Implementation("onednn", "uses AVX-512 where torch's own fp32 products do not", _onednn, _mkl_serves),
+        Implementation(
+            "onednn",
+            "uses AVX-512 where torch's own fp32 products do not",
+            _onednn,
+            _mkl_serves,
+            except_for="under autocast torch's linear multiplies in bf16",
+            on_auto_except_for="fewer than 16 rows take torch's linear",
+        ),
         Implementation("torch", "torch's linear"),
     ),
     "delta_rule": (
         Implementation("fla", "fused Triton kernels", _fla_rule),
-        Implementation("cpp", "a memory at a time in a core's caches", _cpp),
-        Implementation("piecewise", "chunks of 64 tokens, a few at a time, in torch", passed_over=_for_caches),
-        Implementation("chunked", "matrix products over chunks of 64 tokens, in torch"),
+        Implementation("cpp", "a memory at a time in a core's caches", _cpp, except_for=_ONE_TOKEN),
+        Implementation(
+            "piecewise",
+            "chunks of 64 tokens, a few at a time, in torch",
+            passed_over=_for_caches,
+            except_for=_ONE_TOKEN,
+        ),
+        Implementation("chunked", "matrix products over chunks of 64 tokens, in torch", except_for=_ONE_TOKEN),
         Implementation("recurrent", "token loop, the definition"),
     ),
     "linear_rule": (  # the delta rule's place in layers without the delta
-        Implementation("chunked", "matrix products over chunks of 64 tokens, in torch"),
+        Implementation("chunked", "matrix products over chunks of 64 tokens, in torch", except_for=_ONE_TOKEN),
         Implementation("recurrent", "token loop, the definition"),
     ),
     "causal_conv": (
-        Implementation("fla", "fused Triton kernel", _fla_conv),
-        Implementation("cpp", "one pass over memory", _cpp),
+        Implementation("fla", "fused Triton kernel", _fla_conv, except_for="padded and packed rows take torch"),
+        Implementation(
+            "cpp", "one pass over memory", _cpp, except_for="padded and packed rows and a token by itself take torch"
+        ),
         Implementation("torch", "one pass a tap, in torch"),
     ),
     "attention": (
         Implementation("flash", "flash-attn's kernels", _flash, head_dims=_flash_heads),
         Implementation("sdpa_flash", "torch's fused attention, never its math kernel", _sdpa_flash),
-        Implementation("cpp", "in tiles, without gradients", _cpp_without_gradients),
-        Implementation("sdpa", "torch's fused attention", passed_over=_math_kernel),
+        Implementation(
+            "cpp",
+            "in tiles, without gradients",
+            _cpp_without_gradients,
+            on_auto_except_for=f"fewer than 16 queries take sdpa, and {_ONE_QUERY}",
+        ),
+        Implementation("sdpa", "torch's fused attention", passed_over=_math_kernel, on_auto_except_for=_ONE_QUERY),
         Implementation("eager", "shows scores and pattern"),
     ),
     "elementwise": (
         Implementation("fla", "the gated norm as one Triton kernel, the others in torch", _fla, _rounds_once),
-        Implementation("cpp", "a norm, gate or activation in one pass over memory", _cpp),
+        Implementation(
+            "cpp",
+            "a norm, gate or activation in one pass over memory",
+            _cpp,
+            except_for="gates of a variant, and tensors of unequal dtypes, take torch",
+        ),
         Implementation("torch", "step by step, in torch"),
     ),
     "cross_entropy": (
@@ -270,8 +296,13 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
         Implementation("torch", "logits some rows at a time, gradients made with them"),
     ),
     "experts": (
-        Implementation("cpp", "sorted, activated and summed in one pass each", _cpp),
-        Implementation("grouped", "one grouped matmul for all experts; a few tokens read what they chose", _grouped),
+        Implementation("cpp", "sorted and summed in one pass each", _cpp, on_auto_except_for=_ONE_EXPERT_AT_A_TIME),
+        Implementation(
+            "grouped",
+            "one grouped matmul for all experts; a few tokens read what they chose",
+            _grouped,
+            on_auto_except_for=_ONE_EXPERT_AT_A_TIME,
+        ),
         Implementation("loop", "one expert after another, the definition"),
     ),
 }
@@ -342,6 +373,8 @@ def explain_operation(
             reason = implementation.unfit(device, dtype, head_dim)
             faster.append(f"{implementation.name}: {reason or 'choose it or auto'}")
     why = f"{why}: {implementation.why}"
+    excepted = implementation.except_for, implementation.on_auto_except_for if backend == "auto" else ""
+    why += "".join(f"; {words}" for words in excepted if words)
     with torch.enable_grad():
         reason = why_not(operation, runs, device, dtype, head_dim=head_dim)
         training = choose_for(operation, backend, device, dtype, head_dim=head_dim) if backend == "auto" else runs

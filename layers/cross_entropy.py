@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from layers.backends import choose
-from layers.linear import linear, product
+from layers.linear import linear, product, under_autocast
 from layers.norm import at_least_fp32
 
 ROWS = 256  # at least so many at a time, or the sum of the weight's gradients costs more than the products
@@ -21,6 +21,7 @@ def linear_cross_entropy(
     target: Int[Tensor, "n"],
     *,
     backend: str = "auto",
+    linear_backend: str = "auto",
 ) -> Float[Tensor, ""]:
     """Σ −ln softmax(hidden weightᵀ)[target], summed in fp32 or better; products in autocast's dtype under autocast.
 
@@ -30,9 +31,10 @@ def linear_cross_entropy(
     Args:
         backend: "torch", or "fla" (CUDA; where gradients are taken), whose gradient of the weight is rounded to the
             products' dtype before it reaches a weight of more; "auto" picks.
+        linear_backend: of the products where "torch" runs, as in `linear`.
     Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
     """
-    dtype = hidden.dtype
+    dtype, linear_backend = hidden.dtype, under_autocast(hidden, linear_backend)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -41,12 +43,12 @@ def linear_cross_entropy(
             from fla.modules import FusedLinearCrossEntropyLoss
 
             return FusedLinearCrossEntropyLoss(reduction="sum")(hidden, target, weight.to(dtype))
-        return _Summed.apply(hidden, weight, target)
+        return _Summed.apply(hidden, weight, target, linear_backend)
 
 
 class _Summed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, backend: str) -> Tensor:
         # Under autograd's Function gradients are always off: what is asked for is in needs_input_grad.
         wanted = any(ctx.needs_input_grad)
         low = weight.to(hidden.dtype)
@@ -55,18 +57,18 @@ class _Summed(torch.autograd.Function):
         rows, loss = max(ROWS, LOGITS // len(weight)), at_least_fp32(hidden.new_zeros(()))
         for i in range(0, len(hidden), rows):
             part, labels = hidden[i : i + rows], target[i : i + rows, None]
-            logs = F.log_softmax(at_least_fp32(linear(part, low)), dim=-1)
+            logs = F.log_softmax(at_least_fp32(linear(part, low, backend=backend)), dim=-1)
             loss = loss - logs.gather(1, labels).sum()
             if to_hidden is not None and to_weight is not None:
                 to_logits = logs.exp_().scatter_add_(1, labels, -torch.ones_like(logs[:, :1])).to(hidden.dtype)
-                to_hidden[i : i + rows] = product(to_logits, low.mT)
-                to_weight += product(to_logits.mT, part.mT)
+                to_hidden[i : i + rows] = product(to_logits, low.mT, backend=backend)
+                to_weight += product(to_logits.mT, part.mT, backend=backend)
         ctx.save_for_backward(*(() if to_hidden is None else (to_hidden, to_weight)))
         ctx.dtype = weight.dtype
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         to_hidden, to_weight = ctx.saved_tensors
-        return to_hidden * grad.to(to_hidden.dtype), (to_weight * grad).to(ctx.dtype), None
+        return to_hidden * grad.to(to_hidden.dtype), (to_weight * grad).to(ctx.dtype), None, None

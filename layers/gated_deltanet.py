@@ -64,7 +64,7 @@ class GatedDeltaNet(nn.Module):
             key_dim,
             value_dim,
         )
-        self.eps, self.backend = eps, backend
+        self.eps, self.backend, self.elementwise_backend = eps, backend, "auto"
         self.split = (key_heads * key_dim, key_heads * key_dim, value_heads * value_dim)
         channels = sum(self.split)
         self.in_proj_qkv = Linear(width, channels, bias=False)
@@ -130,8 +130,8 @@ class GatedDeltaNet(nn.Module):
         # Normalised in fp32; 1/√k on the query keeps q·k of order 1/√k, as in softmax attention.
         q = self.hook_q_conv(q.unflatten(-1, (self.key_heads, -1)))
         k = self.hook_k_conv(k.unflatten(-1, (self.key_heads, -1)))
-        q = self.hook_q(l2_normalise(q, scale=self.key_dim**-0.5, backend=self.rows_backend))
-        k = self.hook_k(l2_normalise(k, backend=self.rows_backend))
+        q = self.hook_q(l2_normalise(q, scale=self.key_dim**-0.5, backend=self.elementwise_backend))
+        k = self.hook_k(l2_normalise(k, backend=self.elementwise_backend))
         v = self.hook_v(v.unflatten(-1, (self.value_heads, -1)))
         beta = self.hook_beta(self._write_strength(self.hook_beta_logit(self.in_proj_b(x))))
         log_decay = self.hook_log_decay(self._log_decay(x))
@@ -245,8 +245,3 @@ class GatedDeltaNet(nn.Module):
     def conv_backend(self) -> str:
         """The convolution follows the delta rule: fused with fused, torch with torch."""
         return "torch" if self.backend in ("piecewise", "chunked", "recurrent") else self.backend
-
-    @property
-    def rows_backend(self) -> str:
-        """Likewise the norms of q and k."""
-        return "auto" if self.backend == "fla" else self.conv_backend

@@ -8,20 +8,23 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from layers.linear import product
+from layers.linear import product, under_autocast
 
 STEP = 16  # rows
 
 
 def grouped_linear(
-    x: Float[Tensor, "rows k"], weight: Float[Tensor, "e n k"], ends: Int32[Tensor, "e"]
+    x: Float[Tensor, "rows k"], weight: Float[Tensor, "e n k"], ends: Int32[Tensor, "e"], *, backend: str = "auto"
 ) -> Float[Tensor, "rows n"]:
-    """Rows up to ends[0] times weight[0]ᵀ, up to ends[1] times weight[1]ᵀ, …; in autocast's dtype under autocast."""
-    dtype = x.dtype
+    """Rows up to ends[0] times weight[0]ᵀ, up to ends[1] times weight[1]ᵀ, …; in autocast's dtype under autocast.
+
+    `backend`: of `linear`.
+    """
+    dtype, backend = x.dtype, under_autocast(x, backend)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # a trace has no numbers of rows to look at
-        return _Grouped.apply(x.to(dtype), weight, ends)
+        return _Grouped.apply(x.to(dtype), weight, ends, backend)
     return F.grouped_mm(x.to(dtype), weight.to(dtype).mT, offs=ends)
 
 
@@ -35,13 +38,13 @@ def wide(run: slice, rows: int) -> tuple[slice, slice]:
     return slice(begin, begin + n), slice(run.start - begin, run.stop - begin)
 
 
-def _product_into(y: Tensor, run: slice, x: Tensor, weight: Tensor) -> None:
+def _product_into(y: Tensor, run: slice, x: Tensor, weight: Tensor, backend: str) -> None:
     """y[run] = x[run] weightᵀ; what it writes behind the run is for the next one to write over."""
     more, here = wide(run, len(x))
     if here.start:
-        y[run] = product(x[more], weight)[here]
+        y[run] = product(x[more], weight, backend=backend)[here]
     else:
-        product(x[more], weight, out=y[more])
+        product(x[more], weight, out=y[more], backend=backend)
 
 
 def runs(ends: Tensor) -> list[tuple[int, slice]]:
@@ -54,18 +57,18 @@ class _Grouped(torch.autograd.Function):
     """torch's own gradient of the weights comes transposed, and turning it costs more than the products do on a CPU."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        low = weight.to(x.dtype)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, backend: str) -> Tensor:
+        low, ctx.backend = weight.to(x.dtype), backend
         ctx.save_for_backward(x, low, ends)
         ctx.dtype = weight.dtype
         y = x.new_empty(x.shape[0], weight.shape[1])
         for e, run in runs(ends):
-            _product_into(y, run, x, low[e])
+            _product_into(y, run, x, low[e], backend)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, low, ends = ctx.saved_tensors
         to_x, to_weight = torch.empty_like(x), torch.empty_like(low, dtype=ctx.dtype)
         used = runs(ends)
@@ -73,9 +76,9 @@ class _Grouped(torch.autograd.Function):
             to_weight[e] = 0.0
         with torch.autocast(x.device.type, enabled=False):
             for e, run in used:
-                _product_into(to_x, run, grad, low[e].mT)
+                _product_into(to_x, run, grad, low[e].mT, ctx.backend)
                 more, here = wide(run, len(x))
                 own = torch.zeros_like(x[more])
                 own[here] = x[run]  # the neighbours have no part in this sum
-                product(grad[more].mT, own.mT, out=to_weight[e])
-        return to_x, to_weight, None
+                product(grad[more].mT, own.mT, out=to_weight[e], backend=ctx.backend)
+        return to_x, to_weight, None, None

@@ -26,16 +26,16 @@ def linear(
     """x weightᵀ + bias.
 
     Args:
-        backend: "torch" (F.linear) or "onednn" (fp32 on a CPU; a few rows still go to F.linear); "auto" picks.
+        backend: "torch" (F.linear) or "onednn" (fp32 on a CPU; under autocast F.linear, which multiplies in bf16);
+            "auto" picks, and leaves a few rows to F.linear.
     Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
     """
     exact = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-    if (
-        not (exact or backend == "onednn")
-        or x.numel() < FEW * x.shape[-1]
-        or choose("linear", backend, x) != "onednn"
-        or not exact  # autocast multiplies in bf16
-    ):
+    if backend != "auto":
+        through_onednn = choose("linear", backend, x) == "onednn" and exact and x.numel() > 0
+    else:
+        through_onednn = exact and x.numel() >= FEW * x.shape[-1] and choose("linear", "auto", x) == "onednn"
+    if not through_onednn:
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     y = _TimesTransposed.apply(rows, weight) if torch.is_grad_enabled() else _through_onednn(rows, weight)
@@ -52,17 +52,34 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias, backend=self.backend)
 
 
-def product(a: Float[Tensor, "m k"], b: Float[Tensor, "n k"], *, out: Float[Tensor, "m n"] | None = None) -> Tensor:
-    """a bᵀ without gradients, for matrices in any order of rows and columns, through whichever library is faster.
+def product(
+    a: Float[Tensor, "m k"],
+    b: Float[Tensor, "n k"],
+    *,
+    out: Float[Tensor, "m n"] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """a bᵀ without gradients, for matrices in any order of rows and columns, by a backend of `linear`.
 
     `out`, where given, takes the result.
     """
-    if choose("linear", "auto", a) == "onednn":
+    if choose("linear", backend, a) == "onednn":
         y = _through_onednn(a, b)
         return y if out is None else out.copy_(y)
     if out is None or out.dtype == a.dtype:
         return torch.mm(a, b.mT, out=out)
     return out.copy_(a @ b.mT)
+
+
+def under_autocast(x: Tensor, backend: str) -> str:
+    """The backend of products that autocast makes of x: torch's, in another dtype, whatever was named for its own.
+
+    Raises: as `linear`.
+    """
+    if not torch.is_autocast_enabled(x.device.type):
+        return backend
+    choose("linear", backend, x)
+    return "torch"
 
 
 def _through_onednn(a: Tensor, b: Tensor) -> Tensor:

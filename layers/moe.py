@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from layers.backends import choose, generation
 from layers.grouped_linear import grouped_linear, runs, wide
 from layers.hook_point import HookPoint
-from layers.linear import Linear, linear
+from layers.linear import Linear, linear, under_autocast
 from layers.mlp import SwiGLU, activate
 from layers.native import functions as native
 from layers.native import ops
@@ -34,9 +34,12 @@ class RouterStats(NamedTuple):
     z: Float[Tensor, "*layers"]
 
 
-def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def swiglu(
+    x: Tensor, gate_up: Tensor, down: Tensor, *, linear_backend: str = "auto", elementwise_backend: str = "auto"
+) -> Tensor:
     """One expert's feed-forward of rows x."""
-    return linear(activate(*linear(x, gate_up).chunk(2, dim=-1)), down)
+    gate, up = linear(x, gate_up, backend=linear_backend).chunk(2, dim=-1)
+    return linear(activate(gate, up, backend=elementwise_backend), down, backend=linear_backend)
 
 
 # What experts are, wherever their weights lie, is a function of e and the rows routed to it.
@@ -75,11 +78,15 @@ def grouped_on_device(x: Tensor) -> bool:
 
 
 class Experts(nn.Module):
-    """e SwiGLU feed-forwards in two stacked tensors: gate rows above up rows."""
+    """e SwiGLU feed-forwards in two stacked tensors: gate rows above up rows.
+
+    Attributes:
+        linear_backend, elementwise_backend: how their products and activations run; `backend` is for the rest.
+    """
 
     def __init__(self, width: int, inner: int, count: int, *, backend: str = "auto"):
         super().__init__()
-        self.backend = backend
+        self.backend, self.linear_backend, self.elementwise_backend = backend, "auto", "auto"
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * inner, width))
         self.down_proj = nn.Parameter(torch.empty(count, width, inner))
 
@@ -109,21 +116,25 @@ class Experts(nn.Module):
         return "loop" if odd and self.backend == "auto" else self.backend
 
     def _expert(self, e: int, x: Tensor) -> Tensor:
-        return swiglu(x, self.gate_up_proj[e], self.down_proj[e])
+        chosen = {"linear_backend": self.linear_backend, "elementwise_backend": self.elementwise_backend}
+        return swiglu(x, self.gate_up_proj[e], self.down_proj[e], **chosen)
 
     def _sorted(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """As `_grouped`, with everything but the products in C++."""
+        """As `_grouped`, sorted and summed in C++."""
         dtype, mixed = x.dtype, torch.is_autocast_enabled(x.device.type)
+        backend = under_autocast(x, self.linear_backend)
         x = x.to(torch.get_autocast_dtype(x.device.type)) if mixed else x
         token, places, ends = ops.route(indices.contiguous(), self.gate_up_proj.shape[0])
-        if choose("linear", "auto", x) == "onednn" and not torch.is_grad_enabled():
+        if choose("linear", backend, x) == "onednn" and not torch.is_grad_enabled():
             out = x.new_empty(len(token), x.shape[1])
             for e, run in runs(ends):  # an expert at a time, whose rows stay in a core's caches
                 more, here = wide(run, len(out))
                 out[run] = self._expert(e, x.index_select(0, token[more]))[here]
         else:
-            gate, up = grouped_linear(native.gather(x, token, places), self.gate_up_proj, ends).chunk(2, dim=-1)
-            out = grouped_linear(native.swiglu(gate, up), self.down_proj, ends)
+            rows = native.gather(x, token, places)
+            gate, up = grouped_linear(rows, self.gate_up_proj, ends, backend=backend).chunk(2, dim=-1)
+            inner = activate(gate, up, backend=self.elementwise_backend)
+            out = grouped_linear(inner, self.down_proj, ends, backend=backend)
         return native.combine(out, weights.float().contiguous(), places, exact=dtype == torch.float32)
 
     def _grouped(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
@@ -135,8 +146,10 @@ class Experts(nn.Module):
         # Not bincount, which asks a GPU for the largest index before it counts.
         experts = torch.arange(self.gate_up_proj.shape[0], device=x.device)
         ends = torch.searchsorted(indices.flatten()[order], experts, right=True, out_int32=True)
-        gate, up = grouped_linear(x[token], self.gate_up_proj, ends).chunk(2, dim=-1)
-        out = at_least_fp32(grouped_linear(activate(gate, up), self.down_proj, ends))
+        backend = self.linear_backend
+        gate, up = grouped_linear(x[token], self.gate_up_proj, ends, backend=backend).chunk(2, dim=-1)
+        inner = activate(gate, up, backend=self.elementwise_backend)
+        out = at_least_fp32(grouped_linear(inner, self.down_proj, ends, backend=backend))
         out = out * weights.flatten()[order, None]
         return torch.zeros_like(at_least_fp32(x)).index_add(0, token, out).to(x.dtype)
 
@@ -150,7 +163,9 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             rows = rows.to(torch.get_autocast_dtype(x.device.type))
         gate, up = (self.gate_up_proj[chosen].to(rows.dtype) @ rows).chunk(2, dim=1)
-        out = (self.down_proj[chosen].to(rows.dtype) @ activate(gate, up)).view(n, k, -1)
+        out = (self.down_proj[chosen].to(rows.dtype) @ activate(gate, up, backend=self.elementwise_backend)).view(
+            n, k, -1
+        )
         return (at_least_fp32(out) * weights[..., None]).sum(1).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -225,7 +240,8 @@ class SparseMoE(nn.Module):
     ) -> tuple[Float[Tensor, "b t width"], RouterStats | None]:
         """Feed forward; and what the router did with the tokens where `mask` is True (all, if None), if `stats`."""
         with torch.autocast(x.device.type, enabled=False):  # in mixed precision the router stays fp32
-            logits = self.hook_router_logits(linear(x.to(self.router.weight.dtype), self.router.weight))
+            weight, backend = self.router.weight, getattr(self.router, "backend", "auto")
+            logits = self.hook_router_logits(linear(x.to(weight.dtype), weight, backend=backend))
             probabilities = at_least_fp32(logits).softmax(-1)
         indices = top_experts(logits, self.top_k)
         weights = probabilities.gather(-1, indices)

@@ -29,6 +29,7 @@ class OffloadedExperts(nn.Module):
     def __init__(self, width: int, inner: int, count: int, *, read: Read, cache: ExpertCache, dtype: torch.dtype):
         super().__init__()
         self.width, self.inner, self.count, self.dtype = width, inner, count, dtype
+        self.linear_backend = self.elementwise_backend = "auto"
         self.read, self.cache = read, cache
         self.layer = cache.join(width, inner, dtype)
 
@@ -45,7 +46,9 @@ class OffloadedExperts(nn.Module):
         with closing(self.cache.visit(self.layer, used, self.read, tokens=x.shape[0])) as matrices:
 
             def expert(_e: int, rows: Tensor) -> Tensor:  # both sums ask in the order of `used`
-                return swiglu(rows, *(self._handed_out(m, rows) for m in next(matrices)))
+                gate_up, down = (self._handed_out(m, rows) for m in next(matrices))
+                chosen = {"linear_backend": self.linear_backend, "elementwise_backend": self.elementwise_backend}
+                return swiglu(rows, gate_up, down, **chosen)
 
             return (one_token if single else loop)(x, weights, indices, expert)
 

@@ -156,13 +156,15 @@ def _replay(state: Tensor, keys: Tensor, writes: Tensor, decay: Tensor) -> Tenso
 def _replay_compiled(state: Tensor, keys: Tensor, writes: Tensor, decay: Tensor) -> Tensor:
     """As layers/native/decode.cpp."""
     (b, h, key_dim, value_dim), (_, n, key_heads, _) = state.shape, keys.shape
-    if h % key_heads or state.dtype not in (torch.float32, torch.float64):
+    if not key_heads or h % key_heads or state.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{key_heads} key heads cannot serve {h} memories in {state.dtype}.")
     keys = operand("replay: keys", keys, (b, n, key_heads, key_dim), state.dtype)
     writes = operand("replay: writes", writes, (b, n, h, value_dim), state.dtype)
     decay = operand("replay: decay", decay, (b, n, h), state.dtype)
     sizes = Sizes(b=b, key_heads=key_heads, key_dim=key_dim, value_heads=h, value_dim=value_dim)
     sizes.dtype = DTYPES[state.dtype]
-    state = state.contiguous().clone()
+    state = operand("replay: state", state, (b, h, key_dim, value_dim), state.dtype)
+    address(state)  # before it is copied
+    state = state.clone()
     kernels().replay(ctypes.byref(sizes), *map(address, (state, keys, writes, decay)), n)
     return state

@@ -29,8 +29,14 @@ def tiled_attention(
 
     A tile of queries looks at all keys before its tile without a mask, block by block, and at its own tile causally;
     the answers are joined by their logsumexp. As tiles stand on a grid of absolute positions, a prompt gives the same
-    bits in one call or in chunks that are multiples of 64. `backend`: "cpp" (bf16), "sdpa" or "auto".
+    bits in one call or in chunks that are multiples of 64.
+
+    Args:
+        backend: "cpp" (fp32, bf16) or "sdpa"; "auto" picks by the number of queries.
+    Raises: ValueError for an unknown backend; RuntimeError for one that cannot run here.
     """
+    if backend not in ("auto", "sdpa") and choose("attention", backend, q) != "cpp":
+        raise RuntimeError(f'The {backend!r} backend of attention is no part of tiled_attention: choose "sdpa".')
     if q.shape[2] == 1:
         return _one(q, read, past + 1, backend)
     b, _, t, d = q.shape
@@ -54,13 +60,18 @@ def tiled_attention(
 
 
 def _one(q: Tensor, read: Read, length: int, backend: str) -> Tensor:
-    """A single query, which may look at everything: with many keys, plain products read them faster."""
+    """A single query, which may look at everything: with many keys, plain products read them faster on "auto"."""
     b, d = q.shape[0], q.shape[3]
     blocks = [(i, min(i + BLOCK, length)) for i in range(0, length, BLOCK)]
     k, v = read(*blocks[0])
     rows = q.reshape(b, k.shape[1], -1, d)
     if len(blocks) == 1:
         return _flash(rows, k, v, backend)[0].reshape(q.shape)
+    if backend != "auto":
+        y, lse = _flash(rows, k, v, backend)
+        for block in blocks[1:]:
+            y, lse = _join(y, lse, *_flash(rows, *read(*block), backend))
+        return y.to(q.dtype).reshape(q.shape)
     scores = [rows @ k.mT, *(rows @ read(*block)[0].mT for block in blocks[1:])]
     pattern = (at_least_fp32(torch.cat(scores, dim=-1)) * d**-0.5).softmax(-1).to(q.dtype).split(BLOCK, dim=-1)
     y = pattern[0] @ v
@@ -79,7 +90,7 @@ def _join(y: Tensor, lse: Tensor, y_too: Tensor, lse_too: Tensor) -> tuple[Tenso
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, backend: str, causal: int = 0) -> tuple[Tensor, Tensor]:
     """Output and logsumexp (fp32); `causal`: so many queries, which are the last of the keys."""
-    if q.shape[2] >= FEW and choose("attention", backend, q) == "cpp":
+    if (backend != "auto" or q.shape[2] >= FEW) and choose("attention", backend, q) == "cpp":
         y, lse = native.attend(q, k, v, bool(causal))
         return y, lse
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))

@@ -22,7 +22,7 @@ from layers.kv_state import KVState
 from layers.linear import Linear
 from layers.mlp import SwiGLU
 from layers.moe import Experts, SparseMoE
-from layers.native.operands import address
+from layers.native.operands import address, operand, side_by_side
 from layers.native.step import DTYPES, Ends, Layer, Mat, Part, Sizes, kernels
 from layers.norm import GatedRMSNorm, RMSNorm
 from layers.segments import Segments
@@ -51,6 +51,7 @@ KNOWN = (
     nn.ModuleList,
     HookPoint,
 )
+FLOATS = (torch.float32, torch.bfloat16, torch.float64)
 # How their classes were called when this was loaded: who replaces that wants to be called.
 CALLED = {kind: CALLS(kind) for kind in (*KNOWN, nn.Embedding)}
 LINEAR, EMBEDDING, NORM = (nn.Linear, Linear), (nn.Embedding,), (RMSNorm,)
@@ -75,7 +76,7 @@ def why_not(model: "Qwen3Next", device: torch.device | None = None, dtype: torch
             return f"{name} is a weight that it does not know"
         if type(parameter) is not nn.Parameter:
             return f"{name} is a {type(parameter).__name__}, and it knows nn.Parameter alone"
-        if not parameter.is_contiguous() or parameter.dtype not in DTYPES or parameter.device != weight.device:
+        if not parameter.is_contiguous() or parameter.dtype not in FLOATS or parameter.device != weight.device:
             return f"{name} is not contiguous, elsewhere, or of a dtype that it does not know"
         if parameter.is_floating_point() and parameter.is_neg():
             return f"{name} is a view that negates"
@@ -275,7 +276,7 @@ class Plan:
             else:
                 sizes = (b, *self._conv_size), (b, *self._memory_size)
                 fits = not softmax and (state.conv.shape, state.memory.shape) == sizes
-                known = known and state.conv.dtype == self._dtype and state.memory.dtype in DTYPES
+                known = known and state.conv.dtype == self._dtype and state.memory.dtype in FLOATS
             if not fits:
                 raise ValueError(OTHER_CACHE)
         return known
@@ -294,7 +295,7 @@ class Plan:
     def run(self, model: "Qwen3Next", ids: Tensor, segments: Segments, cache: HybridCache) -> tuple[Tensor, Tensor]:
         """Hidden states (b t width) after the final norm and logits (b, vocab); the cache's layers go on with ids."""
         b, t = ids.shape
-        ids = ids.to(torch.int64).contiguous()
+        ids = operand("input_ids", ids, (b, t), torch.int64)
         hidden = torch.empty(b, t, self.sizes.width, dtype=self._dtype)
         logits = torch.empty(b, self.ends.vocab, dtype=self._dtype)
         addresses = ctypes.c_void_p * (b * t)
@@ -316,7 +317,7 @@ class Plan:
                     kept.append(parts)
                 else:
                     conv, memory = next(states)
-                    before = state.conv.contiguous(), state.memory.contiguous()
+                    before = side_by_side(state.conv), side_by_side(state.memory)
                     kept.append(before)
                     layer.conv_before, layer.memory_before = map(address, before)
                     layer.conv_after, layer.memory_after = conv.data_ptr(), memory.data_ptr()
@@ -422,8 +423,9 @@ def plan_for(model: "Qwen3Next", segments: Segments, cache: HybridCache) -> Plan
         return None
     guard = slot.current(model)
     if "cpp" not in slot.reasons:
-        slot.reasons["cpp"] = why_not(model)
-        slot.plan = None if slot.reasons["cpp"] else Plan(model, guard)
+        reason = why_not(model)
+        slot.plan = None if reason else Plan(model, guard)
+        slot.reasons["cpp"] = reason
     if slot.plan is None:
         if named:
             raise RuntimeError(f"The 'cpp' backend of decode cannot run here: {slot.reasons['cpp']}.")

@@ -43,6 +43,9 @@ def explain(
     rows = {"decode": explain_operation("decode", model.decode_backend, where, kind)}
     runs = rows["decode"].runs
     reason = {"cpp": why_not, "graph": graph_why_not}[runs](model, where, kind) if runs != "torch" else None
+    if reason is None and runs == "cpp" and model.decode_backend == "auto":
+        named = any(getattr(module, "backend", "auto") != "auto" for module in model.modules())
+        reason = "it is one piece, and a backend of another operation was chosen by name" if named else None
     if reason is not None:
         rows["decode"] = Explanation("decode", "torch", "the modules, one operation after another", f"{runs}: {reason}")
     rows["cross_entropy"] = explain_operation("cross_entropy", model.cross_entropy_backend, where, kind)

@@ -4,7 +4,8 @@ A compiled step and a CUDA graph read weights and settings where they were found
 the model with what it was then: modules, weights, settings, hooks. Whatever happened in between acts on that very step.
 """
 
-from operator import attrgetter
+from itertools import chain
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,8 @@ ADDRESS = torch._C.TensorBase.data_ptr
 ARMED, FORWARD, CALLS = attrgetter("armed"), attrgetter("forward"), attrgetter("forward", "__call__")
 # Classes whose attributes are watched as they are set; others are compared.
 WATCHED = (Linear, RMSNorm, GatedRMSNorm, GatedDeltaNet, GatedAttention, SwiGLU, SparseMoE, Experts, Block, HookPoint)
+BACKENDS = ("backend", "linear_backend", "elementwise_backend")
+END = object()
 changes = 0  # of an attribute of a module of these classes
 DTYPE, SAME_MEMORY = attrgetter("dtype"), torch._C.TensorBase.is_set_to
 OF_ALL_MODULES = (
@@ -54,12 +57,10 @@ class Guard:
         self._children = [m._modules for m in self._modules if m._modules]
         self._children_then = [dict(children) for children in self._children]
         self._named = [m._parameters for m in self._modules if m._parameters]
-        self._named_then = [dict(names) for names in self._named]
-        weights = [(names, name, x) for names in self._named for name, x in names.items()]
-        # Dictionaries compare what is not the same object by ==, which says nothing of tensors of a single number.
-        self._single = [x for x in weights if isinstance(x[2], Tensor) and x[2].numel() < 2]
+        weights = list(chain.from_iterable(names.values() for names in self._named))
+        self._weights = [*weights, END]
         # Each once, tied or not; of other classes it is enough that they are the same object: no plan uses them.
-        plain = {id(x): x for *_, x in weights if x is not None and type(x) in (Tensor, nn.Parameter)}
+        plain = {id(x): x for x in weights if x is not None and type(x) in (Tensor, nn.Parameter)}
         self._tensors: list[Tensor] = list(plain.values())
         self._memory = [x.detach() for x in self._tensors]  # kept alive: no other tensor can get its address
         self._addresses = list(map(ADDRESS, self._tensors))
@@ -84,8 +85,8 @@ class Guard:
                 and model._modules == self._top
                 and ("forward" in model.__dict__) == self._overridden
                 and self._children == self._children_then
-                and self._named == self._named_then
-                and all([names[name] is x for names, name, x in self._single])
+                # By identity: == would compare the numbers of tensors, which may be large, or have no memory.
+                and all(map(is_, chain(chain.from_iterable(map(dict.values, self._named)), (END,)), self._weights))
                 and list(map(ADDRESS, self._tensors)) == self._addresses
                 and self._alike()
                 and changes == self._changes
@@ -173,7 +174,7 @@ def chooses(module: nn.Module) -> bool:
     settings = module.__dict__
     return bool(
         "forward" in settings
-        or settings.get("backend", "auto") != "auto"
+        or any(settings.get(name, "auto") != "auto" for name in BACKENDS)
         or settings.get("exposed_pattern")
         or settings.get("exposed_positions")
     )

@@ -336,7 +336,8 @@ class Qwen3Next(Hooked, nn.Module):
         hidden, target = hidden[place], target[place]  # logits only where there is a target
         head = self.lm_head
         if type(head) is Linear and head.bias is None and not head._forward_hooks and not (hook and hook.active):
-            summed = linear_cross_entropy(hidden, head.weight, target, backend=self.cross_entropy_backend)
+            chosen = {"backend": self.cross_entropy_backend, "linear_backend": head.backend}
+            summed = linear_cross_entropy(hidden, head.weight, target, **chosen)
         else:  # somebody looks at the logits, or has changed how they are made
             logits = head(hidden) if hook is None else hook(head(hidden))
             summed = F.cross_entropy(at_least_fp32(logits), target, reduction="sum")
@@ -440,8 +441,9 @@ class Qwen3Next(Hooked, nn.Module):
         """Choose how an operation of `q.explain` runs in every layer, or as a whole; "auto" picks again.
 
         Args:
-            operation: "linear", "elementwise", "delta_rule" (the convolution follows it), "attention", "experts",
-                "decode" or "cross_entropy".
+            operation: "linear" (products with weights, the experts' too), "elementwise" (norms and activations,
+                likewise), "delta_rule" (the convolution follows it), "attention", "experts" (what surrounds their
+                products), "decode" or "cross_entropy".
 
         Raises: ValueError for an unknown operation or backend; RuntimeError where a named one cannot run here.
         """
@@ -452,6 +454,7 @@ class Qwen3Next(Hooked, nn.Module):
             "attention": GatedAttention,
             "experts": Experts,
         }
+        attribute = f"{operation}_backend"  # of modules that do several kinds of things
         if operation not in kinds and operation not in ("decode", "cross_entropy"):
             known = ", ".join((*kinds, "decode", "cross_entropy"))
             raise ValueError(f"There is no operation {operation!r} to choose for: {known}.")
@@ -459,13 +462,15 @@ class Qwen3Next(Hooked, nn.Module):
             choose(operation, name, self.embed_tokens.weight)
         self.decode_slot = Slot()  # look anew at the next step
         if operation not in kinds:
-            setattr(self, f"{operation}_backend", name)
+            setattr(self, attribute, name)
             return
         if not any(isinstance(module, kinds[operation]) for module in self.modules()):
             raise ValueError(f"This model has no {operation} of its own whose backend could be chosen: see q.explain.")
         for module in self.modules():
             if isinstance(module, kinds[operation]):
                 setattr(module, "backend", name)  # noqa: B010
+            elif hasattr(module, attribute):
+                setattr(module, attribute, name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Qwen3Next":
         """As torch's, for `.to()` and the like; the memory of the weights before is let go first."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layers.kv_state import KVState
+from layers.native.build import missing
 from layers.norm import at_least_fp32
 from layers.segments import Segments
 from qwen3next.block import TOKENS as PART
@@ -89,18 +90,21 @@ def transient_bytes(config: ModelConfig, tokens: int, element_size: int) -> int:
     """An upper bound of what a forward of so many tokens takes and gives back, on the CPU, without gradients or hooks.
 
     The residual stream is there for all tokens, everything else for PART of them at a time. Counted in tensors that
-    are alive at once, and held to measured peaks by tests/test_memory.py.
+    are alive at once, and held to measured peaks by tests/test_memory.py, with compiled kernels and without.
     """
-    c, e = config, element_size
+    c, e, in_torch = config, element_size, missing() is not None
     parts = [e * 3 * c.intermediate_size]
     if "full_attention" in c.layer_types:
         parts.append(e * c.head_dim * (9 * c.num_attention_heads + 4 * c.num_key_value_heads))
     if "linear_attention" in c.layer_types:
         values = c.linear_num_value_heads * c.linear_value_head_dim
-        parts.append(e * (3 * c.conv_channels + 4 * values) + 4 * (c.conv_channels - values))
+        step_by_step = 16 * c.conv_channels if in_torch else 0  # convolution and norms in fp32, with what they add up
+        parts.append(e * (3 * c.conv_channels + 4 * values) + 4 * (c.conv_channels - values) + step_by_step)
     if c.num_experts:
         inner = c.num_experts_per_tok * (c.hidden_size + 2 * c.moe_intermediate_size)
-        parts.append(e * (inner + 3 * c.shared_expert_intermediate_size + 2 * c.hidden_size) + 8 * c.num_experts)
+        step_by_step = 8 * c.num_experts_per_tok * c.hidden_size if in_torch else 0  # rows in fp32, and weighed
+        shared = 3 * c.shared_expert_intermediate_size
+        parts.append(e * (inner + shared + 2 * c.hidden_size) + 8 * c.num_experts + step_by_step)
     return tokens * e * 3 * c.hidden_size + min(tokens, PART) * max(parts) + SLACK
 
 

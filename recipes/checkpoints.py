@@ -35,7 +35,7 @@ class TrainingState:
         samples: windows seen; the loader is a function of this number alone.
         tokens: tokens seen, the boundaries included.
         elapsed: seconds of training, summed over all sittings.
-        total: steps in all, fixed once; the schedule hangs on it.
+        total: steps in all, as planned; the schedule hangs on it.
         settings, model, fingerprint: the recipe's settings, the model's configuration and the data's fingerprint,
             to refuse another run's state.
         threads: CPU threads; with another number the last bits of sums would differ.

@@ -34,7 +34,7 @@ class Demo:
     """Train a tiny Qwen3-Next on this machine in minutes, and look at what it learnt.
 
     Attributes:
-        minutes: of training; measuring and writing take about one more.
+        minutes: of training and measuring; reading text before and continuing prompts after come on top.
         out: folder for the pictures, the samples and the run.
         data: "stdlib", a folder, a glob or a file.
         preset: a name out of qwen3next.presets, or a config.json.

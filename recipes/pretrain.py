@@ -33,6 +33,7 @@ from torch.optim import AdamW, Optimizer
 import qwen3next as q
 from recipes.checkpoints import TrainingState, load_state, newest, read_state, save_state
 from recipes.data import Batch, PackedWindows, ValidationBatches
+from recipes.pace import Pace
 from recipes.report import Live, Metrics, Row, clock, compressed, draw_loss, read_metrics
 from recipes.settings import (
     MEASURED_STEPS,
@@ -120,8 +121,9 @@ def train(settings: Settings, *, console: Console | None = None) -> Result:
     metrics = Metrics(out, step=state.step, tensorboard=settings.tensorboard, console=console)
     try:
         with Live(console) as live:
-            look = partial(bits_per_byte, held_out.part(LOOK), precision)
-            Run(settings, state, model, optimizer, windows, look, precision, metrics, live).to_the_end()
+            part = held_out.part(LOOK)
+            look, more = partial(bits_per_byte, part, precision), len(held_out) / len(part)
+            Run(settings, state, model, optimizer, windows, look, precision, metrics, live, more).to_the_end()
     finally:
         metrics.close()
     return finish(settings, model, tokenizer, held_out, precision, console)
@@ -170,7 +172,12 @@ class Windows(Protocol):
 
 @dataclass
 class Run:
-    """Training between two sittings: the loop and what it works on. `look` says what is measured on the way."""
+    """Training between two sittings: the loop and what it works on.
+
+    Attributes:
+        look: says what is measured on the way.
+        looks_after: what is measured after the last step, as a multiple of one look: it counts in `minutes`.
+    """
 
     settings: Settings
     state: TrainingState
@@ -181,6 +188,7 @@ class Run:
     precision: str
     metrics: Metrics
     live: Live
+    looks_after: float = 0.0
     skips: int = 0  # in a row
 
     def to_the_end(self) -> None:
@@ -188,35 +196,52 @@ class Run:
         state, settings = self.state, self.settings
         begun, before = time.perf_counter(), state.elapsed
         durations: list[float] = []
+        pace = Pace(settings, before, self.looks_after) if settings.minutes else None
         with stop_on_signal() as asked:
             while state.total is None or state.step < state.total:
-                started = time.perf_counter()
-                row = self.step()
-                durations.append(time.perf_counter() - started)
-                measured = state.total is None and (len(durations) >= MEASURED_STEPS or bool(asked))
-                if measured or state.step % settings.eval_every == 0 or state.step == state.total:
-                    started = time.perf_counter()
-                    row |= self.look(self.model)
-                    looking = time.perf_counter() - started
+                row, seconds = self._timed(self.step)
+                durations.append(seconds)
+                first = state.total is None and (len(durations) >= MEASURED_STEPS or bool(asked))
+                looking = 0.0
+                if first or state.step % settings.eval_every == 0 or state.step == state.total:
+                    seen, looking = self._timed(lambda: self.look(self.model))
+                    row |= seen
                 state.elapsed = before + time.perf_counter() - begun
-                if measured:
-                    assert settings.minutes is not None
-                    # The first steps are slower: kernels are chosen and memory is fetched.
-                    usual = sorted(durations)[len(durations) // 2] + looking / settings.eval_every
-                    state.total = state.step + max(1, int((60 * settings.minutes - state.elapsed) / usual))
+                planned = state.total
+                if pace is not None and state.step != state.total:
+                    pace.steps.append(seconds)
+                    if not pace.looks and not looking:  # after resuming: what a look takes is in no saved state
+                        looking = self._timed(lambda: self.look(self.model))[1] if state.total else 0.0
+                    if looking:
+                        pace.looked(looking)
+                    if first:
+                        state.total = pace.first(state.step, state.elapsed)
+                    elif state.total is not None:
+                        state.total = pace.again(state.step, state.total, state.elapsed)
+                replanned = state.total != planned  # saved before the first step under the new plan
                 recent = durations[-20:]
                 row["seconds_per_step"] = sum(recent) / len(recent)
                 row["tokens_per_second"] = row.pop("step_tokens") / row["seconds_per_step"]
                 row["elapsed"] = state.elapsed
                 self.metrics.add(row)
                 self.live.show(row, state.total)
-                if measured or asked or state.step % settings.save_every == 0 or state.step == state.total:
-                    self.metrics.sync()
-                    save_state(settings.out / "checkpoints", state, self.model, self.optimizer)
+                if replanned or asked or state.step % settings.save_every == 0 or state.step == state.total:
+                    saving = self._timed(self._save)[1]
+                    if pace is not None:
+                        pace.saving = saving
                 if asked:
                     name = signal.Signals(asked[0]).name
                     sentence = f"{name}: saved after step {state.step}. Go on with: {command(settings.out)}"
                     raise Stopped(asked[0], sentence)
+
+    @staticmethod
+    def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+        started = time.perf_counter()
+        return work(), time.perf_counter() - started
+
+    def _save(self) -> None:
+        self.metrics.sync()
+        save_state(self.settings.out / "checkpoints", self.state, self.model, self.optimizer)
 
     def step(self) -> Row:
         """One optimizer step; returns its figures."""

@@ -1,6 +1,7 @@
 """A pretraining run before its first step: its settings, and the device, text and model they ask for."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,12 +11,13 @@ import torch
 from tokenizers import Tokenizer
 
 import qwen3next as q
+from layers.native import cpu
 from recipes.data import Baseline, compression_baselines
 from recipes.documents import plan_split, split_documents
 from recipes.shards import Meta, build_shards, read_meta
 from recipes.tokenizer import byte_tokenizer, eos_id, load_tokenizer, save_tokenizer, train_bpe, write_atomically
 
-MEASURED_STEPS = 20  # that tell how many fit into `minutes`
+MEASURED_STEPS = 20  # that tell first how many fit into `minutes`
 # What a resumed run may change: nothing here changes the losses.
 FREE = {"out", "resume", "eval_every", "save_every", "device", "tensorboard"}
 
@@ -29,7 +31,7 @@ class Settings:
         tokenizer: "bytes", "bpe:N" (learnt from the training documents) or a tokenizer.json.
         preset: a name out of qwen3next.presets, or a config.json; the vocabulary's size is the tokenizer's.
         steps: how long to train, in optimizer steps; 1000 where `minutes` is not given either.
-        minutes: how long to train, in minutes: the first steps tell how many fit.
+        minutes: how long to train and measure, in minutes: as many steps as fit at the pace of the run.
         batch_size: windows in a micro-batch.
         window: tokens in a window.
         accumulate: micro-batches in a step.
@@ -104,14 +106,21 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(wanted: str, device: torch.device) -> tuple[str, str]:
-    """("fp32" or "bf16", why). On a CPU that cannot multiply in bf16, torch imitates it, slower than fp32."""
+    """("fp32" or "bf16", why). On a CPU that cannot multiply in bf16, torch imitates it, slower than fp32.
+
+    Raises: ValueError where "auto" is asked for and the environment variable QWEN3NEXT_PRECISION is none of the three.
+    """
     if wanted != "auto":
         return wanted, "as asked"
+    forced = os.environ.get("QWEN3NEXT_PRECISION") or "auto"
+    if forced not in ("fp32", "bf16", "auto"):
+        raise ValueError(f"QWEN3NEXT_PRECISION is {forced!r}: choose fp32, bf16 or auto.")
+    if forced != "auto":
+        return forced, "as QWEN3NEXT_PRECISION says"
     if device.type == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "this GPU multiplies in it") if able else ("fp32", "this GPU has no bf16")
-    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    if device.type == "cpu" and (can.get("amx_bf16") or can.get("avx512_bf16")):
+    if device.type == "cpu" and cpu.can("avx512_bf16"):
         return "bf16", "this CPU multiplies in it"
     return "fp32", "this device has no bf16 multiplication"
 

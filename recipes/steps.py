@@ -15,16 +15,20 @@ from recipes.data import Batch, ValidationBatches
 from recipes.report import Row
 from recipes.settings import MEASURED_STEPS, Settings
 
+FLAT = 0.8  # share of the steps after which "wsd" falls
+
 
 def learning_rate(step: int, total: int | None, settings: Settings) -> float:
     """Of step 0, 1, …; `total` is None as long as the number of steps is not known, which warm-up outlasts."""
     warmup = max(settings.warmup, MEASURED_STEPS) if settings.minutes else settings.warmup
-    if step < warmup or total is None:
-        return settings.lr * min(1.0, (step + 1) / max(warmup, 1))
+    rise = min(1.0, (step + 1) / max(warmup, 1))
+    if total is None:
+        return settings.lr * rise
     if settings.schedule == "wsd":
-        return settings.lr * min(1.0, (total - step) / (0.2 * total))
-    done = (step - warmup) / max(total - warmup, 1)
-    return settings.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+        return settings.lr * min(rise, (total - step) / ((1 - FLAT) * total))
+    warmup = min(warmup, total // 2)  # a run that ends within its warm-up falls all the same
+    done = max(step - warmup, 0) / max(total - warmup, 1)
+    return settings.lr * min(rise, 0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -5,6 +5,10 @@ Lively: with the usual N(0, 0.02) a random model's layers barely move the residu
 
 import os
 
+import layers  # noqa: F401  before torch, which QWEN3NEXT_CPU bounds
+
+# isort: split
+
 import pytest
 import torch
 from jaxtyping import install_import_hook

