@@ -63,7 +63,7 @@ class RMSNorm(nn.Module):
         normed = normed if hook_normalized is None else hook_normalized(normed)
         if self.zero_centred:
             return (normed * (1.0 + at_least_fp32(self.weight))).to(x.dtype)
-        return self.weight * normed.to(x.dtype)
+        return (self.weight * normed.to(x.dtype)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, zero_centred={self.zero_centred}"

@@ -1,13 +1,18 @@
 """Where sequences begin and end: one object that convolution, delta rule, attention, positions and losses all obey."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+def _along(x: Tensor, columns: Tensor) -> Tensor:
+    """x (b, t, …) with these columns of each row."""
+    return x.gather(1, columns.view(*columns.shape, *(1,) * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
 
 
 class cached_property(Generic[T]):
@@ -46,6 +51,7 @@ class Segments:
         sequences: how many there are, row by row; a row without tokens is one of no tokens. 0: counted. Where it is
             given, document_ids are numbers of sequences, some of which may have no token here (see `part`).
         past: tokens of each sequence that a cache already holds.
+        gapped: absent tokens stand within a sequence; a model moves such rows together, layers refuse them.
     """
 
     batch: int
@@ -54,6 +60,7 @@ class Segments:
     document_ids: Tensor | None = None
     sequences: int = 0
     past: tuple[int, ...] = ()
+    gapped: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if not self.sequences:
@@ -66,10 +73,7 @@ class Segments:
             object.__setattr__(self, "past", (0,) * self.sequences)
         assert len(self.past) == self.sequences
         if self.document_ids is not None and bool((self._gaps & self.mask).any()):
-            raise ValueError(
-                "A sequence is interrupted by padding: the real tokens of one sequence must be neighbours. "
-                "Move the padding to the left or right end of its row, or give the parts different document ids."
-            )
+            object.__setattr__(self, "gapped", True)
 
     @classmethod
     def full(cls, ids: Tensor) -> "Segments":
@@ -78,7 +82,7 @@ class Segments:
 
     @classmethod
     def from_document_ids(cls, document_ids: Tensor) -> "Segments":
-        """Packed rows: (b, t) integers, neighbours with equal ids are one sequence, -1 is padding."""
+        """Packed rows: (b, t) integers, neighbours with equal ids are one sequence, -1 is a token that is not there."""
         if document_ids.ndim != 2 or document_ids.is_floating_point():
             raise ValueError(f"document_ids must be integers of shape (b, t), got {tuple(document_ids.shape)}.")
         batch, length = document_ids.shape
@@ -87,7 +91,7 @@ class Segments:
 
     @classmethod
     def from_mask(cls, attention_mask: Tensor) -> "Segments":
-        """Padded rows: (b, t), 1 or True for real tokens, padding on either side."""
+        """Padded rows: (b, t), 1 or True for real tokens, others wherever they stand."""
         return cls.from_document_ids(attention_mask.long() - 1)
 
     @classmethod
@@ -117,6 +121,33 @@ class Segments:
         ids = self.document_ids[:, begin:end]
         plain = not self.packed and bool((ids >= 0).all())
         return replace(self, length=end - begin, document_ids=None if plain else ids)
+
+    def closed(self, x: Tensor) -> "tuple[Tensor, Segments]":
+        """(b, t, …) with the tokens of each row moved together, absent ones behind them, and the segments of that."""
+        if x.shape[:2] != (self.batch, self.length):
+            raise ValueError(f"segments describe {self.batch} x {self.length} tokens, got {tuple(x.shape[:2])}.")
+        if not self.gapped:
+            return x, self
+        assert self.document_ids is not None
+        ids = self.document_ids.gather(1, self._order)
+        return _along(x, self._order), replace(self, document_ids=ids)
+
+    def reopened(self, x: Tensor) -> Tensor:
+        """What stands in the columns of `closed`, back in these; at absent tokens stands anything."""
+        return _along(x, self._order.argsort(1)) if self.gapped else x
+
+    @cached_property
+    def _order(self) -> Tensor:
+        """(b, t) columns, those of absent tokens within a row last."""
+        index = torch.arange(self.length, device=self.device)
+        last = (index * self.mask).amax(1, keepdim=True)
+        return (~self.mask & (self._previous >= 0) & (index < last)).int().argsort(dim=1, stable=True)
+
+    def _together(self) -> None:
+        if self.gapped:
+            raise ValueError(
+                "Absent tokens stand within a sequence: give segments.closed(x), which moves its tokens together."
+            )
 
     @property
     def plain(self) -> bool:
@@ -187,6 +218,7 @@ class Segments:
     @cached_property
     def runs(self) -> list[Run]:
         """Where each sequence that has tokens here lies, in order."""
+        self._together()
         if self.document_ids is None:
             return [Run(r, r, 0, self.length, past) for r, past in enumerate(self.past)]
         opens = self.mask & (self.starts | (self._previous < 0))
@@ -225,17 +257,20 @@ class Segments:
     @cached_property
     def first(self) -> Tensor:
         """(b,) index of the first real token of each row; 0 where a row has none."""
+        self._together()
         return self.mask.int().argmax(1)
 
     @cached_property
     def end(self) -> Tensor:
         """(b,) index after the last real token of each row; 0 where a row has none."""
+        self._together()
         index = torch.arange(1, self.length + 1, device=self.device)
         return (index * self.mask).amax(1)
 
     @cached_property
     def attention_mask(self) -> Tensor:
         """(b, 1, t, t) True where a query may look: causal, inside its segment. Padding sees itself, to stay finite."""
+        self._together()
         same = self.number[:, :, None] == self.number[:, None, :]
         causal = torch.ones(self.length, self.length, dtype=torch.bool, device=self.device).tril()
         diagonal = torch.eye(self.length, dtype=torch.bool, device=self.device)
@@ -247,6 +282,7 @@ class Segments:
 
         Padding belongs to the segment before it, or to its row's first: kernels must be given a neutral input there.
         """
+        self._together()
         edge = self.starts.clone()
         edge[:, 0] = True
         begins = edge.flatten().nonzero().flatten()
@@ -254,6 +290,7 @@ class Segments:
 
     def next_is_same(self, ahead: int = 1) -> Tensor:
         """(b, t) True where the token `ahead` places on belongs to the same sequence: the places with a target."""
+        self._together()
         same = torch.zeros(self.batch, self.length, dtype=torch.bool, device=self.device)
         if ahead < self.length:
             same[:, :-ahead] = (self.number[:, ahead:] == self.number[:, :-ahead]) & self.mask[:, :-ahead]

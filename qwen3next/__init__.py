@@ -22,6 +22,7 @@ from qwen3next.generate import generate, sample, stream
 from qwen3next.model import Losses, Output, Qwen3Next
 from qwen3next.prefix_store import PrefixStore
 from qwen3next.released import Layout
+from qwen3next.sampling_rules import SamplingRules
 
 __all__ = [
     "Cache",
@@ -33,6 +34,7 @@ __all__ = [
     "Output",
     "PrefixStore",
     "Qwen3Next",
+    "SamplingRules",
     "explain",
     "generate",
     "load",

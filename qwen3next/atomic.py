@@ -6,10 +6,23 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
+
+
+@contextmanager
+def usable(path: str | Path) -> Iterator[None]:
+    """Around what uses a name for the first time. Raises: ValueError where there can be no file or folder of it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and "null" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{str(path)[:200]!r} cannot be used here ({reason}): give another name.") from None
 
 
 @contextmanager
@@ -18,10 +31,13 @@ def fresh_folder(folder: Path, *, replaced: Callable[[str], bool]) -> Iterator[P
 
     It begins with the old one's files, but for those whose name is `replaced`.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: give a folder to write into.")
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    if folder.name in ("", ".."):
+        raise ValueError(f"{str(folder)!r} has no name of its own: give the folder to write into by its name.")
+    with usable(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file: give a folder to write into.")
+        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name[:60]}-", dir=folder.parent))
     try:
         fresh.chmod(0o755)
         for kept in folder.iterdir() if folder.is_dir() else ():
@@ -36,7 +52,13 @@ def fresh_folder(folder: Path, *, replaced: Callable[[str], bool]) -> Iterator[P
 @contextmanager
 def fresh_file(path: Path) -> Iterator[Path]:
     """A new file beside `path` that takes its place when the block ends well, and is gone when it does not."""
-    fresh = path.with_name(f".{path.name}-{os.getpid()}")
+    with usable(path):
+        if not path.name or path.is_dir():
+            raise ValueError(f"{str(path)!r} is a folder: give a file to write.")
+        path.parent.stat()
+        with suppress(FileNotFoundError):
+            path.lstat()
+    fresh = path.with_name(f".{path.name[:60]}-{uuid4().hex[:12]}")  # other threads may write the same one
     try:
         yield fresh
         fresh.replace(path)
@@ -50,7 +72,7 @@ def _take_place(fresh: Path, folder: Path) -> None:
         fresh.rename(folder)
     elif not _exchange(fresh, folder):
         # Where a file system cannot exchange: between these two renames the old folder has another name.
-        old = folder.with_name(f".{folder.name}-old-{os.getpid()}")
+        old = folder.with_name(f".{folder.name}-old-{uuid4().hex[:12]}")
         folder.rename(old)
         fresh.rename(folder)
         shutil.rmtree(old, ignore_errors=True)

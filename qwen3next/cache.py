@@ -91,6 +91,11 @@ class HybridCache:
     model: "weakref.ref[Qwen3Next] | None" = field(default=None, repr=False)
     graph: "GraphStep | None" = field(default=None, repr=False, compare=False)
     _journal: Journal | None = field(default=None, repr=False)
+    _resting: Sequence[int] = field(default=(), repr=False)
+
+    def __getstate__(self) -> dict[str, object]:
+        """For pickle: without the model, which the next call with one gives back, and without a graph."""
+        return self.__dict__ | {"model": None, "graph": None}
 
     @property
     def batch(self) -> int:
@@ -159,7 +164,9 @@ class HybridCache:
         if self.history:
             if self._journal is None:
                 self._journal = Journal(self.history)
-            self._journal.begin(self.layers, segments, logits=self.last_logits, hidden=self.hidden)
+            self._journal.begin(
+                self.layers, segments, logits=self.last_logits, hidden=self.hidden, resting=self._resting
+            )
         try:
             yield
         except BaseException:
@@ -167,6 +174,29 @@ class HybridCache:
             if self._journal is not None:
                 self._journal.abandon(self.layers)
             raise
+
+    @contextmanager
+    def resting(self, rows: Sequence[int]) -> Iterator[None]:
+        """A call of one token a row runs these rows along with the others and leaves them as they are."""
+        states: list[State] = [s if isinstance(s, KVState) else DeltaNetState(s.conv, s.memory) for s in self.layers]
+        lengths, hidden, self._resting = self.lengths, self.hidden, rows
+        try:
+            yield
+        finally:
+            self._resting = ()
+        if not rows or self.lengths == lengths:
+            return
+        index = torch.tensor(rows, device=self.tokens.device)
+
+        def put_back(now: Tensor, then: Tensor) -> Tensor:  # into a new tensor: others may hold the old one
+            return now.index_copy(0, index, then[index].to(now.dtype))
+
+        for now, then in zip(self.layers, states, strict=True):
+            if isinstance(now, DeltaNetState) and isinstance(then, DeltaNetState):
+                now.conv, now.memory = put_back(now.conv, then.conv), put_back(now.memory, then.memory)
+        self.lengths = tuple(lengths[r] if r in rows else n for r, n in enumerate(self.lengths))
+        if self.hidden is not None and hidden is not None:
+            self.hidden = put_back(self.hidden, hidden)
 
     def _leave_inference_mode(self) -> None:
         for state in self.layers:
@@ -245,7 +275,9 @@ class HybridCache:
     def select(self, rows: Sequence[int] | Tensor) -> "HybridCache":
         """A cache of these rows, in this order, any of them several times: for batches that shrink, and beams."""
         index = torch.as_tensor(rows, device=self.tokens.device)
-        if not index.numel() or int(index.min()) < 0 or int(index.max()) >= self.batch:
+        if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32) or not len(index):
+            raise ValueError(f"rows must be a list of row numbers, at least one, got {rows}.".replace("\n", " "))
+        if int(index.min()) < 0 or int(index.max()) >= self.batch:
             raise ValueError(f"rows must be numbers below {self.batch}, got {index.tolist()}.")
         held = max(self.lengths)
         layers: list[State] = []

@@ -17,7 +17,7 @@ from qwen3next.sealed import read_about, read_sealed, write_sealed
 if TYPE_CHECKING:
     from qwen3next.model import Qwen3Next
 
-FORMAT = "qwen3next cache 3"
+FORMAT = "qwen3next cache 4"
 # Fields of a configuration that do not change what a cache holds.
 _BESIDE = """
     extra outer initializer_range max_position_embeddings mtp_num_hidden_layers rope_scaling router_aux_loss_coef

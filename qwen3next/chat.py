@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from qwen3next.cache import HybridCache
+from qwen3next.cache import HybridCache, common_prefix
 from qwen3next.chat_template import ChatTemplate
 from qwen3next.generate import stream
 from qwen3next.generation_config import GenerationConfig
@@ -17,6 +17,9 @@ from qwen3next.reply import ReplyReader, Stats
 from qwen3next.thinking import OPEN, Piece, ThinkingSplitter
 
 SNAPSHOTS = 4  # points between turns that stay; each has the memory of the recurrent states
+HISTORY = 64  # tokens at the end of a reply that are taken back one by one where the next prompt spells them otherwise
+# A reply and a question that begin unlike others: what prompts have in common with them is there whatever is said next.
+PROBES = (("A reply", "A question"), ("1", "?"))
 
 __all__ = ["ChatTemplate", "Conversation", "GenerationConfig", "Stats", "ThinkingSplitter"]
 
@@ -47,6 +50,8 @@ class Conversation(History):
     ):
         super().__init__(system=system)
         self.model, self.tokenizer, self.template = model, tokenizer, template
+        if generation is None:
+            model.generation_config.warn()
         self.generation = model.generation_config if generation is None else generation
         self.variables = dict(variables or {})
         self.max_context = model.config.max_position_embeddings if max_context is None else max_context
@@ -55,6 +60,7 @@ class Conversation(History):
         self.stats: Stats | None = None
         self._cache: HybridCache | None = None
         self._stop_text = template.special_tokens.get("eos_token")
+        self._stop_strings = (*self.generation.stop_strings, *([self._stop_text] if self._stop_text else []))
         given = self.generation.stop_tokens
         self._stop_tokens = set(model.stop_tokens if given is None else given)
         if self._stop_text and (token := tokenizer.token_to_id(self._stop_text)) is not None:
@@ -64,7 +70,7 @@ class Conversation(History):
         self,
         text: Content,
         *,
-        max_new_tokens: int = 2048,
+        max_new_tokens: int | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -76,13 +82,13 @@ class Conversation(History):
         kept, and if nothing was, the history stays as it is.
 
         Args:
-            temperature, top_k, top_p: None means what `generation` says.
+            max_new_tokens, temperature, top_k, top_p: None means what `generation` says; without max_new_tokens, 2048.
         Raises: ValueError for a conversation that is too long or that the template refuses; the history stays as it is.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         check_messages(messages)
         prompt = self.template.render(messages, variables=self.variables)
-        ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        ids = self._encode(prompt)
         if not ids:
             raise ValueError("The chat template makes an empty prompt of this conversation.")
         if len(ids) >= self.max_context:
@@ -91,18 +97,20 @@ class Conversation(History):
                 f"{self.max_context}: take messages back, or begin anew."
             )
         g = self.generation
+        most = (g.max_new_tokens or 2048) if max_new_tokens is None else max_new_tokens
         options = {
-            "max_new_tokens": min(max_new_tokens, self.max_context - len(ids)),
+            "max_new_tokens": min(most, self.max_context - len(ids)),
             "temperature": g.temperature if temperature is None else temperature,
             "top_k": g.top_k if top_k is None else top_k,
             "top_p": g.top_p if top_p is None else top_p,
+            "rules": g.rules,
             "seed": seed,
             "stop_tokens": sorted(self._stop_tokens),
         }
         reader = ReplyReader(
             self.tokenizer,
             stop_tokens=self._stop_tokens,
-            stop_text=self._stop_text,
+            stop=self._stop_strings,
             opened=prompt.rstrip().endswith(OPEN),
         )
         return self._answer(messages, ids, reader, options)
@@ -114,7 +122,7 @@ class Conversation(History):
         self.stats = stats = Stats(len(ids), reused)
         said = {"thinking": "", "answer": ""}
         try:
-            for kind, text in self._pieces(cache, ids, reader, stats, options):
+            for kind, text in self._pieces(messages, cache, ids, reader, stats, options):
                 said[kind] += text
                 # Kept only where no layer is ahead of another: Ctrl-C within a forward leaves no cache behind.
                 self._cache = cache
@@ -127,14 +135,22 @@ class Conversation(History):
                 self.messages = [*messages, {"role": "assistant", "content": said["answer"], **thinking}]
 
     def _pieces(
-        self, cache: HybridCache, ids: list[int], reader: ReplyReader, stats: Stats, options: dict[str, Any]
+        self,
+        messages: list[Message],
+        cache: HybridCache,
+        ids: list[int],
+        reader: ReplyReader,
+        stats: Stats,
+        options: dict[str, Any],
     ) -> Generator[Piece, None, None]:
         began = time.perf_counter()
-        prompt = torch.tensor([ids], device=cache.tokens.device)
-        for _ in self.model.prefill(prompt[:, stats.reused :], cache):
-            pass
-        # Where the next prompt leaves out this reply's thinking, or the exchange is taken back, it can begin here.
-        cache.snapshot(f"turn {len(self.messages)}")
+        prompt, kept = torch.tensor([ids], device=cache.tokens.device), self._kept(messages, ids)
+        for begin, end in ((stats.reused, kept), (max(stats.reused, kept), len(ids))):
+            if begin < end:
+                for _ in self.model.prefill(prompt[:, begin:end], cache):
+                    pass
+            if end == kept:  # the next prompt can begin here, whatever the template makes of this reply
+                cache.snapshot(f"turn {len(messages)}")
         for name in list(cache.snapshots)[:-SNAPSHOTS]:
             del cache.snapshots[name]
         for token in stream(self.model, prompt, cache=cache, **options):
@@ -148,10 +164,25 @@ class Conversation(History):
         stats.ended = "stop" if reader.ended else "length"
         yield from reader.finish()
 
+    def _encode(self, prompt: str) -> list[int]:
+        return self.tokenizer.encode(prompt, add_special_tokens=False).ids
+
+    def _kept(self, messages: list[Message], ids: list[int]) -> int:
+        """How many tokens of this prompt the next one will begin with: its end may open thinking, or close it."""
+        kept, now = len(ids), torch.tensor(ids)
+        for reply, question in PROBES:
+            further = [{"role": "assistant", "content": reply}, {"role": "user", "content": question}]
+            try:
+                prompt = self.template.render([*messages, *further], variables=self.variables)
+            except ValueError:  # then there is no next prompt
+                return len(ids)
+            kept = min(kept, common_prefix(now, torch.tensor(self._encode(prompt))))
+        return kept
+
     def _take_cache(self, ids: list[int]) -> tuple[HybridCache, int]:
         """The cache of the turns before, taken back to where the prompt leaves it, else a new one; tokens it holds."""
         cache, self._cache = self._cache, None
-        if cache is None:
-            return self.model.new_cache(max_len=self.max_context), 0
-        held = cache.rewind_to(ids)
-        return (cache, held) if held else (self.model.new_cache(max_len=self.max_context), 0)
+        held = 0 if cache is None else cache.rewind_to(ids)
+        if cache is None or not held:
+            return self.model.new_cache(max_len=self.max_context, history=HISTORY), 0
+        return cache, held

@@ -1,6 +1,7 @@
 """A checkpoint's chat template: messages to the prompt that the model was trained to answer."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from jinja2 import TemplateError, TemplateSyntaxError, meta
 from qwen3next.json_files import read_object
 from qwen3next.template_sandbox import environment
 
+# Templates that take arguments as JSON text themselves say so by asking what they are.
+ASKS_ARGUMENTS = re.compile(r"arguments\s+is\s+(not\s+)?(string|mapping)\b")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names that messages carry their thinking under
 
 
@@ -79,22 +82,37 @@ class ChatTemplate:
         """The prompt for these messages.
 
         Args:
-            messages: {"role": ..., "content": ...}, and "reasoning_content" for thinking, "tool_calls" for calls.
+            messages: {"role": ..., "content": ...}, and "reasoning_content" for thinking, "tool_calls" for calls, whose
+                arguments are an object, or its JSON in a string as OpenAI's interface gives it.
             tools: JSON schemas of functions.
             add_generation_prompt: end where the assistant's next message begins.
             variables: what else the template reads, e.g. {"enable_thinking": False}.
         Raises: ValueError, in one sentence, for whatever goes wrong inside the template.
         """
         given = self.special_tokens | dict(variables or {})
-        given |= {"messages": [_message(m) for m in messages], "tools": tools, "documents": documents}
+        plain_messages = [_message(m) for m in messages]
+        if not ASKS_ARGUMENTS.search(self.source):
+            plain_messages = [_with_objects(m, i) for i, m in enumerate(plain_messages, start=1)]
+        given |= {"messages": plain_messages, "tools": tools, "documents": documents}
         try:
             plain = json.loads(json.dumps(given | {"add_generation_prompt": add_generation_prompt}))
         except (TypeError, ValueError) as error:
             raise ValueError(f"A chat template is given plain JSON values only: {error}.") from error
+        late = [i for i, m in enumerate(plain["messages"]) if i and m.get("role") == "system"]
         try:
-            return self._template.render(plain)
+            prompt = self._template.render(plain)
         except Exception as error:  # a template is a program of someone else's and fails as it likes
-            raise ValueError(f"The chat template does not take this conversation: {_first_line(error)}") from error
+            hint = f" (Message {late[0] + 1} is a system message; the first one can be one.)" if late else ""
+            raise ValueError(
+                f"The chat template does not take this conversation: {_first_line(error)}{hint}"
+            ) from error
+        for i in late:
+            if not all(_stands_in(text, prompt) for text in _texts(plain["messages"][i].get("content"))):
+                raise ValueError(
+                    f"Message {i + 1} has role 'system', and the chat template leaves it out there: put its text into "
+                    "the first message."
+                )
+        return prompt
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,6 +120,42 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     message = {key: value for key, value in message.items() if value is not None}
     thinking = next((message[name] for name in REASONING if name in message), None)
     return message if thinking is None else {"thinking": thinking, **message, "reasoning_content": thinking}
+
+
+def _with_objects(message: dict[str, Any], number: int) -> dict[str, Any]:
+    """With the arguments of calls as objects, where they are JSON in strings: templates would quote them once more."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        return message
+    read = []
+    for i, call in enumerate(calls):
+        if not isinstance(call, Mapping):
+            return message
+        function = call.get("function", call)
+        given = function.get("arguments") if isinstance(function, Mapping) else None
+        if isinstance(given, str):
+            where = f"Message {number} has tool_calls[{i}] with arguments {given[:40]!r}"
+            try:
+                arguments = json.loads(given) if given.strip() else {}
+            except ValueError:
+                raise ValueError(f"{where}, which are not JSON: give an object.") from None
+            if not isinstance(arguments, dict):
+                raise ValueError(f"{where}, which are no JSON object: give one, name by name.")
+            changed = {**function, "arguments": arguments}
+            call = {**call, "function": changed} if "function" in call else changed
+        read.append(call)
+    return {**message, "tool_calls": read}
+
+
+def _texts(content: Any) -> list[str]:
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return [text for text in texts if isinstance(text, str)]
+
+
+def _stands_in(text: str, prompt: str) -> bool:
+    """As it is, or as templates write JSON."""
+    return text.strip() in prompt or json.dumps(text.strip(), ensure_ascii=False)[1:-1] in prompt
 
 
 def _default(found: object, folder: Path) -> str:

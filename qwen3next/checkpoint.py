@@ -15,9 +15,10 @@ from layers.int8_experts import Int8Experts
 from layers.offloaded_experts import OffloadedExperts
 from qwen3next.atomic import fresh_folder
 from qwen3next.expert_weights import PLACES, fill_int8, replace_experts, routed
+from qwen3next.fingerprint import files_as_they_are
 from qwen3next.generation_config import GenerationConfig
 from qwen3next.model import Qwen3Next, as_device, as_dtype
-from qwen3next.opened import INDEX, SINGLE, Opened, open_checkpoint
+from qwen3next.opened import INDEX, SINGLE, Opened, cast_dtype, open_checkpoint, some
 from qwen3next.released import Entry, Layout, entries
 from qwen3next.sizes import parse_bytes
 from qwen3next.tensor_files import write
@@ -71,6 +72,8 @@ def load(
     opened = open_checkpoint(path)
     with ExitStack() as failed:
         failed.callback(opened.files.close)
+        if cast is None and (mixed := opened.mixed()):
+            raise ValueError(mixed)
         generation = GenerationConfig.load(opened.folder, quiet=True)
         with torch.device("meta"):
             model = Qwen3Next(opened.config)
@@ -89,7 +92,10 @@ def load(
             failed.pop_all()  # experts go on being read
     model.layout, model.origin = opened.layout, opened.folder
     model.generation_config = generation
-    return model.to(target) if experts == "int8" else model
+    model = model.to(target) if experts == "int8" else model
+    model.experts_in = files_as_they_are(opened.folder) if experts == "mmap" else ""
+    model.weight_sums.loaded(opened.folder, model.state_dict(keep_vars=True), f"{cast} {experts}")
+    return model
 
 
 def save(
@@ -109,6 +115,8 @@ def save(
     Args:
         max_shard_bytes: a file holds no more, unless a single tensor is larger.
         layout: how tensors are arranged; None means as the model was loaded, or else as its family was released.
+    Raises: ValueError for a model that the layout cannot hold: adapters, other shapes than its configuration says. A
+        head that is no longer the embedding is written beside it.
     """
     folder = Path(folder)
     if missing := [
@@ -118,16 +126,53 @@ def save(
             f"{missing[0]} does not hold the released weights: save a model loaded with experts='memory', or use "
             "`qwen3next convert`."
         )
-    found = model.layout or Layout.released(model.config)
+    ours, config = model.state_dict(), model.config
+    if config.tie_word_embeddings and not _same(ours.get("lm_head.weight"), ours.get("embed_tokens.weight")):
+        config = config.replace(tie_word_embeddings=False)  # a head of its own, whoever gave it one
+    found = model.layout or Layout.released(config)
     layout = layout or Layout(**{**vars(found), "prefix": "model."})  # without a vision tower there is no other prefix
-    ours = dict(model.named_parameters())
+    wanted = list(entries(config, layout))
+    _check_whole(ours, wanted, tied=config.tie_word_embeddings)
     with fresh_folder(folder, replaced=is_weights) as fresh:
         if model.origin is not None and model.origin.is_dir():
             copy_companions(model.origin, fresh)
-        plan = [(e, e.places[0].of(ours).dtype) for e in entries(model.config, layout)]
+        plan = [(e, e.places[0].of(ours).dtype) for e in wanted]
         tensors = ((e.name, e.merge(*(p.of(ours).detach() for p in e.places))) for e, _ in plan)
         write_shards(fresh, plan, tracked(tensors, progress, f"saving {folder.name}", len(plan)), max_shard_bytes)
-        write_config(fresh, model.config.to_dict(), model.embed_tokens.weight.dtype)
+        write_config(fresh, config.to_dict(), ours["embed_tokens.weight"].dtype)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None or a.is_meta or b.is_meta:
+        return True  # said by `_check_whole`
+    return a.data_ptr() == b.data_ptr() or (a.dtype == b.dtype and torch.equal(a, b))
+
+
+def _check_whole(ours: dict[str, Tensor], wanted: list[Entry], *, tied: bool) -> None:
+    """Raises: ValueError where the folder would not hold all that the model computes with."""
+    places = {place.name for entry in wanted for place in entry.places}
+    spare = ours.keys() - places - ({"lm_head.weight"} if tied else set())
+    if spare:
+        raise ValueError(
+            f"The released layout has no place for {some(sorted(spare))}: merge adapters into the weights and undo "
+            "parametrisations, or save model.state_dict()."
+        )
+    if missing := sorted(places - ours.keys()):
+        raise ValueError(f"The model has no {some(missing)}, which its configuration asks for.")
+    for entry in wanted:
+        pieces = [place.of(ours).detach() for place in entry.places]
+        if any(piece.is_meta for piece in pieces):
+            raise ValueError(f"{entry.places[0].name} is on the meta device: it holds no numbers to save.")
+        if len({piece.dtype for piece in pieces}) > 1:
+            raise ValueError(
+                f"{' and '.join(p.name for p in entry.places)} are one tensor on disk: give them one dtype."
+            )
+        shape = tuple(entry.merge(*(piece.to("meta") for piece in pieces)).shape)
+        if shape != entry.shape:
+            raise ValueError(
+                f"{entry.places[0].name} makes a tensor of shape {list(shape)} and the configuration asks for "
+                f"{list(entry.shape)}: change model.config as the weights were changed."
+            )
 
 
 def is_weights(name: str) -> bool:
@@ -143,7 +188,10 @@ def copy_companions(source: Path, target: Path) -> None:
 
 def write_config(folder: Path, values: dict[str, object], dtype: torch.dtype) -> None:
     """config.json for weights of that dtype, which are not quantised."""
-    values = {k: v for k, v in values.items() if k not in ("dtype", "torch_dtype", "quantization_config")}
+    about = ("dtype", "torch_dtype", "quantization_config")
+    values = {k: v for k, v in values.items() if k not in about}
+    if isinstance(nested := values.get("text_config"), dict):
+        values["text_config"] = {k: v for k, v in nested.items() if k not in about}
     values["torch_dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
@@ -180,15 +228,10 @@ def _allocate(model: Qwen3Next, opened: Opened, dtype: torch.dtype | None, devic
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             name = f"{prefix}.{leaf}" if prefix else leaf
             if parameter not in shared:
-                kind = opened.dtypes[name] if dtype is None or stays_exact(name) else dtype
+                kind = opened.dtypes[name] if dtype is None else cast_dtype(name, opened.dtypes[name], dtype)
                 shared[parameter] = torch.nn.Parameter(torch.empty(parameter.shape, dtype=kind, device=device))
             setattr(module, leaf, shared[parameter])
     return dict(model.named_parameters())
-
-
-def stays_exact(name: str) -> bool:
-    """Whether a tensor of this name (ours or released) keeps its stored precision in a cast."""
-    return name.endswith(("A_log", "dt_bias", "norm.weight")) or "_norm_" in name or "layernorm" in name
 
 
 def tracked(items: Iterable[T], progress: bool, label: str, total: int | None = None) -> Iterator[T]:

@@ -1,12 +1,13 @@
 """The one configuration type: what a checkpoint's config.json says, under its own names."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from layers.rope import Yarn
-from qwen3next.families import FAMILIES, harmless, read, unwrap, with_yarn, write
+from qwen3next.families import FAMILIES, Family, check_beside, harmless, read, unwrap, with_yarn, write
 from qwen3next.json_files import read_object, typed
 from qwen3next.variants import Variants
 
@@ -98,8 +99,8 @@ class ModelConfig(Variants):
             least = 0 if f.name in MAY_BE_NONE else 1
             if f.type is int and value < least:
                 raise ValueError(f"{f.name} must be at least {least}, got {value}.")
-            if f.type is float and value < 0:
-                raise ValueError(f"{f.name} must not be negative, got {value}.")
+            if f.type is float and not 0 <= value < math.inf:
+                raise ValueError(f"{f.name} must be a number and not negative, got {value}.")
         self.check_variants(self.attention_gate)
         for name, most in (("num_hidden_layers", MOST_LAYERS), ("num_experts", MOST_EXPERTS)):
             if getattr(self, name) > most:
@@ -207,6 +208,20 @@ class ModelConfig(Variants):
         Raises: ValueError for another model_type, a missing size, an unknown key or contradicting values.
         """
         family, text, outer = unwrap(values)
+        config = cls._read(family, text, outer)
+        if outer:
+            names = {f.name for f in fields(cls)} - {"extra", "outer", "model_type"}
+
+            def changes(key: str, value: Any) -> bool:
+                if text.get(key) is not None:
+                    return text[key] != value
+                return cls._read(family, text | {key: value}, outer).replace(extra={}) != config.replace(extra={})
+
+            check_beside(outer, names, changes)
+        return config
+
+    @classmethod
+    def _read(cls, family: Family, text: dict[str, Any], outer: dict[str, Any]) -> "ModelConfig":
         # Said although it goes without saying: written back as long as it stays true.
         spelt = {key: value for key, value in text.items() if key in family.implied and value is not None}
         text = read(family, text)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from qwen3next.atomic import fresh_folder
-from qwen3next.checkpoint import is_weights, stays_exact, tracked, write_config, write_shards
+from qwen3next.checkpoint import is_weights, tracked, write_config, write_shards
 from qwen3next.config import ModelConfig
 from qwen3next.model import as_dtype
-from qwen3next.opened import Opened, open_checkpoint
+from qwen3next.opened import Opened, cast_dtype, open_checkpoint
 from qwen3next.released import Entry, Place, entries
 
 CARRIED = (".json", ".jinja", ".txt", ".md", ".model")  # files that describe a model or its text
@@ -86,6 +86,8 @@ def convert(
         raise ValueError(f"experts {experts!r} is neither 'fused' nor 'single'.")
     cast = None if dtype == "auto" else as_dtype(dtype)
     opened = open_checkpoint(source)
+    if cast is None and opened.torn:
+        raise ValueError(opened.torn)
     folder, towered = Path(target), vision and bool(opened.vision)
     with opened.files, fresh_folder(folder, replaced=is_weights) as fresh:
         config = opened.config if mtp else opened.config.replace(mtp_num_hidden_layers=0)
@@ -96,7 +98,7 @@ def convert(
         plan = []
         for entry in entries(config, layout):
             kind = origin.dtype(entry)
-            plan.append((entry, kind if cast is None or stays_exact(entry.name) else cast))
+            plan.append((entry, kind if cast is None else cast_dtype(entry.name, kind, cast)))
         kinds = {entry.name: kind for entry, kind in plan}
         tower = [(Entry(name, stored.shape, ()), stored.dtype) for name, stored in kept]
 

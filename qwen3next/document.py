@@ -1,7 +1,7 @@
 """A document that is read once and asked many times."""
 
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,7 @@ class Document:
         if template is None and (system is not None or variables):
             raise ValueError("A system prompt needs a chat template, which this document is read without.")
         self.model, self.tokenizer, self.text, self.template = model, tokenizer, text, template
+        model.generation_config.warn()
         self.store = PrefixStore(model) if store is None else store
         self.system, self.variables = system, dict(variables or {})
         self._bounds: dict[str, Any] = {"chunk_size": chunk_size, "max_memory": max_memory}
@@ -72,7 +73,7 @@ class Document:
         self,
         question: str,
         *,
-        max_new_tokens: int = 512,
+        max_new_tokens: int | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -81,19 +82,21 @@ class Document:
         """Yields ("thinking", text) and ("answer", text) as they are made. Questions know nothing of each other.
 
         Args:
-            temperature, top_k, top_p: None means what the checkpoint's generation_config.json says.
+            max_new_tokens, temperature, top_k, top_p: None means what the checkpoint's generation_config.json says;
+                without max_new_tokens, 512.
         Raises: ValueError for an empty question in a chat, or a prompt that the template refuses.
         """
         if self.template is not None and not question.strip():
             raise ValueError("The question is empty: there is nothing to answer.")
         prompt = self._prompt(question)
         ids, began = self._encode(prompt), time.perf_counter()
+        g = self.model.generation_config
+        max_new_tokens = (g.max_new_tokens or 512) if max_new_tokens is None else max_new_tokens
         points = [self.tokens] if self.tokens < len(ids) else []
         run = self.store.prefill(ids, max_len=len(ids) + max_new_tokens, points=points, **self._bounds)
         for _ in run:
             pass
         self.stats = stats = Stats(len(ids), run.matched_tokens)
-        g = self.model.generation_config
         tokens: Iterator[torch.Tensor] = stream(
             self.model,
             ids[None].to(run.cache.tokens.device),
@@ -102,6 +105,7 @@ class Document:
             temperature=g.temperature if temperature is None else temperature,
             top_k=g.top_k if top_k is None else top_k,
             top_p=g.top_p if top_p is None else top_p,
+            rules=g.rules,
             seed=seed,
         )
         reader = self._reader(prompt)
@@ -127,25 +131,31 @@ class Document:
         return torch.tensor(self.tokenizer.encode(prompt, add_special_tokens=self.template is None).ids)
 
     def _reader(self, prompt: str) -> "ReplyReader | PlainReader":
-        stops = set(self.model.stop_tokens)
+        stops, texts = set(self.model.stop_tokens), self.model.generation_config.stop_strings
         if self.template is None:
-            return PlainReader(self.tokenizer, stop_tokens=stops)
+            return PlainReader(self.tokenizer, stop_tokens=stops, stop=texts)
         stop_text = self.template.special_tokens.get("eos_token")
+        texts = (*texts, stop_text) if stop_text else texts
         if stop_text and (token := self.tokenizer.token_to_id(stop_text)) is not None:
             stops.add(token)
         opened = prompt.rstrip().endswith(OPEN)
-        return ReplyReader(self.tokenizer, stop_tokens=stops, stop_text=stop_text, opened=opened)
+        return ReplyReader(self.tokenizer, stop_tokens=stops, stop=texts, opened=opened)
 
 
 class PlainReader:
     """As `ReplyReader`, for text that has no markup."""
 
-    def __init__(self, tokenizer: Tokenizer, *, stop_tokens: set[int]):
-        self._text, self._stop, self.ended = TextStream(lambda ids: tokenizer.decode(ids)), stop_tokens, False
+    def __init__(self, tokenizer: Tokenizer, *, stop_tokens: set[int], stop: Sequence[str] = ()):
+        self._text, self._stop = TextStream(lambda ids: tokenizer.decode(ids), stop=stop), stop_tokens
+        self.ended = False
 
     def push(self, token: int) -> list[Piece]:
         self.ended = token in self._stop
-        return [] if self.ended else [("answer", self._text.push(token))]
+        if self.ended:
+            return []
+        text = self._text.push(token)
+        self.ended = self._text.stopped
+        return [("answer", text)]
 
     def finish(self) -> list[Piece]:
         return [("answer", self._text.finish())]

@@ -5,7 +5,7 @@ leaves unsaid, and which keys of other names mean one of ours.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -145,6 +145,12 @@ IRRELEVANT = frozenset(_BYSTANDERS.split())
 _NOTE_PREFIXES = ("_", "unsloth_", "transformers_")  # what tools write about themselves
 
 
+# What stands around a text_config and is about the whole. Token ids there are for programs that look there.
+AROUND = frozenset(("model_type", "vision_config", "bos_token_id", "pad_token_id"))
+EITHER = ("tie_word_embeddings", "quantization_config", "eos_token_id")  # said at either level
+ROPE = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")  # in a dictionary of RoPE
+
+
 def harmless(key: str, value: Any) -> bool:
     """Whether an unknown key cannot change the mathematics: a known bystander, a tool's note, or a thing turned off."""
     off = value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
@@ -170,10 +176,37 @@ def unwrap(values: Mapping[str, Any]) -> tuple[Family, dict[str, Any], dict[str,
         raise ValueError(f"text_config has model_type {text['model_type']!r}, which does not belong into {kind!r}.")
     outer = {key: value for key, value in values.items() if key != "text_config"}
     inner = {key: value for key, value in text.items() if key != "model_type"}
-    for key in ("tie_word_embeddings", "quantization_config"):  # said at either level
-        if inner.get(key) is None and outer.get(key) is not None:
+    for key in EITHER:
+        if outer.get(key) is None:
+            continue
+        if inner.get(key) is None:
             inner[key] = outer[key]
+        elif inner[key] != outer[key]:
+            raise ValueError(f"config.json gives {key} twice, {inner[key]} in text_config and {outer[key]} beside it.")
     return family, inner, outer
+
+
+def check_beside(outer: Mapping[str, Any], fields: Collection[str], changes: Callable[[str, Any], bool]) -> None:
+    """Raises: ValueError for a key beside text_config that says of the text model what text_config does not.
+
+    Args:
+        fields: of the configuration.
+        changes: whether a key of that value would make another text model.
+    """
+    spelt = {"hidden_act", "qkv_bias", "rope_parameters", "rope_scaling", *ROPE}
+    for family in FAMILIES.values():
+        spelt |= family.fixed.keys() | family.gate_flags.keys()
+    for key, value in outer.items():
+        if value is None or key in AROUND or key in EITHER:
+            continue
+        if (key in fields or key in spelt) and key not in IRRELEVANT:
+            if changes(key, value):
+                raise ValueError(f"config.json has {key} beside text_config, where it is not read: move it in there.")
+        elif not harmless(key, value):
+            raise ValueError(
+                f"config.json has {key} beside text_config, which this model does not know and so cannot honour. "
+                "Remove what does not matter to the mathematics."
+            )
 
 
 def read(family: Family, values: dict[str, Any]) -> dict[str, Any]:
@@ -187,11 +220,16 @@ def read(family: Family, values: dict[str, Any]) -> dict[str, Any]:
     _read_gate(family, values)
     if family.model_type == "qwen3":
         if (bias := values.pop("qkv_bias", None)) is not None:  # the study's name, for all four projections
+            if values.get("attention_bias") and not bias:
+                raise ValueError(f"config.json has attention_bias {values['attention_bias']} and qkv_bias {bias}.")
             values["attention_bias"] = bias
         if values.get("head_dim") is None and isinstance(values.get("hidden_size"), int):
             heads = values.get("num_attention_heads")
             if isinstance(heads, int) and heads > 0 and values["hidden_size"] % heads == 0:
                 values["head_dim"] = values["hidden_size"] // heads
+    kinds = {key: values[key] for key in ("dtype", "torch_dtype") if values.get(key) is not None}
+    if len(set(map(str, kinds.values()))) > 1:
+        raise ValueError(f"config.json gives two dtypes, {' and '.join(f'{k} {v}' for k, v in kinds.items())}.")
     if missing := [key for key in family.required if values.get(key) is None]:
         raise ValueError(f"config.json lacks {', '.join(missing)}.")
     quantised = values.get("quantization_config")
@@ -208,29 +246,47 @@ def _read_gate(family: Family, values: dict[str, Any]) -> None:
     kinds = [family.gate_flags[flag] for flag, value in given.items() if value]
     if len(kinds) > 1:
         raise ValueError(f"config.json has {' and '.join(given)} both true: an output has one gate.")
-    if given and "attention_gate" not in values:
-        values["attention_gate"] = kinds[0] if kinds else "none"
+    if given:
+        said = kinds[0] if kinds else "none"
+        gate = values.get("attention_gate")
+        if gate is not None and gate != said:
+            raise ValueError(f"config.json has attention_gate {gate!r}, and {' and '.join(given)} say {said!r}.")
+        values["attention_gate"] = said
 
 
 def read_rope(values: dict[str, Any]) -> None:
     """Merge the old keys (rope_theta, rope_scaling) with the new one (rope_parameters)."""
     spelt = {name: values.pop(name, None) for name in ("rope_parameters", "rope_scaling")}
+    found: list[Yarn] = []
     for name, given in spelt.items():
         if given is None:
             continue
         if not isinstance(given, Mapping):
             raise ValueError(f"{name} cannot be {given!r}.")
-        given = dict(given)
+        given = {key: value for key, value in given.items() if value is not None}
         old, new = given.pop("type", None), given.pop("rope_type", None)
+        if old and new and old != new:
+            raise ValueError(f"config.json gives the kind of RoPE twice in {name}, {old!r} and {new!r}.")
         kind = new or old or "default"
         if kind == "yarn":
-            values["rope_scaling"] = read_yarn(given, values)
+            found.append(read_yarn(given, values))
         elif kind not in ("default", "mrope"):  # mrope: on text, all three of its positions are the token's
             raise ValueError(f"config.json asks for {kind!r} RoPE in {name}; supported are 'default' and 'yarn'.")
         for key, value in given.items():
+            if key not in ROPE and (key in IRRELEVANT or not harmless(key, value)):
+                raise ValueError(
+                    f"config.json has {key} in {name}, which this model does not know there and so cannot honour."
+                )
             if values.get(key) is not None and values[key] != value:
                 raise ValueError(f"config.json gives {key} twice, {values[key]} and {value}.")
-            values[key] = value
+            if key in ROPE:
+                values[key] = value
+    if len(found) == 2 and found[0] != found[1]:
+        raise ValueError(
+            f"config.json gives YaRN twice, as {found[0]} in rope_parameters and {found[1]} in rope_scaling."
+        )
+    if found:
+        values["rope_scaling"] = found[0]
 
 
 def read_yarn(given: dict[str, Any], values: Mapping[str, Any]) -> Yarn:

@@ -171,7 +171,12 @@ class Hooked(nn.Module):
         if incl_bwd is True and stop_at_layer is not None:
             raise ValueError("Without logits there is no loss: give incl_bwd a function of the residual stream.")
         given = inspect.signature(self.forward).bind_partial(*args, **kwargs).arguments
-        cache = given.get("cache")
+        cache, segments = given.get("cache"), given.get("segments")
+        if segments is not None and segments.gapped:
+            raise ValueError(
+                "Tokens are absent within a row, and what is kept would not stand in its columns: give the ids and "
+                "segments that segments.closed(ids) returns."
+            )
         continued = cache is not None and any(cache.lengths)
         recording = Recording(pos_slice, device, with_gradients=bool(incl_bwd))
         keep: Hooks = [("*" if names_filter is None else names_filter, recording.keep)]

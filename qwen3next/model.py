@@ -30,11 +30,12 @@ from qwen3next.block import Block
 from qwen3next.cache import HybridCache, new_cache
 from qwen3next.config import ModelConfig
 from qwen3next.decode import Slot, plan_for
+from qwen3next.fingerprint import WeightSums
 from qwen3next.generation_config import GenerationConfig
 from qwen3next.graph_decode import graph_for
 from qwen3next.hooks import Hooked
 from qwen3next.mtp import MTP
-from qwen3next.prefill import prefill, score
+from qwen3next.prefill import check_ids, prefill, score
 from qwen3next.released import Layout
 
 
@@ -95,7 +96,9 @@ class Qwen3Next(Hooked, nn.Module):
         self._warned_of_length = False
         self.decode_backend = self.cross_entropy_backend = "auto"
         self.decode_slot = Slot()
-        self.expert_cache: ExpertCache | None = None  # where routed experts stay in the files
+        self.expert_cache: ExpertCache | None = None  # where routed experts stay in the files,
+        self.experts_in = ""  # as they were when it was loaded
+        self.weight_sums = WeightSums()
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.reset_parameters()
@@ -125,11 +128,14 @@ class Qwen3Next(Hooked, nn.Module):
         """Predict the next token after each one.
 
         Args:
-            segments: where sequences begin and end (packed or padded rows); None means every row is one sequence.
+            segments: where sequences begin and end (packed or padded rows); None means every row is one sequence. Where
+                tokens are absent within a row, those behind them are moved up, as hooks see it.
             cache: what came before; extended by these tokens, without gradients.
             logits_to_keep: compute logits for the last so many columns only; 0 means all.
         Raises: ValueError for ids outside the vocabulary, an empty batch, or tokens that do not fit the cache.
         """
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep must not be negative, got {logits_to_keep}: 0 keeps all of them.")
         hidden, aux, _ = self._backbone(as_ids(input_ids), segments, cache, stats=cache is None)
         logits = self.hook_logits(self.lm_head(hidden[:, -logits_to_keep:]))
         return Output(logits, hidden, _stack(aux))
@@ -151,14 +157,21 @@ class Qwen3Next(Hooked, nn.Module):
         if cache is not None:
             raise ValueError("Stopping at a layer would leave the cache half-filled: run without a cache.")
         stop = stop_at_layer + count if stop_at_layer < 0 else stop_at_layer
+        check_ids(input_ids)
         input_ids = as_ids(input_ids)
+        given = Segments.full(input_ids) if segments is None else segments
+        input_ids, segments = given.closed(input_ids)
         segments = self._check(input_ids, segments, None)
-        return self._stream(input_ids, segments, None, stats=False, stop=stop)[0]
+        return given.reopened(self._stream(input_ids, segments, None, stats=False, stop=stop)[0])
 
     def _backbone(
         self, input_ids: Tensor, segments: Segments | None, cache: HybridCache | None, *, stats: bool
     ) -> tuple[Tensor, list[RouterStats], Segments]:
         """Hidden states after the final norm, router statistics a sparse layer, and where the sequences are."""
+        if segments is not None and segments.gapped:
+            ids, together = segments.closed(input_ids)
+            hidden, aux, _ = self._backbone(ids, together, cache, stats=stats)
+            return segments.reopened(hidden), aux, segments
         segments = self._check(input_ids, segments, cache)
         with nullcontext() if cache is None else cache.call(segments):
             x, aux = self._stream(input_ids, segments, cache, stats=stats, stop=len(self.blocks))
@@ -177,8 +190,7 @@ class Qwen3Next(Hooked, nn.Module):
 
     def _check(self, input_ids: Tensor, segments: Segments | None, cache: HybridCache | None) -> Segments:
         """Where the sequences are, what a cache holds counted in. Raises: as forward."""
-        if input_ids.ndim != 2 or not input_ids.numel():
-            raise ValueError(f"input_ids must be integers of shape (b, t), got {tuple(input_ids.shape)}.")
+        check_ids(input_ids)
         if segments is not None and (segments.batch, segments.length) != tuple(input_ids.shape):
             raise ValueError(
                 f"segments describe a batch of {segments.batch} x {segments.length} tokens, "
@@ -191,6 +203,8 @@ class Qwen3Next(Hooked, nn.Module):
                 )
             cache.check(self.config)
             segments = cache.admit(segments, input_ids)
+            if cache.model is None:  # from a pickle
+                cache.model = weakref.ref(self)
         elif segments is None:
             segments = Segments.full(input_ids)
         if torch.compiler.is_compiling():
@@ -281,6 +295,11 @@ class Qwen3Next(Hooked, nn.Module):
         """
         input_ids = as_ids(input_ids)
         labels = input_ids if labels is None else labels
+        self._check_labels(input_ids, labels)
+        labels = as_ids(labels)
+        if segments is not None and segments.gapped:
+            labels = segments.closed(labels)[0]
+            input_ids, segments = segments.closed(input_ids)
         hidden, aux, segments = self._backbone(input_ids, segments, None, stats=True)
         lm, targets = self._cross_entropy(hidden, labels, segments, ahead=1)
         if not targets:
@@ -297,6 +316,16 @@ class Qwen3Next(Hooked, nn.Module):
         balance, z = (zero, zero) if stats is None else (stats.balance.mean(), stats.z.mean())
         total = total + self.config.router_aux_loss_coef * balance + self.config.router_z_loss_coef * z
         return Losses(total, lm, mtp, balance, z, None if stats is None else stats.load.detach(), targets)
+
+    def _check_labels(self, input_ids: Tensor, labels: Tensor) -> None:
+        check_ids(input_ids)
+        check_ids(labels, "labels")
+        if labels.shape != input_ids.shape:
+            raise ValueError(f"labels are {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)}: align them.")
+        if labels is not input_ids and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = labels[(labels != -100) & ((labels < 0) | (labels >= self.vocab_size))]
+            if len(wrong):
+                raise ValueError(f"labels hold {int(wrong[0])}: give ids below {self.vocab_size}, or -100 for none.")
 
     def _cross_entropy(
         self, hidden: Tensor, labels: Tensor, segments: Segments, *, ahead: int, hook: HookPoint | None = None
@@ -386,6 +415,12 @@ class Qwen3Next(Hooked, nn.Module):
         """
         if cache.mtp is None or self.mtp is None or cache.hidden is None or not min(cache.lengths):
             raise ValueError("A draft needs a cache that was made with mtp=True and holds at least one token a row.")
+        check_ids(token, "token", ndim=1)
+        token = as_ids(token)
+        if len(token) != cache.batch:
+            raise ValueError(f"token has {len(token)} ids and the cache {cache.batch} rows: give one a row.")
+        if not 0 <= int(token.min()) <= int(token.max()) < self.vocab_size:
+            raise ValueError(f"token holds {int(token.min())} to {int(token.max())} of 0 to {self.vocab_size - 1}.")
         segments = Segments.full(token[:, None]).after([n - 1 for n in cache.lengths])
         rope = self._rotation(segments.positions, cache.hidden.dtype)
         state = cache.mtp.share(max(segments.past))  # continued here and forgotten
@@ -470,7 +505,7 @@ def _kv_dtype(name: str | torch.dtype | None, default: torch.dtype) -> torch.dty
     try:
         return default if name is None else as_dtype(name)
     except ValueError:
-        known = "float32, bfloat16, float16 or int8"
+        known = "float32, bfloat16, float16, float64 or int8"
         raise ValueError(f"Keys and values cannot be kept in {name!r}: choose {known}.") from None
 
 
@@ -486,10 +521,10 @@ def as_ids(ids: Tensor) -> Tensor:
 
 
 def as_dtype(name: str | torch.dtype) -> torch.dtype:
-    """torch's dtype of that name. Raises: ValueError for a name that is no floating-point dtype."""
+    """torch's dtype of that name. Raises: ValueError for one in which nothing is computed, as FP8."""
     dtype = getattr(torch, name, None) if isinstance(name, str) else name
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"{name!r} is no floating-point dtype: choose float32, bfloat16 or float16.")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"{name!r} is no dtype to compute in: choose float32, bfloat16, float16 or float64.")
     return dtype
 
 

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen3next.atomic import usable
 from qwen3next.config import ModelConfig
 from qwen3next.json_files import read_object
 from qwen3next.released import VISION, Entry, Layout, entries
@@ -19,6 +21,7 @@ SINGLE = "model.safetensors"
 QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "LICENSE*")
+BRING = "load with one dtype=, as 'bfloat16', or rewrite the folder with `qwen3next convert --dtype`"
 ENOUGH = 10_000  # missing tensors after which no more are counted: config.json is of another model
 
 
@@ -33,6 +36,7 @@ class Opened:
         vision: the tensors of a vision tower, which a text model leaves out.
         dtypes: that of each of our parameters, as stored.
         wanted: what config.json asks for, in the order of the layers.
+        torn: how tensors that fill one parameter differ in dtype, in a sentence; they need a cast.
         problems: what is wrong, in sentences; where there are any, only `verify` goes on.
     """
 
@@ -51,6 +55,7 @@ class Opened:
         self.config = self.config.replace(mtp_num_hidden_layers=found)
         self.layout = Layout.found(self.config, self.stored.keys())
         self.wanted: list[Entry] = []
+        self.torn = ""
         self.dtypes: dict[str, torch.dtype] = {}
         self.problems += self._compare()
 
@@ -64,6 +69,21 @@ class Opened:
             )
         if self.mtp_promised and not self.config.mtp_num_hidden_layers:
             yield "This checkpoint has no MTP tensors: loaded without multi-token prediction."
+
+    def mixed(self) -> str:
+        """What keeps the tensors from running together as they are stored, in a sentence; "" where nothing does."""
+        if self.torn:
+            return self.torn
+        kinds = Counter(kind for name, kind in self.dtypes.items() if not stays_exact(name))
+        usual = kinds.most_common(1)[0][0] if kinds else torch.float32
+        other = [name for name, kind in self.dtypes.items() if kind != cast_dtype(name, kind, usual)]
+        if not other:
+            return ""
+        stored = next(e for e in self.wanted if any(place.name == other[0] for place in e.places))
+        return (
+            f"{self.stored[stored.name].path}: {stored.name} is {CODES[self.dtypes[other[0]]]} and the weights beside "
+            f"it are {CODES[usual]}, which do not multiply: {BRING}."
+        )
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that a tensor is meant to have: as stored, or config.json's where FP8 stands for another."""
@@ -169,19 +189,19 @@ class Opened:
             if extra := sorted(self.stored.keys() - allowed):
                 yield f"{self.folder} holds {some(extra)}, which config.json has no place for."
         yield from self._check_stored()
-        yield from self._check_dtypes()
+        self._note_dtypes()
         yield from self._check_tie()
 
-    def _check_dtypes(self) -> Iterator[str]:
-        """Tensors that fill one parameter together must agree on its dtype, which becomes `dtypes[parameter]`."""
+    def _note_dtypes(self) -> None:
+        """Tensors that fill one parameter together should agree on its dtype, which becomes `dtypes[parameter]`."""
         for entry in self.wanted:
             if (stored := self.stored.get(entry.name)) and stored.dtype in (*QUANTISED, *FLOATS):
                 for place in entry.places:
                     kind = self.dtypes.setdefault(place.name, self.dtype(entry.name))
-                    if kind != self.dtype(entry.name):
-                        yield (
+                    if kind != self.dtype(entry.name) and not self.torn:
+                        self.torn = (
                             f"{stored.path}: {entry.name} is {CODES[self.dtype(entry.name)]} and others that make up "
-                            f"the same parameter are {CODES[kind]}: bring them to one of the dtypes."
+                            f"the same parameter are {CODES[kind]}: {BRING}."
                         )
 
     def _check_stored(self) -> Iterator[str]:
@@ -237,6 +257,18 @@ def open_checkpoint(path: str | Path) -> Opened:
     return opened
 
 
+def stays_exact(name: str) -> bool:
+    """Whether a tensor of this name (ours or released) keeps its stored precision in a cast."""
+    return name.endswith(("A_log", "dt_bias", "norm.weight")) or "_norm_" in name or "layernorm" in name
+
+
+def cast_dtype(name: str, stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """That of a tensor of this name in a model cast to `dtype`: fp64 would raise what it meets to fp64."""
+    if not stays_exact(name):
+        return dtype
+    return torch.float32 if stored == torch.float64 and dtype != torch.float64 else stored
+
+
 def dequantise(weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
     """weight · scale in fp32, one scale a block of the last two axes (the edge's may be smaller); or one for all."""
     scale = scale.float()
@@ -253,8 +285,9 @@ def local_folder(path: str | Path) -> Path:
         path: a folder, owner/name on the hub, or owner/name/folder where a hub repository holds several models.
     """
     folder, parts = Path(path), str(path).split("/")
-    if folder.is_dir():
-        return _one_model(folder)
+    with usable(path):
+        if folder.is_dir():
+            return _one_model(folder)
     here = folder.exists() or parts[0].startswith((".", "~"))
     mistyped = len(parts) > 2 and Path(parts[0]).exists()  # rather than a folder of something on the hub
     if here or mistyped or len(parts) < 2 or not all(parts):

@@ -36,14 +36,25 @@ def prefill(
     """`Qwen3Next.prefill`."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+    check_ids(input_ids, least=0)
     if not input_ids.numel() and not max(cache.lengths):  # behind a text that is there, nothing is to be run
         raise ValueError("The prompt is empty: give at least one token.")
     segments = Segments.full(input_ids) if segments is None else segments
+    input_ids, segments = segments.closed(input_ids)
     if max_memory is not None:
         most = chunk_for(model, cache, segments.after(cache.lengths), parse_bytes(max_memory))
         chunk_size = min(chunk_size, most)
     past = cache.lengths[0] if segments.plain and len(set(cache.lengths)) == 1 else 0
     return _chunks(model, input_ids, cache, segments, past, chunk_size // GRID * GRID or chunk_size)
+
+
+def check_ids(ids: Tensor, name: str = "input_ids", *, least: int = 1, ndim: int = 2) -> None:
+    """Raises: ValueError for what are no token ids of shape (b, t), or (b,) where ndim is 1."""
+    other = ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
+    if other or ids.ndim != ndim or ids.numel() < least:
+        shape = "(b, t)" if ndim == 2 else "(b,)"
+        kind = str(ids.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} must be integers of shape {shape}, got {kind} of shape {tuple(ids.shape)}.")
 
 
 def chunk_for(model: "Qwen3Next", cache: HybridCache, segments: Segments, max_memory: int) -> int:
@@ -101,6 +112,8 @@ def _chunks(
     model: "Qwen3Next", input_ids: Tensor, cache: HybridCache, segments: Segments, past: int, chunk_size: int
 ) -> Iterator[tuple[int, int]]:
     total, begin, last = input_ids.shape[1], 0, cache.last_logits
+    if last is None and not segments.plain and cache.hidden is not None:
+        last = model.logits_after(cache)  # rows that get no tokens here keep theirs
     while begin < total:
         end = min(total, (past + begin) // chunk_size * chunk_size + chunk_size - past)
         chunk, part = input_ids[:, begin:end], segments.part(begin, end)
@@ -122,6 +135,7 @@ def score(
     model: "Qwen3Next", input_ids: Tensor, *, chunk_size: int, cache: HybridCache | None
 ) -> Iterator[tuple[int, Tensor]]:
     """`Qwen3Next.score`."""
+    check_ids(input_ids, least=0)
     batch, total = input_ids.shape
     if chunk_size < 1 or total < 2 - (cache is not None):
         raise ValueError("There is nothing to score: give two tokens, or one and a cache; chunk_size from 1.")
@@ -146,4 +160,6 @@ def _losses(model: "Qwen3Next", input_ids: Tensor, chunk_size: int, cache: Hybri
 
 
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(at_least_fp32(logits).flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    return F.cross_entropy(at_least_fp32(logits).flatten(0, 1), targets.flatten().long(), reduction="none").view_as(
+        targets
+    )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from layers.kv_state import NAMES
+from qwen3next.atomic import usable
 from qwen3next.prefix_tree import End, Node, Piece
 from qwen3next.sealed import read_about, read_sealed, write_sealed
 from qwen3next.tensor_files import memory_of
@@ -28,7 +29,8 @@ class PrefixFolder:
 
     def __init__(self, folder: Path, budget: int):
         self.folder, self.budget = folder, budget
-        folder.mkdir(parents=True, exist_ok=True)
+        with usable(folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, node: Node) -> None:
         """Write a node that is in memory and make room for it, unless it and what it stands on exceed the budget."""

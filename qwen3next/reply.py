@@ -1,6 +1,6 @@
 """A reply: its tokens, as they come, to thinking and answer; what it cost."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,19 +37,19 @@ class ReplyReader:
 
     Args:
         stop_tokens: ids that end the reply.
-        stop_text: ends it where it is spelled with ordinary tokens, as it is by a tokenizer of bytes.
+        stop: texts that end it: the end mark, where a tokenizer of bytes spells it, and what the user stops at.
         opened: the prompt ended with `<think>`.
     Attributes:
         ended: the reply has ended itself.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, stop_tokens: Collection[int], stop_text: str | None = None, opened: bool = False
+        self, tokenizer: Tokenizer, *, stop_tokens: Collection[int], stop: Sequence[str] = (), opened: bool = False
     ):
         self._tokenizer, self._stop = tokenizer, frozenset(stop_tokens)
         added = tokenizer.get_added_tokens_decoder().items()
         self._hidden = {id for id, token in added if token.special and token.content not in (OPEN, CLOSE)}
-        self._text = TextStream(self._decode, stop=[stop_text] if stop_text else [])
+        self._text = TextStream(self._decode, stop=stop)
         self._splitter = ThinkingSplitter(opened=opened)
         self.ended = False
 

@@ -1,7 +1,7 @@
 """How a cache goes back to a token in its past: kept states, and between them the replay of what was written."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +26,7 @@ class Stretch:
         logits: (b, vocab) where it begins, if known.
         before: (b, width) hidden state of the token before it, if known.
         hidden: (b n width) of the tokens noted.
+        rested: row → how many of them are its own, where it rested after those, or was taken back to there.
     """
 
     lengths: tuple[int, ...]
@@ -33,16 +34,34 @@ class Stretch:
     logits: Tensor | None
     before: Tensor | None
     hidden: list[Tensor] = field(default_factory=list)
+    rested: dict[int, int] = field(default_factory=dict)
 
     @property
     def noted(self) -> int:
         return sum(x.shape[1] for x in self.hidden)
 
+    def own(self, row: int) -> int:
+        """How many of the tokens noted are this row's; −1 where not even the beginning is."""
+        return self.rested.get(row, self.noted)
+
+    def after(self, counts: Sequence[int]) -> "Point":
+        """The state after so many tokens of each row."""
+        layers = [DeltaNetState(*tape.state_after(counts)) for tape in self.tapes]
+        hidden, logits = self.before, None if max(counts) else self.logits
+        if max(counts):
+            noted = torch.cat(self.hidden, dim=1)
+            before = torch.zeros_like(noted[:, :1]) if hidden is None else hidden[:, None]
+            index = torch.tensor(counts, device=noted.device)[:, None, None].expand(-1, 1, noted.shape[2])
+            hidden = torch.cat((before, noted), dim=1).gather(1, index)[:, 0]
+        lengths = tuple(begin + n for begin, n in zip(self.lengths, counts, strict=True))
+        return Point(lengths, layers, logits, hidden)
+
     def cut(self, length: int) -> "Stretch":
         """The same beginning with `length` of its tokens."""
         hidden = [torch.cat(self.hidden, dim=1)[:, :length]] if length else []
         tapes = [tape.cut(length) for tape in self.tapes]
-        return Stretch(self.lengths, tapes, self.logits, self.before, hidden)
+        rested = {row: n for row, n in self.rested.items() if n < length}
+        return Stretch(self.lengths, tapes, self.logits, self.before, hidden, rested)
 
 
 @dataclass(frozen=True)
@@ -70,7 +89,8 @@ class Journal:
     def __init__(self, limit: int):
         self.limit = limit
         self.stretches: deque[Stretch] = deque()
-        self._open: Stretch | None = None  # notes the call that runs now
+        self._open: Stretch | None = None  # notes the call that runs now,
+        self._cut = 0  # from this of its tokens on
 
     def copy(self) -> "Journal":
         """Another journal of the same past: lists are copied, tensors shared."""
@@ -83,9 +103,19 @@ class Journal:
         self._open = None
 
     def begin(
-        self, layers: Sequence[State], segments: Segments, *, logits: Tensor | None, hidden: Tensor | None
+        self,
+        layers: Sequence[State],
+        segments: Segments,
+        *,
+        logits: Tensor | None,
+        hidden: Tensor | None,
+        resting: Collection[int] = (),
     ) -> None:
-        """Before a call that nothing refuses any more: make its layers note what they write."""
+        """Before a call that nothing refuses any more: make its layers note what they write.
+
+        Args:
+            resting: rows that it leaves as they are.
+        """
         states = [s for s in layers if isinstance(s, DeltaNetState)]
         newest = self.stretches[-1] if self.stretches else None
         length, cut = segments.length, 0
@@ -93,7 +123,8 @@ class Journal:
             self._open = None
             self._keep(Stretch(segments.past, _tapes(states), logits, hidden))
             return
-        if newest is not None and newest.noted + length <= self._most(newest) and self._reaches(newest, segments.past):
+        fits = newest is not None and newest.noted + length <= self._most(newest)
+        if newest is not None and fits and self._reaches(newest, segments.past, resting):
             self._open = newest
         else:
             if length > self.limit + GRID:
@@ -101,14 +132,16 @@ class Journal:
                 logits = hidden = None
             lengths = tuple(past + cut for past in segments.past)
             self._open = Stretch(lengths, _tapes(states), logits, hidden)
+        self._cut = cut
+        rested = self._open.rested
+        self._open.rested = {row: rested.get(row, self._open.noted) for row in resting}
         for state, tape in zip(states, self._open.tapes, strict=True):
             state.tape, state.cut = tape, cut
 
     def end(self, layers: Sequence[State], hidden: Tensor) -> None:
         """After that call; `hidden` is (b t width)."""
         states = [s for s in layers if isinstance(s, DeltaNetState)]
-        tapes, stretch = [s.tape for s in states], self._open
-        cut = states[0].cut if states else 0
+        tapes, stretch, cut = [s.tape for s in states], self._open, self._cut
         for state in states:
             state.tape, state.cut = None, 0
         self._open = None
@@ -137,29 +170,35 @@ class Journal:
 
     def find(self, targets: Sequence[int]) -> Point | None:
         """The state after so many tokens of each row, and everything after it forgotten; None where it is not known."""
-        for i in reversed(range(len(self.stretches))):
-            stretch = self.stretches[i]
-            counts = [target - begin for target, begin in zip(targets, stretch.lengths, strict=True)]
-            if min(counts) < 0 or max(counts) > stretch.noted:
-                continue
-            layers = [DeltaNetState(*tape.state_after(counts)) for tape in stretch.tapes]
-            hidden, logits = stretch.before, None if max(counts) else stretch.logits
-            if max(counts) and (hidden is not None or min(counts)):
-                noted = torch.cat(stretch.hidden, dim=1)
-                before = noted[:, :1] if hidden is None else hidden[:, None]
-                index = torch.tensor(counts, device=noted.device)[:, None, None].expand(-1, 1, noted.shape[2])
-                hidden = torch.cat((before, noted), dim=1).gather(1, index)[:, 0]
-            while len(self.stretches) > i:
-                self.stretches.pop()
-            if len(set(counts)) == 1:  # else what follows would not stand in the same columns
-                self.stretches.append(stretch.cut(counts[0]))
-            return Point(tuple(targets), layers, logits, hidden)
-        return None
+        holding = []
+        for row, target in enumerate(targets):
+            found = [i for i, s in enumerate(self.stretches) if 0 <= target - s.lengths[row] <= s.own(row)]
+            if not found:
+                return None
+            holding.append(found[-1])
+        counts = {i: [0] * len(targets) for i in holding}
+        for row, i in enumerate(holding):
+            counts[i][row] = targets[row] - self.stretches[i].lengths[row]
+        points = {i: self.stretches[i].after(counts[i]) for i in counts}
+        self._forget(targets)
+        if len(points) == 1:
+            return points[holding[0]]
+        return _gathered([points[i] for i in holding], targets)
 
     def furthest(self, most: int) -> int:
         """Of a cache of one row: the largest number of tokens, up to `most`, that `find` would know; −1 for none."""
-        ends = [min(most, s.lengths[0] + s.noted) for s in self.stretches if s.lengths[0] <= most]
+        ends = [min(most, s.lengths[0] + s.own(0)) for s in self.stretches if s.lengths[0] <= most]
         return max(ends, default=-1)
+
+    def _forget(self, targets: Sequence[int]) -> None:
+        """Take out what was noted behind so many tokens of each row."""
+        for _ in range(len(self.stretches)):
+            stretch = self.stretches.popleft()
+            left = [min(target - stretch.lengths[row], stretch.own(row)) for row, target in enumerate(targets)]
+            if max(left) >= 0:
+                kept = stretch.cut(max(left))
+                kept.rested = {row: n for row, n in enumerate(left) if n < max(left)}
+                self.stretches.append(kept)
 
     @property
     def nbytes(self) -> int:
@@ -198,10 +237,32 @@ class Journal:
         return min(self.limit, cheap)
 
     @staticmethod
-    def _reaches(stretch: Stretch, past: Sequence[int]) -> bool:
-        """Whether its last token is the one before the call's first, in every row."""
-        return all(begin + stretch.noted == now for begin, now in zip(stretch.lengths, past, strict=True))
+    def _reaches(stretch: Stretch, past: Sequence[int], resting: Collection[int]) -> bool:
+        """Whether its last token is the one before the call's first, in every row that goes on."""
+        return all(
+            row in resting or (begin + stretch.noted == now and stretch.own(row) == stretch.noted)
+            for row, (begin, now) in enumerate(zip(stretch.lengths, past, strict=True))
+        )
 
 
 def _tapes(states: Sequence[DeltaNetState]) -> list[Tape]:
     return [Tape(s.conv, s.memory, s.memory.dtype) for s in states]
+
+
+def _gathered(points: Sequence[Point], targets: Sequence[int]) -> Point:
+    """One point of several: each row is that of its own."""
+    layers = []
+    for states in zip(*(point.layers for point in points), strict=True):
+        conv, memory = (
+            torch.stack([x[row] for row, x in enumerate(parts)])
+            for parts in ([s.conv for s in states], [s.memory for s in states])
+        )
+        layers.append(DeltaNetState(conv, memory))
+    known = [x for point in points if (x := point.hidden) is not None]
+    hidden = None
+    if known:  # a row without tokens has none
+        rows = [
+            known[0].new_zeros(known[0].shape[1]) if p.hidden is None else p.hidden[r] for r, p in enumerate(points)
+        ]
+        hidden = torch.stack(rows)
+    return Point(tuple(targets), layers, None, hidden)

@@ -10,7 +10,8 @@ class TextStream:
     """Turns token ids, one at a time, into text that can be printed at once.
 
     A character may take several byte tokens; it is given out when it is whole. Bytes that are no character
-    whatever follows are given out as U+FFFD. Text that may begin a stop string waits until that is decided.
+    whatever follows are given out as U+FFFD, and so is a character that is incomplete at the end. Text that may begin
+    a stop string waits until that is decided.
 
     Args:
         decode: text of a list of token ids, U+FFFD for broken bytes.
@@ -40,8 +41,14 @@ class TextStream:
         return self._release()
 
     def finish(self) -> str:
-        """The rest, at the end of generation. An incomplete character is dropped."""
-        rest, self._waiting = self._waiting, ""
+        """The rest, at the end of generation: what has been given out is then what decoding at once gives."""
+        if self.stopped:
+            return ""
+        self._waiting += self._decode(self._ids)[self._given :] if self._ids else ""
+        self._ids, self._given = [], 0
+        rest = self._release()
+        if not self.stopped:
+            rest, self._waiting = rest + self._waiting, ""
         return rest
 
     def _release(self) -> str:

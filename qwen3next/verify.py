@@ -49,6 +49,8 @@ def verify(path: str | Path, *, values: bool = False, progress: bool = False) ->
             report.config, report.tensors = opened.config, len(opened.stored)
             report.nbytes = sum(s.nbytes for s in (*opened.stored.values(), *opened.scales.values()))
             report.problems += opened.problems
+            if not opened.problems and (mixed := opened.mixed()):
+                report.problems.append(mixed)
             report.notices += opened.notices()
             if values and not opened.problems:
                 _check_values(opened, report, progress)

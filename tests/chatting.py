@@ -98,15 +98,17 @@ def tokenizer(*, ascii_only: bool = False, special_tags: bool = False) -> Tokeni
 class Scripted(q.Qwen3Next):
     """Computes as the model does, cache and all, and then says the next of its lines, one a reply.
 
-    `lines` are token ids; a reply begins with the forward of a prompt, which is longer than one token.
+    `lines` are token ids; a reply begins with the forwards of a prompt, of which each is longer than one token.
     """
 
     lines: list[list[int]]
+    at = 0
 
     def forward(self, input_ids, segments=None, cache: Cache | None = None, logits_to_keep: int = 0) -> q.Output:
         out = super().forward(input_ids, segments, cache, logits_to_keep)
         if input_ids.shape[1] > 1:
-            self.line, self.at = self.lines.pop(0), 0
+            self.line = self.line if self.at == 1 else self.lines.pop(0)
+            self.at = 0
         out.logits[:, -1] = torch.nn.functional.one_hot(torch.tensor(self.line[self.at]), self.vocab_size) * 1e3
         self.at += 1
         return out

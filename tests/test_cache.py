@@ -1,5 +1,7 @@
 """The cache: what it costs, forks, snapshots, rows, precisions."""
 
+import pickle
+
 import pytest
 import torch
 from caches import cold, run, same
@@ -165,3 +167,70 @@ def test_what_cannot_be_run_or_kept_gets_a_sentence(model):
         model.prefill(torch.zeros(1, 0, dtype=torch.long), model.new_cache())
     with pytest.raises(ValueError, match=r"cannot be kept in 'int4': choose .* or int8"):
         model.new_cache(kv_dtype="int4")
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_a_pickle_goes_on_as_the_cache_does(model64, protocol):
+    ids = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(0))
+    cache = model64.new_cache(2, history=4, mtp=True)
+    run(model64, cache, ids[:, :30])
+    cache.snapshot("here")
+    for t in range(30, 36):
+        run(model64, cache, ids[:, t : t + 1])
+    again = pickle.loads(pickle.dumps(cache, protocol))
+    assert torch.equal(run(model64, again, ids[:, 36:38]), run(model64, cache, ids[:, 36:38]))
+    again.rollback(3)
+    assert same(again.last_logits, cold(model64, ids[:, :35]))
+    again.restore("here")
+    assert same(run(model64, again, ids[:, 30:33]), cold(model64, ids[:, :33]))
+
+
+def test_inference_mode_and_no_grad_may_alternate(model64):
+    ids = torch.randint(0, 97, (1, 40), generator=torch.Generator().manual_seed(0))
+    for made_in in (True, False):
+        for backend in ("auto", "torch"):
+            model64.set_backend("decode", backend)
+            with torch.inference_mode(made_in):
+                cache = model64.new_cache(history=6, mtp=True)
+            for begin, end in ((0, 20), (20, 21), (21, 30), (30, 31), (31, 32)):
+                with torch.inference_mode(begin % 20 == 0):
+                    logits = run(model64, cache, ids[:, begin:end])
+                    (fork,) = cache.fork()
+                assert same(logits, cold(model64, ids[:, :end]))
+                assert same(run(model64, fork, ids[:, end : end + 1]), cold(model64, ids[:, : end + 1]))
+            cache.rollback(4)
+            assert same(cache.last_logits, cold(model64, ids[:, :28]))
+
+
+@pytest.mark.parametrize("name", ["float64", "float32", "bfloat16", "float16", "int8"])
+def test_dtypes_of_a_cache_are_right(name):
+    """fp64 beside fp32 loses nothing; the others as much as they round."""
+    model = small_model()
+    ids = torch.randint(0, 97, (1, 40), generator=torch.Generator().manual_seed(0))
+    bound = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 0.1, "float16": 0.02, "int8": 0.1}[name]
+    for kinds in ({"kv_dtype": name}, {"kv_dtype": name, "state_dtype": name}):
+        if name == "int8" and "state_dtype" in kinds:
+            with pytest.raises(ValueError, match="'int8' is no dtype to compute in"):
+                model.new_cache(**kinds)
+            continue
+        cache = model.new_cache(**kinds)
+        run(model, cache, ids[:, :30])
+        for t in range(30, 40):
+            got = run(model, cache, ids[:, t : t + 1])
+            assert same(got, cold(model, ids[:, : t + 1]), bound)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float4_e2m1fn_x2", "int64", "bool", "nothing", torch.float8_e5m2])
+def test_dtypes_that_are_none(model64, name, tmp_path):
+    with pytest.raises(ValueError, match="Keys and values cannot be kept in"):
+        model64.new_cache(kv_dtype=name)
+    with pytest.raises(ValueError, match="is no dtype to compute in"):
+        model64.new_cache(state_dtype=name)
+    model64.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is no dtype to compute in"):
+        q.load(tmp_path, dtype=name)
+
+
+def test_a_negative_number_of_logits_is_refused(model64):
+    with pytest.raises(ValueError, match="logits_to_keep must not be negative, got -1: 0 keeps all"):
+        model64(torch.zeros(1, 3, dtype=torch.long), logits_to_keep=-1)

@@ -3,7 +3,6 @@
 import tempfile
 from pathlib import Path
 
-import torch
 from caches import cold, cold_draft, same
 from conftest import small_model
 from hypothesis import settings
@@ -11,10 +10,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import qwen3next as q
+import torch
 from layers.segments import Segments
 
 MOST = 120  # tokens a row
-MODEL = small_model(dtype=torch.float64, num_hidden_layers=2, layer_types=("linear_attention", "full_attention"))
+HYBRID = {"num_hidden_layers": 2, "layer_types": ("linear_attention", "full_attention")}
+KINDS = {
+    "hybrid": HYBRID,
+    "softmax": {"num_hidden_layers": 2, "layer_types": ("full_attention",) * 2},
+    "linear": {"num_hidden_layers": 2, "layer_types": ("linear_attention",) * 2, "mtp_num_hidden_layers": 0},
+    "dense": HYBRID | {"num_experts": 0},
+    "tied": HYBRID | {"tie_word_embeddings": True, "mtp_num_hidden_layers": 0},
+}
 which = st.integers(0, 3)
 
 
@@ -24,9 +31,11 @@ class Walk(RuleBasedStateMachine):
     A cache goes with `said`, the tokens of each of its rows.
     """
 
+    model: q.Qwen3Next
+
     @initialize(history=st.integers(0, 5), rows=st.integers(1, 3))
     def start(self, history, rows):
-        cache = MODEL.new_cache(rows, max_len=MOST, history=history, mtp=True)
+        cache = self.model.new_cache(rows, max_len=MOST, history=history, mtp=self.model.mtp is not None)
         self.caches = [(cache, [[] for _ in range(rows)])]
         self.random = torch.Generator().manual_seed(0)
 
@@ -39,7 +48,7 @@ class Walk(RuleBasedStateMachine):
     def feed(self, cache, said, ids, segments, chunk):
         for run in segments.runs:
             said[run.sequence].extend(ids[run.row, run.begin : run.end].tolist())
-        for _ in MODEL.prefill(ids, cache, chunk, segments=segments):
+        for _ in self.model.prefill(ids, cache, chunk, segments=segments):
             pass
 
     @rule(which=which, n=st.sampled_from([1, 1, 1, 2, 7, 30, 80]), chunk=st.sampled_from([5, 64, 4096]))
@@ -65,6 +74,23 @@ class Walk(RuleBasedStateMachine):
                 mask[r, slice(t - n, t) if way == "l" else slice(0, n)] = 1
             segments = Segments.from_mask(mask)
         self.feed(cache, said, self.new_tokens(segments.batch, segments.length), segments, 4)
+
+    @rule(which=which, rests=st.lists(st.booleans(), min_size=3, max_size=3), steps=st.integers(1, 6))
+    def go_on_while_some_rest(self, which, rests, steps):
+        """As `stream` does, where rows have stopped."""
+        cache, said = self.pick(which)
+        resting = [r for r in range(len(said)) if rests[r]]
+        if max(map(len, said)) + steps > MOST or (resting and not min(map(len, said))):
+            return
+        for _ in range(steps):
+            token, before = self.new_tokens(len(said), 1), cache.last_logits
+            with cache.resting(resting):
+                logits = self.model.step(token, cache)
+            if before is not None:
+                logits[resting] = before[resting]
+                cache.last_logits = logits
+            for r, row in enumerate(said):
+                row.extend([] if r in resting else token[r].tolist())
 
     @precondition(lambda self: len(self.caches) < 4)
     @rule(which=which)
@@ -113,7 +139,7 @@ class Walk(RuleBasedStateMachine):
         cache, said = self.caches[i]
         with tempfile.TemporaryDirectory() as folder:
             cache.save(Path(folder) / "cache")
-            again = q.HybridCache.load(Path(folder) / "cache", MODEL, max_len=MOST, history=history)
+            again = q.HybridCache.load(Path(folder) / "cache", self.model, max_len=MOST, history=history)
         assert again.snapshots.keys() == cache.snapshots.keys()
         self.caches[i] = (again, said)
 
@@ -124,12 +150,20 @@ class Walk(RuleBasedStateMachine):
             for r, row in enumerate(said):
                 assert cache.tokens[r, : len(row)].tolist() == row
                 if row and cache.last_logits is not None:
-                    assert same(cache.last_logits[r], cold(MODEL, torch.tensor([row]))[0])
-            if min(map(len, said)) and cache.hidden is not None:
+                    assert same(cache.last_logits[r], cold(self.model, torch.tensor([row]))[0])
+            if min(map(len, said)) and cache.hidden is not None and cache.mtp is not None:
                 token = torch.arange(len(said))
-                for r, draft in enumerate(MODEL.draft(cache, token)):
-                    assert same(draft, cold_draft(MODEL, torch.tensor([said[r]]), token[r : r + 1])[0])
+                for r, draft in enumerate(self.model.draft(cache, token)):
+                    assert same(draft, cold_draft(self.model, torch.tensor([said[r]]), token[r : r + 1])[0])
 
 
-Walk.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
-TestWalk = Walk.TestCase
+def walk(kind):
+    """The same walk over another kind of model."""
+    model = small_model(dtype=torch.float64, **KINDS[kind])
+    case = type(f"Walk_{kind}", (Walk,), {"model": model}).TestCase
+    most = 25 if kind == "hybrid" else 6
+    case.settings = settings(max_examples=most, stateful_step_count=25, deadline=None)
+    return case
+
+
+TestHybrid, TestSoftmax, TestLinear, TestDense, TestTied = map(walk, KINDS)

@@ -86,6 +86,36 @@ def test_the_cache_changes_nothing(ascii64, template):
             assert chat.stats.reused < len(ids)  # the thinking it opened is not in the next prompt
 
 
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_what_was_there_before_is_never_run_again(ascii64, template, thinking):
+    """A template may open or close thinking behind the prompt and leave that out of the next one: each turn is gone on
+    from where it differs, or where it was last the same whatever would follow."""
+    coder, model = ascii64
+    chat = talk(model, coder, template, system="s", variables={"enable_thinking": thinking})
+    for turn in range(4):
+        known = chat.template.render(chat.messages, variables=chat.variables, add_generation_prompt=False)
+        say(chat, f"question {turn}", max_new_tokens=100 if turn == 1 else 9, seed=1, temperature=1.0)
+        if turn:
+            assert chat.stats.reused >= len(coder.encode(known[: known.rfind("<|im_start|>assistant\n") + 22]).ids)
+
+
+def test_stop_strings_and_rules_of_the_configuration(ascii64):
+    coder, model = ascii64
+    said = say(talk(model, coder), "Hello", max_new_tokens=20)[1]
+    stop, banned = said[3:5], coder.token_to_id(said[0])
+    config = GenerationConfig(stop_strings=(stop,), max_new_tokens=4)
+    chat = talk(model, coder, generation=config)
+    assert say(chat, "Hello", max_new_tokens=20)[1] == said[: said.index(stop)]
+    assert chat.stats.ended == "stop"
+    assert say(talk(model, coder, generation=config), "Hello")[1] == said[:4]
+    assert chat.generation.max_new_tokens == 4
+    rules = q.SamplingRules(suppress_tokens=(banned,))
+    assert (
+        said[0] not in say(talk(model, coder, generation=GenerationConfig(rules=rules)), "Hello", max_new_tokens=20)[1]
+    )
+
+
 def test_the_cache_is_continued_by_all_it_holds(ascii64):
     coder, model = ascii64
     chat = talk(model, coder)
@@ -93,10 +123,10 @@ def test_the_cache_is_continued_by_all_it_holds(ascii64):
     held = chat.stats.prompt + 8  # the last token has not been run
     say(chat, "and", max_new_tokens=9)
     assert chat.stats.reused == held
-    first = held - 8
+    asked = chat.template.render([*chat.messages[:-2], {"role": "user", "content": ""}], add_generation_prompt=False)
     chat.undo()
     said = say(chat, "or", max_new_tokens=9)
-    assert chat.stats.reused == first  # back to where the first reply began
+    assert chat.stats.reused == len(coder.encode(asked.removesuffix("<|im_end|>\n")).ids)  # up to the other question
     fresh = talk(model, coder)
     fresh.messages = chat.messages[:-2]
     assert say(fresh, "or", max_new_tokens=9) == said

@@ -186,3 +186,70 @@ def test_a_template_that_is_no_text(tmp_path):
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="is not UTF-8 text"):
         ChatTemplate.load(tmp_path)
+
+
+ASKS = PLAIN.replace(
+    "{{ message.content }}",
+    """{{ message.content or "" }}{% for call in message.tool_calls or [] %}
+{% if call.function.arguments is string %}{{ call.function.arguments }}{% else %}
+{{ call.function.arguments | tojson }}{% endif %}{% endfor %}""",
+)
+ITEMS = PLAIN.replace(
+    "{{ message.content }}",
+    """{{ message.content or "" }}{% for call in message.tool_calls or [] %}
+{% for name, value in call.function.arguments | items %}<{{ name }}>{{ value }}{% endfor %}{% endfor %}""",
+)
+
+
+def called(arguments):
+    function = {"name": "weather", "arguments": arguments}
+    call = {"type": "function", "id": "1", "function": function}
+    return [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+
+
+@pytest.mark.parametrize("source", [TEMPLATES["tools"], ITEMS], ids=["tojson", "items"])
+def test_arguments_as_json_text_are_the_object(source):
+    """As servers with OpenAI's interface give them on to templates."""
+    arguments, messages = {"city": "Zürich", "days": 2}, called(json.dumps({"city": "Zürich", "days": 2}))
+    system = [{"role": "system", "content": "s"}]
+    want = theirs(source, system + called(arguments))
+    assert ChatTemplate(source, special_tokens=TOKENS).render(system + messages) == want
+    assert messages == called(json.dumps(arguments))
+    assert ChatTemplate(ITEMS).render(called("")) == ChatTemplate(ITEMS).render(called({}))
+
+
+def test_a_template_that_reads_json_text_gets_it_as_it_is():
+    for arguments in ('{"a":1}', {"a": 1}):
+        assert ChatTemplate(ASKS).render(called(arguments)) == theirs(ASKS, called(arguments))
+
+
+@pytest.mark.parametrize("arguments, sentence", [("{", "which are not JSON"), ("[1]", "which are no JSON object")])
+def test_arguments_that_are_none(arguments, sentence):
+    with pytest.raises(ValueError, match=r"Message 2 has tool_calls\[0\] with arguments .*" + sentence):
+        ChatTemplate(ITEMS).render(called(arguments))
+
+
+LATE = [
+    {"role": "system", "content": "One."},
+    {"role": "system", "content": "Two."},
+    {"role": "user", "content": "x"},
+    {"role": "system", "content": [{"type": "text", "text": "Three."}]},
+]
+
+
+def test_late_and_several_system_messages():
+    """As the template has them; what it would leave out, or refuses, is named."""
+    assert ChatTemplate(PLAIN).render(LATE[:3]) == theirs(PLAIN, LATE[:3])
+    drops = PLAIN.replace("%}\n<", "%}{% if loop.first or message.role != 'system' %}\n<", 1)
+    drops = drops.replace("<|im_end|>\n{% endfor", "<|im_end|>\n{% endif %}{% endfor")
+    assert "One." in ChatTemplate(drops).render(LATE[::2])
+    for messages, number in ((LATE[:3], 2), (LATE[2:], 2)):
+        with pytest.raises(
+            ValueError, match=f"Message {number} has role 'system', and the chat template leaves it out"
+        ):
+            ChatTemplate(drops).render(messages)
+    refuses = (
+        "{% if messages[1:] | selectattr('role', 'equalto', 'system') | list %}{{ raise_exception('no') }}{% endif %}"
+    )
+    with pytest.raises(ValueError, match=r"conversation: no \(Message 2 is a system message"):
+        ChatTemplate(refuses).render(LATE)

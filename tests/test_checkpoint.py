@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import small_config, small_model
-from parity import stored
+from parity import stored, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -142,7 +142,7 @@ NAME = "model.layers.0.linear_attn.out_proj.weight"
         (lambda t: t.update({NAME: torch.zeros(64, 96, dtype=torch.int8)}), "stored as I8"),
         (
             lambda t: t.update({"model.layers.0.mlp.experts.1.up_proj.weight": torch.zeros(32, 64).half()}),
-            "dtypes",
+            "F16 and others that make up the same parameter are F32",
         ),
     ],
 )
@@ -239,3 +239,107 @@ def test_hub_ids_may_name_a_folder(tmp_path, folder, monkeypatch):
         with pytest.raises(ValueError, match="is not a folder"):
             q.load(mistyped)
     assert not asked  # nobody was asked for what is meant to be here
+
+
+def untie(how):
+    """A tied model whose head has become a tensor of its own, as training tools leave it."""
+    model = small_model(tie_word_embeddings=True)
+    if how == "to_empty":
+        with torch.device("meta"):
+            model = q.Qwen3Next(model.config)
+        model.to_empty(device="cpu")
+        model.reset_parameters()
+    elif how == "assign":
+        model.load_state_dict({name: x.clone() for name, x in model.state_dict().items()}, assign=True)
+    else:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.embed_tokens.weight))
+    return model
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("how", ["to_empty", "assign", "a head of its own"])
+def test_a_head_that_was_untied_is_saved(tmp_path, how, trained):
+    model = untie(how)
+    if trained:
+        sgd = torch.optim.SGD(model.parameters(), 0.5)
+        model.loss(tokens(20)).total.backward()
+        sgd.step()
+    assert model.lm_head.weight is not model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    again = q.load(tmp_path)
+    equal = torch.equal(model.lm_head.weight, model.embed_tokens.weight)
+    assert again.config.tie_word_embeddings == equal
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    with torch.no_grad():
+        assert torch.equal(again(tokens(20)).logits, model(tokens(20)).logits)
+
+
+def test_a_head_that_was_tied_is_saved(tmp_path):
+    model = small_model()
+    model.lm_head.weight = model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    assert torch.equal(q.load(tmp_path).lm_head.weight, model.embed_tokens.weight)
+
+
+class LowRank(torch.nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.a = base, torch.nn.Parameter(torch.ones(2, base.in_features))
+
+    def forward(self, x):
+        return self.base(x) + (x @ self.a.T).sum(-1, keepdim=True)
+
+
+def biased(model):
+    model.lm_head = torch.nn.Linear(64, 97)
+
+
+def adapted(model):
+    model.blocks[0].mlp.shared_expert.up_proj = LowRank(model.blocks[0].mlp.shared_expert.up_proj)
+
+
+def normed(model):
+    torch.nn.utils.parametrizations.weight_norm(model.lm_head)
+
+
+def added(model):
+    model.extra = torch.nn.Linear(2, 2)
+
+
+def buffered(model):
+    model.register_buffer("scale", torch.ones(1))
+
+
+def resized(model):
+    model.embed_tokens = torch.nn.Embedding(99, 64)
+
+
+def half_cast(model):
+    model.blocks[0].linear_attn.in_proj_z.bfloat16()
+
+
+def emptied(model):
+    model.blocks[1].to("meta")
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (biased, "no place for lm_head.bias"),
+        (adapted, "no place for .*up_proj.a, .*up_proj.base.weight"),
+        (normed, "no place for lm_head.parametrizations"),
+        (added, "no place for extra.bias"),
+        (buffered, "no place for scale"),
+        (resized, r"embed_tokens.weight makes a tensor of shape \[99, 64\]"),
+        (half_cast, "are one tensor on disk: give them one dtype"),
+        (emptied, "is on the meta device"),
+    ],
+)
+def test_what_the_layout_cannot_hold_is_refused(tmp_path, change, sentence):
+    model = small_model()
+    model.save_pretrained(tmp_path / "m")
+    before = (tmp_path / "m" / "model.safetensors").read_bytes()
+    change(model)
+    with pytest.raises(ValueError, match=sentence):
+        model.save_pretrained(tmp_path / "m")
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == before

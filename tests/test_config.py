@@ -122,3 +122,84 @@ def test_presets_are_hybrids(make):
     assert {"linear_attention", "full_attention"} == set(config.layer_types)
     assert config.num_experts or make is presets.qwen3_5_27b
     assert config.mtp_num_hidden_layers
+
+
+def other(value):
+    """A value of the same type that says something else."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value * 2
+    if isinstance(value, str):
+        return f"not {value}"
+    if isinstance(value, list):
+        return value[::-1] if value[::-1] != value else [*value, 1]
+    return {**value, "rope_theta": 3.0} if isinstance(value, dict) else 3
+
+
+def said(values):
+    """What a config.json means for the mathematics, or None where it is refused."""
+    try:
+        config = ModelConfig.from_dict(values)
+    except ValueError:
+        return None
+    return config.replace(extra={}, outer={}), config.stop_tokens
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+MEANT = {  # beside the keys that a configuration writes
+    "rope_scaling": YARN,
+    "rope_parameters": YARN | {"rope_theta": 1e4, "partial_rotary_factor": 0.25},
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.25,
+    "qkv_bias": True,
+    "hidden_act": "silu",
+    "headwise_attn_output_gate": True,
+    "elementwise_attn_output_gate": True,
+    "attn_output_gate": True,
+    "attention_gate": "headwise",
+    "use_sliding_window": True,
+    "mamba_ssm_dtype": "float32",
+    "full_attention_interval": 2,
+    "num_key_value_heads": 1,
+    "quantization_config": {"quant_method": "awq"},
+    "an_invention": 7,
+}
+NOTHING_MEANT = {"architectures", "bos_token_id", "pad_token_id", "use_sliding_window"}  # the last: but in qwen3
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen3"])
+def test_every_key_at_every_level_is_read_or_refused(kind):
+    """Each key with another value, in the text model, beside it and inside RoPE's dictionaries."""
+    changes = {} if kind != "qwen3" else {"layer_types": ("full_attention",) * 4, "mtp_num_hidden_layers": 0}
+    dense = {} if "moe" in kind or kind == "qwen3_next" else {"num_experts": 0}
+    norms = {"zero_centred_norms": False, "partial_rotary_factor": 1.0} if kind == "qwen3" else {}
+    config = small_config(model_type=kind, eos_token_id=5, **changes, **dense, **norms)
+    text = config.to_dict()
+    before = said(text)
+    levels = [lambda key, value: text | {key: value}]
+    for name in ("rope_parameters", "rope_scaling"):
+        levels.append(lambda key, value, name=name: text | {name: (text.get(name) or {}) | {key: value}})
+    if kind.startswith("qwen3_5"):
+        whole = {"model_type": kind.removesuffix("_text"), "vision_config": {}, "text_config": text}
+        assert said(whole) == before
+        levels.append(lambda key, value: whole | {key: value})
+        levels.append(lambda key, value: whole | {"text_config": text | {key: value}})
+        levels.append(lambda key, value: whole | {key: value, "text_config": {k: text[k] for k in text if k != key}})
+    keys = {key: [value, other(value)] for key, value in text.items() if key not in ("model_type",)}
+    for key, value in MEANT.items():
+        keys[key] = [*keys.get(key, []), value, other(value)]
+    silent = []
+    for n, place in enumerate(levels):
+        for key, values in keys.items():
+            for value in values:
+                # What the key says where it belongs: the same there, another text model, or refused.
+                alone = {k: v for k, v in text.items() if k != key}
+                if "rope_parameters" in alone:
+                    alone["rope_parameters"] = {k: v for k, v in text["rope_parameters"].items() if k != key}
+                meant, now = said(alone | {key: value}), said(place(key, value))
+                if now is None or key in NOTHING_MEANT or value is None:
+                    continue
+                if now != meant and not (now == before == said(text | {key: value})):
+                    silent.append((n, key, value))
+    assert not silent

@@ -125,3 +125,64 @@ def test_a_cache_of_other_text_is_refused(model):
         q.generate(model, ids(1, 8, seed=1), cache=cache, max_new_tokens=2)
     with pytest.raises(ValueError, match="do not fit"):
         q.generate(model, ids(1, 5), cache=cache, max_new_tokens=30)
+
+
+@pytest.mark.parametrize("history", [0, 20])
+def test_a_row_that_stopped_can_be_continued(history):
+    """Its cache ends before its stop token, as a single prompt's does; then every row goes on from its own end."""
+    model = small_model(dtype=torch.float64, mtp_num_hidden_layers=1)
+    prompt = ids(3, 70)
+    free = q.generate(model, prompt, max_new_tokens=12, stop_tokens=[])[:, 70:].tolist()
+    stop = next(token for token in free[0][1:6] if token not in free[1] and token not in free[2])
+    ended = free[0].index(stop)
+    cache = model.new_cache(3, history=history, mtp=True)
+    first = q.generate(model, prompt, cache=cache, max_new_tokens=12, stop_tokens=[stop])
+    assert cache.lengths == (70 + ended, 81, 81)
+    after = model(first[:1, : 70 + ended]).logits[:, -1]
+    assert (cache.last_logits[:1] - after).abs().max() < 1e-10
+    if history:  # rows are taken back from their own ends, also across the place where one stopped
+        for back in ([0, 3, 5], [0, 1, 0], [0, 9, 9], [1, 0, 0], [2, 9, 9], [2, 11, 11], [1, 11, 0]):
+            branch = cache.fork()[0]
+            branch.rollback(back)
+            for r, n in enumerate(branch.lengths):
+                assert (branch.last_logits[r] - model(first[r : r + 1, :n]).logits[0, -1]).abs().max() < 1e-10
+    token, draft = torch.tensor([5, 5, 5]), model.new_cache(1, mtp=True)
+    list(model.prefill(first[:1, : 70 + ended], draft))
+    assert (model.draft(cache, token)[:1] - model.draft(draft, token[:1])).abs().max() < 1e-10
+    turn = torch.cat((first, ids(3, 5, seed=4)), dim=1)
+    cold = q.generate(model, turn, max_new_tokens=6)
+    assert torch.equal(q.generate(model, turn, cache=cache, max_new_tokens=6), cold)
+    if history:
+        cache.rollback([2, 4, 0])
+        for r, n in enumerate(cache.lengths):
+            assert (cache.last_logits[r] - model(cold[r : r + 1, :n]).logits[0, -1]).abs().max() < 1e-10
+
+
+def test_padded_and_packed_prompts_continue_a_cache(model):
+    rows, lengths = ids(3, 9), (2, 9, 5)
+    mask = torch.zeros(3, 9, dtype=torch.long)
+    for r, n in enumerate(lengths):
+        mask[r, 9 - n :] = 1
+    padded = Segments.from_mask(mask)
+    cold = q.generate(model, rows, segments=padded, max_new_tokens=4)
+    packed = torch.cat([rows[r, 9 - n :] for r, n in enumerate(lengths)])[None]
+    for held in ((0, 3, 1), (2, 9, 5), (1, 0, 5)):
+        for prompt, segments in ((rows, padded), (packed, Segments.from_lengths([lengths]))):
+            cache = model.new_cache(3)
+            begin = Segments.from_mask(torch.tensor([[1] * n + [0] * (9 - n) for n in held]))
+            shifted = torch.stack([rows[r].roll(n - 9) for r, n in enumerate(lengths)])
+            model(shifted, segments=begin, cache=cache)
+            steps = list(q.stream(model, prompt, segments=segments, cache=cache, max_new_tokens=4))
+            assert torch.equal(torch.stack(steps, dim=1), cold[:, 9:])
+
+
+def test_a_text_that_a_row_does_not_begin_with_is_named(model):
+    cache = model.new_cache(2)
+    list(model.prefill(ids(2, 5), cache))
+    other = ids(2, 8)
+    other[:, :5] = ids(2, 5)
+    other[1, 3] += 1
+    with pytest.raises(ValueError, match="Row 1 of the cache holds 5 tokens that the prompt does not begin with"):
+        q.generate(model, other % 97, cache=cache, max_new_tokens=2)
+    with pytest.raises(ValueError, match="holds 2 sequences and 3 prompts"):
+        q.generate(model, ids(3, 8), cache=cache, max_new_tokens=2)

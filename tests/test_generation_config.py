@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import transformers
 
-from qwen3next.generation_config import GenerationConfig
+from qwen3next.generation_config import BESIDE, NOT_APPLIED, OWN, RULES, GenerationConfig
+from qwen3next.sampling_rules import SamplingRules
 
 
 def write(folder, values):
@@ -23,6 +25,15 @@ def write(folder, values):
         ({"do_sample": True, "eos_token_id": 0}, GenerationConfig(temperature=1.0, stop_tokens=(0,))),
         ({"temperature": 0.7, "top_k": None, "eos_token_id": []}, GenerationConfig()),  # not told to sample
         ({"do_sample": True, "repetition_penalty": 1.0, "pad_token_id": 3}, GenerationConfig(temperature=1.0)),
+        (
+            {"repetition_penalty": 1.05, "presence_penalty": 1.5, "bad_words_ids": [[1, 2]], "suppress_tokens": [3]},
+            GenerationConfig(
+                rules=SamplingRules(
+                    repetition_penalty=1.05, presence_penalty=1.5, bad_words_ids=((1, 2),), suppress_tokens=(3,)
+                )
+            ),
+        ),
+        ({"stop_strings": "x", "max_new_tokens": 9}, GenerationConfig(stop_strings=("x",), max_new_tokens=9)),
     ],
 )
 def test_values(tmp_path, values, expected):
@@ -32,9 +43,26 @@ def test_values(tmp_path, values, expected):
 
 
 def test_what_is_not_applied_is_said(tmp_path):
-    write(tmp_path, {"repetition_penalty": 1.05})
-    with pytest.warns(UserWarning, match="repetition_penalty 1.05, which is not applied"):
+    write(tmp_path, {"num_beams": 4, "an_invention": [1], "use_cache": True, "num_return_sequences": 1})
+    with pytest.warns(UserWarning, match=r"asks for num_beams 4, an_invention \[1\], which are not applied here"):
         GenerationConfig.load(tmp_path)
+    config = GenerationConfig.load(tmp_path, quiet=True)
+    with pytest.warns(UserWarning, match="num_beams 4"):
+        config.warn()
+
+
+def test_every_key_of_transformers_is_applied_named_or_without_effect(tmp_path):
+    """Each of its settings, asked for something: a rule, a field, a warning, or of no consequence to the text."""
+    keys = [key for key in vars(transformers.GenerationConfig()) if not key.startswith("_")]
+    assert not [key for key in keys if (key in (*RULES, *OWN)) + (key in NOT_APPLIED) + (key in BESIDE) != 1]
+    for key in NOT_APPLIED:
+        write(tmp_path, {key: 7})
+        with pytest.warns(UserWarning, match=f"{key} 7, which is not applied"):
+            GenerationConfig.load(tmp_path)
+    for key in RULES:
+        write(tmp_path, {key: "x"})
+        with pytest.raises(ValueError, match=f"generation_config.json: {key} is 'x': make it"):
+            GenerationConfig.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +74,9 @@ def test_what_is_not_applied_is_said(tmp_path):
         ({"top_p": 0}, "top_p 0"),
         ({"eos_token_id": ["<end>"]}, "a token id or a list of them"),
         ({"eos_token_id": True}, "eos_token_id True"),
+        ({"do_sample": "yes"}, "do_sample 'yes': make it true or false"),
+        ({"stop_strings": [""]}, "a text or a list of them"),
+        ({"max_new_tokens": 0}, "a whole number from 1"),
         ([], "must hold a JSON object"),
     ],
 )

@@ -296,3 +296,58 @@ def test_cache_bytes_follow_the_formula():
     big = q.presets.qwen3_next_80b_a3b()
     assert big.bytes_per_token() == 24 * 2**10
     assert big.bytes_per_sequence() == 36 * (2 * 2**20 + 8192 * 3 * 2)
+
+
+def test_a_zero_in_a_mask_is_a_token_that_is_not_there(model64):
+    """Wherever it stands: logits, residual stream, losses, gradients, caches and generation are those of the rest."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 97, (3, 90), generator=generator)
+    mask = torch.rand(3, 90, generator=generator) < torch.tensor([[0.7], [0.95], [1.1]])
+    mask[0, :5] = mask[1, 80:] = False
+    segments = Segments.from_mask(mask.long())
+    assert segments.gapped
+    texts = [ids[r, mask[r]][None] for r in range(3)]
+    out, stream = model64(ids, segments=segments), model64.residual(2, ids, segments=segments)
+    last = model64(ids, segments=segments, logits_to_keep=7).logits
+    for r, text in enumerate(texts):
+        assert (out.logits[r, mask[r]] - model64(text).logits[0]).abs().max() < 1e-10
+        assert (stream[r, mask[r]] - model64.residual(2, text)[0]).abs().max() < 1e-10
+    assert (last - out.logits[:, -7:]).abs().max() < 1e-10
+
+    packed = torch.cat(texts, dim=1)
+    whole = Segments.from_lengths([[text.shape[1] for text in texts]])
+    gradients = []
+    for x, s in ((ids, segments), (packed, whole)):
+        model64.zero_grad()
+        loss = model64.loss(x, segments=s)
+        loss.total.backward()
+        gradients.append((loss, [p.grad.clone() for p in model64.parameters()]))
+    (a, first), (b, second) = gradients
+    assert (a.total - b.total).abs() < 1e-10
+    assert a.targets == b.targets
+    assert max((x - y).abs().max() for x, y in zip(first, second, strict=True)) < 1e-10
+    labels = ids.masked_fill(torch.rand(3, 90, generator=generator) < 0.3, -100)
+    sparse = torch.cat([labels[r, mask[r]][None] for r in range(3)], dim=1)
+    a, b = model64.loss(ids, segments=segments, labels=labels), model64.loss(packed, segments=whole, labels=sparse)
+    assert (a.total - b.total).abs() < 1e-10
+
+    cache = model64.new_cache(3)
+    with torch.no_grad():
+        cached = model64(ids, segments=segments, cache=cache).logits
+    assert (cached - out.logits)[mask].abs().max() < 1e-10
+    assert cache.lengths == tuple(text.shape[1] for text in texts)
+    new = torch.stack(list(q.stream(model64, ids, segments=segments, max_new_tokens=4)), dim=1)
+    for r, text in enumerate(texts):
+        assert cache.tokens[r, : text.shape[1]].tolist() == text[0].tolist()
+        assert torch.equal(new[r], q.generate(model64, text, max_new_tokens=4)[0, -4:])
+    seen = []
+    model64.run_with_hooks(
+        ids, segments=segments, fwd_hooks=[("blocks.1.hook_resid_post", lambda x, hook: seen.append(x))]
+    )
+    together, closed = segments.closed(ids)
+    _, acts = model64.run_with_cache(together, segments=closed)
+    assert torch.equal(seen[0], acts["blocks.1.hook_resid_post"])
+    with pytest.raises(ValueError, match=r"segments that segments\.closed"):
+        model64.run_with_cache(ids, segments=segments)
+    with pytest.raises(ValueError, match="segments describe 3 x 90 tokens, got"):
+        model64(ids[:, :5], segments=segments)

@@ -2,6 +2,7 @@
 
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -263,3 +264,28 @@ def test_a_walk_is_held_to_cold_runs(model, tmp_path, seed, on_disk):
             texts.append(said)
         if on_disk and rng.random() < 0.1:
             stores[0] = q.PrefixStore(model, **options)
+
+
+@pytest.mark.filterwarnings("error")
+def test_stores_in_threads_share_a_folder(tmp_path):
+    """Four of them write and read the same texts at the same time; each cache is that of a cold run."""
+    model = small_model(dtype=torch.float64)
+    texts = [torch.randint(0, 97, (70,), generator=torch.Generator().manual_seed(k)) for k in range(8)]
+    texts += [torch.cat((text[:64], text[:30])) for text in texts]
+    want = [cold(model, text[None]) for text in texts]
+
+    def work(n):
+        store = q.PrefixStore(model, folder=tmp_path, budget="1GiB")
+        for k in range(len(texts)):
+            i = (k * 5 + n * 3) % len(texts)
+            found = store.prefill(texts[i])
+            for _ in found:
+                pass
+            assert same(found.cache.last_logits, want[i])
+        return store
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
+    again = q.PrefixStore(model, folder=tmp_path, budget="1GiB")
+    assert all(again.match(text).matched_tokens == len(text) for text in texts)

@@ -208,3 +208,37 @@ def test_the_mtp_layers_part_goes_back_too(model):
         assert same(model.draft(cache, token), cold_draft(model, ids[:, :held], token))
     cache.rollback([0, 1])
     assert same(model.draft(cache, token)[1], cold_draft(model, ids[:, :34], token)[1])
+
+
+@pytest.mark.parametrize("kind", ["full_attention", "linear_attention"])
+def test_a_long_call_is_taken_back_in_models_of_one_kind_of_layer(kind):
+    model = small_model(dtype=torch.float64, num_hidden_layers=2, layer_types=(kind, kind))
+    ids = torch.randint(0, 97, (1, 300), generator=torch.Generator().manual_seed(3))
+    cache = model.new_cache(max_len=400, history=16)
+    with torch.no_grad():
+        model(ids, cache=cache)
+    for back in (5, 11):
+        cache.rollback(back)
+        assert same(cache.last_logits, cold(model, ids[:, : cache.lengths[0]]))
+
+
+def test_each_row_goes_back_by_its_own_number(model):
+    """Within `history`, whatever stretch of notes a row's token lies in; and again from there, with other tokens."""
+    ids = tokens(60, b=3)
+    cache = model.new_cache(batch=3, max_len=90, history=16)
+    run(model, cache, ids[:, :40])
+    for t in range(40, 60):
+        run(model, cache, ids[:, t : t + 1])
+    said = [ids[r].tolist() for r in range(3)]
+    for back in ([0, 16, 7], [3, 0, 5], [1, 1, 1], [0, 0, 2]):
+        cache.rollback(back)
+        said = [row[: len(row) - n] for row, n in zip(said, back, strict=True)]
+        for r, row in enumerate(said):
+            assert same(cache.last_logits[r], cold(model, torch.tensor([row]))[0])
+        for k in range(4):
+            new = torch.tensor([[k], [k + 1], [k + 2]])
+            run(model, cache, new)
+            said = [[*row, int(x)] for row, x in zip(said, new, strict=True)]
+        for r, row in enumerate(said):
+            assert same(cache.last_logits[r], cold(model, torch.tensor([row]))[0])
+            assert cache.tokens[r, : len(row)].tolist() == row

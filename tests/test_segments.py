@@ -53,8 +53,15 @@ def test_from_lengths():
 
 
 def test_bad_input_is_refused():
-    with pytest.raises(ValueError, match="interrupted by padding"):
-        Segments.from_mask(torch.tensor([[1, 0, 1]]))
+    gapped = Segments.from_mask(torch.tensor([[1, 0, 1]]))
+    for use in (lambda: gapped.runs, lambda: gapped.first, lambda: gapped.end, lambda: gapped.cu_seqlens):
+        with pytest.raises(ValueError, match="Absent tokens stand within a sequence"):
+            use()
+    for use in (lambda: gapped.attention_mask, gapped.next_is_same):
+        with pytest.raises(ValueError, match="Absent tokens stand within a sequence"):
+            use()
+    with pytest.raises(ValueError, match="segments describe 1 x 3 tokens, got"):
+        gapped.closed(torch.zeros(1, 4))
     with pytest.raises(ValueError, match="integers of shape"):
         Segments.from_document_ids(torch.zeros(3))
 
@@ -79,3 +86,22 @@ def test_rows_of_one_whole_sequence_are_plain():
     assert Segments.from_document_ids(torch.tensor([[4, 4], [5, 5]])).plain
     assert not Segments.from_document_ids(torch.tensor([[4, 4], [4, 5]])).plain
     assert not Segments.from_mask(torch.tensor([[1, 1], [0, 0]])).plain
+
+
+def test_rows_with_holes_are_moved_together():
+    mask = torch.tensor([[0, 1, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0, 1]])
+    segments = Segments.from_mask(mask)
+    assert segments.gapped
+    assert segments.real_lengths == (3, 7, 0, 4)
+    x = torch.arange(28).view(4, 7)
+    together, closed = segments.closed(x)
+    assert not closed.gapped
+    assert together[:, :4].tolist() == [[0, 1, 4, 5], [7, 8, 9, 10], [14, 15, 16, 17], [21, 23, 25, 27]]
+    assert closed.mask.tolist() == [[0, 1, 1, 1, 0, 0, 0], [1] * 7, [0] * 7, [1, 1, 1, 1, 0, 0, 0]]
+    assert torch.equal(segments.reopened(together), x)
+    deep = x[..., None].expand(-1, -1, 3)
+    assert torch.equal(segments.reopened(segments.closed(deep)[0]), deep)
+    packed = Segments.from_document_ids(torch.tensor([[3, -1, 3, -1, 4, 4, -1, 5]]))
+    assert packed.gapped
+    assert packed.closed(torch.arange(8)[None])[0].tolist() == [[0, 2, 4, 5, 7, 1, 3, 6]]
+    assert not Segments.from_document_ids(torch.tensor([[3, 3, -1, -1, 4, 4, -1, 5]])).gapped

@@ -17,21 +17,30 @@ def test_no_character_is_shown_before_its_last_byte():
     assert steps == ["a", "", "é", "", "", "漢", "", "", "", "🎉"]
 
 
-def test_an_incomplete_character_at_the_end_is_dropped():
+@pytest.mark.parametrize("data", ["a漢".encode()[:-1], b"a\xff", "\ufffd".encode(), "a \ufffd\ufffd".encode(), b""])
+def test_the_end_is_that_of_decoding_at_once(data):
+    """U+FFFD itself, bytes that no byte can make a character, a character that is cut off."""
     stream = TextStream(decode)
-    assert "".join(stream.push(byte) for byte in "a漢".encode()[:-1]) + stream.finish() == "a"
+    assert "".join(stream.push(byte) for byte in data) + stream.finish() == decode(list(data))
+    assert stream.finish() == ""
+
+
+def test_a_stop_string_that_only_the_end_completes():
+    stream = TextStream(decode, stop=["\ufffd"])
+    assert "".join(stream.push(byte) for byte in b"a\xff") + stream.finish() == "a"
+    assert stream.stopped
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_equals_decoding_at_once(seed):
     """Random bytes, broken sequences included, over several windows."""
     rng = random.Random(seed)
-    data = b"".join(rng.choice([b"a", "é".encode(), "🎉".encode(), rng.randbytes(2)]) for _ in range(200)) + b"."
+    data = b"".join(rng.choice([b"a", "é".encode(), "🎉".encode(), rng.randbytes(2)]) for _ in range(200))
     stream, shown = TextStream(decode), ""
     for i, byte in enumerate(data):
         shown += stream.push(byte)
         assert decode(list(data[: i + 1])).startswith(shown)
-    assert shown == decode(list(data))
+    assert shown + stream.finish() == decode(list(data))
 
 
 @pytest.mark.parametrize(

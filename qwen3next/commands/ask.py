@@ -27,7 +27,7 @@ def ask(
     question: Question = (),
     plain: bool = False,
     system: str | None = None,
-    max_new_tokens: int = 512,
+    max_new_tokens: int | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -61,7 +61,8 @@ def ask(
         question: what to ask; may be repeated. Each is asked about the document alone.
         plain: continue the text and do not use a chat template.
         system: system prompt. Without it, the template's own if it has one.
-        max_new_tokens: tokens of an answer at most, thinking included.
+        max_new_tokens: tokens of an answer at most, thinking included. Without it, what generation_config.json says,
+            else 512.
         temperature: 0 takes the most likely token each time. Without it, what generation_config.json says, else 0.
         top_k: draw among so many most likely tokens; 0 means all. Without it, as above, else 0.
         top_p: draw among the most likely tokens that together have this probability. Without it, as above, else 1.

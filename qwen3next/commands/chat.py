@@ -16,7 +16,7 @@ def chat(
     system: str | None = None,
     think: Literal["auto", "on", "off"] = "auto",
     thinking: Literal["show", "hide"] = "show",
-    max_new_tokens: int = 2048,
+    max_new_tokens: int | None = None,
     max_context: int | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
@@ -43,7 +43,7 @@ def chat(
         system: system prompt. Without it, the template's own if it has one.
         think: on or off, for templates with enable_thinking; auto is what the template does by itself.
         thinking: show it, dimmed on a terminal and between <think> tags elsewhere, or hide it.
-        max_new_tokens: tokens of a reply at most, thinking included.
+        max_new_tokens: tokens of a reply at most, thinking included. Without it, as below, else 2048.
         max_context: tokens of the whole conversation at most. Without it, the model's max_position_embeddings.
         temperature: 0 takes the most likely token each time. Without it, what generation_config.json says, else 0.
         top_k: draw among so many most likely tokens; 0 means all. Without it, as above, else 0.

@@ -45,7 +45,7 @@ def generate(
         top_k: draw among so many most likely tokens; 0 means all.
         top_p: draw among the most likely tokens that together have this probability.
         seed: for a temperature above 0; the same seed gives the same text on one machine.
-        stop: end before this string; may be repeated.
+        stop: end before this string, beside the checkpoint's stop_strings; may be repeated.
         stop_tokens: end after this token id, beside the model's end-of-text; may be repeated.
         device: auto (CUDA where there is one), cpu, cuda, cuda:1, ...
         dtype: auto keeps each tensor as stored.
@@ -59,7 +59,8 @@ def generate(
     weight = model.lm_head.weight
     ids = tokenizer.encode(text).ids
     began, first, made = time.perf_counter(), 0.0, 0
-    output = TextStream(lambda tokens: tokenizer.decode(tokens), stop=stop)
+    texts = (*model.generation_config.stop_strings, *stop)
+    output = TextStream(lambda tokens: tokenizer.decode(tokens), stop=texts)
     for token in stream(
         model,
         torch.tensor([ids], dtype=torch.long, device=weight.device),

@@ -81,6 +81,7 @@ def stream_activations(
     buffer: dict[str, Tensor] = {}
     for batch in batches:
         ids, segments = batch if isinstance(batch, tuple) else (batch, Segments.full(batch))
+        ids, segments = segments.closed(ids)
         tokens = ids[segments.mask].cpu()
         end = len(tokens) if rows is None else min(len(tokens), rows - seen)
         begin = min(max(done - seen, 0), end)
