@@ -202,11 +202,10 @@ class KVState:
 @torch.inference_mode(False)  # a buffer made inside that mode could not be written to outside it
 def _buffer(size: tuple[int, int, int], n: int, dtype: torch.dtype, device: torch.device) -> Stored:
     batch, kv_heads, head_dim = size
-    with torch.inference_mode(False):  # what a call in inference mode makes, one outside it must write to
-        pair = tuple(torch.zeros(batch, kv_heads, n, head_dim, dtype=dtype, device=device) for _ in "kv")
-        if dtype != torch.int8:
-            return pair
-        return *pair, *(torch.zeros(batch, kv_heads, n, 1, device=device) for _ in "kv")
+    pair = tuple(torch.zeros(batch, kv_heads, n, head_dim, dtype=dtype, device=device) for _ in "kv")
+    if dtype != torch.int8:
+        return pair
+    return *pair, *(torch.zeros(batch, kv_heads, n, 1, device=device) for _ in "kv")
 
 
 def _cut(part: Stored, begin: int, end: int) -> Stored:

@@ -17,7 +17,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 def l2_normalise(
-    x: Float[Tensor, "*batch d"], *, eps: float = 1e-6, scale: float = 1.0, backend: str = "auto"
+    x: Float[Tensor, "*batch d"], *, eps: float = 1e-6, scale: float | int = 1.0, backend: str = "auto"
 ) -> Float[Tensor, "*batch d"]:
     """scale · x / sqrt(Σx² + eps) over the last axis, in fp32 or better. eps is inside the root and not scaled by d."""
     if choose("elementwise", backend, x) == "cpp":

@@ -13,7 +13,10 @@ from layers.norm import RMSNorm
 from layers.offloaded_experts import OffloadedExperts
 from qwen3next.decode import why_not
 from qwen3next.graph_decode import why_not as graph_why_not
+from qwen3next.guard import decoding_modules, named_backend, watched
 from qwen3next.model import Qwen3Next, as_device, as_dtype
+
+LOOKS = "somebody looks inside: hooks, model.expose, a forward put in a module's place, or a mode of torch"
 
 
 class Table(list[Explanation]):
@@ -43,9 +46,9 @@ def explain(
     rows = {"decode": explain_operation("decode", model.decode_backend, where, kind)}
     runs = rows["decode"].runs
     reason = {"cpp": why_not, "graph": graph_why_not}[runs](model, where, kind) if runs != "torch" else None
-    if reason is None and runs == "cpp" and model.decode_backend == "auto":
-        named = any(getattr(module, "backend", "auto") != "auto" for module in model.modules())
-        reason = "it is one piece, and a backend of another operation was chosen by name" if named else None
+    if reason is None and runs != "torch" and watched(model):
+        named = any(map(named_backend, decoding_modules(model)))
+        reason = "it is one piece, and a backend of another operation was chosen by name" if named else LOOKS
     if reason is not None:
         rows["decode"] = Explanation("decode", "torch", "the modules, one operation after another", f"{runs}: {reason}")
     rows["cross_entropy"] = explain_operation("cross_entropy", model.cross_entropy_backend, where, kind)

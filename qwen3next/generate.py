@@ -5,13 +5,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
+
 from layers.segments import Segments
 from qwen3next.cache import HybridCache
 from qwen3next.hooks import Hooks
 from qwen3next.model import Qwen3Next
 from qwen3next.prefill import check_ids
 from qwen3next.sampling_rules import SamplingRules
-from torch import Tensor
 
 
 def sample(

@@ -174,10 +174,15 @@ def chooses(module: nn.Module) -> bool:
     settings = module.__dict__
     return bool(
         "forward" in settings
-        or any(settings.get(name, "auto") != "auto" for name in BACKENDS)
+        or named_backend(module)
         or settings.get("exposed_pattern")
         or settings.get("exposed_positions")
     )
+
+
+def named_backend(module: nn.Module) -> bool:
+    """Whether a backend was chosen for it by name."""
+    return any(module.__dict__.get(name, "auto") != "auto" for name in BACKENDS)
 
 
 def modes_act() -> bool:

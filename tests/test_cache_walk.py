@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+import torch
 from caches import cold, cold_draft, same
 from conftest import small_model
 from hypothesis import settings
@@ -10,7 +11,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import qwen3next as q
-import torch
 from layers.segments import Segments
 
 MOST = 120  # tokens a row

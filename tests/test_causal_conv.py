@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from layers.causal_conv import causal_conv
+from layers.native.build import missing
 from layers.segments import Segments
 
 
@@ -54,3 +55,22 @@ def test_row_of_padding_keeps_its_state():
     x, weight, state = draw(4)
     _, after = causal_conv(x, weight, state=state, segments=Segments.from_mask(torch.zeros(1, 4)))
     assert torch.equal(after, state)
+
+
+@pytest.mark.parametrize("taps", [1, 2, 3, 4, 5, 8, 9, 16, 33])
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_any_number_of_taps(taps, backend):
+    """Values, state and all gradients, for fewer and more tokens than taps; fp32 sums of up to 33 products."""
+    if backend == "cpp" and missing():
+        pytest.skip(missing())
+    for t in (1, 2, 40):
+        x, weight, state = (x.float().requires_grad_() for x in draw(t, b=2, taps=taps))
+        y, after = causal_conv(x, weight, state=state, backend=backend)
+        expected = [oracle(x[r], weight, state[r]) for r in range(2)]
+        wanted = torch.stack([e[0] for e in expected])
+        torch.testing.assert_close(y, wanted, atol=1e-5, rtol=1e-5)
+        assert torch.equal(after, torch.stack([e[1] for e in expected]))
+        given = (x, weight) if taps == 1 else (x, weight, state)  # without a state there is nothing to differentiate
+        got = torch.autograd.grad(y.square().sum(), given)
+        for a, b in zip(got, torch.autograd.grad(wanted.square().sum(), given), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)

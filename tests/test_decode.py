@@ -16,6 +16,7 @@ from layers.native import build
 from layers.segments import Segments
 from qwen3next import decode
 from qwen3next.decode import MOST_TOKENS
+from qwen3next.model import as_ids
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"compiled code cannot run: {build.missing()}")
 
@@ -361,3 +362,156 @@ def test_a_model_with_weights_that_a_step_does_not_know_runs_its_modules():
     model.set_backend("decode", "cpp")
     with pytest.raises(RuntimeError, match=r"attn_out_norm\.weight is a weight that it does not know"):
         model.step(ids[:, :1], caches[0])
+
+
+def against_modules(model, steps=3, **options):
+    """Largest difference of steps from the modules, and how many of the steps ran compiled."""
+    apart, ran_before = 0.0, []
+    run = decode.Plan.run
+    decode.Plan.run = lambda *args: (ran_before.append(1), run(*args))[1]
+    try:
+        cache = model.new_cache(2, max_len=40, **options)
+        list(model.prefill(tokens(7), cache))
+        for t in range(steps):
+            (other,) = cache.fork()
+            ids = tokens(1) + t
+            with torch.no_grad():
+                expected = model(ids, cache=other).logits[:, -1]
+            apart = max(apart, (model.step(ids, cache) - expected).abs().max().item())
+    finally:
+        decode.Plan.run = run
+    return apart, len(ran_before)
+
+
+def biased_head(model):
+    model.lm_head = torch.nn.Linear(64, 97, dtype=torch.float64)
+
+
+def scaled_embedding(model):
+    class Scaled(torch.nn.Embedding):
+        def forward(self, ids):
+            return 3 * super().forward(ids)
+
+    model.embed_tokens = Scaled(97, 64, dtype=torch.float64)
+
+
+def weight_norm_head(model):
+    torch.nn.utils.parametrizations.weight_norm(model.lm_head)
+    model.lm_head.parametrizations.weight.original0.data.mul_(2)
+
+
+def turned_head(model):
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().mT.contiguous().mT)
+
+
+def limited_embedding(model):
+    model.embed_tokens.max_norm = 0.1
+
+
+def other_eps_in_one_norm(model):
+    model.blocks[1].input_layernorm.eps = 0.5
+
+
+def fewer_experts_in_one_layer(model):
+    model.blocks[2].mlp.top_k = 1
+
+
+def other_norm(model):
+    model.norm = torch.nn.RMSNorm(64, dtype=torch.float64)
+    model.norm.forward = lambda x, hook_normalized=None: torch.nn.RMSNorm.forward(model.norm, x)
+
+
+def narrow_experts(model):
+    experts = model.blocks[0].mlp.experts
+    experts.gate_up_proj = torch.nn.Parameter(experts.gate_up_proj[:, :32].detach().clone())
+    experts.down_proj = torch.nn.Parameter(experts.down_proj[:, :, :16].detach().clone())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [biased_head, scaled_embedding, weight_norm_head, turned_head, limited_embedding, other_eps_in_one_norm,
+     fewer_experts_in_one_layer, other_norm, narrow_experts],
+)  # fmt: skip
+def test_what_it_does_not_know_runs_in_the_modules_and_is_named(change):
+    model = small_model(dtype=torch.float64)
+    assert against_modules(model) == (pytest.approx(0, abs=1e-12), 3)
+    change(model)
+    assert against_modules(model) == (pytest.approx(0, abs=1e-12), 0)
+    row = next(row for row in q.explain(model) if row.operation == "decode")
+    assert row.runs == "torch"
+    assert row.faster.startswith("cpp: ")
+
+
+def test_explain_sees_hooks():
+    model = small_model()
+    handle = model.lm_head.register_forward_hook(lambda *_: None)
+    (row,) = (row for row in q.explain(model) if row.operation == "decode")
+    assert row.runs == "torch"
+    handle.remove()
+    (row,) = (row for row in q.explain(model) if row.operation == "decode")
+    assert row.runs == "cpp"
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8])
+def test_ids_of_any_width(dtype):
+    model = small_model(dtype=torch.float64)
+    expected, got = (model.step(tokens(2).to(kind), model.new_cache(2)) for kind in (torch.int64, dtype))
+    assert torch.equal(expected, got)
+    for wrong in (tokens(2).double(), tokens(2) > 3):
+        with pytest.raises(ValueError, match="must be integers"):
+            as_ids(wrong)
+
+
+def test_a_cache_of_another_model_is_refused():
+    other = small_model(linear_num_value_heads=6).new_cache(2)
+    with pytest.raises(ValueError, match="linear_num_value_heads = 6, this one has 4"):
+        small_model().step(tokens(1), other)
+    cache = small_model().new_cache(2)
+    cache.layers = cache.layers[::-1]
+    with pytest.raises(ValueError, match="made for a model of other layers or sizes"):
+        small_model().step(tokens(1), cache)
+
+
+def test_rope_that_changes_acts_on_the_next_step():
+    model = small_model(dtype=torch.float64)
+    assert against_modules(model)[0] < 1e-12
+    model.config = model.config.replace(rope_theta=37.0)
+    assert against_modules(model) == (pytest.approx(0, abs=1e-12), 3)
+
+
+def test_rotations_that_others_fetch_meanwhile_stay():
+    """Rows that stand far apart need several tables, and fetching one may put another away."""
+    model = small_model(dtype=torch.float64, num_hidden_layers=1, layer_types=("full_attention",), num_experts=0,
+                        mtp_num_hidden_layers=0)  # fmt: skip
+    ids, mask = tokens(4095, b=2), torch.ones(2, 4095)
+    mask[0, :40] = 0
+    cache = model.new_cache(2, max_len=5000)
+    list(model.prefill(ids, cache, segments=Segments.from_mask(mask)))
+    model.step(tokens(1, b=1), model.new_cache(1))
+    plan = model.decode_slot.plan
+    for place in range(0, 4096, decode.TABLE):
+        plan.rotation(model, place)  # as a text decoded from its beginning would
+    for _ in range(3):
+        (other,) = cache.fork()
+        with torch.no_grad():
+            expected = model(tokens(1), cache=other).logits[:, -1]
+        assert (model.step(tokens(1), cache) - expected).abs().max() < 1e-10
+
+
+def test_weights_that_are_let_go_are_not_kept(monkeypatch):
+    """`.to()` makes no second copy of all weights: the plan lets go of the old ones first."""
+    model = small_model()
+    model.step(tokens(1), model.new_cache(2))
+    assert model.decode_slot.plan is not None
+    seen = []
+    monkeypatch.setattr(torch.nn.Module, "_apply", lambda self, fn, recurse=True: seen.append(model.decode_slot.plan))
+    model.double()
+    assert seen == [None]
+
+
+def test_a_broken_weight_is_refused_at_every_step():
+    model = small_model()
+    model.blocks[0].mlp.router.weight.data.untyped_storage().resize_(4)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="fewer than its numbers need"):
+            model.step(tokens(1), model.new_cache(2))

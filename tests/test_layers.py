@@ -8,8 +8,8 @@ import torch
 
 from layers.gated_attention import GatedAttention, attend
 from layers.gated_deltanet import GatedDeltaNet
-from layers.mlp import SwiGLU
-from layers.moe import Experts, SparseMoE
+from layers.mlp import SwiGLU, activate
+from layers.moe import Experts, SparseMoE, top_experts
 from layers.norm import GatedRMSNorm, RMSNorm, l2_normalise
 from layers.rope import rotation
 
@@ -174,3 +174,58 @@ def test_balance_is_top_k_when_even_and_grows_when_not():
 def test_contradicting_sizes_are_refused(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_of_any_strides(dtype):
+    """silu(gate) · up, rounded twice in bf16, whatever the order in memory; also of tensors without rows."""
+    whole = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    pairs = {
+        "transposed": (whole.mT, whole.flip(0).mT),
+        "every second": (whole[:, ::2], whole[:, 1::2]),
+        "expanded": (whole[:1].expand(5, 64), whole[:5]),
+        "three axes": (whole.view(4, 16, 64).transpose(0, 1), whole.view(16, 4, 64)),
+        "one axis": (whole[0], whole[1]),
+    }
+    for name, (gate, up) in pairs.items():
+        expected = torch.nn.functional.silu(gate) * up
+        torch.testing.assert_close(activate(gate, up), expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("scale", [1, 2, 0, True, 1.5])
+def test_a_scale_may_be_a_whole_number(backend, scale):
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    expected = x * scale / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(l2_normalise(x, scale=scale, backend=backend), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_equal_logits_are_ordered_by_number(dtype):
+    """As a stable sort: with many ties, zeros of both signs, infinities and numbers too small to be normal."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randint(-3, 4, (200, 33), generator=g).to(dtype) / 4
+    logits[:, ::5] = 0.0
+    logits[:, 1::7] = -0.0
+    logits[::3, 2] = -torch.inf
+    logits[::4, 30] = torch.inf
+    logits[::5, 3] = torch.finfo(dtype).tiny / 4
+    for k in (1, 4, 33):
+        expected = logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        assert torch.equal(top_experts(logits, k), expected)
+
+
+def test_equal_experts_are_chosen_alike_whatever_runs():
+    """A router of zeros chooses the first experts, in a forward of many tokens and of one, and on every backend."""
+    torch.manual_seed(0)
+    layer = SparseMoE(16, experts=8, top_k=3, inner=8, shared_inner=8)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    torch.nn.init.zeros_(layer.router.weight)
+    x, seen = torch.randn(2, 5, 16), []
+    layer.hook_router_indices.register_forward_hook(lambda module, args, indices: seen.append(indices))
+    with torch.no_grad():
+        for tokens in (x, x[:, :1], x[:1, :1]):
+            layer(tokens)
+    for indices in seen:
+        assert torch.equal(indices, torch.arange(3).expand_as(indices))

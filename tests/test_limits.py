@@ -13,15 +13,15 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from chatting import PLAIN, tokenizer
 from conftest import small_config, small_model
 from jaxtyping import AbstractArray
+from torch import Tensor
 
 import qwen3next as q
-import torch
 from layers.segments import Segments
 from qwen3next.chat_template import ChatTemplate
-from torch import Tensor
 
 OURS = (str(Path(q.__file__).parent), str(Path(q.__file__).parent.parent / "layers"))
 HERE = Path(__file__).parent

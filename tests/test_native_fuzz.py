@@ -1,4 +1,4 @@
-"""Every compiled function with right, odd and wrong arguments. `make test-sanitize` does it longer, under sanitizers."""
+"""Every compiled function with right, odd and wrong arguments. `make test-sanitize` does more, under sanitizers."""
 
 import ctypes
 import os
