@@ -82,6 +82,8 @@ def why_not(model: "Qwen3Next", device: torch.device | None = None, dtype: torch
             return f"{name} is a view that negates"
     sizes = _sizes(model)
     for x in _all_weights(model):
+        if x.gate_rows not in (0, 1, sizes.head_dim):
+            return f"{x.where} is beside a gate of {x.gate_rows} rows a head"
         expected = _shapes(sizes, x.gate_rows, x.sparse)[x.name]
         if x.tensor is not None and not _fits(x.tensor.shape, expected):
             return f"{x.where} has the shape {tuple(x.tensor.shape)} where it expects {expected}"
