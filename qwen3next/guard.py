@@ -4,8 +4,10 @@ A compiled step and a CUDA graph read weights and settings where they were found
 the model with what it was then: modules, weights, settings, hooks. Whatever happened in between acts on that very step.
 """
 
+from collections.abc import Callable, Iterator
+from functools import wraps
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,9 +31,9 @@ ARMED, FORWARD, CALLS = attrgetter("armed"), attrgetter("forward"), attrgetter("
 # Classes whose attributes are watched as they are set; others are compared.
 WATCHED = (Linear, RMSNorm, GatedRMSNorm, GatedDeltaNet, GatedAttention, SwiGLU, SparseMoE, Experts, Block, HookPoint)
 BACKENDS = ("backend", "linear_backend", "elementwise_backend")
-END = object()
 changes = 0  # of an attribute of a module of these classes
-DTYPE, SAME_MEMORY = attrgetter("dtype"), torch._C.TensorBase.is_set_to
+DTYPE, WEIGHT = attrgetter("dtype"), itemgetter("weight")
+SAME_MEMORY = torch._C.TensorBase.is_set_to  # same storage, place, sizes and strides
 OF_ALL_MODULES = (
     nn.modules.module._global_forward_hooks,
     nn.modules.module._global_forward_pre_hooks,
@@ -56,15 +58,7 @@ class Guard:
         self._top, self._kind, self._config = dict(model._modules), type(model), model.config
         self._children = [m._modules for m in self._modules if m._modules]
         self._children_then = [dict(children) for children in self._children]
-        self._named = [m._parameters for m in self._modules if m._parameters]
-        weights = list(chain.from_iterable(names.values() for names in self._named))
-        self._weights = [*weights, END]
-        # Each once, tied or not; of other classes it is enough that they are the same object: no plan uses them.
-        plain = {id(x): x for x in weights if x is not None and type(x) in (Tensor, nn.Parameter)}
-        self._tensors: list[Tensor] = list(plain.values())
-        self._memory = [x.detach() for x in self._tensors]  # kept alive: no other tensor can get its address
-        self._addresses = list(map(ADDRESS, self._tensors))
-        self._alike = Alike(self._tensors, self._memory)
+        self._weights = Weights([m._parameters for m in self._modules if m._parameters])
         self._changes = changes
         self._others = [m for m in self._modules if type(m) not in WATCHED]
         self._types = list(map(type, self._others))
@@ -85,17 +79,14 @@ class Guard:
                 and model._modules == self._top
                 and ("forward" in model.__dict__) == self._overridden
                 and self._children == self._children_then
-                # By identity: == would compare the numbers of tensors, which may be large, or have no memory.
-                and all(map(is_, chain(chain.from_iterable(map(dict.values, self._named)), (END,)), self._weights))
-                and list(map(ADDRESS, self._tensors)) == self._addresses
-                and self._alike()
+                and self._weights.hold()
                 and changes == self._changes
                 and self._settings == self._settings_then
                 and list(map(len, self._whole)) == self._lengths
                 and list(map(type, self._others)) == self._types
                 and list(map(FORWARD, self._classes)) == self._calls
             )
-        except (RuntimeError, ValueError, TypeError, NotImplementedError):
+        except (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError):
             return False  # something that cannot be compared has come: it is not what was there
 
     def watched(self, model: "Qwen3Next") -> bool:
@@ -109,11 +100,31 @@ class Guard:
         return self._hooked or self._chosen or modes_act()
 
 
-class Alike:
-    """Whether tensors have the sizes, strides and dtypes that they had; their addresses are compared elsewhere."""
+class Weights:
+    """Where weights lie and how they are read: address, sizes, strides, dtype. Which object holds them is all the same.
 
-    def __init__(self, tensors: list[Tensor], memory: list[Tensor]):
-        self._tensors, self._memory = tensors, memory
+    Tensors are never compared by ==: that would compare their numbers, which may be many, or have no memory.
+    """
+
+    def __init__(self, named: list[dict[str, nn.Parameter | None]]):
+        plain: dict[int, Tensor] = {}  # each once, however often it is tied
+        self._single: list[dict[str, nn.Parameter | None]] = []
+        self._several: list[dict[str, nn.Parameter | None]] = []
+        self._others: list[tuple[dict[str, nn.Parameter | None], str, object]] = []
+        for names in named:
+            found = [x for x in names.values() if x is not None]
+            new = all(type(x) in (Tensor, nn.Parameter) and id(x) not in plain for x in found)
+            if new and len(found) == 1 and names.get("weight") is not None:
+                self._single.append(names)
+            elif new and len(found) == len(names):
+                self._several.append(names)
+            else:  # tied, of other classes, or absent: the same object as before
+                self._others += [(names, name, x) for name, x in names.items()]
+                continue
+            plain |= {id(x): x for x in found}
+        tensors = self._now()
+        self._addresses = list(map(ADDRESS, tensors))
+        self._memory = [x.detach() for x in tensors]  # kept alive: no other tensor can get its address
         self._dtypes = list(map(DTYPE, tensors))
         self._guards: Any = None
         sizes: Any = [list(x.shape) for x in tensors]
@@ -121,19 +132,26 @@ class Alike:
         try:  # in a third of the time, by what torch.compile does it with, which is no public part of torch
             from torch._C._dynamo.guards import TensorGuards
 
-            self._guards = TensorGuards(
-                *tensors,
-                dynamic_dims_sizes=sizes,
-                dynamic_dims_strides=strides,
-            )
+            self._guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         except Exception:
             pass
 
-    def __call__(self) -> bool:
-        if self._guards is not None and self._guards.check(*self._tensors):
-            return True
-        # Same storage, place, sizes and strides, whatever else TensorGuards minds (gradients wanted, modes of torch).
-        return all(map(SAME_MEMORY, self._tensors, self._memory)) and list(map(DTYPE, self._tensors)) == self._dtypes
+    def _now(self) -> list[Tensor]:
+        values: Iterator[Any] = chain(map(WEIGHT, self._single), *map(dict.values, self._several))
+        return list(values)
+
+    def hold(self) -> bool:
+        """Whether nothing about them has changed. Raises: whatever comes of looking at what is no weight any more."""
+        now = self._now()
+        return (
+            list(map(ADDRESS, now)) == self._addresses
+            and all([names[name] is x for names, name, x in self._others])
+            and (
+                (self._guards is not None and self._guards.check(*now))
+                # Whatever else TensorGuards minds: gradients wanted, modes of torch.
+                or (all(map(SAME_MEMORY, now, self._memory)) and list(map(DTYPE, now)) == self._dtypes)
+            )
+        )
 
 
 def _count_changes(kind: type[nn.Module]) -> None:
@@ -151,6 +169,18 @@ def _count_changes(kind: type[nn.Module]) -> None:
         delete(module, name)
 
     kind.__setattr__, kind.__delattr__ = __setattr__, __delattr__  # type: ignore[method-assign, assignment]
+    for name in ("register_parameter", "register_buffer", "register_module", "add_module"):
+        setattr(kind, name, _counted(getattr(kind, name)))
+
+
+def _counted(method: Callable[..., None]) -> Callable[..., None]:
+    @wraps(method)
+    def call(*args: Any, **options: Any) -> None:
+        global changes
+        changes += 1
+        method(*args, **options)
+
+    return call
 
 
 for _kind in WATCHED:
