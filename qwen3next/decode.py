@@ -64,19 +64,26 @@ def why_not(model: "Qwen3Next", device: torch.device | None = None, dtype: torch
     Args:
         device, dtype: answer as if it were there and so.
     """
-    weight = model.embed_tokens.weight
+    weight = like(model)
     where, kind = weight.device if device is None else device, weight.dtype if dtype is None else dtype
     if reason := choose_reason("decode", "cpp", where, kind):
         return reason
-    if reason := unknown_module(model) or _unlike(model):
-        return reason
+    try:
+        return unknown_module(model) or _unlike(model) or _unknown_weight(model)
+    except (AttributeError, AssertionError, IndexError) as error:  # what a module of that name has here, another lacks
+        return f"a module is not in its place ({error})"
+
+
+def _unknown_weight(model: "Qwen3Next") -> str | None:
+    """The first weight that a step would leave out or misread, in a sentence, or None."""
     used = {id(x.tensor): x for x in _all_weights(model)}
     for name, parameter in (*model.blocks.named_parameters(prefix="blocks"), *_outer_parameters(model)):
         if id(parameter) not in used:
             return f"{name} is a weight that it does not know"
         if type(parameter) is not nn.Parameter:
             return f"{name} is a {type(parameter).__name__}, and it knows nn.Parameter alone"
-        if not parameter.is_contiguous() or parameter.dtype not in FLOATS or parameter.device != weight.device:
+        device = like(model).device
+        if not parameter.is_contiguous() or parameter.dtype not in FLOATS or parameter.device != device:
             return f"{name} is not contiguous, elsewhere, or of a dtype that it does not know"
         if parameter.is_floating_point() and parameter.is_neg():
             return f"{name} is a view that negates"
@@ -92,6 +99,12 @@ def why_not(model: "Qwen3Next", device: torch.device | None = None, dtype: torch
     if len(model.embed_tokens.weight) < model.vocab_size:
         return f"embed_tokens has {len(model.embed_tokens.weight)} rows and the vocabulary {model.vocab_size} tokens"
     return None
+
+
+def like(model: "Qwen3Next") -> Tensor:
+    """A tensor of the model's device and dtype, whatever stands in the place of its embedding."""
+    weight = getattr(model.embed_tokens, "weight", None)
+    return weight if isinstance(weight, Tensor) else next(model.parameters())
 
 
 def unknown_module(model: "Qwen3Next") -> str | None:
@@ -413,7 +426,7 @@ def plan_for(model: "Qwen3Next", segments: Segments, cache: HybridCache) -> Plan
 
     Raises: RuntimeError where compiled code was asked for by name and cannot run; ValueError for another model's cache.
     """
-    slot, named, weight = model.decode_slot, model.decode_backend == "cpp", model.embed_tokens.weight
+    slot, named, weight = model.decode_slot, model.decode_backend == "cpp", like(model)
     if (
         model.decode_backend in ("torch", "graph")
         or segments.batch * segments.length > MOST_TOKENS

@@ -11,7 +11,7 @@ from layers.linear import Linear
 from layers.moe import Experts
 from layers.norm import RMSNorm
 from layers.offloaded_experts import OffloadedExperts
-from qwen3next.decode import why_not
+from qwen3next.decode import like, why_not
 from qwen3next.graph_decode import why_not as graph_why_not
 from qwen3next.guard import decoding_modules, named_backend, watched
 from qwen3next.model import Qwen3Next, as_device, as_dtype
@@ -40,7 +40,7 @@ def explain(
     Raises: ValueError for a dtype or device that torch does not know; RuntimeError where a backend that was
         chosen with `model.set_backend` cannot run.
     """
-    weight = model.embed_tokens.weight
+    weight = like(model)
     where = weight.device if device is None else as_device(device)
     kind = weight.dtype if dtype is None else as_dtype(dtype)
     rows = {"decode": explain_operation("decode", model.decode_backend, where, kind)}

@@ -19,7 +19,7 @@ from layers.rope import Rotation
 from layers.segments import Segments
 from layers.static_kv import StaticKV
 from qwen3next.cache import HybridCache
-from qwen3next.decode import unknown_module
+from qwen3next.decode import like, unknown_module
 from qwen3next.guard import Guard
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def why_not(model: "Qwen3Next", device: torch.device | None = None, dtype: torch
     Args:
         device, dtype: answer as if it were there and so.
     """
-    weight = model.embed_tokens.weight
+    weight = like(model)
     where, kind = weight.device if device is None else device, weight.dtype if dtype is None else dtype
     if reason := choose_reason("decode", "graph", where, kind):
         return reason
@@ -53,9 +53,9 @@ def _cache_refused(model: "Qwen3Next", cache: HybridCache) -> str | None:
         return "keys and values are in int8"
     experts = next((m for m in model.modules() if isinstance(m, Experts)), None)
     if experts is not None and cache.batch * model.config.num_experts_per_tok > GATHERED:
-        like = model.embed_tokens.weight
-        if like.device.type == "cuda" and (experts.chosen == "loop" or not grouped_on_device(like)):
-            return f"so many rows' experts are grouped on the host in {like.dtype} on this GPU"
+        x = like(model)
+        if x.device.type == "cuda" and (experts.chosen == "loop" or not grouped_on_device(x)):
+            return f"so many rows' experts are grouped on the host in {x.dtype} on this GPU"
     return None
 
 
@@ -120,7 +120,7 @@ class GraphStep:
         self._kv = [StaticKV(pair[0], pair[1], self._position) for pair in buffers]
         places = buffers[0][0].shape[2] if buffers else 1
         everywhere = torch.arange(places, device=self._ids.device)[None]
-        self._turns = self.model._rotation(everywhere, self.model.embed_tokens.weight.dtype)
+        self._turns = self.model._rotation(everywhere, like(self.model).dtype)
 
     def _step(self) -> None:
         """What is captured: reads _ids, _position and the states, and leaves those of the next token."""
@@ -166,7 +166,7 @@ def graph_for(model: "Qwen3Next", segments: Segments, cache: HybridCache) -> Gra
 
     Raises: RuntimeError where a graph was asked for by name and cannot run.
     """
-    slot, named, weight = model.decode_slot, model.decode_backend == "graph", model.embed_tokens.weight
+    slot, named, weight = model.decode_slot, model.decode_backend == "graph", like(model)
     if model.decode_backend not in ("auto", "graph") or segments.length != 1 or not segments.plain:
         return None
     if choose_reason("decode", "graph", weight.device, weight.dtype) and not named:

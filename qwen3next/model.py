@@ -29,7 +29,7 @@ from layers.segments import Segments
 from qwen3next.block import Block
 from qwen3next.cache import HybridCache, new_cache
 from qwen3next.config import ModelConfig
-from qwen3next.decode import Slot, plan_for
+from qwen3next.decode import Slot, like, plan_for
 from qwen3next.fingerprint import WeightSums
 from qwen3next.generation_config import GenerationConfig
 from qwen3next.graph_decode import graph_for
@@ -360,14 +360,14 @@ class Qwen3Next(Hooked, nn.Module):
             history: tokens that `rollback` can take back at any time; costs two or three recurrent states and notes.
             mtp: remember for the MTP layer too, so that `draft` can look a token further ahead.
         """
-        like = self.embed_tokens.weight
+        weight = like(self)
         cache = new_cache(
             self.config,
             batch=batch,
             max_len=max_len,
-            dtype=like.dtype,
-            kv_dtype=_kv_dtype(kv_dtype, like.dtype),
-            device=like.device,
+            dtype=weight.dtype,
+            kv_dtype=_kv_dtype(kv_dtype, weight.dtype),
+            device=weight.device,
             state_dtype=None if state_dtype is None else as_dtype(state_dtype),
             history=history,
             mtp=mtp,
@@ -459,7 +459,7 @@ class Qwen3Next(Hooked, nn.Module):
             known = ", ".join((*kinds, "decode", "cross_entropy"))
             raise ValueError(f"There is no operation {operation!r} to choose for: {known}.")
         with torch.no_grad():
-            choose(operation, name, self.embed_tokens.weight)
+            choose(operation, name, like(self))
         self.decode_slot = Slot()  # look anew at the next step
         if operation not in kinds:
             setattr(self, attribute, name)

@@ -416,6 +416,26 @@ def fewer_experts_in_one_layer(model):
     model.blocks[2].mlp.top_k = 1
 
 
+def wrapped_embedding(model):
+    class Wrapped(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, ids):
+            return 2 * self.base(ids)
+
+    model.embed_tokens = Wrapped(model.embed_tokens)
+
+
+def no_norm(model):
+    class Same(torch.nn.Identity):
+        def forward(self, x, hook_normalized=None):
+            return x
+
+    model.blocks[1].input_layernorm = Same()
+
+
 def other_norm(model):
     model.norm = torch.nn.RMSNorm(64, dtype=torch.float64)
     model.norm.forward = lambda x, hook_normalized=None: torch.nn.RMSNorm.forward(model.norm, x)
@@ -429,8 +449,8 @@ def narrow_experts(model):
 
 @pytest.mark.parametrize(
     "change",
-    [biased_head, scaled_embedding, weight_norm_head, turned_head, limited_embedding, other_eps_in_one_norm,
-     fewer_experts_in_one_layer, other_norm, narrow_experts],
+    [biased_head, scaled_embedding, wrapped_embedding, no_norm, weight_norm_head, turned_head, limited_embedding,
+     other_eps_in_one_norm, fewer_experts_in_one_layer, other_norm, narrow_experts],
 )  # fmt: skip
 def test_what_it_does_not_know_runs_in_the_modules_and_is_named(change):
     model = small_model(dtype=torch.float64)
