@@ -35,14 +35,16 @@ def points(model):
     return [name for name, p in model.hook_dict.items() if p.dtype != "int64" and not p.route and "mtp" not in name]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("patch", PATCHES)
+CASES = [(patch, torch.float32) for patch in PATCHES] + [("one zero", torch.bfloat16), ("fp64", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("patch", "dtype"), CASES)
 @torch.no_grad()
 def test_on_every_route(patch, dtype):
     """A prompt of two chunks, and a step behind it, for every point of a layer of each kind, to the bit."""
-    model = small_model(dtype=dtype)
-    ids, change = tokens(70), PATCHES[patch]
-    for name in (n for n in points(model) if n.startswith(("blocks.1.", "blocks.3.")) or "blocks" not in n):
+    model = small_model(dtype=dtype, num_hidden_layers=2, layer_types=("linear_attention", "full_attention"))
+    ids, change = tokens(66), PATCHES[patch]
+    for name in points(model):
         found = []
         for hook in (lambda x, hook: change(x), whole(change)):
             cache = model.new_cache(2, max_len=80)

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 import qwen3next as q
 from layers.backends import missing
 from layers.linear import Linear
-from recipes.where_time_goes import ORDER, REST, Clock, Options, main, torch_alone
+from recipes.where_time_goes import ORDER, PARTS, REST, Clock, Options, main, torch_alone
 
 needs_compiler = pytest.mark.skipif(missing() is not None, reason="needs a C++ compiler")
 
@@ -41,7 +41,7 @@ def test_before_and_after_compute_the_same():
     ids = torch.randint(257, (1, 100))
     ran = [(row.operation, row.runs) for row in q.explain(model)]
     after = model(ids).logits
-    with torch_alone(model), clock.watching():
+    with torch_alone(model), clock.watching(PARTS):
         before = model(ids).logits
         assert {row.runs for row in q.explain(model)} <= {"torch", "chunked", "sdpa", "grouped"}
     torch.testing.assert_close(before, after, rtol=0, atol=1e-4)
