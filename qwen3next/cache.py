@@ -128,6 +128,21 @@ class HybridCache:
                     "make one with model.new_cache()."
                 )
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Go on with a model that was cast to `dtype` meanwhile; what was before cannot be rolled back to any more.
+
+        Keys, values and recurrent states stay as `new_cache` was asked for them, but that fp64 comes and goes.
+        """
+        for i, state in enumerate(self.layers):
+            if isinstance(state, DeltaNetState):
+                exact = torch.float64 if dtype == torch.float64 else torch.float32
+                memory = state.memory if state.memory.itemsize < 4 else state.memory.to(exact)
+                self.layers[i] = DeltaNetState(state.conv.to(dtype), memory)
+        self.hidden = None if self.hidden is None else self.hidden.to(dtype)
+        self.last_logits = None if self.last_logits is None else self.last_logits.to(dtype)
+        if self._journal is not None:
+            self._journal.clear()
+
     def admit(self, segments: Segments | None, like: Tensor) -> Segments:
         """Check that these tokens fit, before anything is written; return them as continuations of what is held.
 

@@ -202,6 +202,8 @@ class Qwen3Next(Hooked, nn.Module):
                     "The cache was made with another RoPE scaling: its keys are turned otherwise. Make a new one."
                 )
             cache.check(self.config)
+            if cache.hidden is not None and cache.hidden.dtype != (dtype := like(self).dtype):
+                cache.cast(dtype)
             segments = cache.admit(segments, input_ids)
             if cache.model is None:  # from a pickle
                 cache.model = weakref.ref(self)

@@ -535,3 +535,26 @@ def test_a_broken_weight_is_refused_at_every_step():
     for _ in range(2):
         with pytest.raises(ValueError, match="fewer than its numbers need"):
             model.step(tokens(1), model.new_cache(2))
+
+
+@pytest.mark.parametrize("options", [{}, {"history": 4}, {"mtp": True}, {"state_dtype": "bfloat16"}])
+def test_a_model_that_is_cast_in_the_middle_of_a_text(options):
+    """The text goes on in the new dtype, in the modules and compiled; what was before cannot be taken back."""
+    model = small_model(dtype=torch.float64, num_experts=0)
+    cache = model.new_cache(2, max_len=40, **options)
+    list(model.prefill(tokens(7), cache))
+    for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.2), (torch.float64, 1e-9)):
+        model.step(tokens(1), cache)
+        model.to(dtype)
+        (other,) = cache.fork()
+        with torch.no_grad():
+            expected = model(tokens(1), cache=other).logits[:, -1]
+        got = model.step(tokens(1), cache)
+        assert got.dtype == dtype
+        rounded = "state_dtype" in options  # a state in bf16, on the edge between two numbers, may fall to either side
+        assert (got - expected).abs().max() < max(bound, 1e-2 * rounded)
+        if "history" in options:
+            cache.rollback(1)
+            with pytest.raises(ValueError, match="is kept"):
+                cache.rollback(1)
+            model.step(tokens(1), cache)
