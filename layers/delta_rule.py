@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layers.backends import choose
+from layers.chunk_decay import bounded, decays
 from layers.hook_point import HookPoint
 from layers.native import functions as native
 from layers.norm import at_least_fp32
@@ -82,6 +83,8 @@ def gated_delta_rule(
     if watch is not None and not looped:
         watch.erased.refuse()
         watch.written.refuse()
+    if not looped:
+        log_decay = bounded(log_decay)
     if choice == "fla":
         return _fla(q, k, v, log_decay, beta, state, segments)
     dtype = v.dtype
@@ -168,17 +171,9 @@ def _chunked(
 
     q, k, v = chunks(q, 1), chunks(k, 1), chunks(v, share)
     beta, log_decay = chunks(beta, share), chunks(log_decay, share)  # (b, kh, share, n, C)
-    since_start = log_decay.cumsum(-1)
-    gamma = since_start.exp()
-    to_end = (since_start[..., -1:] - since_start).exp()
-    upper = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=v.device).triu(1)
     if starts is not None:
-        number = F.pad(starts, (0, pad)).unflatten(1, (-1, CHUNK)).long().cumsum(-1)[:, None, None]  # (b 1 1 n C)
-        gamma = gamma * (number == 0)
-        to_end = to_end * (number == number[..., -1:])
-        upper = upper | (number[..., :, None] != number[..., None, :])
-    # Masked before exp: above the diagonal the exponent is positive and may overflow.
-    pairwise = (since_start[..., :, None] - since_start[..., None, :]).masked_fill(upper, -torch.inf).exp()
+        starts = F.pad(starts, (0, pad)).unflatten(1, (-1, CHUNK))[:, None, None]  # (b 1 1 n C)
+    gamma, to_end, pairwise = decays(log_decay, starts)
 
     system = beta[..., None] * pairwise * (k @ k.mT)  # key products are made once a key head and shared
     solved = _UnitLowerInverse.apply(system)

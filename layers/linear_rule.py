@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layers.backends import choose
+from layers.chunk_decay import bounded, decays
 from layers.delta_rule import Gates, Keys, State, Values, Watch
 from layers.norm import at_least_fp32
 from layers.piecewise_delta_rule import CHUNK
@@ -90,15 +91,9 @@ def _chunked(
         return F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad)).unflatten(1, (-1, CHUNK)).movedim(3, 1)
 
     q, k, written, log_decay = (chunks(x) for x in (q, k, written, log_decay))
-    since_start = log_decay.cumsum(-1)
-    gamma, to_end = since_start.exp(), (since_start[..., -1:] - since_start).exp()
-    hidden = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
     if starts is not None:
-        number = F.pad(starts, (0, pad)).unflatten(1, (-1, CHUNK)).long().cumsum(-1)[:, None]  # (b 1 n C)
-        gamma, to_end = gamma * (number == 0), to_end * (number == number[..., -1:])
-        hidden = hidden | (number[..., :, None] != number[..., None, :])
-    # Masked before exp: above the diagonal the exponent is positive and may overflow.
-    pairwise = (since_start[..., :, None] - since_start[..., None, :]).masked_fill(hidden, -torch.inf).exp()
+        starts = F.pad(starts, (0, pad)).unflatten(1, (-1, CHUNK))[:, None]  # (b 1 n C)
+    gamma, to_end, pairwise = decays(bounded(log_decay), starts)
     added = (k * to_end[..., None]).mT @ written  # (b, h, n, k, v): what each chunk adds to the memory
     before = []
     for i in range(added.shape[2]):
