@@ -16,8 +16,8 @@ def bounded(log_decay: Tensor) -> Tensor:
 def decays(log_decay: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """What is kept from a chunk's start to each of its tokens, from each to its end, and from each to each.
 
-    Sums and their differences are fp64: the decay of two weakly forgetting neighbours is the difference of two sums that
-    hold every stronger one of the chunk, and in fp32 it would lose the digits that these take.
+    Sums and their differences are fp64: the decay between two neighbours is the difference of two sums that hold all
+    stronger decays before them, and fp32 would have no digits left for it.
 
     Args:
         log_decay: (… C), from `bounded`.

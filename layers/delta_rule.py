@@ -19,6 +19,7 @@ from layers.native import functions as native
 from layers.norm import at_least_fp32
 from layers.piecewise_delta_rule import CHUNK, piecewise
 from layers.segments import Segments
+from layers.wild import one_by_one, wild
 
 Keys = Float[Tensor, "b t kh k"]
 Values = Float[Tensor, "b t h v"]
@@ -76,8 +77,7 @@ def gated_delta_rule(
     choice = choose("delta_rule", backend, v)
     segments = None if segments is None or segments.plain else segments
     if segments is not None:  # at padding nothing is forgotten and nothing is written
-        log_decay = log_decay.masked_fill(~segments.mask[..., None], 0.0)
-        beta = beta.masked_fill(~segments.mask[..., None], 0.0)
+        q, k, v, log_decay, beta = (segments.real(x) for x in (q, k, v, log_decay, beta))
     # One token is the definition itself: the chunk algebra would only add work.
     looped = choice == "recurrent" or (choice != "fla" and v.shape[1] == 1)
     if watch is not None and not looped:
@@ -85,8 +85,14 @@ def gated_delta_rule(
         watch.written.refuse()
     if not looped:
         log_decay = bounded(log_decay)
-    if choice == "fla":
+    if choice == "fla":  # whose chunks end with the sequence
         return _fla(q, k, v, log_decay, beta, state, segments)
+    if not looped and segments is not None and _wild(q, k, v, log_decay, beta, segments):
+
+        def alone(before: Tensor | None, *parts: Tensor) -> tuple[Tensor, Tensor]:
+            return gated_delta_rule(*parts, state=before, backend=backend)
+
+        return one_by_one(segments, state, alone, q, k, v, log_decay, beta)  # type: ignore[return-value]
     dtype = v.dtype
     exact = torch.promote_types(dtype, torch.float32)
     log_decay, beta = log_decay.to(exact), beta.to(exact)
@@ -111,6 +117,16 @@ def gated_delta_rule(
     return o.to(dtype), state
 
 
+def _wild(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, segments: Segments) -> bool:
+    """Whether chunks that several sequences share would mix them: see layers/wild.py.
+
+    Keys longer than 1 are among the causes: what a chunk of them writes may grow from token to token without bound.
+    """
+    if wild(segments, q, v) or wild(segments, log_decay.exp(), beta, largest=3.0):
+        return True
+    return segments.packed and wild(segments, torch.linalg.vector_norm(k.detach(), dim=-1), largest=1.01)
+
+
 def _recurrent(
     q: Tensor,
     k: Tensor,
@@ -124,8 +140,7 @@ def _recurrent(
     """The definition, token by token."""
     share = v.shape[2] // k.shape[2]
     decay = log_decay.exp()
-    if starts is not None:
-        decay = decay.masked_fill(starts[..., None], 0.0)
+    clear = None if starts is None else starts.repeat_interleave(v.shape[2], dim=0)[..., None, None]  # (b · h, t, 1, 1)
 
     def heads_first(x: Tensor) -> Tensor:  # (b t h d) → (b · h, t, d)
         return x.transpose(1, 2).flatten(0, 1)
@@ -142,7 +157,7 @@ def _recurrent(
 
     for t in range(v.shape[1]):
         q_t, k_t, v_t, beta_t, decay_t = (x[:, t : t + 1] for x in (q, k, v, beta, decay))
-        state = decay_t * state
+        state = decay_t * (state if clear is None else state.masked_fill(clear[:, t], 0.0))
         erased = k_t @ state
         erased = erased if watch is None else see(watch.erased, erased, t)
         written = beta_t * (v_t - erased)

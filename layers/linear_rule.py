@@ -16,6 +16,7 @@ from layers.delta_rule import Gates, Keys, State, Values, Watch
 from layers.norm import at_least_fp32
 from layers.piecewise_delta_rule import CHUNK
 from layers.segments import Segments
+from layers.wild import one_by_one, wild
 
 # `gated_delta_rule`, or the one below: what both take and give is the same.
 Rule = Callable[..., tuple[Tensor, Tensor]]
@@ -48,15 +49,20 @@ def gated_linear_rule(
     segments = None if segments is None or segments.plain else segments
     starts = None
     if segments is not None:  # at padding nothing is forgotten and nothing is written
-        log_decay = log_decay.masked_fill(~segments.mask[..., None], 0.0)
-        beta = beta.masked_fill(~segments.mask[..., None], 0.0)
+        q, k, v, log_decay, beta = (segments.real(x) for x in (q, k, v, log_decay, beta))
         starts = segments.starts
+    looped = choice == "recurrent" or v.shape[1] == 1
+    if not looped and segments is not None and wild(segments, q, k, v, beta, log_decay.exp()):
+
+        def alone(before: Tensor | None, *parts: Tensor) -> tuple[Tensor, Tensor]:
+            return gated_linear_rule(*parts, state=before, backend=backend)
+
+        return one_by_one(segments, state, alone, q, k, v, log_decay, beta)  # type: ignore[return-value]
     dtype, share = v.dtype, v.shape[2] // k.shape[2]
     q, k, v, log_decay, beta = (at_least_fp32(x) for x in (q, k, v, log_decay, beta))
     q, k = (x.repeat_interleave(share, dim=2) for x in (q, k))
     if state is None:
         state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
-    looped = choice == "recurrent" or v.shape[1] == 1
     with torch.autocast(v.device.type, enabled=False):
         run = _recurrent if looped else _chunked
         o, state = run(q, k, beta[..., None] * v, log_decay, state.to(v.dtype), starts)
@@ -68,10 +74,10 @@ def _recurrent(
 ) -> tuple[Tensor, Tensor]:
     """The definition, token by token."""
     decay = log_decay.exp()
-    if starts is not None:
-        decay = decay.masked_fill(starts[..., None], 0.0)
     outputs = []
     for t in range(q.shape[1]):
+        if starts is not None:
+            state = state.masked_fill(starts[:, t, None, None, None], 0.0)
         state = decay[:, t, :, None, None] * state + k[:, t, :, :, None] * written[:, t, :, None, :]
         outputs.append((q[:, t, :, None, :] @ state).squeeze(-2))
     return torch.stack(outputs, dim=1), state

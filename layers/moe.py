@@ -238,7 +238,11 @@ class SparseMoE(nn.Module):
     def forward(
         self, x: Float[Tensor, "b t width"], *, mask: Bool[Tensor, "b t"] | None = None, stats: bool = True
     ) -> tuple[Float[Tensor, "b t width"], RouterStats | None]:
-        """Feed forward; and what the router did with the tokens where `mask` is True (all, if None), if `stats`."""
+        """Feed forward; and what the router did with the tokens where `mask` is True (all, if None), if `stats`.
+
+        Others stand for zeros, whatever they hold.
+        """
+        x = x if mask is None else x.masked_fill(~mask[..., None], 0.0)
         with torch.autocast(x.device.type, enabled=False):  # in mixed precision the router stays fp32
             weight, backend = self.router.weight, getattr(self.router, "backend", "auto")
             logits = self.hook_router_logits(linear(x.to(weight.dtype), weight, backend=backend))
@@ -299,6 +303,9 @@ def router_stats(
     tokens = real.sum().clamp(min=1)
     choices = real[..., None].expand_as(indices).flatten()
     chosen = torch.zeros(e, device=logits.device).index_add(0, indices.flatten(), choices)
+    if mask is not None:
+        probabilities = probabilities.masked_fill(~mask[..., None], 0.0)
+        logits = logits.masked_fill(~mask[..., None], 0.0)
     mean_probability = (probabilities * real[..., None]).sum((0, 1)) / tokens
     balance = e * (chosen / tokens * mean_probability).sum()
     z = (at_least_fp32(logits).logsumexp(-1).square() * real).sum() / tokens

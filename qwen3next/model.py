@@ -237,7 +237,7 @@ class Qwen3Next(Hooked, nn.Module):
         """The residual stream before block `stop`, and router statistics a sparse layer."""
         same = len(set(segments.past)) == 1
         self.hook_call["position"] = segments.past[0] if same else segments.past
-        x = self.hook_embed(self.embed_tokens(input_ids))
+        x = segments.real(self.hook_embed(self.embed_tokens(input_ids)))
         rope = self._rotation(segments.positions, x.dtype)
         counted, aux = None if segments.plain else segments.mask, []
         for i, block in enumerate(self.blocks[:stop]):
