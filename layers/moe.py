@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from layers.backends import choose, generation
 from layers.grouped_linear import grouped_linear, runs, wide
 from layers.hook_point import HookPoint
-from layers.linear import Linear, linear, under_autocast
+from layers.linear import Linear, linear, spans, under_autocast
 from layers.mlp import SwiGLU, activate
 from layers.native import functions as native
 from layers.native import ops
@@ -104,8 +104,7 @@ class Experts(nn.Module):
                 return self._gathered(x, weights, indices)
         chosen = choose("experts", self.chosen, x)
         if chosen == "cpp":
-            parts = zip(*(part.split(TOKENS) for part in (x, weights, indices)), strict=True)
-            y = [self._sorted(*part) for part in parts]
+            y = [self._sorted(x[a:b], weights[a:b], indices[a:b]) for a, b in spans(len(x), TOKENS)]
             return y[0] if len(y) == 1 else torch.cat(y)
         return self._grouped(x, weights, indices) if chosen == "grouped" else loop(x, weights, indices, self._expert)
 

@@ -387,7 +387,8 @@ class Qwen3Next(Hooked, nn.Module):
         """Run prompts into the cache in chunks; yields (columns done, columns in all) after each.
 
         `cache.last_logits` are then those after each sequence's last token. Chunks end at multiples of their size,
-        which is rounded down to one of 64, so that their number leaves no trace in the result.
+        which is rounded down to one of 64; a rest of fewer than 16 tokens joins the chunk before it. So their number
+        leaves no trace: a prompt without padding, behind nothing or a multiple of 64 tokens, gives the same bits.
 
         Args:
             segments: `Segments.from_mask(mask)` for padded prompts; packed ones are sequences of the cache in order.
