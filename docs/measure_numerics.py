@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import qwen3next as q
 from layers.delta_rule import gated_delta_rule
 from layers.norm import l2_normalise
+from layers.rope import rotation
 from layers.segments import Segments
 from qwen3next.released import to_released
 
@@ -235,6 +236,62 @@ def _rule(backend: str, dtype: torch.dtype, scale: float) -> list[Tensor]:
 
 
 @torch.no_grad()
+def strong_forgetting() -> None:
+    """fp32 logits where some tokens forget strongly: in_proj_a times a factor; 300 tokens, init std 0.02, dense.
+
+    Largest absolute differences over seeds, after the least log decay of the model.
+    """
+    head("in_proj_a", "least log decay", "ours − theirs", "ours − fp64", "theirs − fp64", "ours, recurrent − fp64")
+    for factor in (1.0, 1e3, 1e5, 1e7):
+        worst, least = [0.0] * 4, 0.0
+        for seed in SEEDS:
+            model = random_model(0.02, seed, num_experts=0)
+            for name, p in model.named_parameters():
+                if name.endswith("in_proj_a.weight"):
+                    p.mul_(factor)
+            ours, theirs, exact = triple(model)
+            ids = tokens(300, seed)
+            _, acts = exact.run_with_cache(ids, names_filter="blocks.*.hook_log_decay")
+            least = min(least, *(acts[n].min().item() for n in acts))
+            a, b, c = ours(ids).logits, theirs(ids).logits, exact(ids).logits
+            ours.set_backend("delta_rule", "recurrent")
+            worst = [max(x) for x in zip(worst, map(largest, (a, a, b, ours(ids).logits), (b, c, c, c)), strict=True)]
+        row(f"{factor:.0e}", least, *worst)
+
+
+@torch.no_grad()
+def one_strong_token() -> None:
+    """The operation alone in fp32, the 4th of 128 tokens with a strong log decay: largest error against fp64's loop.
+
+    Outputs are of order 1; the other log decays lie between 0 and −0.05.
+    """
+    theirs = transformers.models.qwen3_next.modeling_qwen3_next.torch_chunk_gated_delta_rule
+    backends = ("chunked", "piecewise", "cpp", "recurrent")
+    head("log decay", *backends, "transformers, chunked")
+    for strong in (-1e2, -1e4, -1e6, -torch.inf):
+        rng = torch.Generator().manual_seed(0)
+        q_, k = (l2_normalise(torch.randn(1, 128, 4, 16, generator=rng)) for _ in range(2))
+        v, beta = torch.randn(1, 128, 4, 16, generator=rng), torch.rand(1, 128, 4, generator=rng)
+        g = -torch.rand(1, 128, 4, generator=rng) * 0.05
+        g[:, 3] = strong
+        exact, _ = gated_delta_rule(*(x.double() for x in (q_ / 4, k, v, g, beta)), backend="recurrent")
+        found = [largest(gated_delta_rule(q_ / 4, k, v, g, beta, backend=b)[0], exact) for b in backends]
+        row(strong, *found, largest(theirs(q_, k, v, g, beta)[0], exact))
+
+
+def positions() -> None:
+    """cos and sin of RoPE (64 dimensions, theta 1e7) in fp32 against fp64: largest absolute errors."""
+    head("position", "ours", "theirs")
+    config = transformers.Qwen3NextConfig(head_dim=256, partial_rotary_factor=0.25, rope_theta=1e7)
+    theirs = transformers.models.qwen3_next.modeling_qwen3_next.Qwen3NextRotaryEmbedding(config)
+    for position in (300, 32_767, 262_143, 1_000_000, 2**24 + 1):
+        at = torch.tensor([[position]])
+        ours, exact = (rotation(at, rotary_dim=64, theta=1e7, dtype=d) for d in (torch.float32, torch.float64))
+        found = [x[:, :, None] for x in theirs(torch.zeros(1, 1, 1), at)]
+        row(position, *(max(map(largest, x, exact)) for x in (ours, found)))
+
+
+@torch.no_grad()
 def caches() -> None:
     """What coarser caches cost: a prompt in chunks of 64, then 200 tokens one by one, beside an fp32 cache."""
     head("keys and values", "state", "std 0.02", "top token", "std 0.1", "top token")
@@ -269,6 +326,9 @@ def main() -> None:
         forward_bf16,
         same_tokens_another_way,
         chunked_rule,
+        one_strong_token,
+        strong_forgetting,
+        positions,
         caches,
     )
     for section in sections:

@@ -144,6 +144,7 @@ class AttentionVariant(GatedAttention):
         state: KVState | StaticKV | None = None,
     ) -> Float[Tensor, "b t width"]:
         """As `GatedAttention`'s; each `_gated` does something at one of its places only."""
+        x = x if segments is None else segments.real(x)
         q = self.hook_q(self.q_norm(self.hook_q_pre(self.q_proj(x).unflatten(-1, (self.heads, -1)))))
         q = self.hook_rot_q(rope(self._gated("G4", q, x)))
         k, v = self.keys_and_values(x, rope)

@@ -37,6 +37,7 @@ def causal_conv(
     """
     choice = choose("causal_conv", backend, x)
     segments = None if segments is None or segments.plain else segments
+    x = x if segments is None else segments.real(x)
     if state is None:
         state = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
     carried = weight.shape[1] - 1
@@ -102,7 +103,7 @@ def _without_leaks(y: Tensor, history: Tensor, weight: Tensor, segments: Segment
     tap = torch.arange(taps, device=y.device)
     window = history[row[:, None], column[:, None] + tap]  # (n, taps, d)
     own = tap >= taps - 1 - segments.positions[row, column, None]
-    return y.index_put((row, column), (window * own[..., None] * weight.mT.to(y.dtype)).sum(1))
+    return y.index_put((row, column), (window.masked_fill(~own[..., None], 0.0) * weight.mT.to(y.dtype)).sum(1))
 
 
 def _last_inputs(history: Tensor, carried: int, segments: Segments | None) -> Tensor:
@@ -115,7 +116,7 @@ def _last_inputs(history: Tensor, carried: int, segments: Segments | None) -> Te
     final = segments.end.clamp(min=1)[:, None] - 1
     position, number = segments.positions.gather(1, final), segments.number.gather(1, final)
     own = (number <= 0) | (torch.arange(carried, device=history.device) >= carried - 1 - position)
-    return last * own[..., None]
+    return last.masked_fill(~own[..., None], 0.0)
 
 
 def _fla(x: Tensor, weight: Tensor, state: Tensor) -> Tensor:

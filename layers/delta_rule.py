@@ -13,11 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layers.backends import choose
+from layers.chunk_decay import bounded, decays
 from layers.hook_point import HookPoint
 from layers.native import functions as native
 from layers.norm import at_least_fp32
 from layers.piecewise_delta_rule import CHUNK, piecewise
 from layers.segments import Segments
+from layers.wild import one_by_one, wild
 
 Keys = Float[Tensor, "b t kh k"]
 Values = Float[Tensor, "b t h v"]
@@ -75,15 +77,22 @@ def gated_delta_rule(
     choice = choose("delta_rule", backend, v)
     segments = None if segments is None or segments.plain else segments
     if segments is not None:  # at padding nothing is forgotten and nothing is written
-        log_decay = log_decay.masked_fill(~segments.mask[..., None], 0.0)
-        beta = beta.masked_fill(~segments.mask[..., None], 0.0)
+        q, k, v, log_decay, beta = (segments.real(x) for x in (q, k, v, log_decay, beta))
     # One token is the definition itself: the chunk algebra would only add work.
     looped = choice == "recurrent" or (choice != "fla" and v.shape[1] == 1)
     if watch is not None and not looped:
         watch.erased.refuse()
         watch.written.refuse()
-    if choice == "fla":
+    if not looped:
+        log_decay = bounded(log_decay)
+    if choice == "fla":  # whose chunks end with the sequence
         return _fla(q, k, v, log_decay, beta, state, segments)
+    if not looped and segments is not None and _wild(q, k, v, log_decay, beta, segments):
+
+        def alone(before: Tensor | None, *parts: Tensor) -> tuple[Tensor, Tensor]:
+            return gated_delta_rule(*parts, state=before, backend=backend)
+
+        return one_by_one(segments, state, alone, q, k, v, log_decay, beta)  # type: ignore[return-value]
     dtype = v.dtype
     exact = torch.promote_types(dtype, torch.float32)
     log_decay, beta = log_decay.to(exact), beta.to(exact)
@@ -108,6 +117,16 @@ def gated_delta_rule(
     return o.to(dtype), state
 
 
+def _wild(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, segments: Segments) -> bool:
+    """Whether chunks that several sequences share would mix them: see layers/wild.py.
+
+    Keys longer than 1 are among the causes: what a chunk of them writes may grow from token to token without bound.
+    """
+    if wild(segments, q, v) or wild(segments, log_decay.exp(), beta, largest=3.0):
+        return True
+    return segments.packed and wild(segments, torch.linalg.vector_norm(k.detach(), dim=-1), largest=1.01)
+
+
 def _recurrent(
     q: Tensor,
     k: Tensor,
@@ -121,8 +140,7 @@ def _recurrent(
     """The definition, token by token."""
     share = v.shape[2] // k.shape[2]
     decay = log_decay.exp()
-    if starts is not None:
-        decay = decay.masked_fill(starts[..., None], 0.0)
+    clear = None if starts is None else starts.repeat_interleave(v.shape[2], dim=0)[..., None, None]  # (b · h, t, 1, 1)
 
     def heads_first(x: Tensor) -> Tensor:  # (b t h d) → (b · h, t, d)
         return x.transpose(1, 2).flatten(0, 1)
@@ -139,7 +157,7 @@ def _recurrent(
 
     for t in range(v.shape[1]):
         q_t, k_t, v_t, beta_t, decay_t = (x[:, t : t + 1] for x in (q, k, v, beta, decay))
-        state = decay_t * state
+        state = decay_t * (state if clear is None else state.masked_fill(clear[:, t], 0.0))
         erased = k_t @ state
         erased = erased if watch is None else see(watch.erased, erased, t)
         written = beta_t * (v_t - erased)
@@ -168,17 +186,9 @@ def _chunked(
 
     q, k, v = chunks(q, 1), chunks(k, 1), chunks(v, share)
     beta, log_decay = chunks(beta, share), chunks(log_decay, share)  # (b, kh, share, n, C)
-    since_start = log_decay.cumsum(-1)
-    gamma = since_start.exp()
-    to_end = (since_start[..., -1:] - since_start).exp()
-    upper = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=v.device).triu(1)
     if starts is not None:
-        number = F.pad(starts, (0, pad)).unflatten(1, (-1, CHUNK)).long().cumsum(-1)[:, None, None]  # (b 1 1 n C)
-        gamma = gamma * (number == 0)
-        to_end = to_end * (number == number[..., -1:])
-        upper = upper | (number[..., :, None] != number[..., None, :])
-    # Masked before exp: above the diagonal the exponent is positive and may overflow.
-    pairwise = (since_start[..., :, None] - since_start[..., None, :]).masked_fill(upper, -torch.inf).exp()
+        starts = F.pad(starts, (0, pad)).unflatten(1, (-1, CHUNK))[:, None, None]  # (b 1 1 n C)
+    gamma, to_end, pairwise = decays(log_decay, starts)
 
     system = beta[..., None] * pairwise * (k @ k.mT)  # key products are made once a key head and shared
     solved = _UnitLowerInverse.apply(system)

@@ -16,6 +16,7 @@ from layers.implicit_attention import carried, implicit_attention
 from layers.linear_rule import Rule
 from layers.norm import at_least_fp32
 from layers.segments import Segments
+from layers.wild import wild
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,16 @@ def _through_matrix(
 ) -> Tensor:
     """A v + C S₀, with A passing `hook`."""
     q, k, v, log_decay, beta = inputs
+    dtype = v.dtype
     with torch.autocast(v.device.type, enabled=False):
         a = hook(implicit_attention(q, k, log_decay, beta, segments=segments, rule=rule))
-        o = a @ at_least_fp32(v).transpose(1, 2)
+        v = segments.real(at_least_fp32(v)).transpose(1, 2)
+        if wild(segments, v):
+            o = torch.zeros_like(v)
+            for row, own in ((run.row, slice(run.begin, run.end)) for run in segments.runs):
+                o[row, :, own] = a[row, :, own, own] @ v[row, :, own]
+        else:
+            o = a @ v
         if state is not None:
             o = o + carried(q, k, log_decay, beta, segments=segments, rule=rule) @ state
-    return o.transpose(1, 2).to(v.dtype)
+    return o.transpose(1, 2).to(dtype)

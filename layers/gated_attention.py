@@ -18,6 +18,7 @@ from layers.rope import Rotation
 from layers.segments import Run, Segments
 from layers.static_kv import StaticKV
 from layers.tiled_attention import tiled_attention
+from layers.wild import one_by_one, wild
 
 Heads = Float[Tensor, "b t h d"]
 KVHeads = Float[Tensor, "b t kvh d"]
@@ -142,6 +143,7 @@ class GatedAttention(nn.Module):
         state: KVState | StaticKV | None = None,
     ) -> Float[Tensor, "b t width"]:
         """Mix tokens. `state`, where given, holds the tokens before, and takes those of this call."""
+        x = x if segments is None else segments.real(x)
         q = self.hook_q_pre(self.q_proj(x).unflatten(-1, (self.heads, -1)))  # (b, t, heads, head_dim)
         q = self.hook_rot_q(rope(self.hook_q(self.q_norm(q))))
         k, v = self.keys_and_values(x, rope)
@@ -161,6 +163,7 @@ class GatedAttention(nn.Module):
         """Attention over the tokens of this call and those before, sequence by sequence."""
         if isinstance(state, StaticKV):
             return state.attend(q, k, v)
+        q, k, v = (segments.real(x) for x in (q, k, v))
         if state is not None:
             state.append(k, v, segments)
         points = (self.hook_scores, self.hook_pattern)
@@ -177,6 +180,13 @@ class GatedAttention(nn.Module):
                 q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
             return _in_tiles(q, k, v, segments, state, backend)
         if state is None:
+            if wild(segments, q, k, v):
+                _refuse(points)
+
+                def alone(_: Tensor | None, *parts: Tensor) -> tuple[Tensor, None]:
+                    return attend(*parts, backend=backend), None
+
+                return one_by_one(segments, None, alone, q, k, v)[0]
             mask = None if segments.plain else segments.attention_mask
             return attend(q, k, v, mask=mask, backend=backend, hook_scores=points[0], hook_pattern=points[1])
         if segments.packed:
@@ -189,7 +199,10 @@ class GatedAttention(nn.Module):
         k, v = (x.transpose(1, 2) for x in state.read(0, max(segments.ends), dtype=q.dtype))
         mask = None
         if not segments.aligned:  # rows end at different places
-            mask = segments.positions[:, None, :, None] >= torch.arange(k.shape[1], device=k.device)
+            places = torch.arange(k.shape[1], device=k.device)
+            mask = segments.positions[:, None, :, None] >= places
+            stale = places >= torch.tensor(segments.ends, device=k.device)[:, None]  # of who stood there before
+            k, v = (x.masked_fill(stale[..., None, None], 0.0) for x in (k, v))
         return attend(q, k, v, mask=mask, backend=backend, hook_scores=points[0], hook_pattern=points[1])
 
 

@@ -121,6 +121,7 @@ class GatedDeltaNet(nn.Module):
         state: DeltaNetState | None = None,
     ) -> Float[Tensor, "b t width"]:
         """Mix tokens. `state`, where given, is read as what came before and replaced by what comes after."""
+        x = x if segments is None else segments.real(x)
         qkv = self.hook_qkv(self.in_proj_qkv(x))
         if self.hook_q_pre.active or self.hook_k_pre.active or self.hook_v_pre.active:
             qkv = self._before_convolution(qkv)

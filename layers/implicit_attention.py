@@ -41,8 +41,8 @@ def implicit_attention(
         rule: the layer's, `gated_delta_rule` or `gated_linear_rule`; likewise in the other functions.
     Returns: A in fp32 or better, exactly zero above the diagonal. A[b, h, t, s] is what one unit of v_s adds to o_t.
     """
-    q, k, log_decay, beta = (at_least_fp32(x) for x in (q, k, log_decay, beta))
-    log_decay, beta, number = _without_padding(log_decay, beta, segments)
+    q, k, log_decay, beta = (_real(at_least_fp32(x), segments) for x in (q, k, log_decay, beta))
+    number = _numbers(segments)
     b, t, h = beta.shape
     columns = []
     for begin in range(0, t, COLUMNS):  # v_s reaches no token before s, so a block of columns starts at its own tokens
@@ -71,8 +71,8 @@ def carried(
     rule: Rule = gated_delta_rule,
 ) -> Float[Tensor, "b h t k"]:
     """The weights R with which the memory from before the first token enters the output: o = A v + R S₀."""
-    q, k, log_decay, beta = (at_least_fp32(x) for x in (q, k, log_decay, beta))
-    log_decay, beta, number = _without_padding(log_decay, beta, segments)
+    q, k, log_decay, beta = (_real(at_least_fp32(x), segments) for x in (q, k, log_decay, beta))
+    number = _numbers(segments)
     b, t, h = beta.shape
     state = torch.eye(k.shape[3], dtype=k.dtype, device=k.device).expand(b, h, -1, -1)
     nothing = k.new_zeros(()).expand(b, t, h, k.shape[3])
@@ -99,8 +99,8 @@ def recalled(
     with t. Zero at padding. Arguments as in `gated_delta_rule`; the result is fp32 or better.
     """
     real = None if segments is None else segments.mask[..., None, None]
-    k, v, log_decay, beta = (at_least_fp32(x) for x in (k, v, log_decay, beta))
-    log_decay, beta, number = _without_padding(log_decay, beta, segments)
+    k, v, log_decay, beta = (_real(at_least_fp32(x), segments) for x in (k, v, log_decay, beta))
+    number = _numbers(segments)
     if number is not None:
         number = number.repeat_interleave(2, dim=1)
     if state is None:
@@ -139,7 +139,8 @@ def written(
     With it the memory is a plain decaying sum, S_t = Σ_s exp(G_t − G_s) k_s u_sᵀ (+ exp(G_t) S₀): any state follows
     from (k, u, log_decay) in one product. Arguments as in `recalled`.
     """
-    u = beta[..., None] * (at_least_fp32(v) - recalled(k, v, log_decay, beta, state=state, segments=segments))
+    v, beta = _real(at_least_fp32(v), segments), _real(beta, segments)
+    u = beta[..., None] * (v - recalled(k, v, log_decay, beta, state=state, segments=segments))
     return u if segments is None else u.masked_fill(~segments.mask[..., None, None], 0.0)
 
 
@@ -160,10 +161,10 @@ def states_at(
     Arguments as in `recalled`.
     Raises: ValueError for a place that is not there.
     """
-    k, v, log_decay, beta = (at_least_fp32(x) for x in (k, v, log_decay, beta))
+    k, v, log_decay, beta = (_real(at_least_fp32(x), segments) for x in (k, v, log_decay, beta))
     if not positions or not all(0 <= p < v.shape[1] for p in positions):
         raise ValueError(f"States are there after tokens 0 to {v.shape[1] - 1}, and {list(positions)} were asked for.")
-    log_decay, beta, number = _without_padding(log_decay, beta, segments)
+    number = _numbers(segments)
     if state is None:
         state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
     found, done = {}, 0
@@ -193,15 +194,17 @@ def _run(
     return rule(q, k, v, log_decay, beta, state=state, segments=within, backend=backend)
 
 
-def _without_padding(
-    log_decay: Tensor, beta: Tensor, segments: Segments | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """At padding nothing is forgotten or written, as in the delta rule; then each token's sequence, counted by row."""
-    if segments is None or segments.plain:
-        return log_decay, beta, None
-    padding = ~segments.mask[..., None]
-    # Padding counts to the sequence before it: a piece that begins with padding still sees where the next one starts.
-    return log_decay.masked_fill(padding, 0.0), beta.masked_fill(padding, 0.0), segments.starts.long().cumsum(1)
+def _real(x: Tensor, segments: Segments | None) -> Tensor:
+    """At padding nothing is forgotten, written or read, as in the delta rule."""
+    return x if segments is None else segments.real(x)
+
+
+def _numbers(segments: Segments | None) -> Tensor | None:
+    """(b, t) each token's sequence, counted by row; None where every row is one.
+
+    Padding counts to the sequence before it: a piece that begins with padding still sees where the next one starts.
+    """
+    return None if segments is None or segments.plain else segments.starts.long().cumsum(1)
 
 
 def _enter(state: Tensor, number: Tensor | None, piece: slice) -> tuple[Tensor, Segments | None]:

@@ -43,6 +43,18 @@ def linear(
     return y if bias is None else y + bias
 
 
+def spans(count: int, size: int, least: int = FEW) -> list[tuple[int, int]]:
+    """Where parts of `size` rows of `count` begin and end.
+
+    A rest of fewer than `least` rows joins the part before it: products, attention and the delta rule of so few take
+    other ways, whose last bits are their own.
+    """
+    if count < size + least:  # said apart: a graph that is traced must not depend on more than this
+        return [(0, count)]
+    begins = list(range(0, count - least + 1, size))
+    return list(zip(begins, [*begins[1:], count], strict=True))
+
+
 class Linear(nn.Linear):
     """torch's, through `linear`."""
 

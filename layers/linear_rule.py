@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layers.backends import choose
+from layers.chunk_decay import bounded, decays
 from layers.delta_rule import Gates, Keys, State, Values, Watch
 from layers.norm import at_least_fp32
 from layers.piecewise_delta_rule import CHUNK
 from layers.segments import Segments
+from layers.wild import one_by_one, wild
 
 # `gated_delta_rule`, or the one below: what both take and give is the same.
 Rule = Callable[..., tuple[Tensor, Tensor]]
@@ -47,15 +49,20 @@ def gated_linear_rule(
     segments = None if segments is None or segments.plain else segments
     starts = None
     if segments is not None:  # at padding nothing is forgotten and nothing is written
-        log_decay = log_decay.masked_fill(~segments.mask[..., None], 0.0)
-        beta = beta.masked_fill(~segments.mask[..., None], 0.0)
+        q, k, v, log_decay, beta = (segments.real(x) for x in (q, k, v, log_decay, beta))
         starts = segments.starts
+    looped = choice == "recurrent" or v.shape[1] == 1
+    if not looped and segments is not None and wild(segments, q, k, v, beta, log_decay.exp()):
+
+        def alone(before: Tensor | None, *parts: Tensor) -> tuple[Tensor, Tensor]:
+            return gated_linear_rule(*parts, state=before, backend=backend)
+
+        return one_by_one(segments, state, alone, q, k, v, log_decay, beta)  # type: ignore[return-value]
     dtype, share = v.dtype, v.shape[2] // k.shape[2]
     q, k, v, log_decay, beta = (at_least_fp32(x) for x in (q, k, v, log_decay, beta))
     q, k = (x.repeat_interleave(share, dim=2) for x in (q, k))
     if state is None:
         state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
-    looped = choice == "recurrent" or v.shape[1] == 1
     with torch.autocast(v.device.type, enabled=False):
         run = _recurrent if looped else _chunked
         o, state = run(q, k, beta[..., None] * v, log_decay, state.to(v.dtype), starts)
@@ -67,10 +74,10 @@ def _recurrent(
 ) -> tuple[Tensor, Tensor]:
     """The definition, token by token."""
     decay = log_decay.exp()
-    if starts is not None:
-        decay = decay.masked_fill(starts[..., None], 0.0)
     outputs = []
     for t in range(q.shape[1]):
+        if starts is not None:
+            state = state.masked_fill(starts[:, t, None, None, None], 0.0)
         state = decay[:, t, :, None, None] * state + k[:, t, :, :, None] * written[:, t, :, None, :]
         outputs.append((q[:, t, :, None, :] @ state).squeeze(-2))
     return torch.stack(outputs, dim=1), state
@@ -90,15 +97,9 @@ def _chunked(
         return F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad)).unflatten(1, (-1, CHUNK)).movedim(3, 1)
 
     q, k, written, log_decay = (chunks(x) for x in (q, k, written, log_decay))
-    since_start = log_decay.cumsum(-1)
-    gamma, to_end = since_start.exp(), (since_start[..., -1:] - since_start).exp()
-    hidden = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
     if starts is not None:
-        number = F.pad(starts, (0, pad)).unflatten(1, (-1, CHUNK)).long().cumsum(-1)[:, None]  # (b 1 n C)
-        gamma, to_end = gamma * (number == 0), to_end * (number == number[..., -1:])
-        hidden = hidden | (number[..., :, None] != number[..., None, :])
-    # Masked before exp: above the diagonal the exponent is positive and may overflow.
-    pairwise = (since_start[..., :, None] - since_start[..., None, :]).masked_fill(hidden, -torch.inf).exp()
+        starts = F.pad(starts, (0, pad)).unflatten(1, (-1, CHUNK))[:, None]  # (b 1 n C)
+    gamma, to_end, pairwise = decays(bounded(log_decay), starts)
     added = (k * to_end[..., None]).mT @ written  # (b, h, n, k, v): what each chunk adds to the memory
     before = []
     for i in range(added.shape[2]):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from layers.backends import choose, generation
 from layers.grouped_linear import grouped_linear, runs, wide
 from layers.hook_point import HookPoint
-from layers.linear import Linear, linear, under_autocast
+from layers.linear import Linear, linear, spans, under_autocast
 from layers.mlp import SwiGLU, activate
 from layers.native import functions as native
 from layers.native import ops
@@ -104,8 +104,7 @@ class Experts(nn.Module):
                 return self._gathered(x, weights, indices)
         chosen = choose("experts", self.chosen, x)
         if chosen == "cpp":
-            parts = zip(*(part.split(TOKENS) for part in (x, weights, indices)), strict=True)
-            y = [self._sorted(*part) for part in parts]
+            y = [self._sorted(x[a:b], weights[a:b], indices[a:b]) for a, b in spans(len(x), TOKENS)]
             return y[0] if len(y) == 1 else torch.cat(y)
         return self._grouped(x, weights, indices) if chosen == "grouped" else loop(x, weights, indices, self._expert)
 
@@ -238,7 +237,11 @@ class SparseMoE(nn.Module):
     def forward(
         self, x: Float[Tensor, "b t width"], *, mask: Bool[Tensor, "b t"] | None = None, stats: bool = True
     ) -> tuple[Float[Tensor, "b t width"], RouterStats | None]:
-        """Feed forward; and what the router did with the tokens where `mask` is True (all, if None), if `stats`."""
+        """Feed forward; and what the router did with the tokens where `mask` is True (all, if None), if `stats`.
+
+        Others stand for zeros, whatever they hold.
+        """
+        x = x if mask is None else x.masked_fill(~mask[..., None], 0.0)
         with torch.autocast(x.device.type, enabled=False):  # in mixed precision the router stays fp32
             weight, backend = self.router.weight, getattr(self.router, "backend", "auto")
             logits = self.hook_router_logits(linear(x.to(weight.dtype), weight, backend=backend))
@@ -299,6 +302,9 @@ def router_stats(
     tokens = real.sum().clamp(min=1)
     choices = real[..., None].expand_as(indices).flatten()
     chosen = torch.zeros(e, device=logits.device).index_add(0, indices.flatten(), choices)
+    if mask is not None:
+        probabilities = probabilities.masked_fill(~mask[..., None], 0.0)
+        logits = logits.masked_fill(~mask[..., None], 0.0)
     mean_probability = (probabilities * real[..., None]).sum((0, 1)) / tokens
     balance = e * (chosen / tokens * mean_probability).sum()
     z = (at_least_fp32(logits).logsumexp(-1).square() * real).sum() / tokens

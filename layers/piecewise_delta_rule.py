@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from layers.chunk_decay import decays
 from layers.norm import at_least_fp32
 
 CHUNK = 64
@@ -119,16 +120,7 @@ def _make(cut: list[Any], memory: Tensor) -> _Piece:
     n, b, h = v.shape[:3]
     share, low = h // k.shape[2], v.dtype
     q, k, v = q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
-    since_start = log_decay.cumsum(-1)
-    gamma, to_end = since_start.exp(), (since_start[..., -1:] - since_start).exp()
-    apart = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=v.device).triu(1)
-    if starts is not None:
-        number = starts.long().cumsum(-1)  # (n b 1 C)
-        gamma, to_end = gamma * (number == 0), to_end * (number == number[..., -1:])
-        apart = apart | (number[..., :, None] != number[..., None, :])
-    # Masked before exp: above the diagonal the exponent is positive and may overflow.
-    pairwise = (since_start[..., :, None] - since_start[..., None, :]).masked_fill_(apart, -torch.inf).exp_()
-    beta, gamma, to_end, pairwise = (x.flatten(0, 2) for x in (beta, gamma, to_end, pairwise))
+    beta, gamma, to_end, pairwise = (x.flatten(0, 2) for x in (beta, *decays(log_decay, starts)))
 
     def shared(x: Tensor) -> Tensor:  # (p …) → (g share …)
         return x.unflatten(0, (-1, share))
@@ -217,9 +209,11 @@ def _backward(made: _Piece, to_o: Tensor, to_memory: Tensor) -> tuple[Tensor, ..
     to_gamma += (through_k * by_beta).sum(-2)
     to_gamma[:, -1] += to_kept
     to_end_exponent = (shared(to_writers) * k[:, None]).sum(-1).view_as(gamma) * to_end
-    to_since_start = to_pairwise.sum(-1) - to_pairwise.sum(-2) + to_gamma * gamma - to_end_exponent
-    to_since_start[:, -1] += to_end_exponent.sum(-1)
-    to_log_decay = to_since_start.flip(-1).cumsum(-1).flip(-1)
+    # In fp64, as all that passes a token by is in these sums once more and once less.
+    to_since_start = to_pairwise.sum(-1, dtype=torch.float64) - to_pairwise.sum(-2, dtype=torch.float64)
+    to_since_start += to_gamma * gamma - to_end_exponent.double()
+    to_since_start[:, -1] += to_end_exponent.sum(-1, dtype=torch.float64)
+    to_log_decay = to_since_start.flip(-1).cumsum(-1).flip(-1).to(gamma.dtype)
     return to_q, to_k, to_v, to_log_decay, to_beta, to_memory
 
 

@@ -162,6 +162,15 @@ class Segments:
         return self.document_ids >= 0
 
     @cached_property
+    def padded(self) -> bool:
+        """Some token is absent; in a graph that is traced, which must not ask, some may be."""
+        return self.document_ids is not None and (torch.compiler.is_compiling() or not bool(self.mask.all()))
+
+    def real(self, x: Tensor) -> Tensor:
+        """(b, t, …) with zeros at absent tokens: a mask that multiplies would let NaN and infinity through."""
+        return x.masked_fill(~self.mask.view(*self.mask.shape, *(1,) * (x.ndim - 2)), 0) if self.padded else x
+
+    @cached_property
     def _previous(self) -> Tensor:
         """(b, t) index of the last real token before each token, -1 where there is none."""
         index = torch.arange(self.length, device=self.device).expand(self.batch, -1)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from layers.gated_deltanet import DeltaNetState
 from layers.hook_point import HookPoint
 from layers.kv_state import KVState
+from layers.linear import FEW, spans
 from layers.mlp import SwiGLU
 from layers.moe import RouterStats, SparseMoE
 from layers.norm import RMSNorm, at_least_fp32
@@ -65,7 +66,7 @@ class Block(nn.Module):
         stats: bool = True,
     ) -> tuple[Float[Tensor, "b t width"], RouterStats | None]:
         """The residual stream after this block; router statistics over `counted` tokens where it is sparse."""
-        split = x.shape[1] > TOKENS and not stats and self._may_split(x)
+        split = x.shape[1] >= TOKENS + FEW and not stats and self._may_split(x)
         if split and segments.plain and segments.aligned and isinstance(state, (KVState, DeltaNetState)):
             return self._in_parts(x, rope, segments, state), None
         x = self.hook_resid_pre(x)
@@ -77,7 +78,8 @@ class Block(nn.Module):
         y = self.attn_out_norm(y) if self.sandwich else y
         x = self.hook_resid_mid(x + self.hook_attn_out(y))
         if split:
-            return torch.cat([self._feed(part, None, stats=False)[0] for part in x.split(TOKENS, dim=1)], dim=1), None
+            parts = [self._feed(x[:, a:b], None, stats=False)[0] for a, b in spans(x.shape[1], TOKENS)]
+            return torch.cat(parts, dim=1), None
         return self._feed(x, counted, stats=stats)
 
     def _feed(self, x: Tensor, counted: Tensor | None, *, stats: bool) -> tuple[Tensor, RouterStats | None]:
@@ -95,8 +97,8 @@ class Block(nn.Module):
             lead = past % TILE  # attention's tiles, which lie on a grid of all positions, stay whole
             state.reserve(segments)  # once for all
         y = torch.empty_like(x)
-        for place in range(-lead, t, TOKENS):
-            begin, end = max(place, 0), min(place + TOKENS, t)
+        for place, stop in spans(lead + t, TOKENS):
+            begin, end = max(place - lead, 0), stop - lead
             if isinstance(state, DeltaNetState) and isinstance(own, DeltaNetState):
                 noted += _noted(state, own, begin, end)
             here = Segments.full(x[:, begin:end]).after([past + begin] * len(x))

@@ -239,7 +239,7 @@ class Qwen3Next(Hooked, nn.Module):
         """The residual stream before block `stop`, and router statistics a sparse layer."""
         same = len(set(segments.past)) == 1
         self.hook_call["position"] = segments.past[0] if same else segments.past
-        x = self.hook_embed(self.embed_tokens(input_ids))
+        x = segments.real(self.hook_embed(self.embed_tokens(input_ids)))
         rope = self._rotation(segments.positions, x.dtype)
         counted, aux = None if segments.plain else segments.mask, []
         for i, block in enumerate(self.blocks[:stop]):
@@ -389,7 +389,8 @@ class Qwen3Next(Hooked, nn.Module):
         """Run prompts into the cache in chunks; yields (columns done, columns in all) after each.
 
         `cache.last_logits` are then those after each sequence's last token. Chunks end at multiples of their size,
-        which is rounded down to one of 64, so that their number leaves no trace in the result.
+        which is rounded down to one of 64; a rest of fewer than 16 tokens joins the chunk before it. So their number
+        leaves no trace: a prompt without padding, behind nothing or a multiple of 64 tokens, gives the same bits.
 
         Args:
             segments: `Segments.from_mask(mask)` for padded prompts; packed ones are sequences of the cache in order.

@@ -47,9 +47,11 @@ class MTP(nn.Module):
         state: KVState | None = None,
     ) -> tuple[Float[Tensor, "b t width"], list]:
         """Hidden states for the head, and the router statistics of the block; `state` holds the pairs before."""
-        x, aux = self._pairs(hidden, next_embedding), []
         # A sequence's last token has no next one: what it computes is read by nobody and counted nowhere.
         counted = segments.next_is_same()
+        if not segments.plain:  # what stands there is another sequence's, or nobody's
+            next_embedding = next_embedding.masked_fill(~counted[..., None], 0.0)
+        x, aux = self._pairs(hidden, next_embedding), []
         for block in self.blocks:
             x, stats = block(x, rope, segments=segments, state=state, counted=counted, stats=state is None)
             aux += [] if stats is None else [stats]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layers.kv_state import KVState
+from layers.linear import FEW, spans
 from layers.native.build import missing
 from layers.norm import at_least_fp32
 from layers.segments import Segments
@@ -71,7 +72,7 @@ def chunk_for(model: "Qwen3Next", cache: HybridCache, segments: Segments, max_me
     weight = model.embed_tokens.weight
 
     def takes(chunk: int) -> int:
-        return transient_bytes(model.config, segments.batch * chunk, weight.element_size())
+        return transient_bytes(model.config, segments.batch * (chunk + FEW - 1), weight.element_size())
 
     if takes(GRID) > room:
         needed = max_memory - room + takes(GRID)
@@ -111,13 +112,14 @@ def transient_bytes(config: ModelConfig, tokens: int, element_size: int) -> int:
 def _chunks(
     model: "Qwen3Next", input_ids: Tensor, cache: HybridCache, segments: Segments, past: int, chunk_size: int
 ) -> Iterator[tuple[int, int]]:
-    total, begin, last = input_ids.shape[1], 0, cache.last_logits
+    total, last = input_ids.shape[1], cache.last_logits
     if last is None and not segments.plain and cache.hidden is not None:
         last = model.logits_after(cache)  # rows that get no tokens here keep theirs
-    while begin < total:
-        end = min(total, (past + begin) // chunk_size * chunk_size + chunk_size - past)
+    lead = past % chunk_size
+    few = FEW if segments.plain and chunk_size >= GRID else 1  # elsewhere bits differ anyway
+    for place, stop in spans(lead + total, chunk_size, few) if total else []:
+        begin, end = max(place - lead, 0), stop - lead
         chunk, part = input_ids[:, begin:end], segments.part(begin, end)
-        begin = end
         with torch.no_grad():  # not around the yield: it would reach the caller's code
             if part.plain:
                 cache.last_logits = last = model(chunk, cache=cache, logits_to_keep=1).logits[:, -1]

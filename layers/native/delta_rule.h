@@ -35,7 +35,9 @@ struct Chunk {
     const size_t square = CHUNK * CHUNK, by_k = size_t(CHUNK) * k_width, by_v = size_t(CHUNK) * v_width;
     const size_t state = size_t(k_width) * v_width;
     int count = 0, number[CHUNK];  // tokens; sequences that began in this chunk up to each
-    float since_start[CHUNK], beta[CHUNK], gamma[CHUNK], to_end[CHUNK];
+    // Sums of log decays in two parts, of 48 bits together: one of 24 has no digits for weak decays beside strong ones.
+    float since_start[CHUNK], rest[CHUNK];
+    float beta[CHUNK], gamma[CHUNK], to_end[CHUNK];
     Buffer<T> q{by_k}, k{by_k}, k_rows{by_k}, k_packed{by_k}, by_beta{square}, state_packed{state}, values_packed{by_v};
     Buffer<float> kk{square}, qk{square}, decay{square}, system{square}, solved{square};
     Buffer<float> recalled{by_v}, values{by_v}, fresh{by_v};
@@ -61,22 +63,26 @@ struct Chunk {
             number[i] = (i ? number[i - 1] : 0) + (in.starts && i < count && in.starts[token + i]);
     }
 
+    // The log decay from token j to token i.
+    float between(int i, int j) const { return (since_start[i] - since_start[j]) + (rest[i] - rest[j]); }
+
     // One memory's decays, and T with T diag(β).
     void solve(int64_t token, int64_t head) {
         const float *g = in.log_decay + token * s.heads + head, *b = in.beta + token * s.heads + head;
-        float sum = 0.0f;
+        double sum = 0.0;
         for (int i = 0; i < CHUNK; i++) {
-            since_start[i] = sum += i < count ? g[i * s.heads] : 0.0f;
+            sum += i < count ? g[i * s.heads] : 0.0f;
+            since_start[i] = float(sum), rest[i] = float(sum - since_start[i]);
             beta[i] = i < count ? b[i * s.heads] : 0.0f;
         }
         for (int i = 0; i < CHUNK; i++) {
             gamma[i] = number[i] ? 0.0f : exponential(since_start[i]);
-            to_end[i] = number[i] != number[CHUNK - 1] ? 0.0f : exponential(sum - since_start[i]);
+            to_end[i] = number[i] != number[CHUNK - 1] ? 0.0f : exponential(between(CHUNK - 1, i));
         }
         for (int i = 0; i < CHUNK; i++)
             for (int j = 0; j < up_to(i); j++) {
                 // Above the diagonal the exponent is positive, and exp might overflow.
-                float apart = since_start[i] - since_start[j], kept = exponential(apart < 0.0f ? apart : 0.0f);
+                float apart = between(i, j), kept = exponential(apart < 0.0f ? apart : 0.0f);
                 decay[i * CHUNK + j] = kept = (j <= i) & (number[i] == number[j]) ? kept : 0.0f;
                 system[i * CHUNK + j] = beta[i] * kept * kk[i * CHUNK + j];
             }

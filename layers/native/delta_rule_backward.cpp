@@ -46,7 +46,8 @@ struct Gradients {
 
     // One memory, after `solve` and `write` with it; to_state is the gradient of S' and becomes that of S.
     void run(const float* memory, float* to_state, const V* to_o, int64_t row, V* to_v, float* to_g, float* to_b) {
-        float to_gamma[CHUNK] = {}, to_tau[CHUNK] = {}, to_since[CHUNK] = {}, to_beta[CHUNK] = {};
+        float to_gamma[CHUNK] = {}, to_tau[CHUNK] = {}, to_beta[CHUNK] = {};
+        double to_since[CHUNK] = {};  // all that passes a token by is in these sums once more and once less
         std::memset(to_out, 0, c.by_v * sizeof(float));
         for (int i = 0; i < c.count; i++)
             for (int j = 0; j < c.s.value_width; j++) to_out[i * v_width + j] = to_float(to_o[i * row + j]);
@@ -109,18 +110,19 @@ struct Gradients {
 
         triangle(to_since, to_beta);
         for (int i = 0; i < CHUNK; i++) {
-            to_since[i] += to_gamma[i] * c.gamma[i] - to_tau[i] * c.to_end[i];
-            to_since[CHUNK - 1] += to_tau[i] * c.to_end[i];
+            const double to_end = to_tau[i] * c.to_end[i];
+            to_since[i] += to_gamma[i] * c.gamma[i] - to_end;
+            to_since[CHUNK - 1] += to_end;
         }
-        float sum = 0.0f;
+        double sum = 0.0;
         for (int i = CHUNK - 1; i >= 0; i--) {
             sum += to_since[i];
-            if (i < c.count) to_g[i * c.s.heads] = sum, to_b[i * c.s.heads] = to_beta[i];
+            if (i < c.count) to_g[i * c.s.heads] = float(sum), to_b[i * c.s.heads] = to_beta[i];
         }
     }
 
     // The C x C part: of the solve, −tril(Tᵀ to_T Tᵀ, −1), and then of key products and decays.
-    void triangle(float* to_since, float* to_beta) {
+    void triangle(double* to_since, float* to_beta) {
         for (int i = 0; i < CHUNK; i++)
             for (int j = 0; j < CHUNK; j++) {
                 const float to = j <= i ? to_by_beta[i * CHUNK + j] : 0.0f;
@@ -131,7 +133,8 @@ struct Gradients {
         product<float>(to_by_beta, solved_t, work, CHUNK, CHUNK, CHUNK, false);
         product<float>(work, to_by_beta, solved_t, CHUNK, CHUNK, CHUNK, false, false, true);
         for (int i = 0; i < CHUNK; i++) {
-            float to = 0.0f, along = 0.0f;
+            float to = 0.0f;
+            double along = 0.0;
             for (int j = 0; j < CHUNK; j++) {
                 const int at = i * CHUNK + j;
                 const float to_system = j < i ? -work[at] * c.decay[at] : 0.0f;
