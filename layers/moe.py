@@ -240,8 +240,7 @@ class SparseMoE(nn.Module):
     ) -> tuple[Float[Tensor, "b t width"], RouterStats | None]:
         """Feed forward; and what the router did with the tokens where `mask` is True (all, if None), if `stats`."""
         with torch.autocast(x.device.type, enabled=False):  # in mixed precision the router stays fp32
-            weight, backend = self.router.weight, getattr(self.router, "backend", "auto")
-            logits = self.hook_router_logits(linear(x.to(weight.dtype), weight, backend=backend))
+            logits = self.hook_router_logits(self.router(x.to(_dtype_of(self.router, x.dtype))))
             probabilities = at_least_fp32(logits).softmax(-1)
         indices = top_experts(logits, self.top_k)
         weights = probabilities.gather(-1, indices)
@@ -285,6 +284,14 @@ class SparseMoE(nn.Module):
         for row, weight in zip(rows.unbind(2), weights.split(1, dim=-1), strict=True):
             y = torch.addcmul(y, row, weight) if single else y + at_least_fp32(row) * weight
         return y.to(x.dtype)
+
+
+def _dtype_of(module: nn.Module, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype that a linear map computes in, wherever an adapter around it keeps its weight."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    return weight.dtype if weight is not None and weight.is_floating_point() else otherwise
 
 
 def router_stats(

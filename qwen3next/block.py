@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from layers.attached import attached
 from layers.gated_deltanet import DeltaNetState
 from layers.hook_point import HookPoint
 from layers.kv_state import KVState
@@ -113,9 +114,7 @@ class Block(nn.Module):
         """Whether nobody could tell: no gradients, no graph being traced, no hook of any kind inside."""
         if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        return not any(
-            m._forward_hooks or m._forward_pre_hooks or (isinstance(m, HookPoint) and m.active) for m in self.modules()
-        )
+        return not attached(*self.modules())
 
 
 def _noted(state: DeltaNetState, own: DeltaNetState, begin: int, end: int) -> bool:

@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from layers.attached import attached
 from layers.attention_variants import AttentionVariant
-from layers.backends import choose
+from layers.backends import choose_for
 from layers.cross_entropy import linear_cross_entropy
 from layers.expert_cache import ExpertCache
 from layers.gated_attention import GatedAttention
@@ -333,14 +334,18 @@ class Qwen3Next(Hooked, nn.Module):
         """Mean over the places whose token `ahead` is of the same sequence and labelled; and their number."""
         target = labels.roll(-ahead, dims=1)
         place = segments.next_is_same(ahead) & (target != -100)
-        hidden, target = hidden[place], target[place]  # logits only where there is a target
-        head = self.lm_head
-        if type(head) is Linear and head.bias is None and not head._forward_hooks and not (hook and hook.active):
+        target, head = target[place], self.lm_head
+        # Logits only where there is a target, unless somebody looks at them, or has changed how they are made.
+        if _plain(head) and not (self.hook_logits if hook is None else hook).active:
             chosen = {"backend": self.cross_entropy_backend, "linear_backend": head.backend}
-            summed = linear_cross_entropy(hidden, head.weight, target, **chosen)
-        else:  # somebody looks at the logits, or has changed how they are made
-            logits = head(hidden) if hook is None else hook(head(hidden))
-            summed = F.cross_entropy(at_least_fp32(logits), target, reduction="sum")
+            summed = linear_cross_entropy(hidden[place], head.weight, target, **chosen)
+            return summed / max(len(target), 1), len(target)
+        if hook is None:  # all of them, as in a forward; what stands at padding reaches no gradient
+            real = hidden if segments.plain else hidden.masked_fill(~segments.mask[..., None], 0.0)
+            logits = self.hook_logits(head(real))[place]
+        else:
+            logits = hook(head(hidden[place]))
+        summed = F.cross_entropy(at_least_fp32(logits), target, reduction="sum")
         return summed / max(len(target), 1), len(target)
 
     def new_cache(
@@ -367,7 +372,7 @@ class Qwen3Next(Hooked, nn.Module):
             max_len=max_len,
             dtype=like.dtype,
             kv_dtype=_kv_dtype(kv_dtype, like.dtype),
-            device=like.device,
+            device=self.device,
             state_dtype=None if state_dtype is None else as_dtype(state_dtype),
             history=history,
             mtp=mtp,
@@ -459,7 +464,7 @@ class Qwen3Next(Hooked, nn.Module):
             known = ", ".join((*kinds, "decode", "cross_entropy"))
             raise ValueError(f"There is no operation {operation!r} to choose for: {known}.")
         with torch.no_grad():
-            choose(operation, name, self.embed_tokens.weight)
+            choose_for(operation, name, self.device, self.embed_tokens.weight.dtype)
         self.decode_slot = Slot()  # look anew at the next step
         if operation not in kinds:
             setattr(self, attribute, name)
@@ -495,6 +500,15 @@ class Qwen3Next(Hooked, nn.Module):
         return self.config.stop_tokens if given is None else given
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes: where its weights are, those left out that are elsewhere until they are used."""
+        offloaded = getattr(getattr(self.embed_tokens, "_hf_hook", None), "execution_device", None)  # accelerate's
+        if offloaded is not None:
+            return torch.device(offloaded)
+        here = (p.device for p in self.parameters() if p.device.type != "meta")
+        return next(here, torch.device("cpu"))
+
+    @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
@@ -507,6 +521,16 @@ def _kv_dtype(name: str | torch.dtype | None, default: torch.dtype) -> torch.dty
     except ValueError:
         known = "float32, bfloat16, float16, float64 or int8"
         raise ValueError(f"Keys and values cannot be kept in {name!r}: choose {known}.") from None
+
+
+def _plain(head: nn.Module) -> TypeGuard[Linear]:
+    """Whether its product with the weight is all that a call of it would do."""
+    return (
+        type(head) is Linear
+        and head.bias is None
+        and type(head.weight) in (Tensor, nn.Parameter)
+        and not attached(head)
+    )
 
 
 def _stack(aux: list[RouterStats]) -> RouterStats | None:

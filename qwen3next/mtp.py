@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from layers.attached import attached
 from layers.hook_point import HookPoint
 from layers.kv_state import KVState
 from layers.linear import Linear
@@ -77,9 +78,13 @@ class MTP(nn.Module):
         before[[run.row for run in runs], [run.begin for run in runs]] = waiting[[run.sequence for run in runs]]
         pairs, first = segments.pairs()
         if pairs is not None:
-            x, block = self._pairs(before[:, first:], embedding[:, first:]), self.blocks[0]
+            before, embedding, block = before[:, first:], embedding[:, first:], self.blocks[0]
             assert isinstance(block, Block)
             rope = Rotation(rope.cos[:, first:], rope.sin[:, first:])
+            if attached(self, block, block.self_attn):  # whatever that is acts when they are called
+                self(before, embedding, rope, pairs, state)
+                return
+            x = self._pairs(before, embedding)
             k, v = block.self_attn.keys_and_values(block.input_layernorm(x), rope)
             state.append(k, v, pairs)
 
