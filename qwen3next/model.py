@@ -304,6 +304,10 @@ class Qwen3Next(Hooked, nn.Module):
         hidden, aux, segments = self._backbone(input_ids, segments, None, stats=True)
         lm, targets = self._cross_entropy(hidden, labels, segments, ahead=1)
         if not targets:
+            if bool(segments.next_is_same().any()):
+                raise ValueError(
+                    "The labels of all tokens that have one before them are -100: give at least one of them its id."
+                )
             raise ValueError("No token here has a next one to predict: give sequences of at least two tokens.")
         total, mtp = lm, lm.new_zeros(())
         if self.mtp is not None and self.config.mtp_loss_coef:
@@ -323,10 +327,13 @@ class Qwen3Next(Hooked, nn.Module):
         check_ids(labels, "labels")
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels are {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)}: align them.")
-        if labels is not input_ids and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if labels is not input_ids and not torch.compiler.is_compiling():
             wrong = labels[(labels != -100) & ((labels < 0) | (labels >= self.vocab_size))]
             if len(wrong):
-                raise ValueError(f"labels hold {int(wrong[0])}: give ids below {self.vocab_size}, or -100 for none.")
+                raise ValueError(
+                    f"labels hold {int(wrong[0])}: give ids of 0 to {self.vocab_size - 1}, or -100 where nothing is "
+                    "to be predicted."
+                )
 
     def _cross_entropy(
         self, hidden: Tensor, labels: Tensor, segments: Segments, *, ahead: int, hook: HookPoint | None = None

@@ -212,6 +212,26 @@ def test_labels_mask_targets(model64):
     assert loss.targets == 4
     with pytest.raises(ValueError, match="at least two tokens"):
         model64.loss(tokens[:, :1])
+    with pytest.raises(ValueError, match="The labels of all tokens that have one before them are -100"):
+        model64.loss(tokens, labels=torch.full_like(tokens, -100))
+    first = torch.full_like(tokens, -100).index_fill(1, torch.tensor([0]), 5)  # nothing stands before the first
+    with pytest.raises(ValueError, match="The labels of all tokens that have one before them are -100"):
+        model64.loss(tokens, labels=first)
+
+
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        (torch.full((1, 10), 97), "labels hold 97: give ids of 0 to 96, or -100"),
+        (torch.full((1, 10), -1), "labels hold -1: give ids of 0 to 96, or -100"),
+        (torch.zeros(1, 9, dtype=torch.long), r"labels are \(1, 9\) and input_ids \(1, 10\): align them"),
+        (torch.zeros(10, dtype=torch.long), r"labels must be integers of shape \(b, t\), got int64 of shape \(10,\)"),
+        (torch.zeros(1, 10), r"labels must be integers of shape \(b, t\), got float32"),
+    ],
+)
+def test_labels_that_do_not_serve(model64, labels, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        model64.loss(ids(1, 10), labels=labels)
 
 
 def test_tied_embeddings_are_one_parameter():
