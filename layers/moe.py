@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from layers.backends import choose, generation
+from layers.backends import choose, choose_for, generation
 from layers.grouped_linear import grouped_linear, runs, wide
 from layers.hook_point import HookPoint
 from layers.linear import Linear, linear, under_autocast
@@ -77,6 +77,12 @@ def grouped_on_device(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and generation(x.device) >= 9
 
 
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """In which products of x are made: autocast's, where that is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class Experts(nn.Module):
     """e SwiGLU feed-forwards in two stacked tensors: gate rows above up rows.
 
@@ -102,7 +108,7 @@ class Experts(nn.Module):
                 return one_token(x, weights, indices, self._expert)
             if x.device.type != "cpu" and indices.numel() <= GATHERED and not self._grouped_serves(x):
                 return self._gathered(x, weights, indices)
-        chosen = choose("experts", self.chosen, x)
+        chosen = choose_for("experts", self.chosen, x.device, _product_dtype(x))
         if chosen == "cpp":
             parts = zip(*(part.split(TOKENS) for part in (x, weights, indices)), strict=True)
             y = [self._sorted(*part) for part in parts]
@@ -121,9 +127,9 @@ class Experts(nn.Module):
 
     def _sorted(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """As `_grouped`, sorted and summed in C++."""
-        dtype, mixed = x.dtype, torch.is_autocast_enabled(x.device.type)
+        dtype = x.dtype
         backend = under_autocast(x, self.linear_backend)
-        x = x.to(torch.get_autocast_dtype(x.device.type)) if mixed else x
+        x = x.to(_product_dtype(x))
         token, places, ends = ops.route(indices.contiguous(), self.gate_up_proj.shape[0])
         if choose("linear", backend, x) == "onednn" and not torch.is_grad_enabled():
             out = x.new_empty(len(token), x.shape[1])
@@ -160,8 +166,7 @@ class Experts(nn.Module):
         """A few tokens with a copy of every choice's weights: more to read than `_grouped`, and no host sync either."""
         chosen, (n, k) = indices.flatten(), indices.shape
         rows = x.repeat_interleave(k, dim=0, output_size=n * k)[..., None]
-        if torch.is_autocast_enabled(x.device.type):
-            rows = rows.to(torch.get_autocast_dtype(x.device.type))
+        rows = rows.to(_product_dtype(x))
         gate, up = (self.gate_up_proj[chosen].to(rows.dtype) @ rows).chunk(2, dim=1)
         out = (self.down_proj[chosen].to(rows.dtype) @ activate(gate, up, backend=self.elementwise_backend)).view(
             n, k, -1

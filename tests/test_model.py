@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import small_config, small_model
 
 import qwen3next as q
@@ -257,6 +258,36 @@ def test_autocast_trains():
     low.total.backward()
     full = model.loss(ids(2, 80), segments=Segments.from_lengths([[50, 30], [80]]))
     assert abs(low.total.item() - full.total.item()) < 0.05
+
+
+def test_fp16_autocast_trains_with_a_scaler():
+    """Packed and dense too; fp16 has 11 bits, so gradients are those of fp32 to a percent where no choice turns."""
+    for changes in ({}, {"num_experts": 0}):
+        model, segments = small_model(**changes), Segments.from_lengths([[50, 30], [75]])
+        exact = model.loss(ids(2, 80), segments=segments)
+        expected = gradients(model, exact.total)
+        model.zero_grad()
+        adam, scaler = torch.optim.AdamW(model.parameters(), 1e-3), torch.amp.GradScaler("cpu", init_scale=8.0)
+        with torch.autocast("cpu", torch.float16):
+            low = model.loss(ids(2, 80), segments=segments)
+        scaler.scale(low.total).backward()
+        scaler.unscale_(adam)
+        assert abs(low.total.item() - exact.total.item()) < 5e-3
+        for name, parameter in model.named_parameters():
+            alike = F.cosine_similarity(parameter.grad.flatten(), expected[name].flatten(), dim=0)
+            assert float(alike) > 0.98, name
+        scaler.step(adam)
+        scaler.update()
+        assert scaler.get_scale() == 8.0  # nothing overflowed
+
+
+def test_experts_are_chosen_for_the_dtype_of_their_products():
+    model = small_model()
+    for name in ("cpp", "grouped"):
+        model.set_backend("experts", name)
+        sentence = f"The '{name}' backend of experts cannot run here: .*float16"
+        with torch.autocast("cpu", torch.float16), pytest.raises(RuntimeError, match=sentence):
+            model(ids(1, 20))
 
 
 def test_the_80b_preset_builds_on_meta():
