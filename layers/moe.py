@@ -103,12 +103,15 @@ class Experts(nn.Module):
 
         Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
         """
-        if self.backend == "auto" and not torch.is_grad_enabled():
+        tracing = torch.compiler.is_compiling()
+        if self.backend == "auto" and not torch.is_grad_enabled() and not (tracing and x.device.type == "cpu"):
             if x.device.type == "cpu" and x.shape[0] == 1:
                 return one_token(x, weights, indices, self._expert)
             if x.device.type != "cpu" and indices.numel() <= GATHERED and not self._grouped_serves(x):
                 return self._gathered(x, weights, indices)
         chosen = choose_for("experts", self.chosen, x.device, _product_dtype(x))
+        if chosen == "cpp" and tracing:  # whose graph serves any number of rows
+            return self._sorted(x, weights, indices)
         if chosen == "cpp":
             parts = zip(*(part.split(TOKENS) for part in (x, weights, indices)), strict=True)
             y = [self._sorted(*part) for part in parts]
@@ -131,7 +134,8 @@ class Experts(nn.Module):
         backend = under_autocast(x, self.linear_backend)
         x = x.to(_product_dtype(x))
         token, places, ends = ops.route(indices.contiguous(), self.gate_up_proj.shape[0])
-        if choose("linear", backend, x) == "onednn" and not torch.is_grad_enabled():
+        one_by_one = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if one_by_one and choose("linear", backend, x) == "onednn":
             out = x.new_empty(len(token), x.shape[1])
             for e, run in runs(ends):  # an expert at a time, whose rows stay in a core's caches
                 more, here = wide(run, len(out))

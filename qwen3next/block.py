@@ -66,7 +66,7 @@ class Block(nn.Module):
         stats: bool = True,
     ) -> tuple[Float[Tensor, "b t width"], RouterStats | None]:
         """The residual stream after this block; router statistics over `counted` tokens where it is sparse."""
-        split = x.shape[1] > TOKENS and not stats and self._may_split(x)
+        split = not (stats or torch.compiler.is_compiling()) and x.shape[1] > TOKENS and self._may_split(x)
         if split and segments.plain and segments.aligned and isinstance(state, (KVState, DeltaNetState)):
             return self._in_parts(x, rope, segments, state), None
         x = self.hook_resid_pre(x)
@@ -111,8 +111,8 @@ class Block(nn.Module):
         return y
 
     def _may_split(self, x: Tensor) -> bool:
-        """Whether nobody could tell: no gradients, no graph being traced, no hook of any kind inside."""
-        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        """Whether nobody could tell: no gradients, no hook of any kind inside."""
+        if x.device.type != "cpu" or torch.is_grad_enabled():
             return False
         return not attached(*self.modules())
 

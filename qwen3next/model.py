@@ -26,7 +26,7 @@ from layers.mlp import SwiGLU
 from layers.moe import Experts, RouterStats
 from layers.norm import GatedRMSNorm, RMSNorm, at_least_fp32
 from layers.rope import Rotation, Yarn, rotation
-from layers.segments import Segments
+from layers.segments import UNKNOWN, Segments
 from qwen3next.block import Block
 from qwen3next.cache import HybridCache, new_cache
 from qwen3next.config import ModelConfig
@@ -203,6 +203,8 @@ class Qwen3Next(Hooked, nn.Module):
                     "The cache was made with another RoPE scaling: its keys are turned otherwise. Make a new one."
                 )
             cache.check(self.config)
+            if segments is not None and segments.sequences == UNKNOWN:
+                raise ValueError("A cache cannot count sequences in a traced graph: make the segments outside of it.")
             segments = cache.admit(segments, input_ids)
             if cache.model is None:  # from a pickle
                 cache.model = weakref.ref(self)
@@ -303,7 +305,7 @@ class Qwen3Next(Hooked, nn.Module):
             input_ids, segments = segments.closed(input_ids)
         hidden, aux, segments = self._backbone(input_ids, segments, None, stats=True)
         lm, targets = self._cross_entropy(hidden, labels, segments, ahead=1)
-        if not targets:
+        if not torch.compiler.is_compiling() and not targets:
             if bool(segments.next_is_same().any()):
                 raise ValueError(
                     "The labels of all tokens that have one before them are -100: give at least one of them its id."
@@ -346,14 +348,14 @@ class Qwen3Next(Hooked, nn.Module):
         if _plain(head) and not (self.hook_logits if hook is None else hook).active:
             chosen = {"backend": self.cross_entropy_backend, "linear_backend": head.backend}
             summed = linear_cross_entropy(hidden[place], head.weight, target, **chosen)
-            return summed / max(len(target), 1), len(target)
+            return summed / _count(place, target), len(target)
         if hook is None:  # all of them, as in a forward; what stands at padding reaches no gradient
             real = hidden if segments.plain else hidden.masked_fill(~segments.mask[..., None], 0.0)
             logits = self.hook_logits(head(real))[place]
         else:
             logits = hook(head(hidden[place]))
         summed = F.cross_entropy(at_least_fp32(logits), target, reduction="sum")
-        return summed / max(len(target), 1), len(target)
+        return summed / _count(place, target), len(target)
 
     def new_cache(
         self,
@@ -528,6 +530,11 @@ def _kv_dtype(name: str | torch.dtype | None, default: torch.dtype) -> torch.dty
     except ValueError:
         known = "float32, bfloat16, float16, float64 or int8"
         raise ValueError(f"Keys and values cannot be kept in {name!r}: choose {known}.") from None
+
+
+def _count(place: Tensor, target: Tensor) -> Tensor | int:
+    """Targets, 1 at the least; as a tensor in a traced graph, which does not know how many there will be."""
+    return place.sum().clamp(min=1) if torch.compiler.is_compiling() else max(len(target), 1)
 
 
 def _plain(head: nn.Module) -> TypeGuard[Linear]:
