@@ -15,6 +15,7 @@ from layers.mlp import SwiGLU, activate
 from layers.native import functions as native
 from layers.native import ops
 from layers.norm import at_least_fp32
+from layers.recompute import recomputing
 
 GATHERED = 64  # choices whose weights are copied out together, where that keeps the host out of it
 TOKENS = 2048  # at a time: transient memory is bounded, and so is what falls out of the caches
@@ -259,6 +260,13 @@ class SparseMoE(nn.Module):
         if self.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
         weights = self.hook_router_weights(weights.to(x.dtype))
+        y = recomputing(self, x, weights, indices, run=self._expert_sum)  # of the same choices, whatever is made again
+        return y, router_stats(logits, probabilities, indices, mask) if stats else None
+
+    def _expert_sum(
+        self, x: Float[Tensor, "b t width"], weights: Float[Tensor, "b t k"], indices: Int[Tensor, "b t k"]
+    ) -> Float[Tensor, "b t width"]:
+        """The chosen experts, weighed, and the shared one."""
         if self.hook_expert_out.active:
             routed = self._choice_by_choice(x, weights, indices)
         else:
@@ -268,7 +276,7 @@ class SparseMoE(nn.Module):
             shared = self.hook_shared_out(self.shared_expert(x))
             gate = self.hook_shared_gate(self.shared_expert_gate(x).sigmoid())
             y = routed + gate * shared
-        return y, router_stats(logits, probabilities, indices, mask) if stats else None
+        return y
 
     def _choice_by_choice(
         self, x: Float[Tensor, "b t width"], weights: Float[Tensor, "b t k"], indices: Int[Tensor, "b t k"]

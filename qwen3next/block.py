@@ -11,6 +11,7 @@ from layers.kv_state import KVState
 from layers.mlp import SwiGLU
 from layers.moe import RouterStats, SparseMoE
 from layers.norm import RMSNorm, at_least_fp32
+from layers.recompute import recomputing
 from layers.replay import Tape
 from layers.rope import Rotation
 from layers.segments import Segments
@@ -72,9 +73,9 @@ class Block(nn.Module):
         x = self.hook_resid_pre(x)
         y = self.input_layernorm(x)
         if self.mixer == "linear_attention":
-            y = self.linear_attn(y, segments=segments, state=state)
+            y = recomputing(self.linear_attn, y, segments=segments, state=state)
         else:
-            y = self.self_attn(y, rope, segments=segments, state=state)
+            y = recomputing(self.self_attn, y, rope, segments=segments, state=state)
         y = self.attn_out_norm(y) if self.sandwich else y
         x = self.hook_resid_mid(x + self.hook_attn_out(y))
         if split:
@@ -84,7 +85,10 @@ class Block(nn.Module):
     def _feed(self, x: Tensor, counted: Tensor | None, *, stats: bool) -> tuple[Tensor, RouterStats | None]:
         """What the feed-forward makes of the stream, a token at a time."""
         y, router = self.post_attention_layernorm(x), None
-        y, router = self.mlp(y, mask=counted, stats=stats) if self.sparse else (self.mlp(y), None)
+        if self.sparse:
+            y, router = self.mlp(y, mask=counted, stats=stats)
+        else:
+            y = recomputing(self.mlp, y)
         y = self.mlp_out_norm(y) if self.sandwich else y
         return self.hook_resid_post(x + self.hook_mlp_out(y)), router
 

@@ -486,6 +486,31 @@ class Qwen3Next(Hooked, nn.Module):
             elif hasattr(module, attribute):
                 setattr(module, attribute, name)
 
+    def recompute(self, *parts: str) -> None:
+        """Make these again in the backward pass instead of keeping what they computed; in place of what was chosen.
+
+        Gradients are the same to the bit. The router is not run again: experts are those that it chose, and statistics
+        count once. Layers with hooks at their points keep everything.
+
+        Args:
+            parts: "linear_attention", "full_attention" (mixers of that kind), "mlp" (feed-forwards, experts); the MTP
+                layer's too. None at all: nothing is made again.
+        Raises: ValueError for a part that the model does not have.
+        """
+        found: dict[str, list[nn.Module]] = {"linear_attention": [], "full_attention": [], "mlp": []}
+        for block in self.modules():
+            if isinstance(block, Block):
+                linear = block.mixer == "linear_attention"
+                found[block.mixer].append(block.linear_attn if linear else block.self_attn)
+                found["mlp"].append(block.mlp)
+        known = [part for part, modules in found.items() if modules]
+        for part in parts:
+            if part not in known:
+                raise ValueError(f"This model has no {part!r} to compute again: choose of {', '.join(known)}.")
+        for part, modules in found.items():
+            for module in modules:
+                setattr(module, "recomputed", part in parts)  # noqa: B010
+
     def _apply(self, fn: Any, recurse: bool = True) -> "Qwen3Next":
         """As torch's, for `.to()` and the like; the memory of the weights before is let go first."""
         self.decode_slot = Slot()

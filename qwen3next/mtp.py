@@ -14,6 +14,7 @@ from layers.rope import Rotation
 from layers.segments import Segments
 from qwen3next.block import Block
 from qwen3next.config import ModelConfig
+from qwen3next.wrappers import unwrapped
 
 
 class MTP(nn.Module):
@@ -78,10 +79,12 @@ class MTP(nn.Module):
         before[[run.row for run in runs], [run.begin for run in runs]] = waiting[[run.sequence for run in runs]]
         pairs, first = segments.pairs()
         if pairs is not None:
-            before, embedding, block = before[:, first:], embedding[:, first:], self.blocks[0]
+            before, embedding, block = before[:, first:], embedding[:, first:], unwrapped(self.blocks[0])
             assert isinstance(block, Block)
             rope = Rotation(rope.cos[:, first:], rope.sin[:, first:])
-            if attached(self, block, block.self_attn):  # whatever that is acts when they are called
+            if attached(
+                self, self.blocks[0], block, block.self_attn, unwrapped(block.self_attn)
+            ):  # whatever that is acts when they are called
                 self(before, embedding, rope, pairs, state)
                 return
             x = self._pairs(before, embedding)

@@ -16,6 +16,7 @@ from layers.gated_deltanet import GatedDeltaNet
 from layers.norm import RMSNorm, at_least_fp32
 from qwen3next.block import Block
 from qwen3next.interp.points import CachedPoints, Index, as_index
+from qwen3next.wrappers import unwrapped
 
 Components = Float[Tensor, "c b t width"]
 Labelled = Components | tuple[Components, list[str]]
@@ -187,13 +188,15 @@ class ResidualStream(CachedPoints):
     def _block(self, layer: int) -> Block:
         if not -self.layers <= layer < self.layers:
             raise ValueError(f"There is no layer {layer}: choose 0 to {self.layers - 1}.")
-        block = self.model.blocks[layer]
+        block = unwrapped(self.model.blocks[layer])
         assert isinstance(block, Block)
         return block
 
     def _mixer(self, layer: int) -> GatedDeltaNet | GatedAttention:
         block = self._block(layer)
-        return block.linear_attn if block.mixer == "linear_attention" else block.self_attn
+        mixer = unwrapped(block.linear_attn if block.mixer == "linear_attention" else block.self_attn)
+        assert isinstance(mixer, (GatedDeltaNet, GatedAttention))
+        return mixer
 
     def _stack(self, tensors: Sequence[Tensor], pos_slice: Index | None) -> Components:
         index = as_index(pos_slice)
