@@ -535,12 +535,12 @@ class Qwen3Next(Hooked, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes: where its weights are, those left out that are elsewhere until they are used."""
+        """Where it computes: where its weights are; if they are put there for each call alone, the CPU."""
         offloaded = getattr(getattr(self.embed_tokens, "_hf_hook", None), "execution_device", None)  # accelerate's
         if offloaded is not None:
             return torch.device(offloaded)
         here = (p.device for p in self.parameters() if p.device.type != "meta")
-        return next(here, torch.device("cpu"))
+        return next(here, torch.device("cpu" if attached(self, self.embed_tokens) else "meta"))
 
     @property
     def vocab_size(self) -> int:

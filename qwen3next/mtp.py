@@ -82,9 +82,8 @@ class MTP(nn.Module):
             before, embedding, block = before[:, first:], embedding[:, first:], unwrapped(self.blocks[0])
             assert isinstance(block, Block)
             rope = Rotation(rope.cos[:, first:], rope.sin[:, first:])
-            if attached(
-                self, self.blocks[0], block, block.self_attn, unwrapped(block.self_attn)
-            ):  # whatever that is acts when they are called
+            called = (self, self.blocks[0], block, block.self_attn, unwrapped(block.self_attn))
+            if attached(*called):  # whatever that is acts when they are called
                 self(before, embedding, rope, pairs, state)
                 return
             x = self._pairs(before, embedding)

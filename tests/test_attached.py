@@ -296,3 +296,15 @@ def test_long_prompts_are_not_split_under_a_forward_of_its_own(monkeypatch):
     finally:
         handle.remove()
     assert seen == [30, 30]
+
+
+def test_where_a_model_computes():
+    """A cache lies there: on no device with a model that has no weights, but where offloaded ones will be used."""
+    with torch.device("meta"):
+        model = small_model()
+    assert model.device.type == model.new_cache().layers[0].conv.device.type == "meta"
+    model.embed_tokens.register_forward_pre_hook(lambda *_: None)
+    assert model.device.type == "cpu"
+    model.embed_tokens._hf_hook = type("AlignDevicesHook", (), {"execution_device": "cuda:0"})()
+    assert model.device == torch.device("cuda:0")
+    assert small_model().device.type == "cpu"
