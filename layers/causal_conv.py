@@ -44,7 +44,9 @@ def causal_conv(
     if choice == "cpp" and segments is None and x.shape[1] > 1:
         taps, before = weight.mT.float().contiguous(), state.to(x.dtype).contiguous()
         y = native.convolve(x.contiguous(), taps, before)
-        last = torch.cat((before, x[:, max(x.shape[1] - carried, 0) :]), dim=1)
+        # A traced graph serves any length, also one that is shorter than what is carried.
+        recent = x if torch.compiler.is_compiling() else x[:, max(x.shape[1] - carried, 0) :]
+        last = torch.cat((before, recent), dim=1)
         return y, last[:, last.shape[1] - carried :].clone()
     history = torch.cat((state.to(x.dtype), x), dim=1)  # (b, taps - 1 + t, d)
     if segments is not None:

@@ -51,19 +51,9 @@ class _Summed(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, backend: str) -> Tensor:
         # Under autograd's Function gradients are always off: what is asked for is in needs_input_grad.
         wanted = any(ctx.needs_input_grad)
-        low = weight.to(hidden.dtype)
-        to_hidden = torch.empty_like(hidden) if wanted else None
-        to_weight = torch.zeros_like(weight, dtype=at_least_fp32(weight).dtype) if wanted else None
-        rows, loss = max(ROWS, LOGITS // len(weight)), at_least_fp32(hidden.new_zeros(()))
-        for i in range(0, len(hidden), rows):
-            part, labels = hidden[i : i + rows], target[i : i + rows, None]
-            logs = F.log_softmax(at_least_fp32(linear(part, low, backend=backend)), dim=-1)
-            loss = loss - logs.gather(1, labels).sum()
-            if to_hidden is not None and to_weight is not None:
-                to_logits = logs.exp_().scatter_add_(1, labels, -torch.ones_like(logs[:, :1])).to(hidden.dtype)
-                to_hidden[i : i + rows] = product(to_logits, low.mT, backend=backend)
-                to_weight += product(to_logits.mT, part.mT, backend=backend)
-        ctx.save_for_backward(*(() if to_hidden is None else (to_hidden, to_weight)))
+        summed = _summed_op if torch.compiler.is_compiling() else _summed
+        loss, *gradients = summed(hidden, weight, target, backend, wanted)
+        ctx.save_for_backward(*(gradients if wanted else ()))
         ctx.dtype = weight.dtype
         return loss
 
@@ -72,3 +62,39 @@ class _Summed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         to_hidden, to_weight = ctx.saved_tensors
         return to_hidden * grad.to(to_hidden.dtype), (to_weight * grad).to(ctx.dtype), None, None
+
+
+def _summed(
+    hidden: Tensor, weight: Tensor, target: Tensor, backend: str, wanted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and its gradients if `wanted`."""
+    low = weight.to(hidden.dtype)
+    loss = at_least_fp32(hidden.new_zeros(()))
+    to_hidden, to_weight = _gradients(hidden, weight, wanted)
+    rows = max(ROWS, LOGITS // len(weight))
+    for i in range(0, len(hidden), rows):
+        part, labels = hidden[i : i + rows], target[i : i + rows, None]
+        logs = F.log_softmax(at_least_fp32(linear(part, low, backend=backend)), dim=-1)
+        loss = loss - logs.gather(1, labels).sum()
+        if wanted:
+            to_logits = logs.exp_().scatter_add_(1, labels, -torch.ones_like(logs[:, :1])).to(hidden.dtype)
+            to_hidden[i : i + rows] = product(to_logits, low.mT, backend=backend)
+            to_weight += product(to_logits.mT, part.mT, backend=backend)
+    return loss, to_hidden, to_weight
+
+
+# A traced graph has no number of rows to loop over: it takes this as an operator, whole.
+_summed_op = torch.library.custom_op("qwen3next::summed_cross_entropy", _summed, mutates_args=())
+
+
+@_summed_op.register_fake
+def _(hidden: Tensor, weight: Tensor, _target: Tensor, _backend: str, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return at_least_fp32(hidden.new_zeros(())), *_gradients(hidden, weight, wanted)
+
+
+def _gradients(hidden: Tensor, weight: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+    """Where gradients go: nothing where they are not wanted."""
+    exact = at_least_fp32(weight).dtype
+    if not wanted:
+        return hidden.new_empty(0), weight.new_empty(0, dtype=exact)
+    return torch.empty_like(hidden), torch.zeros_like(weight, dtype=exact)

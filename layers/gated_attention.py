@@ -178,6 +178,8 @@ class GatedAttention(nn.Module):
             _refuse(points)
             if torch.is_autocast_enabled("cpu"):  # the kernel below is asked for by name, which autocast does not see
                 q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
+            if state is None and torch.compiler.is_compiling():
+                return _in_tiles_whole(q, k, v, None if segments.plain else segments.number, backend)
             return _in_tiles(q, k, v, segments, state, backend)
         if state is None:
             if wild(segments, q, k, v):
@@ -235,3 +237,15 @@ def _in_tiles(q: Heads, k: KVHeads, v: KVHeads, segments: Segments, state: KVSta
         rows = slice(run.row, run.row + 1), slice(None), slice(run.begin, run.end)
         y[rows] = tiled_attention(q[rows], read, past=run.past, backend=backend)
     return y.transpose(1, 2)
+
+
+@torch.library.custom_op("qwen3next::attend_in_tiles", mutates_args=(), device_types="cpu")
+def _in_tiles_whole(q: Tensor, k: Tensor, v: Tensor, number: Tensor | None, backend: str) -> Tensor:
+    """`_in_tiles` as an operator of torch, whose loops over tiles and sequences a traced graph need not unroll."""
+    segments = Segments.full(q) if number is None else Segments.from_document_ids(number)
+    return _in_tiles(q, k, v, segments, None, backend).contiguous()
+
+
+@_in_tiles_whole.register_fake
+def _(q: Tensor, _k: Tensor, _v: Tensor, _number: Tensor | None, _backend: str) -> Tensor:
+    return q.new_empty(q.shape)

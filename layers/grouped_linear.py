@@ -23,7 +23,7 @@ def grouped_linear(
     dtype, backend = x.dtype, under_autocast(x, backend)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # a trace has no numbers of rows to look at
+    if x.device.type == "cpu":
         return _Grouped.apply(x.to(dtype), weight, ends, backend)
     return F.grouped_mm(x.to(dtype), weight.to(dtype).mT, offs=ends)
 
@@ -61,24 +61,52 @@ class _Grouped(torch.autograd.Function):
         low, ctx.backend = weight.to(x.dtype), backend
         ctx.save_for_backward(x, low, ends)
         ctx.dtype = weight.dtype
-        y = x.new_empty(x.shape[0], weight.shape[1])
-        for e, run in runs(ends):
-            _product_into(y, run, x, low[e], backend)
-        return y
+        return (_products_op if torch.compiler.is_compiling() else _products)(x, low, ends, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, low, ends = ctx.saved_tensors
-        to_x, to_weight = torch.empty_like(x), torch.empty_like(low, dtype=ctx.dtype)
-        used = runs(ends)
-        for e in set(range(len(low))) - {e for e, _ in used}:
-            to_weight[e] = 0.0
-        with torch.autocast(x.device.type, enabled=False):
-            for e, run in used:
-                _product_into(to_x, run, grad, low[e].mT, ctx.backend)
-                more, here = wide(run, len(x))
-                own = torch.zeros_like(x[more])
-                own[here] = x[run]  # the neighbours have no part in this sum
-                product(grad[more].mT, own.mT, out=to_weight[e], backend=ctx.backend)
-        return to_x, to_weight, None, None
+        backward = _products_backward_op if torch.compiler.is_compiling() else _products_backward
+        return *backward(x, low, ends, grad, ctx.dtype, ctx.backend), None, None
+
+
+def _products(x: Tensor, weight: Tensor, ends: Tensor, backend: str) -> Tensor:
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    for e, run in runs(ends):
+        _product_into(y, run, x, weight[e], backend)
+    return y
+
+
+def _products_backward(
+    x: Tensor, weight: Tensor, ends: Tensor, grad: Tensor, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor]:
+    to_x, to_weight = torch.empty_like(x), torch.empty_like(weight, dtype=dtype)
+    used = runs(ends)
+    for e in set(range(len(weight))) - {e for e, _ in used}:
+        to_weight[e] = 0.0
+    with torch.autocast(x.device.type, enabled=False):
+        for e, run in used:
+            _product_into(to_x, run, grad, weight[e].mT, backend)
+            more, here = wide(run, len(x))
+            own = torch.zeros_like(x[more])
+            own[here] = x[run]  # the neighbours have no part in this sum
+            product(grad[more].mT, own.mT, out=to_weight[e], backend=backend)
+    return to_x, to_weight
+
+
+# A traced graph has no numbers of rows to loop over: it takes these as operators, whole.
+_products_op = torch.library.custom_op("qwen3next::grouped_products", _products, mutates_args=(), device_types="cpu")
+_products_backward_op = torch.library.custom_op(
+    "qwen3next::grouped_products_backward", _products_backward, mutates_args=(), device_types="cpu"
+)
+
+
+@_products_op.register_fake
+def _(x: Tensor, weight: Tensor, _ends: Tensor, _backend: str) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@_products_backward_op.register_fake
+def _(x: Tensor, weight: Tensor, _ends: Tensor, _grad: Tensor, dtype: torch.dtype, _backend: str) -> tuple:
+    return torch.empty_like(x), torch.empty_like(weight, dtype=dtype)

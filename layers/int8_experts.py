@@ -41,14 +41,23 @@ class _Int8Linear(torch.autograd.Function):
         # torch's bf16 kernel reads past the end of columns that are not a multiple of 16 (2.13); in fp32 it is slow.
         if x.shape[0] <= PACKED_ROWS and x.dtype == torch.bfloat16 and x.device.type == "cpu" and q.shape[1] % 32 == 0:
             return torch.ops.aten._weight_int8pack_mm(x.contiguous(), q, scale.bfloat16())
-        y = F.linear(x, q.to(x.dtype))  # exact: whole numbers up to 127
-        return (y * scale).to(y.dtype)
+        dtype = _summed_in(x)
+        with torch.autocast(x.device.type, enabled=False):
+            y = F.linear(x.to(dtype), q.to(dtype))  # exact: whole numbers up to 127
+        return (y * scale).to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         q, scale = ctx.saved_tensors
-        return (grad * scale).to(grad.dtype) @ q.to(grad.dtype), None, None
+        dtype = _summed_in(grad)
+        with torch.autocast(grad.device.type, enabled=False):
+            return ((grad * scale).to(dtype) @ q.to(dtype)).to(grad.dtype), None, None
+
+
+def _summed_in(x: Tensor) -> torch.dtype:
+    """float16 ends at 65504, which sums of whole numbers up to 127 times x may pass before they are scaled."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 def int8_linear(

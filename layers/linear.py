@@ -34,7 +34,8 @@ def linear(
     if backend != "auto":
         through_onednn = choose("linear", backend, x) == "onednn" and exact and x.numel() > 0
     else:
-        through_onednn = exact and x.numel() >= FEW * x.shape[-1] and choose("linear", "auto", x) == "onednn"
+        few = not torch.compiler.is_exporting() and x.numel() < FEW * x.shape[-1]  # what is exported serves any length
+        through_onednn = exact and not few and choose("linear", "auto", x) == "onednn"
     if not through_onednn:
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])

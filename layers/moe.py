@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from layers.backends import choose, generation
+from layers.backends import choose, choose_for, generation
 from layers.grouped_linear import grouped_linear, runs, wide
 from layers.hook_point import HookPoint
 from layers.linear import Linear, linear, spans, under_autocast
@@ -15,6 +15,7 @@ from layers.mlp import SwiGLU, activate
 from layers.native import functions as native
 from layers.native import ops
 from layers.norm import at_least_fp32
+from layers.recompute import recomputing
 
 GATHERED = 64  # choices whose weights are copied out together, where that keeps the host out of it
 TOKENS = 2048  # at a time: transient memory is bounded, and so is what falls out of the caches
@@ -77,6 +78,12 @@ def grouped_on_device(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and generation(x.device) >= 9
 
 
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """In which products of x are made: autocast's, where that is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class Experts(nn.Module):
     """e SwiGLU feed-forwards in two stacked tensors: gate rows above up rows.
 
@@ -97,12 +104,15 @@ class Experts(nn.Module):
 
         Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
         """
-        if self.backend == "auto" and not torch.is_grad_enabled():
+        tracing = torch.compiler.is_compiling()
+        if self.backend == "auto" and not torch.is_grad_enabled() and not (tracing and x.device.type == "cpu"):
             if x.device.type == "cpu" and x.shape[0] == 1:
                 return one_token(x, weights, indices, self._expert)
             if x.device.type != "cpu" and indices.numel() <= GATHERED and not self._grouped_serves(x):
                 return self._gathered(x, weights, indices)
-        chosen = choose("experts", self.chosen, x)
+        chosen = choose_for("experts", self.chosen, x.device, _product_dtype(x))
+        if chosen == "cpp" and tracing:  # whose graph serves any number of rows
+            return self._sorted(x, weights, indices)
         if chosen == "cpp":
             y = [self._sorted(x[a:b], weights[a:b], indices[a:b]) for a, b in spans(len(x), TOKENS)]
             return y[0] if len(y) == 1 else torch.cat(y)
@@ -120,11 +130,12 @@ class Experts(nn.Module):
 
     def _sorted(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """As `_grouped`, sorted and summed in C++."""
-        dtype, mixed = x.dtype, torch.is_autocast_enabled(x.device.type)
+        dtype = x.dtype
         backend = under_autocast(x, self.linear_backend)
-        x = x.to(torch.get_autocast_dtype(x.device.type)) if mixed else x
+        x = x.to(_product_dtype(x))
         token, places, ends = ops.route(indices.contiguous(), self.gate_up_proj.shape[0])
-        if choose("linear", backend, x) == "onednn" and not torch.is_grad_enabled():
+        one_by_one = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if one_by_one and choose("linear", backend, x) == "onednn":
             out = x.new_empty(len(token), x.shape[1])
             for e, run in runs(ends):  # an expert at a time, whose rows stay in a core's caches
                 more, here = wide(run, len(out))
@@ -159,8 +170,7 @@ class Experts(nn.Module):
         """A few tokens with a copy of every choice's weights: more to read than `_grouped`, and no host sync either."""
         chosen, (n, k) = indices.flatten(), indices.shape
         rows = x.repeat_interleave(k, dim=0, output_size=n * k)[..., None]
-        if torch.is_autocast_enabled(x.device.type):
-            rows = rows.to(torch.get_autocast_dtype(x.device.type))
+        rows = rows.to(_product_dtype(x))
         gate, up = (self.gate_up_proj[chosen].to(rows.dtype) @ rows).chunk(2, dim=1)
         out = (self.down_proj[chosen].to(rows.dtype) @ activate(gate, up, backend=self.elementwise_backend)).view(
             n, k, -1
@@ -243,8 +253,7 @@ class SparseMoE(nn.Module):
         """
         x = x if mask is None else x.masked_fill(~mask[..., None], 0.0)
         with torch.autocast(x.device.type, enabled=False):  # in mixed precision the router stays fp32
-            weight, backend = self.router.weight, getattr(self.router, "backend", "auto")
-            logits = self.hook_router_logits(linear(x.to(weight.dtype), weight, backend=backend))
+            logits = self.hook_router_logits(self.router(x.to(_dtype_of(self.router, x.dtype))))
             probabilities = at_least_fp32(logits).softmax(-1)
         indices = top_experts(logits, self.top_k)
         weights = probabilities.gather(-1, indices)
@@ -254,6 +263,13 @@ class SparseMoE(nn.Module):
         if self.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
         weights = self.hook_router_weights(weights.to(x.dtype))
+        y = recomputing(self, x, weights, indices, run=self._expert_sum)  # of the same choices, whatever is made again
+        return y, router_stats(logits, probabilities, indices, mask) if stats else None
+
+    def _expert_sum(
+        self, x: Float[Tensor, "b t width"], weights: Float[Tensor, "b t k"], indices: Int[Tensor, "b t k"]
+    ) -> Float[Tensor, "b t width"]:
+        """The chosen experts, weighed, and the shared one."""
         if self.hook_expert_out.active:
             routed = self._choice_by_choice(x, weights, indices)
         else:
@@ -263,7 +279,7 @@ class SparseMoE(nn.Module):
             shared = self.hook_shared_out(self.shared_expert(x))
             gate = self.hook_shared_gate(self.shared_expert_gate(x).sigmoid())
             y = routed + gate * shared
-        return y, router_stats(logits, probabilities, indices, mask) if stats else None
+        return y
 
     def _choice_by_choice(
         self, x: Float[Tensor, "b t width"], weights: Float[Tensor, "b t k"], indices: Int[Tensor, "b t k"]
@@ -288,6 +304,14 @@ class SparseMoE(nn.Module):
         for row, weight in zip(rows.unbind(2), weights.split(1, dim=-1), strict=True):
             y = torch.addcmul(y, row, weight) if single else y + at_least_fp32(row) * weight
         return y.to(x.dtype)
+
+
+def _dtype_of(module: nn.Module, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype that a linear map computes in, wherever an adapter around it keeps its weight."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    return weight.dtype if weight is not None and weight.is_floating_point() else otherwise
 
 
 def router_stats(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+UNKNOWN = -1  # sequences: in a traced graph, which cannot count them
 
 
 def _along(x: Tensor, columns: Tensor) -> Tensor:
@@ -48,8 +49,9 @@ class Segments:
     Attributes:
         batch, length: b and t.
         document_ids: (b, t), equal ids mark one sequence, -1 padding; None where every row is one whole sequence.
-        sequences: how many there are, row by row; a row without tokens is one of no tokens. 0: counted. Where it is
-            given, document_ids are numbers of sequences, some of which may have no token here (see `part`).
+        sequences: how many there are, row by row; a row without tokens is one of no tokens. 0: counted (UNKNOWN where
+            a graph is traced). Where it is given, document_ids are numbers of sequences, some of which may have no
+            token here (see `part`).
         past: tokens of each sequence that a cache already holds.
         gapped: absent tokens stand within a sequence; a model moves such rows together, layers refuse them.
     """
@@ -63,6 +65,10 @@ class Segments:
     gapped: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
+        tracing = torch.compiler.is_compiling()
+        if not self.sequences and self.document_ids is not None and tracing:
+            for name, value in (("sequences", UNKNOWN), ("past", (0,)), ("gapped", True)):  # gapped, for all it knows
+                object.__setattr__(self, name, value)
         if not self.sequences:
             count = self.batch
             if self.document_ids is not None:
@@ -71,8 +77,8 @@ class Segments:
             object.__setattr__(self, "sequences", count)
         if not self.past:
             object.__setattr__(self, "past", (0,) * self.sequences)
-        assert len(self.past) == self.sequences
-        if self.document_ids is not None and bool((self._gaps & self.mask).any()):
+        assert len(self.past) == self.sequences or self.sequences == UNKNOWN
+        if self.document_ids is not None and not tracing and bool((self._gaps & self.mask).any()):
             object.__setattr__(self, "gapped", True)
 
     @classmethod
@@ -86,7 +92,10 @@ class Segments:
         if document_ids.ndim != 2 or document_ids.is_floating_point():
             raise ValueError(f"document_ids must be integers of shape (b, t), got {tuple(document_ids.shape)}.")
         batch, length = document_ids.shape
-        whole = bool(((document_ids == document_ids[:, :1]) & (document_ids >= 0)).all())  # takes the faster paths
+        tracing = torch.compiler.is_compiling()
+        whole = not tracing and bool(
+            ((document_ids == document_ids[:, :1]) & (document_ids >= 0)).all()
+        )  # takes the faster paths
         return cls(batch, length, document_ids.device, None if whole else document_ids.long())
 
     @classmethod
@@ -173,9 +182,9 @@ class Segments:
     @cached_property
     def _previous(self) -> Tensor:
         """(b, t) index of the last real token before each token, -1 where there is none."""
-        index = torch.arange(self.length, device=self.device).expand(self.batch, -1)
+        index = torch.arange(self.length, device=self.device)
         latest = torch.where(self.mask, index, -1).cummax(dim=1).values
-        return torch.nn.functional.pad(latest[:, :-1], (1, 0), value=-1)
+        return torch.where(index == 0, -1, latest.roll(1, dims=1))
 
     @cached_property
     def starts(self) -> Tensor:
@@ -206,7 +215,9 @@ class Segments:
             return past + torch.arange(self.length, device=self.device)
         count = self.mask.long().cumsum(1) - 1
         begin = torch.where(self.starts, count, 0).cummax(dim=1).values
-        positions = count - begin + past.flatten()[self.document_ids.clamp(min=0)]
+        positions = count - begin
+        if self.sequences != UNKNOWN:
+            positions = positions + past.flatten()[self.document_ids.clamp(min=0)]
         return positions.masked_fill(~self.mask, 0)
 
     @cached_property

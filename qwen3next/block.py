@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from layers.attached import attached
 from layers.gated_deltanet import DeltaNetState
 from layers.hook_point import HookPoint
 from layers.kv_state import KVState
@@ -11,6 +12,7 @@ from layers.linear import FEW, spans
 from layers.mlp import SwiGLU
 from layers.moe import RouterStats, SparseMoE
 from layers.norm import RMSNorm, at_least_fp32
+from layers.recompute import recomputing
 from layers.replay import Tape
 from layers.rope import Rotation
 from layers.segments import Segments
@@ -66,15 +68,15 @@ class Block(nn.Module):
         stats: bool = True,
     ) -> tuple[Float[Tensor, "b t width"], RouterStats | None]:
         """The residual stream after this block; router statistics over `counted` tokens where it is sparse."""
-        split = x.shape[1] >= TOKENS + FEW and not stats and self._may_split(x)
+        split = not (stats or torch.compiler.is_compiling()) and x.shape[1] >= TOKENS + FEW and self._may_split(x)
         if split and segments.plain and segments.aligned and isinstance(state, (KVState, DeltaNetState)):
             return self._in_parts(x, rope, segments, state), None
         x = self.hook_resid_pre(x)
         y = self.input_layernorm(x)
         if self.mixer == "linear_attention":
-            y = self.linear_attn(y, segments=segments, state=state)
+            y = recomputing(self.linear_attn, y, segments=segments, state=state)
         else:
-            y = self.self_attn(y, rope, segments=segments, state=state)
+            y = recomputing(self.self_attn, y, rope, segments=segments, state=state)
         y = self.attn_out_norm(y) if self.sandwich else y
         x = self.hook_resid_mid(x + self.hook_attn_out(y))
         if split:
@@ -85,7 +87,10 @@ class Block(nn.Module):
     def _feed(self, x: Tensor, counted: Tensor | None, *, stats: bool) -> tuple[Tensor, RouterStats | None]:
         """What the feed-forward makes of the stream, a token at a time."""
         y, router = self.post_attention_layernorm(x), None
-        y, router = self.mlp(y, mask=counted, stats=stats) if self.sparse else (self.mlp(y), None)
+        if self.sparse:
+            y, router = self.mlp(y, mask=counted, stats=stats)
+        else:
+            y = recomputing(self.mlp, y)
         y = self.mlp_out_norm(y) if self.sandwich else y
         return self.hook_resid_post(x + self.hook_mlp_out(y)), router
 
@@ -112,12 +117,10 @@ class Block(nn.Module):
         return y
 
     def _may_split(self, x: Tensor) -> bool:
-        """Whether nobody could tell: no gradients, no graph being traced, no hook of any kind inside."""
-        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        """Whether nobody could tell: no gradients, no hook of any kind inside."""
+        if x.device.type != "cpu" or torch.is_grad_enabled():
             return False
-        return not any(
-            m._forward_hooks or m._forward_pre_hooks or (isinstance(m, HookPoint) and m.active) for m in self.modules()
-        )
+        return not attached(*self.modules())
 
 
 def _noted(state: DeltaNetState, own: DeltaNetState, begin: int, end: int) -> bool:

@@ -94,7 +94,7 @@ def load_cache(path: str | Path, model: "Qwen3Next", *, max_len: int | None = No
             f"{path} was made with RoPE scaling {about['yarn']}, the model has {model.config.rope_scaling}: "
             "call model.extend_context with the same factor, or fill it anew."
         )
-    device = model.embed_tokens.weight.device
+    device = model.device
     tensors = {name: x.to(device) for name, x in read_sealed(path, about).items()}
     marks = about["marks"]
     held = max(max(m["lengths"]) for m in marks.values())

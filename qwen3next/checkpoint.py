@@ -22,6 +22,7 @@ from qwen3next.opened import INDEX, SINGLE, Opened, cast_dtype, open_checkpoint,
 from qwen3next.released import Entry, Layout, entries
 from qwen3next.sizes import parse_bytes
 from qwen3next.tensor_files import write
+from qwen3next.wrappers import plain_name
 
 T = TypeVar("T")
 # What belongs to a text model beside its weights, and travels with them.
@@ -126,7 +127,7 @@ def save(
             f"{missing[0]} does not hold the released weights: save a model loaded with experts='memory', or use "
             "`qwen3next convert`."
         )
-    ours, config = model.state_dict(), model.config
+    ours, config = {plain_name(name): x for name, x in model.state_dict().items()}, model.config
     if config.tie_word_embeddings and not _same(ours.get("lm_head.weight"), ours.get("embed_tokens.weight")):
         config = config.replace(tie_word_embeddings=False)  # a head of its own, whoever gave it one
     found = model.layout or Layout.released(config)

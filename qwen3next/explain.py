@@ -41,7 +41,7 @@ def explain(
         chosen with `model.set_backend` cannot run.
     """
     weight = like(model)
-    where = weight.device if device is None else as_device(device)
+    where = model.device if device is None else as_device(device)
     kind = weight.dtype if dtype is None else as_dtype(dtype)
     rows = {"decode": explain_operation("decode", model.decode_backend, where, kind)}
     runs = rows["decode"].runs

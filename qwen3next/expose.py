@@ -13,7 +13,7 @@ Mixer = GatedDeltaNet | GatedAttention
 
 def expose(blocks: Sequence[nn.Module], state: Mapping[int, Sequence[int]] | None, pattern: Sequence[int]) -> ExitStack:
     """See `Hooked.expose`. Nothing changes where the request is refused."""
-    mixers: list[Mixer] = [m for b in blocks for m in b.children() if isinstance(m, (GatedDeltaNet, GatedAttention))]
+    mixers: list[Mixer] = [m for b in blocks for m in b.modules() if isinstance(m, (GatedDeltaNet, GatedAttention))]
     positions = {_layer(layer, mixers): chosen for layer, chosen in (state or {}).items()}
     for layer, chosen in positions.items():
         if not isinstance(mixers[layer], GatedDeltaNet):

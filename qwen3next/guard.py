@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from layers.attached import attached
 from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import GatedDeltaNet
 from layers.hook_point import HookPoint
@@ -34,12 +35,6 @@ BACKENDS = ("backend", "linear_backend", "elementwise_backend")
 changes = 0  # of an attribute of a module of these classes
 DTYPE, WEIGHT = attrgetter("dtype"), itemgetter("weight")
 SAME_MEMORY = torch._C.TensorBase.is_set_to  # same storage, place, sizes and strides
-OF_ALL_MODULES = (
-    nn.modules.module._global_forward_hooks,
-    nn.modules.module._global_forward_pre_hooks,
-    nn.modules.module._global_backward_hooks,
-    nn.modules.module._global_backward_pre_hooks,
-)
 
 
 class Guard:
@@ -95,7 +90,7 @@ class Guard:
         if self._hooked or registered != self._registered:
             self._registered, self._hooked = (
                 registered,
-                any(map(ARMED, self._points)) or has_hooks((model, *self._modules)),
+                any(map(ARMED, self._points)) or attached(model, *self._modules),
             )
         return self._hooked or self._chosen or modes_act()
 
@@ -193,12 +188,6 @@ def decoding_modules(model: "Qwen3Next") -> list[nn.Module]:
     return [module for module in model.modules() if module not in apart]
 
 
-def has_hooks(modules: "tuple[nn.Module, ...]") -> bool:
-    """Whether hooks of any kind wait at one of these modules, or at all modules there are."""
-    own = (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
-    return any(OF_ALL_MODULES) or any(own)
-
-
 def chooses(module: nn.Module) -> bool:
     """Whether a module was told how to run: by name, by `model.expose`, or by a `forward` of its own."""
     settings = module.__dict__
@@ -230,4 +219,4 @@ def watched(model: "Qwen3Next") -> bool:
     """As `Guard.watched`, of a model as it is now."""
     modules = decoding_modules(model)
     armed = any(m.armed for m in modules if isinstance(m, HookPoint))
-    return armed or has_hooks(tuple(modules)) or any(map(chooses, modules)) or modes_act()
+    return armed or attached(*modules) or any(map(chooses, modules)) or modes_act()

@@ -13,6 +13,7 @@ from layers.hook_point import HookPoint
 from qwen3next.expose import expose
 from qwen3next.hook_names import Chosen, Filter, aliases, choose
 from qwen3next.recording import Metric, PosSlice, Recording, next_token_loss
+from qwen3next.wrappers import plain_name
 
 if TYPE_CHECKING:
     from qwen3next.interp.activation_cache import ActivationCache
@@ -29,7 +30,7 @@ class Hooked(nn.Module):
     @property
     def hook_dict(self) -> dict[str, HookPoint]:
         """Every hook point by name, in the order of the modules."""
-        return {name: module for name, module in self.named_modules() if isinstance(module, HookPoint)}
+        return {plain_name(name): module for name, module in self.named_modules() if isinstance(module, HookPoint)}
 
     def name_hooks(self) -> None:
         """Tell every point its name and layer, and give all one dict in which a call says where it stands."""

@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from layers.attached import attached
 from layers.attention_variants import AttentionVariant
-from layers.backends import choose
+from layers.backends import choose_for
 from layers.cross_entropy import linear_cross_entropy
 from layers.expert_cache import ExpertCache
 from layers.gated_attention import GatedAttention
@@ -25,7 +26,7 @@ from layers.mlp import SwiGLU
 from layers.moe import Experts, RouterStats
 from layers.norm import GatedRMSNorm, RMSNorm, at_least_fp32
 from layers.rope import Rotation, Yarn, rotation
-from layers.segments import Segments
+from layers.segments import UNKNOWN, Segments
 from qwen3next.block import Block
 from qwen3next.cache import HybridCache, new_cache
 from qwen3next.config import ModelConfig
@@ -204,6 +205,8 @@ class Qwen3Next(Hooked, nn.Module):
             cache.check(self.config)
             if cache.hidden is not None and cache.hidden.dtype != (dtype := like(self).dtype):
                 cache.cast(dtype)
+            if segments is not None and segments.sequences == UNKNOWN:
+                raise ValueError("A cache cannot count sequences in a traced graph: make the segments outside of it.")
             segments = cache.admit(segments, input_ids)
             if cache.model is None:  # from a pickle
                 cache.model = weakref.ref(self)
@@ -304,7 +307,11 @@ class Qwen3Next(Hooked, nn.Module):
             input_ids, segments = segments.closed(input_ids)
         hidden, aux, segments = self._backbone(input_ids, segments, None, stats=True)
         lm, targets = self._cross_entropy(hidden, labels, segments, ahead=1)
-        if not targets:
+        if not torch.compiler.is_compiling() and not targets:
+            if bool(segments.next_is_same().any()):
+                raise ValueError(
+                    "The labels of all tokens that have one before them are -100: give at least one of them its id."
+                )
             raise ValueError("No token here has a next one to predict: give sequences of at least two tokens.")
         total, mtp = lm, lm.new_zeros(())
         if self.mtp is not None and self.config.mtp_loss_coef:
@@ -324,10 +331,13 @@ class Qwen3Next(Hooked, nn.Module):
         check_ids(labels, "labels")
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels are {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)}: align them.")
-        if labels is not input_ids and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if labels is not input_ids and not torch.compiler.is_compiling():
             wrong = labels[(labels != -100) & ((labels < 0) | (labels >= self.vocab_size))]
             if len(wrong):
-                raise ValueError(f"labels hold {int(wrong[0])}: give ids below {self.vocab_size}, or -100 for none.")
+                raise ValueError(
+                    f"labels hold {int(wrong[0])}: give ids of 0 to {self.vocab_size - 1}, or -100 where nothing is "
+                    "to be predicted."
+                )
 
     def _cross_entropy(
         self, hidden: Tensor, labels: Tensor, segments: Segments, *, ahead: int, hook: HookPoint | None = None
@@ -335,15 +345,19 @@ class Qwen3Next(Hooked, nn.Module):
         """Mean over the places whose token `ahead` is of the same sequence and labelled; and their number."""
         target = labels.roll(-ahead, dims=1)
         place = segments.next_is_same(ahead) & (target != -100)
-        hidden, target = hidden[place], target[place]  # logits only where there is a target
-        head = self.lm_head
-        if type(head) is Linear and head.bias is None and not head._forward_hooks and not (hook and hook.active):
+        target, head = target[place], self.lm_head
+        # Logits only where there is a target, unless somebody looks at them, or has changed how they are made.
+        if _plain(head) and not (self.hook_logits if hook is None else hook).active:
             chosen = {"backend": self.cross_entropy_backend, "linear_backend": head.backend}
-            summed = linear_cross_entropy(hidden, head.weight, target, **chosen)
-        else:  # somebody looks at the logits, or has changed how they are made
-            logits = head(hidden) if hook is None else hook(head(hidden))
-            summed = F.cross_entropy(at_least_fp32(logits), target, reduction="sum")
-        return summed / max(len(target), 1), len(target)
+            summed = linear_cross_entropy(hidden[place], head.weight, target, **chosen)
+            return summed / _count(place, target), len(target)
+        if hook is None:  # all of them, as in a forward; what stands at padding reaches no gradient
+            real = hidden if segments.plain else hidden.masked_fill(~segments.mask[..., None], 0.0)
+            logits = self.hook_logits(head(real))[place]
+        else:
+            logits = hook(head(hidden[place]))
+        summed = F.cross_entropy(at_least_fp32(logits), target, reduction="sum")
+        return summed / _count(place, target), len(target)
 
     def new_cache(
         self,
@@ -369,7 +383,7 @@ class Qwen3Next(Hooked, nn.Module):
             max_len=max_len,
             dtype=weight.dtype,
             kv_dtype=_kv_dtype(kv_dtype, weight.dtype),
-            device=weight.device,
+            device=self.device,
             state_dtype=None if state_dtype is None else as_dtype(state_dtype),
             history=history,
             mtp=mtp,
@@ -462,7 +476,7 @@ class Qwen3Next(Hooked, nn.Module):
             known = ", ".join((*kinds, "decode", "cross_entropy"))
             raise ValueError(f"There is no operation {operation!r} to choose for: {known}.")
         with torch.no_grad():
-            choose(operation, name, like(self))
+            choose_for(operation, name, self.device, like(self).dtype)
         self.decode_slot = Slot()  # look anew at the next step
         if operation not in kinds:
             setattr(self, attribute, name)
@@ -474,6 +488,31 @@ class Qwen3Next(Hooked, nn.Module):
                 setattr(module, "backend", name)  # noqa: B010
             elif hasattr(module, attribute):
                 setattr(module, attribute, name)
+
+    def recompute(self, *parts: str) -> None:
+        """Make these again in the backward pass instead of keeping what they computed; in place of what was chosen.
+
+        Gradients are the same to the bit. The router is not run again: experts are those that it chose, and statistics
+        count once. Layers with hooks at their points keep everything.
+
+        Args:
+            parts: "linear_attention", "full_attention" (mixers of that kind), "mlp" (feed-forwards, experts); the MTP
+                layer's too. None at all: nothing is made again.
+        Raises: ValueError for a part that the model does not have.
+        """
+        found: dict[str, list[nn.Module]] = {"linear_attention": [], "full_attention": [], "mlp": []}
+        for block in self.modules():
+            if isinstance(block, Block):
+                linear = block.mixer == "linear_attention"
+                found[block.mixer].append(block.linear_attn if linear else block.self_attn)
+                found["mlp"].append(block.mlp)
+        known = [part for part, modules in found.items() if modules]
+        for part in parts:
+            if part not in known:
+                raise ValueError(f"This model has no {part!r} to compute again: choose of {', '.join(known)}.")
+        for part, modules in found.items():
+            for module in modules:
+                setattr(module, "recomputed", part in parts)  # noqa: B010
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Qwen3Next":
         """As torch's, for `.to()` and the like; the memory of the weights before is let go first."""
@@ -498,6 +537,15 @@ class Qwen3Next(Hooked, nn.Module):
         return self.config.stop_tokens if given is None else given
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes: where its weights are; if they are put there for each call alone, the CPU."""
+        offloaded = getattr(getattr(self.embed_tokens, "_hf_hook", None), "execution_device", None)  # accelerate's
+        if offloaded is not None:
+            return torch.device(offloaded)
+        here = (p.device for p in self.parameters() if p.device.type != "meta")
+        return next(here, torch.device("cpu" if attached(self, self.embed_tokens) else "meta"))
+
+    @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
@@ -510,6 +558,21 @@ def _kv_dtype(name: str | torch.dtype | None, default: torch.dtype) -> torch.dty
     except ValueError:
         known = "float32, bfloat16, float16, float64 or int8"
         raise ValueError(f"Keys and values cannot be kept in {name!r}: choose {known}.") from None
+
+
+def _count(place: Tensor, target: Tensor) -> Tensor | int:
+    """Targets, 1 at the least; as a tensor in a traced graph, which does not know how many there will be."""
+    return place.sum().clamp(min=1) if torch.compiler.is_compiling() else max(len(target), 1)
+
+
+def _plain(head: nn.Module) -> TypeGuard[Linear]:
+    """Whether its product with the weight is all that a call of it would do."""
+    return (
+        type(head) is Linear
+        and head.bias is None
+        and type(head.weight) in (Tensor, nn.Parameter)
+        and not attached(head)
+    )
 
 
 def _stack(aux: list[RouterStats]) -> RouterStats | None:

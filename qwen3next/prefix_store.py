@@ -253,7 +253,7 @@ class PrefixStore:
         found = None
         if self.files is not None and node.file is not None:
             try:
-                found = self.files.read(node, self.model.embed_tokens.weight.device)
+                found = self.files.read(node, self.model.device)
             except ValueError as error:
                 warnings.warn(f"A stored beginning cannot be used and is forgotten: {error}", stacklevel=5)
                 node.file.unlink(missing_ok=True)
@@ -363,7 +363,7 @@ class Prefill:
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         model, total = self._store.model, len(self._ids)
-        ids = self._ids[None].to(model.embed_tokens.weight.device)
+        ids = self._ids[None].to(model.device)
         for stop in self._stops:
             begin = self.cache.lengths[0]
             chunks = model.prefill(ids[:, begin:stop], self.cache, self.chunk_size, max_memory=self.max_memory)

@@ -258,9 +258,15 @@ class Run:
         if not math.isfinite(row["loss"]):
             raise FloatingPointError(self._diverged(f"the loss is {row['loss']}"))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip).item()
-        row["skipped"] = not math.isfinite(norm)
-        row["gradient_norm"] = None if row["skipped"] else norm  # JSON has no infinity
-        if row["skipped"]:
+        finite, nothing = math.isfinite(norm), not row["targets"]
+        row["skipped"] = nothing or not finite
+        row["gradient_norm"] = norm if finite else None  # JSON has no infinity
+        if nothing:
+            self.live.say(
+                f"Step {row['step']}: no token has a next one in its document; the step is skipped. "
+                "A longer --window or a larger --batch-size gives every step something to predict."
+            )
+        elif row["skipped"]:
             self.skips += 1
             if self.skips == SKIPS_IN_A_ROW:
                 raise FloatingPointError(self._diverged(f"{self.skips} gradients in a row were not finite"))

@@ -141,7 +141,8 @@ def draw_loss(rows: list[Row], path: Path, *, gzip: float, xz: float, title: str
     figure.suptitle(title, fontsize=11)
     left, right = figure.subplots(1, 2)
 
-    steps, losses = [r["step"] for r in rows], [r["lm"] for r in rows]
+    taught = [r for r in rows if r.get("targets", 1)]
+    steps, losses = [r["step"] for r in taught], [r["lm"] for r in taught]
     left.plot(steps, losses, color="#b9cbe4", linewidth=0.8, label="each step")
     left.plot(steps, smoothed(losses), color="#1f4e9c", linewidth=1.8, label="smoothed")
     left.set(xlabel="step", ylabel="nats per token", title="training loss (next token)")

@@ -22,7 +22,7 @@ from rich.progress import Progress
 from tokenizers import Tokenizer
 
 from recipes.documents import Plan, digest, plan_split, split_documents
-from recipes.tokenizer import document_encoder, eos_id, explain_full_disk
+from recipes.tokenizer import document_decoder, document_encoder, eos_id, explain_full_disk
 
 SPLITS = ("train", "val")
 
@@ -59,6 +59,7 @@ def build_shards(
     *,
     validation_share: float = 0.05,
     seed: int = 0,
+    exact: bool = True,
     progress: bool = True,
 ) -> Meta:
     """Encode a source into `folder`, or keep what is there if it is the same text, tokenizer and split.
@@ -70,6 +71,8 @@ def build_shards(
 
     Args:
         source, validation_share, seed: as in `documents` and `plan_split`.
+        exact: refuse a document that its tokens do not spell. Of such a text bits per byte say nothing: what the
+            tokenizer loses costs no bits.
         progress: show a bar, and say what was left out, on stderr.
     Raises: ValueError for a source or tokenizer that does not serve; OSError, in a sentence, for a full disk.
     """
@@ -78,7 +81,7 @@ def build_shards(
     if folder.resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f"{folder} lies inside {source}, whose text it would become: choose another folder.")
     plan = plan_split(source, validation_share=validation_share, seed=seed)
-    parts = ["1", tokenizer.to_str(), validation_share, seed, sorted(plan.splits.items())]
+    parts = ["2" if exact else "1", tokenizer.to_str(), validation_share, seed, sorted(plan.splits.items())]
     fingerprint = digest(json.dumps([*parts, sorted(plan.digests.items())]))
     existing = _whole_shards(folder)
     if existing is not None and existing.fingerprint == fingerprint:
@@ -90,7 +93,7 @@ def build_shards(
         _remove_dead_builds(folder)
         staging = Path(tempfile.mkdtemp(prefix=f".building-{os.getpid()}-", dir=folder))
         try:
-            counts = _write_tokens(source, plan, tokenizer, eos, staging, console)
+            counts = _write_tokens(source, plan, tokenizer, eos, staging, console, exact)
             note = "" if plan.cut is None else "One document only: its head is for training, its tail is held out."
             vocab_size = tokenizer.get_vocab_size()
             meta = Meta(fingerprint, eos, vocab_size, "uint32", *counts, plan.skipped, note)
@@ -166,9 +169,9 @@ class TokenCounts(NamedTuple):
 
 
 def _write_tokens(
-    source: str | Path, plan: Plan, tokenizer: Tokenizer, eos: int, folder: Path, console: Console
+    source: str | Path, plan: Plan, tokenizer: Tokenizer, eos: int, folder: Path, console: Console, exact: bool
 ) -> TokenCounts:
-    encode = document_encoder(tokenizer)
+    encode, decode = document_encoder(tokenizer), document_decoder(tokenizer)
     starts = {split: array("q", [0]) for split in SPLITS}
     names: dict[str, list[str]] = {split: [] for split in SPLITS}
     sizes = {split: array("q") for split in SPLITS}
@@ -178,7 +181,11 @@ def _write_tokens(
         task = bar.add_task("encoding documents", total=len(plan.splits))
         texts = split_documents(source, plan)
         while some := list(islice(texts, 64)):  # together, because the tokenizer encodes them in parallel
-            for (split, name, text), ids in zip(some, encode([text for *_, text in some]), strict=True):
+            encoded = encode([text for *_, text in some])
+            if exact:
+                for (_, name, text), back in zip(some, decode(encoded), strict=True):
+                    _refuse_loss(name, text, back)
+            for (split, name, text), ids in zip(some, encoded, strict=True):
                 # write, not ndarray.tofile: that one reports a full disk without saying so.
                 files[split].write(np.append(ids, np.uint32(eos)).astype("<u4").tobytes())
                 starts[split].append(starts[split][-1] + len(ids) + 1)
@@ -198,6 +205,19 @@ def _write_tokens(
         utf8_bytes={split: sum(sizes[split]) for split in SPLITS},
         val_names=names["val"],
         val_bytes=sizes["val"].tolist(),
+    )
+
+
+def _refuse_loss(name: str, text: str, back: str) -> None:
+    """Raises: ValueError where a document is not what its tokens spell."""
+    if back == text:
+        return
+    pairs = zip(text, back, strict=False)
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(back)))
+    raise ValueError(
+        f"The tokenizer loses text of the document {name}: at character {at} {text[at : at + 12]!r} becomes "
+        f"{back[at : at + 12]!r}, and what is lost would cost no bits. Choose a tokenizer that spells every text "
+        '("bytes", "bpe:4096"), or leave the document out.'
     )
 
 

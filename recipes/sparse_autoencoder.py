@@ -75,7 +75,7 @@ def run(s: Settings, *, console: Console | None = None) -> Scores:
     name = model.match_hooks(f"blocks.{s.layer}.{s.point}")[0]
     console.print(f"{name} of {what}", markup=False, highlight=False, soft_wrap=True)
 
-    build_shards(s.data, tokenizer, s.out / "text", seed=s.seed)
+    build_shards(s.data, tokenizer, s.out / "text", seed=s.seed, exact=False)  # nothing is measured in bytes
     # Activations lie under a name of all that decides them: other settings never meet old rows.
     decides = (identity(model), s.data, name, s.tokens, s.window, s.seed)
     folder = s.out / hashlib.sha256(repr(decides).encode()).hexdigest()[:12]

@@ -54,33 +54,31 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def accumulate_gradients(model: q.Qwen3Next, micro: list[Batch], *, precision: str) -> Row:
-    """Add the gradients of one big batch, computed in parts; return its losses.
+    """Add the gradients of one big batch, computed in parts; return its losses, and `targets`, predicted tokens.
 
     A part's mean counts by its share of the predicted tokens, those of MTP by theirs, so that the next-token and MTP
-    losses and their gradients are those of one big batch. The balance loss is a product of means, so it is the mean of
-    the parts' own: each part is balanced by itself.
+    losses and their gradients are those of one big batch. Router losses count by the tokens; the balance loss is a
+    product of means, so it is the mean of the parts' own: each part is balanced by itself. A part in which nothing is
+    predicted is left out; if that is all of them, losses are zero and there are no gradients.
     """
     device, config = model.embed_tokens.weight.device, model.config
-    segments = [Segments.from_document_ids(batch.document_ids.to(device)) for batch in micro]
-    shares = [_shares([int(s.next_is_same(ahead).sum()) for s in segments]) for ahead in (1, 2)]
-    row: Row = dict.fromkeys(("loss", "lm", "mtp", "balance", "z", "max_load"), 0.0)
-    for batch, own, first, second in zip(micro, segments, *shares, strict=True):
+    whole = [(batch, Segments.from_document_ids(batch.document_ids.to(device))) for batch in micro]
+    parts = [(batch, s) for batch, s in whole if bool(s.next_is_same().any())]
+    shares = [_shares([int(s.next_is_same(ahead).sum()) for _, s in parts]) for ahead in (1, 2)]
+    tokens = _shares([int(s.mask.sum()) for _, s in parts])
+    row: Row = dict.fromkeys(("loss", "lm", "mtp", "balance", "z", "max_load"), 0.0) | {"targets": 0}
+    for (batch, own), first, second, share in zip(parts, *shares, tokens, strict=True):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             losses = model.loss(batch.input_ids.to(device), segments=own)
         router = config.router_aux_loss_coef * losses.balance + config.router_z_loss_coef * losses.z
-        loss = first * losses.lm + second * config.mtp_loss_coef * losses.mtp + router / len(micro)
+        loss = first * losses.lm + second * config.mtp_loss_coef * losses.mtp + share * router
         loss.backward()
-        parts = (
-            loss,
-            first * losses.lm,
-            second * losses.mtp,
-            losses.balance / len(micro),
-            losses.z / len(micro),
-        )
-        for name, part in zip(("loss", "lm", "mtp", "balance", "z"), parts, strict=True):
+        weighed = (loss, first * losses.lm, second * losses.mtp, share * losses.balance, share * losses.z)
+        for name, part in zip(("loss", "lm", "mtp", "balance", "z"), weighed, strict=True):
             row[name] += part.item()
+        row["targets"] += losses.targets
         if losses.load is not None:
-            row["max_load"] += losses.load.max().item() * config.num_experts / len(micro)
+            row["max_load"] += losses.load.max().item() * config.num_experts * share
     return row
 
 
@@ -99,6 +97,6 @@ def held_out_nats(model: q.Qwen3Next, batches: ValidationBatches, *, precision: 
             hidden = model(ids, segments=segments, logits_to_keep=1).hidden
             for row, document in enumerate(batch.documents.tolist()):  # a row at a time: logits are large
                 end = int(segments.end[row])
-                logits = model.lm_head(hidden[row, : end - 1]).float()
+                logits = model.hook_logits(model.lm_head(hidden[row : row + 1, : end - 1]))[0].float()
                 nats[document] += F.cross_entropy(logits, ids[row, 1:end], reduction="sum").item()
     return nats

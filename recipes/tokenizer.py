@@ -130,6 +130,13 @@ def document_encoder(tokenizer: Tokenizer) -> Callable[[Sequence[str]], list[NDA
     return encode
 
 
+def document_decoder(tokenizer: Tokenizer) -> Callable[[Sequence[NDArray[np.uint32]]], list[str]]:
+    """The way back from `document_encoder`, as far as the tokenizer knows it."""
+    if tokenizer.to_str() == byte_tokenizer().to_str():
+        return lambda ids: [x.astype(np.uint8).tobytes().decode(errors="replace") for x in ids]
+    return lambda ids: tokenizer.decode_batch([x.tolist() for x in ids], skip_special_tokens=False)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file so that whoever reads it, at any instant, finds the old one or the new one whole.
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, normalizers
 
 import recipes.documents
 import recipes.shards
@@ -336,6 +337,25 @@ def test_same_inputs_are_reused_and_any_change_rebuilds(corpus, shards, bpe, mon
 def test_shards_inside_their_source(corpus):
     with pytest.raises(ValueError, match=r"lies inside .*: choose another folder"):
         build_shards(corpus, byte_tokenizer(), corpus / "shards", progress=False)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_document_that_the_tokenizer_cannot_spell_is_named(tmp_path, split):
+    """Lost text costs no bits; where nothing is measured in bytes it may be lost."""
+    tokenizer, source = Tokenizer.from_str(BYTES.to_str()), tmp_path / "text"
+    tokenizer.normalizer = normalizers.NFC()
+    source.mkdir()
+    for i in range(12):
+        (source / f"{i}.txt").write_text(f"text {i}")
+    name = next(name for name, side in plan_split(source).splits.items() if side == split)
+    assert build_shards(source, tokenizer, tmp_path / "shards", progress=False).documents["train"] == 11
+    (source / name).write_bytes(b"a cafe\xcc\x81 " + name.encode())
+    sentence = rf"The tokenizer loses text of the document {name}: at character 5 .* becomes .* Choose a tokenizer"
+    with pytest.raises(ValueError, match=sentence):
+        build_shards(source, tokenizer, tmp_path / "shards", progress=False)
+    assert build_shards(source, tokenizer, tmp_path / "inexact", exact=False, progress=False).tokens["val"]
+    with pytest.raises(ValueError, match=sentence):  # what was built without the check does not pass for checked
+        build_shards(source, tokenizer, tmp_path / "inexact", progress=False)
 
 
 def test_a_failure_half_way_leaves_the_old_shards(corpus, shards, monkeypatch):

@@ -20,7 +20,6 @@ LATER = ["blocks.0.linear_attn.hook_state", "blocks.3.self_attn.hook_pattern"]
 
 
 def one_graph(**changes):
-    """torch's grouped_mm, which runs experts, can be traced in bf16 alone."""
     torch.manual_seed(0)
     model = q.Qwen3Next(q.presets.tiny(initializer_range=0.1, **changes)).bfloat16().eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)

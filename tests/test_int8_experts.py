@@ -128,3 +128,17 @@ def test_what_does_not_fit_is_refused():
         experts.fill("gate_up_proj", 0, normal(2 * INNER, WIDTH))
     with pytest.raises(ValueError, match=r"\[64, 32\] here"):
         experts.fill("down_proj", 0, normal(INNER, WIDTH))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_sums_beyond_float16(autocast):
+    """Whole numbers up to 127 times x, summed, may pass 65504 though their scaled sum is small."""
+    weight, x = torch.full((2, 2048), 1e-3), torch.full((3, 2048), 2.0)
+    q, scale = quantise_rows(weight)
+    x = x.requires_grad_() if autocast else x.half().requires_grad_()
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        y = int8_linear(x, q, scale)
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.float(), torch.full((3, 2), 4.096), rtol=1e-3, atol=0)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad.float(), torch.full((3, 2048), 2e-3), rtol=2e-3, atol=0)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import small_config, small_model
 
 import qwen3next as q
@@ -212,6 +213,26 @@ def test_labels_mask_targets(model64):
     assert loss.targets == 4
     with pytest.raises(ValueError, match="at least two tokens"):
         model64.loss(tokens[:, :1])
+    with pytest.raises(ValueError, match="The labels of all tokens that have one before them are -100"):
+        model64.loss(tokens, labels=torch.full_like(tokens, -100))
+    first = torch.full_like(tokens, -100).index_fill(1, torch.tensor([0]), 5)  # nothing stands before the first
+    with pytest.raises(ValueError, match="The labels of all tokens that have one before them are -100"):
+        model64.loss(tokens, labels=first)
+
+
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        (torch.full((1, 10), 97), "labels hold 97: give ids of 0 to 96, or -100"),
+        (torch.full((1, 10), -1), "labels hold -1: give ids of 0 to 96, or -100"),
+        (torch.zeros(1, 9, dtype=torch.long), r"labels are \(1, 9\) and input_ids \(1, 10\): align them"),
+        (torch.zeros(10, dtype=torch.long), r"labels must be integers of shape \(b, t\), got int64 of shape \(10,\)"),
+        (torch.zeros(1, 10), r"labels must be integers of shape \(b, t\), got float32"),
+    ],
+)
+def test_labels_that_do_not_serve(model64, labels, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        model64.loss(ids(1, 10), labels=labels)
 
 
 def test_tied_embeddings_are_one_parameter():
@@ -237,6 +258,36 @@ def test_autocast_trains():
     low.total.backward()
     full = model.loss(ids(2, 80), segments=Segments.from_lengths([[50, 30], [80]]))
     assert abs(low.total.item() - full.total.item()) < 0.05
+
+
+def test_fp16_autocast_trains_with_a_scaler():
+    """Packed and dense too; fp16 has 11 bits, so gradients are those of fp32 to a percent where no choice turns."""
+    for changes in ({}, {"num_experts": 0}):
+        model, segments = small_model(**changes), Segments.from_lengths([[50, 30], [75]])
+        exact = model.loss(ids(2, 80), segments=segments)
+        expected = gradients(model, exact.total)
+        model.zero_grad()
+        adam, scaler = torch.optim.AdamW(model.parameters(), 1e-3), torch.amp.GradScaler("cpu", init_scale=8.0)
+        with torch.autocast("cpu", torch.float16):
+            low = model.loss(ids(2, 80), segments=segments)
+        scaler.scale(low.total).backward()
+        scaler.unscale_(adam)
+        assert abs(low.total.item() - exact.total.item()) < 5e-3
+        for name, parameter in model.named_parameters():
+            alike = F.cosine_similarity(parameter.grad.flatten(), expected[name].flatten(), dim=0)
+            assert float(alike) > 0.98, name
+        scaler.step(adam)
+        scaler.update()
+        assert scaler.get_scale() == 8.0  # nothing overflowed
+
+
+def test_experts_are_chosen_for_the_dtype_of_their_products():
+    model = small_model()
+    for name in ("cpp", "grouped"):
+        model.set_backend("experts", name)
+        sentence = f"The '{name}' backend of experts cannot run here: .*float16"
+        with torch.autocast("cpu", torch.float16), pytest.raises(RuntimeError, match=sentence):
+            model(ids(1, 20))
 
 
 def test_the_80b_preset_builds_on_meta():

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from safetensors import SafetensorError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import qwen3next as q
 import recipes.checkpoints as checkpoints
@@ -599,6 +600,69 @@ def test_parts_add_up_to_one_big_batch(parts):
     assert row["loss"] == pytest.approx(big.total.item(), rel=1e-12)
     for name, grad in expected.items():
         torch.testing.assert_close(dict(model.named_parameters())[name].grad, grad, rtol=1e-9, atol=1e-12)
+
+
+def test_a_part_without_targets_is_left_out():
+    """In fp64, with both router losses: as if the part were not there; of nothing else there is nothing."""
+    torch.manual_seed(0)
+    model = q.Qwen3Next(NANO.replace(router_z_loss_coef=0.1, initializer_range=0.1)).double()
+    ids = torch.randint(0, 257, (3, 8))
+    some, none = torch.zeros(1, 8, dtype=torch.long), torch.arange(8)[None]
+    padded = torch.tensor([[0] * 4 + [-1] * 4])
+
+    def run(*documents):
+        model.zero_grad()
+        rows = zip(ids.split(1), documents, strict=False)
+        row = accumulate_gradients(model, [Batch(*x) for x in rows], precision="fp32")
+        return row, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    (row, got), (expected_row, expected) = run(some, padded, none), run(some, padded)
+    assert row == expected_row
+    assert row["targets"] == 7 + 3
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    row, got = run(none, none)
+    assert (row["targets"], row["loss"], got) == (0, 0.0, {})
+
+
+def test_router_losses_count_by_the_tokens():
+    """The z loss is a mean over tokens, so that of unequal parts is that of the whole."""
+    torch.manual_seed(0)
+    config = NANO.replace(router_aux_loss_coef=0.0, router_z_loss_coef=1.0, mtp_num_hidden_layers=0)
+    model, ids = q.Qwen3Next(config).double(), torch.randint(0, 257, (2, 8))
+    documents = torch.tensor([[0] * 8, [0] * 3 + [-1] * 5])
+    whole = model.loss(ids, segments=Segments.from_document_ids(documents))
+    parts = [Batch(*x) for x in zip(ids.split(1), documents.split(1), strict=True)]
+    row = accumulate_gradients(model, parts, precision="fp32")
+    assert row["loss"] == pytest.approx(whole.total.item(), rel=1e-12)
+
+
+def test_a_run_goes_on_where_a_step_has_nothing_to_predict(settings, tmp_path):
+    """Documents of one token and a window of two: every other window holds two documents."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "long.txt").write_text("a" * 60)
+    for i in range(200):
+        (tmp_path / "text" / f"{i}.txt").write_text(chr(0x4E00 + i))
+    run = replace(
+        settings, data=str(tmp_path / "text"), tokenizer=str(characters(tmp_path)), window=2, batch_size=1, steps=24
+    )
+    run, console = replace(run, out=tmp_path / "run"), quiet()
+    pretrain.train(run, console=console)
+    rows = read_metrics(run.out)
+    empty = [row["step"] for row in rows if not row["targets"]]
+    assert 0 < len(empty) < 24
+    assert [row["step"] for row in rows if row["skipped"]] == empty
+    assert f"Step {empty[0]}: no token has a next one" in console.file.getvalue()
+
+
+def characters(folder):
+    """One token a character, of those that the test writes."""
+    alphabet = ["<|endoftext|>", "a", *(chr(0x4E00 + i) for i in range(200))]
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(alphabet)}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
 
 
 def test_what_decays():

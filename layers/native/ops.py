@@ -306,7 +306,7 @@ def combine(out: Tensor, weights: Tensor, places: Tensor, exact: bool) -> Tensor
 def spread(out: Tensor, weights: Tensor, places: Tensor, to_y: Tensor) -> list[Tensor]:
     """Gradients of `combine`'s out and weights."""
     out, weights, places = _combine_operands("spread", out, weights, places)
-    to_y = operand("spread: to_y", to_y, (len(places), out.shape[1]), FP32, out.dtype)
+    to_y = operand("spread: to_y", to_y, (places.shape[0], out.shape[1]), FP32, out.dtype)
     grads = [torch.empty_like(out), torch.empty_like(weights)]
     _call(f"spread_{_names(out, to_y)}", out, weights, places, to_y, *grads, *places.shape, out.shape[1])
     return grads
@@ -320,8 +320,8 @@ def _combine_operands(name: str, out: Tensor, weights: Tensor, places: Tensor) -
     out = operand(f"{name}: out", out, tuple(out.shape), FP32, BF16)
     weights = operand(f"{name}: weights", weights, tuple(places.shape), FP32)
     places = operand(f"{name}: places", places, tuple(places.shape), torch.int64)
-    if not _call("each_once", places, places.numel(), len(out)):
-        raise ValueError(f"{name}: places must name each of the {len(out)} rows of out once.")
+    if not _call("each_once", places, places.numel(), out.shape[0]):
+        raise ValueError(f"{name}: places must name each of the {out.shape[0]} rows of out once.")
     return out, weights, places
 
 

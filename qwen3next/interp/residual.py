@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import GatedDeltaNet
 from layers.norm import RMSNorm, at_least_fp32
 from qwen3next.block import Block
 from qwen3next.interp.points import CachedPoints, Index, as_index
+from qwen3next.wrappers import unwrapped
 
 Components = Float[Tensor, "c b t width"]
 Labelled = Components | tuple[Components, list[str]]
@@ -133,7 +134,7 @@ class ResidualStream(CachedPoints):
         """
 
         def rows(ids: int | Tensor) -> Tensor:
-            return at_least_fp32(self.model.lm_head.weight.detach()[ids].to(components.device))
+            return at_least_fp32(_matrix(self.model.lm_head)[ids].to(components.device))
 
         direction = rows(tokens) if incorrect_tokens is None else rows(tokens) - rows(incorrect_tokens)
         return (self.apply_ln_to_stack(components, pos_slice=pos_slice) * direction).sum(-1)
@@ -158,7 +159,7 @@ class ResidualStream(CachedPoints):
             name = self.full_name(("gated", i))
             gated = at_least_fp32(self.need([name], ["blocks.*.hook_gated"])[0][:, as_index(pos_slice)])
             project = mixer.out_proj if isinstance(mixer, GatedDeltaNet) else mixer.o_proj
-            weight = at_least_fp32(project.weight.detach()).to(gated.device)
+            weight = at_least_fp32(_matrix(project)).to(gated.device)
             results.append(torch.einsum("bthd,whd->hbtw", gated, weight.unflatten(1, gated.shape[2:])))
             labels += [f"L{i}H{h}" for h in range(gated.shape[2])]
         stack = torch.cat(results)
@@ -170,7 +171,7 @@ class ResidualStream(CachedPoints):
         stack, labels = self.accumulated_resid(incl_mid=incl_mid, pos_slice=pos_slice, return_labels=True)
         flat, ids, log_probs = stack.flatten(0, 2), [], []
         for x in flat.split(LENS_PIECE):
-            logits = self.model.lm_head(self.model.norm(x.to(self.model.lm_head.weight)))
+            logits = self.model.lm_head(self.model.norm(x.to(self.model.device, self.model.embed_tokens.weight.dtype)))
             best = at_least_fp32(logits).log_softmax(-1).topk(top)
             ids.append(best.indices)
             log_probs.append(best.values)
@@ -187,17 +188,30 @@ class ResidualStream(CachedPoints):
     def _block(self, layer: int) -> Block:
         if not -self.layers <= layer < self.layers:
             raise ValueError(f"There is no layer {layer}: choose 0 to {self.layers - 1}.")
-        block = self.model.blocks[layer]
+        block = unwrapped(self.model.blocks[layer])
         assert isinstance(block, Block)
         return block
 
     def _mixer(self, layer: int) -> GatedDeltaNet | GatedAttention:
         block = self._block(layer)
-        return block.linear_attn if block.mixer == "linear_attention" else block.self_attn
+        mixer = unwrapped(block.linear_attn if block.mixer == "linear_attention" else block.self_attn)
+        assert isinstance(mixer, (GatedDeltaNet, GatedAttention))
+        return mixer
 
     def _stack(self, tensors: Sequence[Tensor], pos_slice: Index | None) -> Components:
         index = as_index(pos_slice)
         return torch.stack([at_least_fp32(x[:, index]) for x in tensors])
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """The weight of a linear map that is nothing else. Raises: ValueError for one that an adapter surrounds."""
+    weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+    if weight is None or weight.device.type == "meta":
+        raise ValueError(
+            f"A {type(module).__name__} has no weight at hand by which its parts could be told: merge its adapters "
+            "into a linear map, and keep it in memory."
+        )
+    return weight.detach()
 
 
 def _scale(norm: RMSNorm, x: Tensor) -> Tensor:
