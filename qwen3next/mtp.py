@@ -51,8 +51,9 @@ class MTP(nn.Module):
         """Hidden states for the head, and the router statistics of the block; `state` holds the pairs before."""
         # A sequence's last token has no next one: what it computes is read by nobody and counted nowhere.
         counted = segments.next_is_same()
-        if not segments.plain:  # what stands there is another sequence's, or nobody's
-            next_embedding = next_embedding.masked_fill(~counted[..., None], 0.0)
+        if not segments.plain:  # elsewhere stands another sequence's token, or none
+            paired = counted if state is None else segments.mask  # with a state every token is a pair's
+            next_embedding = next_embedding.masked_fill(~paired[..., None], 0.0)
         x, aux = self._pairs(hidden, next_embedding), []
         for block in self.blocks:
             x, stats = block(x, rope, segments=segments, state=state, counted=counted, stats=state is None)
