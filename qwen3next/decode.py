@@ -451,7 +451,11 @@ def plan_for(model: "Qwen3Next", segments: Segments, cache: HybridCache) -> Plan
                 "Compiled decoding shows nothing inside: model.set_backend('decode', 'auto') lets hooks in."
             )
         return None
-    return slot.plan if slot.plan.serves(cache) else None
+    if slot.plan.serves(cache):
+        return slot.plan
+    if named:
+        raise RuntimeError("The 'cpp' backend of decode cannot run here: the cache has a dtype that it does not know.")
+    return None
 
 
 def _mat(x: Tensor | None) -> Mat:

@@ -256,6 +256,10 @@ def test_dtypes_that_it_does_not_know_run_in_the_modules(monkeypatch):
         cache = model.new_cache(2, **options)
         model.step(tokens(3), cache)
         model.step(tokens(1), cache)
+        model.set_backend("decode", "cpp")
+        with pytest.raises(RuntimeError, match="the cache has a dtype that it does not know"):
+            model.step(tokens(1), cache)
+        model.set_backend("decode", "auto")
     assert not calls
 
 
