@@ -128,7 +128,7 @@ class Weights:
             from torch._C._dynamo.guards import TensorGuards
 
             self._guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        except Exception:
+        except Exception:  # moved or changed in some release: `hold` then compares by torch's public functions
             pass
 
     def _now(self) -> list[Tensor]:
