@@ -27,7 +27,7 @@ demo: $(READY) ## train a tiny model on this machine and look inside it
 test: $(READY) ## the tests that need neither a GPU nor patience
 	$(ONE_THREAD) $(RUN) -m pytest -n 2
 
-# How a processor is chosen, and what that bounds: layers/native/cpu.py.
+# How a processor is chosen, and what that bounds: layers/kernels/cpp/cpu.py.
 CPU ?= native
 PRECISION ?= auto
 TESTS ?= tests
@@ -38,7 +38,7 @@ test-cpu: $(READY) ## the tests as on a lesser or another CPU: make test-cpu CPU
 
 test-cpus: $(READY) ## the tests as on each CPU that this one can stand for; results in test-cpus.txt
 	@: > test-cpus.txt; failed=0; \
-	cpus=$$($(RUN) -c "from layers.native.cpu import possible; print(*possible())") || exit 1; \
+	cpus=$$($(RUN) -c "from layers.kernels.cpp.cpu import possible; print(*possible())") || exit 1; \
 	for choice in $$cpus native/fp32 native/bf16; do \
 	  cpu=$${choice%/*}; precision=auto; case $$choice in */*) precision=$${choice#*/};; esac; \
 	  $(call FORCED,$$cpu,$$precision) > test-cpus.log 2>&1 || { failed=1; grep -E "^(FAILED|ERROR)" test-cpus.log >> test-cpus.txt; }; \
@@ -84,7 +84,7 @@ $(PACKAGES)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 test-packages: $(PACKAGES)/.installed ## hooks beside the real TransformerLens and nnsight
-	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(PACKAGES)/bin/python -m pytest tests/test_hook_packages.py
+	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(PACKAGES)/bin/python -m pytest tests/hooks/test_hook_packages.py
 
 lint: $(READY) types ## style and types
 	$(RUN) -m ruff check .

@@ -4,7 +4,7 @@ Shapes: b batch, t time (tokens), s time of keys, h heads, k key width, v value 
 a flattened batch. Nothing here knows a config, a checkpoint name or a layer index.
 """
 
-from layers.native.cpu import bound_torch
+from layers.kernels.cpp.cpu import bound_torch
 
 bound_torch()  # before torch runs anything
 

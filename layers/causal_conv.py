@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from layers.backends import choose
-from layers.native import functions as native
+from layers.dispatch.backends import choose
+from layers.kernels.cpp import functions as native
 from layers.norm import at_least_fp32
 from layers.segments import Segments
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from layers.backends import choose
+from layers.dispatch.backends import choose
 from layers.linear import linear, product, under_autocast
 from layers.norm import at_least_fp32
 

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from layers.backends import choose
-from layers.chunk_decay import bounded, decays
+from layers.dispatch.backends import choose
 from layers.hook_point import HookPoint
-from layers.native import functions as native
+from layers.kernels.chunk_decay import bounded, decays
+from layers.kernels.chunked_recompute import CHUNK, piecewise
+from layers.kernels.cpp import functions as native
+from layers.kernels.isolation import one_by_one, wild
 from layers.norm import at_least_fp32
-from layers.piecewise_delta_rule import CHUNK, piecewise
 from layers.segments import Segments
-from layers.wild import one_by_one, wild
 
 Keys = Float[Tensor, "b t kh k"]
 Values = Float[Tensor, "b t h v"]
@@ -118,7 +118,7 @@ def gated_delta_rule(
 
 
 def _wild(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, segments: Segments) -> bool:
-    """Whether chunks that several sequences share would mix them: see layers/wild.py.
+    """Whether chunks that several sequences share would mix them: see layers/kernels/isolation.py.
 
     Keys longer than 1 are among the causes: what a chunk of them writes may grow from token to token without bound.
     """

@@ -7,18 +7,18 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from layers.backends import choose
-from layers.fused_attention import NAMES as FUSED
-from layers.fused_attention import attend_fused, fused_attention
+from layers.dispatch.backends import choose
 from layers.hook_point import HookPoint
-from layers.kv_state import KVState
+from layers.kernels.flash_attention import NAMES as FUSED
+from layers.kernels.flash_attention import attend_fused, fused_attention
+from layers.kernels.isolation import one_by_one, wild
+from layers.kernels.tiled_attention import tiled_attention
 from layers.linear import Linear
 from layers.norm import RMSNorm, at_least_fp32
 from layers.rope import Rotation
 from layers.segments import Run, Segments
-from layers.static_kv import StaticKV
-from layers.tiled_attention import tiled_attention
-from layers.wild import one_by_one, wild
+from layers.state.kv_cache import KVState
+from layers.state.static_kv_cache import StaticKV
 
 Heads = Float[Tensor, "b t h d"]
 KVHeads = Float[Tensor, "b t kvh d"]

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from layers.causal_conv import causal_conv
 from layers.delta_rule import gated_delta_rule
-from layers.exposed_delta_rule import Exposed, exposed_delta_rule
 from layers.hook_point import HookPoint
+from layers.interp.materialized_states import Exposed, exposed_delta_rule
 from layers.linear import Linear
-from layers.linear_rule import Rule
 from layers.norm import GatedRMSNorm, at_least_fp32, l2_normalise
-from layers.replay import Tape
 from layers.segments import Segments
+from layers.state.update_log import Tape
+from layers.variants.simple_gla import Rule
 
 
 @dataclass
@@ -145,7 +145,7 @@ class GatedDeltaNet(nn.Module):
             state.conv, state.memory = conv.detach(), memory.detach().to(state.memory.dtype)
         return self.out_proj(self.hook_gated(self._normed_and_gated(self.hook_o(o), x)).flatten(-2))
 
-    # Each of these four is one choice of the architecture; layers/deltanet_variants.py makes others.
+    # Each of these four is one choice of the architecture; layers/variants/deltanet.py makes others.
 
     def _convolved(self, qkv: Tensor, state: Tensor | None, segments: Segments | None) -> tuple[Tensor, Tensor]:
         """q, k and v after the convolution and SiLU, and the inputs to carry."""

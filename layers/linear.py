@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.backends import choose
+from layers.dispatch.backends import choose
 
 FEW = 16  # rows below which a call costs more than the faster product saves
 

@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.backends import choose
+from layers.dispatch.backends import choose
+from layers.kernels.cpp import functions as native
 from layers.linear import Linear
-from layers.native import functions as native
 
 
 def activate(

@@ -7,13 +7,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from layers.backends import choose, choose_for, generation
-from layers.grouped_linear import grouped_linear, runs, wide
+from layers.dispatch.backends import choose, choose_for, generation
 from layers.hook_point import HookPoint
+from layers.kernels.cpp import functions as native
+from layers.kernels.cpp import ops
+from layers.kernels.grouped_linear import grouped_linear, runs, wide
 from layers.linear import Linear, linear, spans, under_autocast
 from layers.mlp import SwiGLU, activate
-from layers.native import functions as native
-from layers.native import ops
 from layers.norm import at_least_fp32
 from layers.recompute import recomputing
 

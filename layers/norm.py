@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.backends import choose
+from layers.dispatch.backends import choose
 from layers.hook_point import HookPoint
-from layers.native import functions as native
+from layers.kernels.cpp import functions as native
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

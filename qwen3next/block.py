@@ -4,20 +4,20 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from layers.attached import attached
+from layers.dispatch.attached import attached
 from layers.gated_deltanet import DeltaNetState
 from layers.hook_point import HookPoint
-from layers.kv_state import KVState
+from layers.kernels.tiled_attention import TILE
 from layers.linear import FEW, spans
 from layers.mlp import SwiGLU
 from layers.moe import RouterStats, SparseMoE
 from layers.norm import RMSNorm, at_least_fp32
 from layers.recompute import recomputing
-from layers.replay import Tape
 from layers.rope import Rotation
 from layers.segments import Segments
-from layers.static_kv import StaticKV
-from layers.tiled_attention import TILE
+from layers.state.kv_cache import KVState
+from layers.state.static_kv_cache import StaticKV
+from layers.state.update_log import Tape
 from qwen3next.config import ModelConfig
 from qwen3next.mixers import linear_attention, softmax_attention
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from layers.rope import Yarn
 from qwen3next.families import FAMILIES, Family, check_beside, harmless, read, unwrap, with_yarn, write
-from qwen3next.json_files import read_object, typed
+from qwen3next.files.json_files import read_object, typed
 from qwen3next.variants import Variants
 
 LAYER_TYPES = ("linear_attention", "full_attention")

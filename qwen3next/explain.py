@@ -2,18 +2,18 @@
 
 import torch
 
-from layers.backends import Explanation, explain_operation
 from layers.delta_rule import gated_delta_rule
+from layers.dispatch.backends import Explanation, explain_operation
+from layers.experts.disk import OffloadedExperts
+from layers.experts.int8 import Int8Experts
 from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import GatedDeltaNet
-from layers.int8_experts import Int8Experts
 from layers.linear import Linear
 from layers.moe import Experts
 from layers.norm import RMSNorm
-from layers.offloaded_experts import OffloadedExperts
-from qwen3next.decode import like, why_not
-from qwen3next.graph_decode import why_not as graph_why_not
-from qwen3next.guard import decoding_modules, named_backend, watched
+from qwen3next.decoding.cuda_graph import why_not as graph_why_not
+from qwen3next.decoding.guard import decoding_modules, named_backend, watched
+from qwen3next.decoding.plan import like, why_not
 from qwen3next.model import Qwen3Next, as_device, as_dtype
 
 LOOKS = "somebody looks inside: hooks, model.expose, a forward put in a module's place, or a mode of torch"

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from layers.rope import Yarn
-from qwen3next.json_files import typed
+from qwen3next.files.json_files import typed
 from qwen3next.variants import RELEASED
 
 SIZES = (

@@ -10,8 +10,8 @@ from torch import nn
 
 from layers.moe import Experts
 from qwen3next.config import ModelConfig
+from qwen3next.files.sizes import binary
 from qwen3next.model import Qwen3Next
-from qwen3next.sizes import binary
 
 CONTEXTS = (4096, 32_768, 262_144, 1_048_576)
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from layers.attention_variants import AttentionVariant
-from layers.deltanet_variants import DeltaNetVariant
 from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import GatedDeltaNet
+from layers.variants.attention import AttentionVariant
+from layers.variants.deltanet import DeltaNetVariant
 from qwen3next.config import ModelConfig
 
 

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from layers.attached import attached
-from layers.attention_variants import AttentionVariant
-from layers.backends import choose_for
 from layers.cross_entropy import linear_cross_entropy
-from layers.expert_cache import ExpertCache
+from layers.dispatch.attached import attached
+from layers.dispatch.backends import choose_for
+from layers.experts.cache import ExpertCache
 from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import GatedDeltaNet
 from layers.hook_point import HookPoint
@@ -27,17 +26,18 @@ from layers.moe import Experts, RouterStats
 from layers.norm import GatedRMSNorm, RMSNorm, at_least_fp32
 from layers.rope import Rotation, Yarn, rotation
 from layers.segments import UNKNOWN, Segments
+from layers.variants.attention import AttentionVariant
 from qwen3next.block import Block
-from qwen3next.cache import HybridCache, new_cache
+from qwen3next.cache.hybrid import HybridCache, new_cache
+from qwen3next.checkpoints.fingerprint import WeightSums
+from qwen3next.checkpoints.state_dict_adapter import Layout
 from qwen3next.config import ModelConfig
-from qwen3next.decode import Slot, like, plan_for
-from qwen3next.fingerprint import WeightSums
-from qwen3next.generation_config import GenerationConfig
-from qwen3next.graph_decode import graph_for
-from qwen3next.hooks import Hooked
+from qwen3next.decoding.cuda_graph import graph_for
+from qwen3next.decoding.plan import Slot, like, plan_for
+from qwen3next.generation.generation_config import GenerationConfig
+from qwen3next.generation.prefill import check_ids, prefill, score
+from qwen3next.hooks.hooked import Hooked
 from qwen3next.mtp import MTP
-from qwen3next.prefill import check_ids, prefill, score
-from qwen3next.released import Layout
 
 
 @dataclass
@@ -526,7 +526,7 @@ class Qwen3Next(Hooked, nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and safetensors in the released layout, MTP included."""
-        from qwen3next.checkpoint import save
+        from qwen3next.checkpoints.load_save import save
 
         save(self, folder)
 

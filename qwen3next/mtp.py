@@ -5,16 +5,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.attached import attached
+from layers.dispatch.attached import attached
 from layers.hook_point import HookPoint
-from layers.kv_state import KVState
 from layers.linear import Linear
 from layers.norm import RMSNorm
 from layers.rope import Rotation
 from layers.segments import Segments
+from layers.state.kv_cache import KVState
 from qwen3next.block import Block
 from qwen3next.config import ModelConfig
-from qwen3next.wrappers import unwrapped
+from qwen3next.hooks.wrappers import unwrapped
 
 
 class MTP(nn.Module):

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from qwen3next.checkpoints.state_dict_adapter import entries
 from qwen3next.config import ModelConfig
-from qwen3next.released import entries
 
 Changes = Mapping[str, Any]
 

@@ -6,8 +6,8 @@ No released config.json has these keys; at their defaults they say what the rele
 from dataclasses import dataclass, fields
 from typing import Any
 
-from layers.attention_variants import ACTIVATIONS, FORMS, GRANULARITIES, INPUTS, OUTPUT_ACTIVATIONS, POSITIONS, SWITCHES
-from layers.deltanet_variants import OUTPUT_GATES
+from layers.variants.attention import ACTIVATIONS, FORMS, GRANULARITIES, INPUTS, OUTPUT_ACTIVATIONS, POSITIONS, SWITCHES
+from layers.variants.deltanet import OUTPUT_GATES
 
 CHOICES = {
     "attention_gate_position": POSITIONS,

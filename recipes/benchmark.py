@@ -28,9 +28,9 @@ from rich.table import Table
 
 import qwen3next as q
 from qwen3next.commands.common import show
-from recipes import benchmark_cases as cases
-from recipes.benchmark_cases import Case, Models
-from recipes.measuring import (
+from recipes.measure import benchmark_cases as cases
+from recipes.measure.benchmark_cases import Case, Models
+from recipes.measure.measuring import (
     give_back,
     machine,
     matmul_rate,

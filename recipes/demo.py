@@ -22,11 +22,11 @@ from torch import Tensor
 
 import qwen3next as q
 from layers.segments import Segments
-from recipes.data import Baseline, ValidationBatches
 from recipes.pretrain import LOOK, Result, Stopped, exit_status, train
-from recipes.report import Row, clock, compressed, read_metrics
-from recipes.settings import Settings, comparable, read_baselines, recorded
-from recipes.tokenizer import load_tokenizer, write_atomically
+from recipes.training.data import Baseline, ValidationBatches
+from recipes.training.report import Row, clock, compressed, read_metrics
+from recipes.training.settings import Settings, comparable, read_baselines, recorded
+from recipes.training.tokenizer import load_tokenizer, write_atomically
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,17 @@ import tyro
 from rich.console import Console
 
 from recipes.pretrain import exit_status
-from recipes.settings import pick_device
-from recipes.study_checkpoint import DEFAULT_SEQUENCES, How, report_checkpoints
-from recipes.study_extrapolate import extension_task, measure_lengths
-from recipes.study_progress import say
-from recipes.study_queue import run_all, with_steps
-from recipes.study_report import report
-from recipes.study_run import Task
-from recipes.study_sizes import PRESETS
-from recipes.study_tasks import Which, plan_line, refuse_what_does_not_fit, tasks_of
-from recipes.study_text import bos_id, prepare_text
-from recipes.tokenizer import load_tokenizer
+from recipes.study.checkpoint import DEFAULT_SEQUENCES, How, report_checkpoints
+from recipes.study.extrapolate import extension_task, measure_lengths
+from recipes.study.progress import say
+from recipes.study.queue import run_all, with_steps
+from recipes.study.report import report
+from recipes.study.run import Task
+from recipes.study.sizes import PRESETS
+from recipes.study.tasks import Which, plan_line, refuse_what_does_not_fit, tasks_of
+from recipes.study.text import bos_id, prepare_text
+from recipes.training.settings import pick_device
+from recipes.training.tokenizer import load_tokenizer
 
 EXTENDED = ("baseline", "g1_elementwise")
 OUT = Path("runs/gated_attention")

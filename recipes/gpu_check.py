@@ -28,11 +28,11 @@ import tyro
 from rich.console import Console
 
 import qwen3next as q
-from layers.self_check import PACKAGES
+from layers.dispatch.self_check import PACKAGES
 from recipes import benchmark
-from recipes.gpu_parity import LENGTHS, parity
-from recipes.measuring import machine, matmul_rate, peak_memory, read_bandwidth, synchronize, write_results
-from recipes.work import active_weight_bytes, forward_flops, train_flops
+from recipes.measure.gpu_parity import LENGTHS, parity
+from recipes.measure.measuring import machine, matmul_rate, peak_memory, read_bandwidth, synchronize, write_results
+from recipes.measure.work import active_weight_bytes, forward_flops, train_flops
 
 Rows = Iterator[dict[str, Any]]
 

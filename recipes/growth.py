@@ -28,9 +28,9 @@ from rich.table import Table
 
 import qwen3next as q
 from qwen3next.commands.context import parse_tokens
+from qwen3next.files.sizes import binary
 from qwen3next.inspect import count_parameters
-from qwen3next.sizes import binary
-from recipes.measuring import (
+from recipes.measure.measuring import (
     in_own_process,
     machine,
     machine_can,
@@ -40,8 +40,8 @@ from recipes.measuring import (
     write_figure,
     write_results,
 )
+from recipes.measure.work import bytes_by_operation, forward_flops
 from recipes.pretrain import exit_status
-from recipes.work import bytes_by_operation, forward_flops
 
 MIXERS = {"hybrid": (), "attention": ("full_attention",), "Gated DeltaNet": ("linear_attention",)}
 TWICE_UP_TO = 16_384  # tokens: the first prefill makes code and tables for its shapes, which longer ones do not feel

@@ -29,9 +29,9 @@ import tyro
 from torch import Tensor
 
 import qwen3next as q
-from qwen3next.checkpoint import tracked, write_config, write_shards
-from qwen3next.released import entries
-from qwen3next.sizes import binary, parse_bytes
+from qwen3next.checkpoints.load_save import tracked, write_config, write_shards
+from qwen3next.checkpoints.state_dict_adapter import entries
+from qwen3next.files.sizes import binary, parse_bytes
 
 CGROUPS = (
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),  # version 1

@@ -30,8 +30,8 @@ from rich.table import Table
 import qwen3next as q
 from qwen3next.commands.common import show
 from qwen3next.commands.context import parse_tokens
-from qwen3next.sizes import binary
-from recipes.measuring import (
+from qwen3next.files.sizes import binary
+from recipes.measure.measuring import (
     in_own_process,
     machine,
     peak_memory,

@@ -31,11 +31,11 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 import qwen3next as q
-from recipes.checkpoints import TrainingState, load_state, newest, read_state, save_state
-from recipes.data import Batch, PackedWindows, ValidationBatches
-from recipes.pace import Pace
-from recipes.report import Live, Metrics, Row, clock, compressed, draw_loss, read_metrics
-from recipes.settings import (
+from recipes.training.checkpoints import TrainingState, load_state, newest, read_state, save_state
+from recipes.training.data import Batch, PackedWindows, ValidationBatches
+from recipes.training.pace import Pace
+from recipes.training.report import Live, Metrics, Row, clock, compressed, draw_loss, read_metrics
+from recipes.training.settings import (
     MEASURED_STEPS,
     Settings,
     comparable,
@@ -47,8 +47,8 @@ from recipes.settings import (
     recorded,
     refuse_changes,
 )
-from recipes.steps import accumulate_gradients, held_out_nats, learning_rate, parameter_groups
-from recipes.tokenizer import save_tokenizer, write_atomically
+from recipes.training.steps import accumulate_gradients, held_out_nats, learning_rate, parameter_groups
+from recipes.training.tokenizer import save_tokenizer, write_atomically
 
 LOOK = 16_384  # held-out tokens that are measured during training
 SKIPS_IN_A_ROW = 10  # steps with a non-finite gradient before a run gives up

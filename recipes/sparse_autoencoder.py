@@ -24,11 +24,11 @@ import qwen3next as q
 from layers.segments import Segments
 from qwen3next.interp import ActivationRows, stream_activations
 from qwen3next.interp.points import identity
-from recipes.data import PackedWindows
-from recipes.dictionary import Scores, SparseAutoencoder, Step, fit, measure, principal_components
 from recipes.pretrain import exit_status
-from recipes.shards import build_shards
-from recipes.tokenizer import byte_tokenizer, load_tokenizer, write_atomically
+from recipes.training.data import PackedWindows
+from recipes.training.dictionary import Scores, SparseAutoencoder, Step, fit, measure, principal_components
+from recipes.training.shards import build_shards
+from recipes.training.tokenizer import byte_tokenizer, load_tokenizer, write_atomically
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,13 @@ import layers.gated_deltanet
 import layers.mlp
 import layers.moe
 import qwen3next as q
-from layers import backends
 from layers.delta_rule import gated_delta_rule
+from layers.dispatch import backends
 from layers.norm import l2_normalise
-from qwen3next.decode import Plan
-from recipes.measuring import machine, machine_can, random_bytes, seconds_of, write_results
+from qwen3next.decoding.plan import Plan
+from recipes.measure.measuring import machine, machine_can, random_bytes, seconds_of, write_results
+from recipes.measure.work import bytes_by_operation, delta_rule_flops, flops_by_operation
 from recipes.pretrain import exit_status
-from recipes.work import bytes_by_operation, delta_rule_flops, flops_by_operation
 
 ROWS = "norms, gates, activations"
 # What is timed, and as what. Inside a timed part nothing else is: an expert's products are the experts'.

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import qwen3next as q
-from layers.native import build, ops
-from layers.native.signatures import ARGUMENTS
-from layers.replay import _replay_compiled
-from qwen3next.decode import MOST_TOKENS
+from layers.kernels.cpp import build, ops
+from layers.kernels.cpp.signatures import ARGUMENTS
+from layers.state.update_log import _replay_compiled
+from qwen3next.decoding.plan import MOST_TOKENS
 
 REFUSED = (ValueError, TypeError, RuntimeError, IndexError, NotImplementedError, AttributeError)
 FP32, BF16 = torch.float32, torch.bfloat16

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 import qwen3next as q
-from layers.backends import why_not
 from layers.causal_conv import causal_conv
 from layers.delta_rule import gated_delta_rule
+from layers.dispatch.backends import why_not
 from layers.gated_attention import GatedAttention
-from layers.implicit_attention import implicit_attention, recalled
-from layers.linear_rule import gated_linear_rule
+from layers.interp.implicit_attention import implicit_attention, recalled
 from layers.moe import SparseMoE
 from layers.norm import l2_normalise
 from layers.rope import rotation
 from layers.segments import Segments
+from layers.variants.simple_gla import gated_linear_rule
 
 T = 90
 GARBAGE = pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e38])

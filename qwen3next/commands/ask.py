@@ -11,12 +11,12 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from qwen3next.chat_template import ChatTemplate
+from qwen3next.chat.document import Document
+from qwen3next.chat.template import ChatTemplate
+from qwen3next.chat.thinking import Piece
 from qwen3next.commands.common import Dtype, ExpertPlace, Folder, open_model, open_tokenizer, say_reads
 from qwen3next.commands.screen import Screen, note
-from qwen3next.document import Document
-from qwen3next.prefix_store import PrefixStore
-from qwen3next.thinking import Piece
+from qwen3next.prefix.store import PrefixStore
 
 Question = Annotated[tuple[str, ...], tyro.conf.arg(name="question", metavar="TEXT")]
 

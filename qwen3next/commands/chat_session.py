@@ -4,10 +4,10 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 
-from qwen3next.chat import Conversation
+from qwen3next.chat.session import Conversation
+from qwen3next.chat.thinking import Piece
 from qwen3next.commands.interrupt import patient_ctrl_c
 from qwen3next.commands.screen import Screen, note
-from qwen3next.thinking import Piece
 
 HELP = '''/reset         forget the conversation, but not the system prompt
 /undo          take back the last message and its reply

@@ -3,9 +3,9 @@
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from qwen3next.cache import HybridCache
+from qwen3next.cache.hybrid import HybridCache
 from qwen3next.commands.common import Target, config_of, show
-from qwen3next.sizes import binary
+from qwen3next.files.sizes import binary
 
 KV_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from qwen3next.checkpoints.convert import convert as convert_folder
 from qwen3next.commands.common import Dtype, Folder
-from qwen3next.convert import convert as convert_folder
-from qwen3next.sizes import binary
+from qwen3next.files.sizes import binary
 
 Out = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
 

@@ -8,10 +8,10 @@ import tyro
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from qwen3next.checkpoints.diff import diff as diff_folders
+from qwen3next.checkpoints.diff import diff_config
+from qwen3next.checkpoints.reader import open_checkpoint
 from qwen3next.commands.common import Folder, show
-from qwen3next.diff import diff as diff_folders
-from qwen3next.diff import diff_config
-from qwen3next.opened import open_checkpoint
 
 Second = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR2")]
 # Keys that say how a file was written, not what the model is.

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from qwen3next.commands.common import Dtype, ExpertPlace, Folder, open_model, open_tokenizer, say_reads
-from qwen3next.generate import stream
-from qwen3next.text import TextStream
+from qwen3next.generation.generate import stream
+from qwen3next.generation.text import TextStream
 
 
 def generate(

@@ -2,9 +2,9 @@
 
 import sys
 
+from qwen3next.checkpoints.verify import verify as verify_folder
 from qwen3next.commands.common import Folder
-from qwen3next.sizes import binary
-from qwen3next.verify import verify as verify_folder
+from qwen3next.files.sizes import binary
 
 
 def verify(folder: Folder, values: bool = False, quiet: bool = False) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layers.delta_rule import gated_delta_rule
 from layers.gated_deltanet import GatedDeltaNet
-from layers.implicit_attention import implicit_attention, recalled, states_at
+from layers.interp.implicit_attention import implicit_attention, recalled, states_at
 from layers.norm import at_least_fp32
 from qwen3next.interp.ledger import Ledger
 from qwen3next.interp.residual import ResidualStream

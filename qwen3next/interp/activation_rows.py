@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwen3next import json_files
+from qwen3next.files import json_files
+from qwen3next.files.tensor_files import Files, Stored, read_header
 from qwen3next.interp.stream import INDEX
-from qwen3next.tensor_files import Files, Stored, read_header
 
 
 class ActivationRows:

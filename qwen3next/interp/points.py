@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from layers.segments import Segments
-from qwen3next.atomic import fresh_file
-from qwen3next.fingerprint import fingerprint
+from qwen3next.checkpoints.fingerprint import fingerprint
+from qwen3next.files.atomic import fresh_file
+from qwen3next.files.tensor_files import Files, read_header, read_metadata, write
 from qwen3next.model import Qwen3Next
-from qwen3next.tensor_files import Files, read_header, read_metadata, write
 
 Index = int | slice | Sequence[int]
 DOCUMENT_IDS = "segments.document_ids"  # in a file, beside the points

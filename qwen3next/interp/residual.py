@@ -15,8 +15,8 @@ from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import GatedDeltaNet
 from layers.norm import RMSNorm, at_least_fp32
 from qwen3next.block import Block
+from qwen3next.hooks.wrappers import unwrapped
 from qwen3next.interp.points import CachedPoints, Index, as_index
-from qwen3next.wrappers import unwrapped
 
 Components = Float[Tensor, "c b t width"]
 Labelled = Components | tuple[Components, list[str]]

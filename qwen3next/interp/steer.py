@@ -8,8 +8,8 @@ from torch import Tensor
 
 from layers.gated_deltanet import DeltaNetState
 from layers.hook_point import HookPoint
-from qwen3next.cache import Cache
-from qwen3next.hook_names import Filter
+from qwen3next.cache.hybrid import Cache
+from qwen3next.hooks.names import Filter
 from qwen3next.model import Qwen3Next
 
 

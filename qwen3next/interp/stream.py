@@ -20,12 +20,12 @@ from torch import Tensor
 
 from layers.hook_point import HookPoint
 from layers.segments import Segments
-from qwen3next import json_files
-from qwen3next.atomic import fresh_file
-from qwen3next.hook_names import Filter
+from qwen3next.files import json_files
+from qwen3next.files.atomic import fresh_file
+from qwen3next.files.tensor_files import write
+from qwen3next.hooks.names import Filter
 from qwen3next.interp.points import identity
 from qwen3next.model import Qwen3Next
-from qwen3next.tensor_files import write
 
 INDEX = "index.json"
 COLUMNS = ("token", "position", "row")  # beside the points: token id, place in its sequence, number in the stream

@@ -36,13 +36,13 @@ import fla.modules.convolution
 import fla.modules.fused_norm_gate
 import fla.ops.gated_delta_rule  # noqa: F401
 
-import layers.backends as backends
+import layers.dispatch.backends as backends
 from layers.causal_conv import causal_conv
 from layers.cross_entropy import linear_cross_entropy
 from layers.delta_rule import gated_delta_rule
+from layers.dispatch.self_check import checked
 from layers.norm import GatedRMSNorm, l2_normalise
 from layers.segments import Segments
-from layers.self_check import checked
 
 
 class _Int(int):

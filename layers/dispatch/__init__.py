@@ -1,0 +1,1 @@
+"""Which implementation of an operation runs, why, and the check that it is right."""

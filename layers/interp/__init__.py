@@ -1,0 +1,1 @@
+"""Recurrent states at chosen positions, and the delta rule as an attention matrix."""

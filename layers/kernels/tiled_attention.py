@@ -1,0 +1,102 @@
+"""Causal attention in tiles of queries and blocks of keys, both on fixed grids: for prefill and decoding on the CPU.
+
+No mask over the context, transient memory that does not grow with it, and no trace of how a prompt was cut or how its
+keys are stored.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from layers.dispatch.backends import choose
+from layers.kernels.cpp import ops as native
+from layers.norm import at_least_fp32
+
+FEW = 16  # queries that the C++ kernel, which takes 64 at a time, is not worth calling for
+TILE = 128  # queries; two chunks of the delta rule
+BLOCK = 4096  # keys
+
+# Keys and values (b kvh n d) of the places from the first number up to the second, in the dtype of the queries.
+Read = Callable[[int, int], tuple[Tensor, Tensor]]
+
+
+def tiled_attention(
+    q: Float[Tensor, "b h t d"], read: Read, *, past: int, backend: str = "auto"
+) -> Float[Tensor, "b h t d"]:
+    """softmax(q kᵀ / √d) v for the t tokens after `past` others, without gradients.
+
+    A tile of queries looks at all keys before its tile without a mask, block by block, and at its own tile causally;
+    the answers are joined by their logsumexp. As tiles stand on a grid of absolute positions, a prompt gives the same
+    bits in one call or in chunks that are multiples of 64.
+
+    Args:
+        backend: "cpp" (fp32, bf16) or "sdpa"; "auto" picks by the number of queries.
+    Raises: ValueError for an unknown backend; RuntimeError for one that cannot run here.
+    """
+    if backend not in ("auto", "sdpa") and choose("attention", backend, q) != "cpp":
+        raise RuntimeError(f'The {backend!r} backend of attention is no part of tiled_attention: choose "sdpa".')
+    if q.shape[2] == 1:
+        return _one(q, read, past + 1, backend)
+    b, _, t, d = q.shape
+    out = torch.empty_like(q)
+    begin = past
+    while begin < past + t:
+        base = begin // TILE * TILE
+        end = min(base + TILE, past + t)
+        rows = q[:, :, begin - past : end - past]
+        k, v = read(base, end)
+        kv_heads = k.shape[1]
+        y, lse = _flash(rows, k, v, backend, causal=end - begin)
+        # Without a mask, the queries that share a key head are rows like any others.
+        y, lse, before = y.reshape(b, kv_heads, -1, d), lse.reshape(b, kv_heads, -1), rows.reshape(b, kv_heads, -1, d)
+        for block in range(0, base, BLOCK):
+            y_block, lse_block = _flash(before, *read(block, min(block + BLOCK, base)), backend)
+            y, lse = _join(y, lse, y_block, lse_block)
+        out[:, :, begin - past : end - past] = y.reshape(rows.shape)
+        begin = end
+    return out
+
+
+def _one(q: Tensor, read: Read, length: int, backend: str) -> Tensor:
+    """A single query, which may look at everything: with many keys, plain products read them faster on "auto"."""
+    b, d = q.shape[0], q.shape[3]
+    blocks = [(i, min(i + BLOCK, length)) for i in range(0, length, BLOCK)]
+    k, v = read(*blocks[0])
+    rows = q.reshape(b, k.shape[1], -1, d)
+    if len(blocks) == 1:
+        return _flash(rows, k, v, backend)[0].reshape(q.shape)
+    if backend != "auto":
+        y, lse = _flash(rows, k, v, backend)
+        for block in blocks[1:]:
+            y, lse = _join(y, lse, *_flash(rows, *read(*block), backend))
+        return y.to(q.dtype).reshape(q.shape)
+    scores = [rows @ k.mT, *(rows @ read(*block)[0].mT for block in blocks[1:])]
+    pattern = (at_least_fp32(torch.cat(scores, dim=-1)) * d**-0.5).softmax(-1).to(q.dtype).split(BLOCK, dim=-1)
+    y = pattern[0] @ v
+    for part, block in zip(pattern[1:], blocks[1:], strict=True):
+        y = y + part @ read(*block)[1]
+    return y.reshape(q.shape)
+
+
+def _join(y: Tensor, lse: Tensor, y_too: Tensor, lse_too: Tensor) -> tuple[Tensor, Tensor]:
+    """The answer over two sets of keys, in fp32 or better, from the answers over each."""
+    most = torch.maximum(lse, lse_too)
+    w, w_too = (lse - most).exp(), (lse_too - most).exp()
+    both = w + w_too
+    return y * (w / both)[..., None] + y_too * (w_too / both)[..., None], most + both.log()
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, backend: str, causal: int = 0) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp (fp32); `causal`: so many queries, which are the last of the keys."""
+    if (backend != "auto" or q.shape[2] >= FEW) and choose("attention", backend, q) == "cpp":
+        y, lse = native.attend(q, k, v, bool(causal))
+        return y, lse
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    mask = None
+    if causal and causal < k.shape[2]:  # the tile was begun by an earlier call
+        seen = torch.ones(causal, k.shape[2], dtype=torch.bool).tril(k.shape[2] - causal)
+        mask = torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen, -torch.inf)
+    square = bool(causal) and mask is None
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, square, attn_mask=mask)

@@ -1,0 +1,170 @@
+"""What a Gated DeltaNet layer wrote since some token, from which its state after any later one can be made again.
+
+A token's effect on the memory is S ← e^g S + k uᵀ: with k, u and g kept, a state is a few sums away and costs a
+hundredth of its memory. Source of the idea: the "replay" rollback of vLLM and SGLang.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from layers.interp.implicit_attention import written
+from layers.kernels.cpp.operands import address, operand
+from layers.kernels.cpp.step import DTYPES, Sizes, kernels
+from layers.norm import at_least_fp32
+
+
+@dataclass
+class Tape:
+    """A layer's state at some token and what the tokens since then did to it.
+
+    Attributes:
+        conv: (b, taps − 1, channels) last inputs of the convolution where the tape begins.
+        memory: (b, h, k, v) the recurrent state there.
+        keys, writes, decay: k, u and e^g, (b n kh k), (b n h v), (b n h), of each call since.
+        inputs: (b n channels) of the convolution.
+        dtype: to which the memory is rounded at the end of every call.
+        compiled: whether the call ran in compiled code, whose last bits are its own.
+        ends: tokens since the beginning at the end of each call.
+    """
+
+    conv: Tensor
+    memory: Tensor
+    dtype: torch.dtype
+    keys: list[Float[Tensor, "b n kh k"]] = field(default_factory=list)
+    writes: list[Float[Tensor, "b n h v"]] = field(default_factory=list)
+    decay: list[Float[Tensor, "b n h"]] = field(default_factory=list)
+    inputs: list[Float[Tensor, "b n channels"]] = field(default_factory=list)
+    compiled: list[bool] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens since the beginning."""
+        return self.ends[-1] if self.ends else 0
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.conv, self.memory, *self.keys, *self.writes, *self.decay, *self.inputs)
+        return sum(x.nbytes for x in parts)
+
+    def add(
+        self,
+        inputs: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        memory: Tensor,
+        *,
+        corrects: bool = True,
+    ) -> None:
+        """Note a call's tokens, none of them padding.
+
+        Args:
+            memory: the state before them.
+            corrects: whether the rule writes what is new in v (the delta rule), or else all of it.
+        """
+        memory, v = at_least_fp32(memory), at_least_fp32(v)
+        if not corrects:
+            u = beta[..., None] * v
+        elif v.shape[1] == 1:  # the token loop's own step, bit by bit
+            key = k.repeat_interleave(v.shape[2] // k.shape[2], dim=2)
+            decayed = log_decay.exp().mT[..., None] * memory
+            recalled = key.transpose(1, 2).flatten(0, 1) @ decayed.flatten(0, 1)
+            u = beta[..., None] * (v - recalled.unflatten(0, memory.shape[:2]).transpose(1, 2))
+        else:
+            u = written(k, v, log_decay, beta, state=memory)
+        self.note(inputs, k, u, log_decay.exp())
+
+    def note(self, inputs: Tensor, k: Tensor, u: Tensor, decay: Tensor, *, compiled: bool = False) -> None:
+        """As `add`, where it is known what the tokens write."""
+        self.inputs.append(inputs)
+        self.keys.append(k)
+        self.writes.append(u)
+        self.decay.append(decay)
+        self.compiled.append(compiled)
+        self.ends.append(self.length + u.shape[1])
+
+    def join(self, count: int) -> None:
+        """Make the last `count` notes one: parts of a single call, between which nothing was rounded."""
+        if count > 1:
+            for notes in (self.inputs, self.keys, self.writes, self.decay):
+                notes[-count:] = [torch.cat(notes[-count:], dim=1)]
+            self.compiled[-count:] = self.compiled[-1:]
+            self.ends[-count:] = self.ends[-1:]
+
+    def cut(self, length: int) -> "Tape":
+        """The same beginning, followed by its first `length` tokens only; shares what both have."""
+        return self._part(Tape(self.conv, self.memory, self.dtype), 0, length)
+
+    def skip(self, length: int) -> "Tape":
+        """A tape that begins after the first `length` tokens, ends where this one does and holds no more than that."""
+        return self._part(Tape(*self.state_after([length] * len(self.conv)), self.dtype), length, self.length)
+
+    def _part(self, to: "Tape", first: int, last: int) -> "Tape":
+        begin = 0
+        for i, end in enumerate(self.ends):
+            a, b = max(first, begin) - begin, min(last, end) - begin
+            if a < b:
+                whole = (self.inputs[i], self.keys[i], self.writes[i], self.decay[i])
+                parts = whole if b - a == end - begin else tuple(x[:, a:b].clone() for x in whole)
+                to.note(*parts, compiled=self.compiled[i])
+            begin = end
+        return to
+
+    def state_after(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Convolution and recurrent state after so many tokens of each row.
+
+        To the bit those of decoding token by token; tokens that ran as a chunk are as exact as chunk and loop agree.
+        """
+        most = max(tokens)
+        if not most:
+            return self.conv, self.memory.to(self.dtype)
+        state = self.memory.to(self.writes[0].dtype)
+        count, begin = torch.tensor(tokens, device=state.device), 0
+        for i, end in enumerate(self.ends):
+            if begin < most:
+                own = torch.arange(begin, end, device=state.device) < count[:, None]  # beyond, a row keeps its state
+                decay = self.decay[i].masked_fill(~own[..., None], 1.0)
+                writes = self.writes[i].masked_fill(~own[..., None, None], 0.0)
+                again = _replay_compiled if self.compiled[i] else _replay
+                state = again(state, self.keys[i], writes, decay).to(self.dtype).to(state.dtype)
+            begin = end
+        taps = self.conv.shape[1]
+        history = torch.cat((self.conv, *(x.to(self.conv.dtype) for x in self.inputs)), dim=1)
+        place = count[:, None] + torch.arange(taps, device=state.device)
+        conv = history.gather(1, place[..., None].expand(-1, -1, history.shape[2]))
+        return conv, state.to(self.dtype)
+
+
+def _replay(state: Tensor, keys: Tensor, writes: Tensor, decay: Tensor) -> Tensor:
+    """As the token loop of layers/delta_rule.py."""
+    b, h = state.shape[:2]
+    keys = keys.repeat_interleave(h // keys.shape[2], dim=2).transpose(1, 2).flatten(0, 1)  # (b · h, n, k)
+    writes, decay = writes.transpose(1, 2).flatten(0, 1), decay.mT.flatten(0, 1)[..., None, None]
+    state = state.flatten(0, 1)
+    for t in range(writes.shape[1]):
+        state = torch.baddbmm(decay[:, t] * state, keys[:, t : t + 1].mT, writes[:, t : t + 1])
+    return state.unflatten(0, (b, h))
+
+
+def _replay_compiled(state: Tensor, keys: Tensor, writes: Tensor, decay: Tensor) -> Tensor:
+    """As layers/kernels/cpp/decode.cpp."""
+    (b, h, key_dim, value_dim), (_, n, key_heads, _) = state.shape, keys.shape
+    if not key_heads or h % key_heads or state.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{key_heads} key heads cannot serve {h} memories in {state.dtype}.")
+    keys = operand("replay: keys", keys, (b, n, key_heads, key_dim), state.dtype)
+    writes = operand("replay: writes", writes, (b, n, h, value_dim), state.dtype)
+    decay = operand("replay: decay", decay, (b, n, h), state.dtype)
+    sizes = Sizes(b=b, key_heads=key_heads, key_dim=key_dim, value_heads=h, value_dim=value_dim)
+    sizes.dtype = DTYPES[state.dtype]
+    state = operand("replay: state", state, (b, h, key_dim, value_dim), state.dtype)
+    address(state)  # before it is copied
+    state = state.clone()
+    kernels().replay(ctypes.byref(sizes), *map(address, (state, keys, writes, decay)), n)
+    return state

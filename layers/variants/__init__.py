@@ -1,0 +1,1 @@
+"""Variants of the layers that no released model uses."""

@@ -1,0 +1,452 @@
+"""What a model carries between calls: keys and values, recurrent memory, last convolution inputs."""
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from layers.gated_deltanet import DeltaNetState
+from layers.norm import at_least_fp32
+from layers.rope import Yarn
+from layers.segments import Segments
+from layers.state.kv_cache import KVState
+from qwen3next.cache.rollback_log import Journal, State
+from qwen3next.config import ModelConfig
+
+if TYPE_CHECKING:
+    from qwen3next.decoding.cuda_graph import GraphStep
+    from qwen3next.model import Qwen3Next
+
+
+# What a cache's contents depend on, of a model's configuration.
+SHAPED_BY = (
+    "layer_types", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "partial_rotary_factor", "rope_theta", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
+    "linear_value_head_dim", "linear_conv_kernel_dim",
+)  # fmt: skip
+
+
+@dataclass
+class Mark:
+    """A cache as it was at some point. States are shared with the cache, which replaces and never changes them.
+
+    Attributes:
+        tokens: (b, n) the token ids seen, n the longest row's; the others as in HybridCache.
+    """
+
+    lengths: tuple[int, ...]
+    layers: list[State]
+    mtp: KVState | None
+    tokens: Tensor
+    hidden: Tensor | None
+    last_logits: Tensor | None
+
+    def storages(self) -> dict[int, int]:
+        """Address and bytes of the memory that this keeps alive, token ids and logits left out."""
+        found: dict[int, int] = {}
+        for s in self.layers if self.mtp is None else [*self.layers, self.mtp]:
+            if isinstance(s, KVState):
+                found |= s.storages
+            else:
+                found |= {m.data_ptr(): m.nbytes() for x in (s.conv, s.memory) if (m := x.untyped_storage()).nbytes()}
+        return found
+
+
+@dataclass
+class HybridCache:
+    """The state of `batch` sequences. Make one with `model.new_cache`; `model(ids, cache=cache)` reads and extends it.
+
+    A call that fails or is interrupted leaves it as it was.
+
+    Attributes:
+        config: of the model that it belongs to.
+        layers: one KVState or DeltaNetState a layer.
+        tokens: (b, max_len) the token ids seen, row r's first `lengths[r]` places.
+        lengths: tokens each row holds.
+        yarn: how RoPE was stretched where the keys were turned.
+        history: tokens that `rollback` can take back; what that takes is kept beside what `nbytes` counts.
+        mtp: keys and values of the MTP layer, where the cache was made with it: one fewer than tokens.
+        hidden: (b, width) after each row's last token and the final norm; None while the cache is empty.
+        last_logits: (b, vocab) after each row's last token, once `generate` or `prefill` has run; else None.
+        snapshots: marks by name.
+        model: the one that made it, which a file of it names.
+        graph: the CUDA graph of a step, bound to this cache's buffers.
+    """
+
+    config: ModelConfig
+    layers: list[State]
+    tokens: Tensor
+    lengths: tuple[int, ...]
+    yarn: Yarn | None = None
+    history: int = 0
+    mtp: KVState | None = None
+    hidden: Tensor | None = field(default=None, repr=False)
+    last_logits: Tensor | None = field(default=None, repr=False)
+    snapshots: dict[str, Mark] = field(default_factory=dict, repr=False)
+    model: "weakref.ref[Qwen3Next] | None" = field(default=None, repr=False)
+    graph: "GraphStep | None" = field(default=None, repr=False, compare=False)
+    _journal: Journal | None = field(default=None, repr=False)
+    _resting: Sequence[int] = field(default=(), repr=False)
+
+    def __getstate__(self) -> dict[str, object]:
+        """For pickle: without the model, which the next call with one gives back, and without a graph."""
+        return self.__dict__ | {"model": None, "graph": None}
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def max_len(self) -> int:
+        """Tokens that fit into a row."""
+        return self.tokens.shape[1]
+
+    @property
+    def kv_dtype(self) -> torch.dtype | None:
+        """Of keys and values; None in a model without softmax attention."""
+        return next((s.dtype for s in self.layers if isinstance(s, KVState)), None)
+
+    @property
+    def state_dtype(self) -> torch.dtype | None:
+        """Of recurrent states; None in a model without Gated DeltaNet layers."""
+        return next((s.memory.dtype for s in self.layers if isinstance(s, DeltaNetState)), None)
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises: ValueError where this is no cache for a model of that configuration."""
+        if config is self.config:
+            return
+        for name in SHAPED_BY:
+            mine, asked = getattr(self.config, name), getattr(config, name)
+            if mine != asked:
+                raise ValueError(
+                    f"The cache was made for a model with {name} = {mine}, this one has {asked}: "
+                    "make one with model.new_cache()."
+                )
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Go on with a model that was cast to `dtype` meanwhile; what was before cannot be rolled back to any more.
+
+        Keys, values and recurrent states stay as `new_cache` was asked for them, but that fp64 comes and goes.
+        """
+        for i, state in enumerate(self.layers):
+            if isinstance(state, DeltaNetState):
+                exact = torch.float64 if dtype == torch.float64 else torch.float32
+                memory = state.memory if state.memory.itemsize < 4 else state.memory.to(exact)
+                self.layers[i] = DeltaNetState(state.conv.to(dtype), memory)
+        self.hidden = None if self.hidden is None else self.hidden.to(dtype)
+        self.last_logits = None if self.last_logits is None else self.last_logits.to(dtype)
+        if self._journal is not None:
+            self._journal.clear()
+
+    def admit(self, segments: Segments | None, like: Tensor) -> Segments:
+        """Check that these tokens fit, before anything is written; return them as continuations of what is held.
+
+        A sequence is a row here; where rows of `input_ids` are packed, they are sequences of it in their order.
+        Without segments every row of `like` is one whole sequence.
+        Raises: ValueError for another number of sequences, or more tokens than fit.
+        """
+        if segments is None:
+            b, t = like.shape
+            given = Segments(b, t, like.device, None, b, self.lengths) if b == self.batch else Segments.full(like)
+        else:
+            given = segments.after(self.lengths) if segments.sequences == self.batch else segments
+        if given.sequences != self.batch:
+            raise ValueError(
+                f"The cache was made for {self.batch} sequences and {given.sequences} are given: "
+                "make it with batch= that many."
+            )
+        if max(given.ends) > self.max_len:
+            raise ValueError(
+                f"The cache holds {self.max_len} tokens a sequence and {max(given.ends)} are needed: "
+                "make it with a larger max_len."
+            )
+        return given
+
+    @contextmanager
+    def call(self, segments: Segments) -> Iterator[None]:
+        """Around a call that nothing refuses any more, and that ends with `advance`.
+
+        Where it fails, the cache stands where it stood; what was added to keys and values lies behind what counts.
+        """
+        if torch.is_grad_enabled():
+            self._leave_inference_mode()
+        before: list[State] = [s if isinstance(s, KVState) else DeltaNetState(s.conv, s.memory) for s in self.layers]
+        if self.history:
+            if self._journal is None:
+                self._journal = Journal(self.history)
+            self._journal.begin(
+                self.layers, segments, logits=self.last_logits, hidden=self.hidden, resting=self._resting
+            )
+        try:
+            yield
+        except BaseException:
+            self.layers = before
+            if self._journal is not None:
+                self._journal.abandon(self.layers)
+            raise
+
+    @contextmanager
+    def resting(self, rows: Sequence[int]) -> Iterator[None]:
+        """A call of one token a row runs these rows along with the others and leaves them as they are."""
+        states: list[State] = [s if isinstance(s, KVState) else DeltaNetState(s.conv, s.memory) for s in self.layers]
+        lengths, hidden, self._resting = self.lengths, self.hidden, rows
+        try:
+            yield
+        finally:
+            self._resting = ()
+        if not rows or self.lengths == lengths:
+            return
+        index = torch.tensor(rows, device=self.tokens.device)
+
+        def put_back(now: Tensor, then: Tensor) -> Tensor:  # into a new tensor: others may hold the old one
+            return now.index_copy(0, index, then[index].to(now.dtype))
+
+        for now, then in zip(self.layers, states, strict=True):
+            if isinstance(now, DeltaNetState) and isinstance(then, DeltaNetState):
+                now.conv, now.memory = put_back(now.conv, then.conv), put_back(now.memory, then.memory)
+        self.lengths = tuple(lengths[r] if r in rows else n for r, n in enumerate(self.lengths))
+        if self.hidden is not None and hidden is not None:
+            self.hidden = put_back(self.hidden, hidden)
+
+    def _leave_inference_mode(self) -> None:
+        for state in self.layers:
+            if isinstance(state, KVState):
+                state.leave_inference_mode()
+            elif state.conv.is_inference() or state.memory.is_inference():
+                state.conv, state.memory = state.conv.clone(), state.memory.clone()
+
+    def advance(self, input_ids: Tensor, segments: Segments, hidden: Tensor) -> None:
+        """Note that these tokens, a result of `admit`, are now part of every layer's state; `hidden` is (b t width)."""
+        hidden = hidden.detach()
+        if segments.aligned:
+            self.tokens[:, segments.past[0] : segments.ends[0]] = input_ids
+        else:
+            for n, row, begin, end, past in segments.runs:
+                self.tokens[n, past : past + end - begin] = input_ids[row, begin:end]
+        if self._journal is not None:
+            self._journal.end(self.layers, hidden)
+        if segments.plain:
+            last = hidden[:, -1].clone()
+        else:
+            runs = segments.runs
+            last = hidden.new_zeros(self.batch, hidden.shape[-1]) if self.hidden is None else self.hidden.clone()
+            last[[run.sequence for run in runs]] = hidden[[run.row for run in runs], [run.end - 1 for run in runs]]
+        self.lengths, self.hidden, self.last_logits = segments.ends, last, None
+
+    def snapshot(self, name: str) -> None:
+        """Remember this point; costs no time and, for the recurrent states, their memory."""
+        self.snapshots[name] = self.mark()
+
+    def restore(self, name: str) -> None:
+        """Go to a snapshot, which stays; `rollback` cannot go behind it. Raises: ValueError for an unknown name."""
+        if name not in self.snapshots:
+            raise ValueError(f"There is no snapshot {name!r}: {', '.join(self.snapshots) or 'none was taken'}.")
+        self.go_to(self.snapshots[name])
+
+    def rollback(self, tokens: int | Sequence[int]) -> None:
+        """Take back the last so many tokens, of every row or row by row, in all parts; or refuse and change nothing.
+
+        Possible within the last `history` tokens. Exact to the bit where single tokens are taken back and where a call
+        began; inside a call that ran in chunks, as exact as chunks and token loop agree.
+        Raises: ValueError where the state of that point is not known.
+        """
+        back = [tokens] * self.batch if isinstance(tokens, int) else list(tokens)
+        if len(back) != self.batch:
+            raise ValueError(f"Give one number, or one for each of the {self.batch} rows, not {len(back)}.")
+        target = tuple(length - n for length, n in zip(self.lengths, back, strict=True))
+        if min(back) < 0 or min(target) < 0:
+            raise ValueError(f"Cannot take back {max(back)} of {min(self.lengths)} tokens.")
+        if not any(back):
+            return
+        point = None if self._journal is None else self._journal.find(target)
+        if point is None:
+            raise ValueError(
+                f"No state after {target[0]} tokens is kept (kept: {self._journal or 'none'}): make the cache with a "
+                "larger history=, or take a snapshot there."
+            )
+        states = iter(point.layers)
+        for i, now in enumerate(self.layers):
+            if isinstance(now, DeltaNetState):
+                then = next(states)
+                self.layers[i] = DeltaNetState(then.conv, then.memory.to(now.memory.dtype))
+        self.lengths, self.hidden, self.last_logits = point.lengths, point.hidden, point.logits
+        model = None if self.model is None else self.model()
+        if self.last_logits is None and self.hidden is not None and model is not None:
+            self.last_logits = model.logits_after(self)
+
+    def fork(self, n: int = 1) -> list["HybridCache"]:
+        """Copies that go on independently, with the same past. Keys and values of it are shared for good."""
+        forks = [self._with(self.mark()) for _ in range(n)]
+        if self._journal is not None:
+            for fork in forks:
+                fork._journal = self._journal.copy()
+        return forks
+
+    def select(self, rows: Sequence[int] | Tensor) -> "HybridCache":
+        """A cache of these rows, in this order, any of them several times: for batches that shrink, and beams."""
+        index = torch.as_tensor(rows, device=self.tokens.device)
+        if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32) or not len(index):
+            raise ValueError(f"rows must be a list of row numbers, at least one, got {rows}.".replace("\n", " "))
+        if int(index.min()) < 0 or int(index.max()) >= self.batch:
+            raise ValueError(f"rows must be numbers below {self.batch}, got {index.tolist()}.")
+        held = max(self.lengths)
+        layers: list[State] = []
+        for state in self.layers:
+            if isinstance(state, KVState):
+                layers.append(state.select(index, held))
+            else:
+                layers.append(DeltaNetState(state.conv[index], state.memory[index]))
+        mtp = None if self.mtp is None else self.mtp.select(index, max(held - 1, 0))
+        hidden, logits = (None if x is None else x[index] for x in (self.hidden, self.last_logits))
+        lengths = tuple(self.lengths[i] for i in index.tolist())
+        return self._with(Mark(lengths, layers, mtp, self.tokens[index, : max(lengths)], hidden, logits))
+
+    reorder = select
+
+    def rewind_to(self, ids: Sequence[int]) -> int:
+        """Go to the furthest point known that is a beginning of `ids`; returns its tokens, 0 where there is none.
+
+        Considers where the cache stands, what `rollback` reaches and snapshots. For one row.
+        """
+        assert self.batch == 1
+        wanted = torch.tensor(ids, device=self.tokens.device)
+        same = common_prefix(self.tokens[0, : self.lengths[0]], wanted)
+        best, name = self.lengths[0], ""
+        if same < best:
+            best = -1 if self._journal is None else self._journal.furthest(same)
+        for key, mark in self.snapshots.items():
+            length = mark.lengths[0]
+            if best < length <= len(ids) and torch.equal(mark.tokens[0], wanted[:length]):
+                best, name = length, key
+        if name:
+            self.restore(name)
+        elif best > 0:
+            self.rollback(self.lengths[0] - best)
+        return max(best, 0)
+
+    def nbytes(self) -> int:
+        """Bytes of the state and of the keys and values held (token ids, history and snapshots left out)."""
+        held = max(self.lengths)
+        layers = sum(
+            s.bytes_per_token * held if isinstance(s, KVState) else s.conv.nbytes + s.memory.nbytes for s in self.layers
+        )
+        return layers + (0 if self.mtp is None else self.mtp.bytes_per_token * max(held - 1, 0))
+
+    @property
+    def reserved(self) -> int:
+        """Bytes allocated: as `nbytes`, and the room that keys and values have left; what others share is counted."""
+        return sum(self.storages().values())
+
+    def storages(self) -> dict[int, int]:
+        """Address and bytes of all memory that states, keys and values keep alive; forks have some in common."""
+        return Mark(self.lengths, self.layers, self.mtp, self.tokens, None, None).storages()
+
+    def save(self, path: str | Path) -> None:
+        """Write this cache and its snapshots to a file, whole or not at all; `load` wants the same model."""
+        from qwen3next.cache.files import save_cache
+
+        model = None if self.model is None else self.model()
+        if model is None:
+            raise ValueError("The model of this cache is gone: save while it is there, so that the file can name it.")
+        save_cache(self, path, model)
+
+    @staticmethod
+    def load(path: str | Path, model: "Qwen3Next", *, max_len: int | None = None, history: int = 0) -> "HybridCache":
+        """Read what `save` wrote. Raises: ValueError for a damaged file, or another model's, dtype's or factor's."""
+        from qwen3next.cache.files import load_cache
+
+        return load_cache(path, model, max_len=max_len, history=history)
+
+    @staticmethod
+    def estimate(config: ModelConfig, tokens: int, *, kv_bytes: int = 2, conv_bytes: int = 2, mtp: bool = False) -> int:
+        """Bytes that `nbytes` of one sequence of so many tokens will be; a kv_bytes of 1 is int8 with its scales."""
+        held = tokens * config.bytes_per_token(kv_bytes) + config.bytes_per_sequence(conv_bytes)
+        if mtp:
+            held += max(tokens - 1, 0) * config.bytes_per_token(kv_bytes, mtp=True)
+        return held
+
+    def mark(self) -> Mark:
+        """This point. Recurrent states are replaced and never written to; keys and values are, behind what is held."""
+        held = max(self.lengths)
+        layers: list[State] = [
+            s.share(held) if isinstance(s, KVState) else DeltaNetState(s.conv, s.memory) for s in self.layers
+        ]
+        mtp = None if self.mtp is None else self.mtp.share(max(held - 1, 0))
+        return Mark(self.lengths, layers, mtp, self.tokens[:, :held].clone(), self.hidden, self.last_logits)
+
+    def go_to(self, mark: Mark) -> None:
+        """Stand where the mark was made, of this cache or of one of the same shape; nothing can be rolled back then."""
+        held = max(mark.lengths)
+        self.layers = [
+            s.share(held) if isinstance(s, KVState) else DeltaNetState(s.conv, s.memory) for s in mark.layers
+        ]
+        self.mtp = None if mark.mtp is None else mark.mtp.share(max(held - 1, 0))
+        self.tokens[:, :held] = mark.tokens
+        self.lengths, self.hidden, self.last_logits = mark.lengths, mark.hidden, mark.last_logits
+        if self._journal is not None:
+            self._journal.clear()
+
+    def _with(self, mark: Mark) -> "HybridCache":
+        tokens = _no_tokens(len(mark.lengths), self.max_len, self.tokens.device)
+        other = HybridCache(self.config, [], tokens, mark.lengths, self.yarn, self.history, model=self.model)
+        other.go_to(mark)
+        return other
+
+
+Cache = HybridCache
+
+
+def common_prefix(a: Tensor, b: Tensor) -> int:
+    """How many of the first tokens of both are equal."""
+    n = min(len(a), len(b))
+    differ = (a[:n] != b[:n]).nonzero()
+    return int(differ[0]) if len(differ) else n
+
+
+@torch.inference_mode(False)  # made inside that mode, it could not be written to outside it
+def _no_tokens(batch: int, max_len: int, device: torch.device) -> Tensor:
+    return torch.zeros(batch, max_len, dtype=torch.long, device=device)
+
+
+def new_cache(
+    config: ModelConfig,
+    *,
+    batch: int,
+    max_len: int,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    device: torch.device,
+    state_dtype: torch.dtype | None = None,
+    history: int = 0,
+    mtp: bool = False,
+) -> HybridCache:
+    """An empty cache: KV in `kv_dtype`, growing by blocks; convolution inputs in `dtype`, memory in `state_dtype`."""
+    if batch < 1 or max_len < 1:
+        raise ValueError(f"A cache needs at least one sequence and one token, got batch={batch}, max_len={max_len}.")
+    if history < 0:
+        raise ValueError(f"history must not be negative, got {history}.")
+    if mtp and not config.mtp_num_hidden_layers:
+        raise ValueError("This model has no MTP layer to remember for: leave mtp out.")
+    c = config
+
+    def keys_and_values() -> KVState:
+        sizes = {"kv_heads": c.num_key_value_heads, "head_dim": c.head_dim, "max_len": max_len}
+        return KVState(batch, **sizes, dtype=kv_dtype, device=device)
+
+    layers: list[State] = []
+    for kind in c.layer_types:
+        if kind == "full_attention":
+            layers.append(keys_and_values())
+        else:
+            conv = torch.zeros(batch, c.conv_taps - 1, c.conv_channels, dtype=dtype, device=device)
+            heads = (c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
+            memory = torch.zeros(batch, *heads, dtype=dtype, device=device)
+            memory = at_least_fp32(memory) if state_dtype is None else memory.to(state_dtype)
+            layers.append(DeltaNetState(conv, memory))
+    tokens = _no_tokens(batch, max_len, device)
+    return HybridCache(c, layers, tokens, (0,) * batch, c.rope_scaling, history, mtp=keys_and_values() if mtp else None)

@@ -1,0 +1,5 @@
+"""Conversations: templates, messages, thinking, replies, and questions about a document."""
+
+from qwen3next.chat.session import Conversation
+
+__all__ = ["Conversation"]

@@ -1,0 +1,161 @@
+"""A document that is read once and asked many times."""
+
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from qwen3next.cache.hybrid import common_prefix
+from qwen3next.chat.reply import ReplyReader, Stats
+from qwen3next.chat.template import ChatTemplate
+from qwen3next.chat.thinking import OPEN, Piece
+from qwen3next.generation.generate import stream
+from qwen3next.generation.text import TextStream
+from qwen3next.model import Qwen3Next
+from qwen3next.prefix.store import Prefill, PrefixStore
+
+# Questions that begin unlike each other: what their prompts have in common is the document.
+PROBES = ("A question", "1", "\u201c", "?")
+
+
+class Document:
+    """A text in front of every question; its keys, values and states are made once and kept in a store.
+
+    With a chat template a prompt is one user message, the document, an empty line and the question. Without one it is
+    the document and what is asked, as they stand, and the model continues it.
+
+    Args:
+        text: the document.
+        template: of the checkpoint; None continues plain text.
+        store: where its beginning is kept; None makes one in memory.
+        system: the system prompt; None leaves it to the template.
+        variables: what else the template reads, e.g. {"enable_thinking": False}.
+        chunk_size, max_memory: as `model.prefill` takes them.
+    Attributes:
+        tokens: of the document, with what the template puts before it: what questions have in common.
+        stats: of the last answer.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3Next,
+        tokenizer: Tokenizer,
+        text: str,
+        *,
+        template: ChatTemplate | None = None,
+        store: PrefixStore | None = None,
+        system: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        chunk_size: int = 4096,
+        max_memory: int | str | None = None,
+    ):
+        if not text.strip():
+            raise ValueError("The document is empty: there is nothing to ask about.")
+        if template is None and (system is not None or variables):
+            raise ValueError("A system prompt needs a chat template, which this document is read without.")
+        self.model, self.tokenizer, self.text, self.template = model, tokenizer, text, template
+        model.generation_config.warn()
+        self.store = PrefixStore(model) if store is None else store
+        self.system, self.variables = system, dict(variables or {})
+        self._bounds: dict[str, Any] = {"chunk_size": chunk_size, "max_memory": max_memory}
+        first, *others = (self._encode(self._prompt(probe)) for probe in PROBES)
+        self.tokens = min(common_prefix(first, other) for other in others)
+        self._ids = first[: self.tokens]
+        self.stats: Stats | None = None
+
+    def read(self) -> Prefill:
+        """Make the document's keys, values and states, as far as they are not known; iterate to run it."""
+        return self.store.prefill(self._ids, **self._bounds)
+
+    def answer(
+        self,
+        question: str,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> Generator[Piece, None, None]:
+        """Yields ("thinking", text) and ("answer", text) as they are made. Questions know nothing of each other.
+
+        Args:
+            max_new_tokens, temperature, top_k, top_p: None means what the checkpoint's generation_config.json says;
+                without max_new_tokens, 512.
+        Raises: ValueError for an empty question in a chat, or a prompt that the template refuses.
+        """
+        if self.template is not None and not question.strip():
+            raise ValueError("The question is empty: there is nothing to answer.")
+        prompt = self._prompt(question)
+        ids, began = self._encode(prompt), time.perf_counter()
+        g = self.model.generation_config
+        max_new_tokens = (g.max_new_tokens or 512) if max_new_tokens is None else max_new_tokens
+        points = [self.tokens] if self.tokens < len(ids) else []
+        run = self.store.prefill(ids, max_len=len(ids) + max_new_tokens, points=points, **self._bounds)
+        for _ in run:
+            pass
+        self.stats = stats = Stats(len(ids), run.matched_tokens)
+        tokens: Iterator[torch.Tensor] = stream(
+            self.model,
+            ids[None].to(run.cache.tokens.device),
+            cache=run.cache,
+            max_new_tokens=max_new_tokens,
+            temperature=g.temperature if temperature is None else temperature,
+            top_k=g.top_k if top_k is None else top_k,
+            top_p=g.top_p if top_p is None else top_p,
+            rules=g.rules,
+            seed=seed,
+        )
+        reader = self._reader(prompt)
+        for token in tokens:
+            pieces = reader.push(int(token))
+            stats.new += 1
+            stats.seconds = time.perf_counter() - began
+            stats.prompt_seconds = stats.prompt_seconds or stats.seconds
+            yield from pieces
+            if reader.ended:
+                break
+        stats.ended = "stop" if reader.ended else "length"
+        yield from reader.finish()
+
+    def _prompt(self, question: str) -> str:
+        if self.template is None:
+            return self.text + question
+        messages = [{"role": "system", "content": self.system}] if self.system is not None else []
+        messages.append({"role": "user", "content": f"{self.text.rstrip()}\n\n{question.strip()}"})
+        return self.template.render(messages, variables=self.variables)
+
+    def _encode(self, prompt: str) -> torch.Tensor:
+        return torch.tensor(self.tokenizer.encode(prompt, add_special_tokens=self.template is None).ids)
+
+    def _reader(self, prompt: str) -> "ReplyReader | PlainReader":
+        stops, texts = set(self.model.stop_tokens), self.model.generation_config.stop_strings
+        if self.template is None:
+            return PlainReader(self.tokenizer, stop_tokens=stops, stop=texts)
+        stop_text = self.template.special_tokens.get("eos_token")
+        texts = (*texts, stop_text) if stop_text else texts
+        if stop_text and (token := self.tokenizer.token_to_id(stop_text)) is not None:
+            stops.add(token)
+        opened = prompt.rstrip().endswith(OPEN)
+        return ReplyReader(self.tokenizer, stop_tokens=stops, stop=texts, opened=opened)
+
+
+class PlainReader:
+    """As `ReplyReader`, for text that has no markup."""
+
+    def __init__(self, tokenizer: Tokenizer, *, stop_tokens: set[int], stop: Sequence[str] = ()):
+        self._text, self._stop = TextStream(lambda ids: tokenizer.decode(ids), stop=stop), stop_tokens
+        self.ended = False
+
+    def push(self, token: int) -> list[Piece]:
+        self.ended = token in self._stop
+        if self.ended:
+            return []
+        text = self._text.push(token)
+        self.ended = self._text.stopped
+        return [("answer", text)]
+
+    def finish(self) -> list[Piece]:
+        return [("answer", self._text.finish())]

@@ -1,0 +1,174 @@
+"""A checkpoint's chat template: messages to the prompt that the model was trained to answer."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError, meta
+
+from qwen3next.chat.sandbox import environment
+from qwen3next.files.json_files import read_object
+
+# Templates that take arguments as JSON text themselves say so by asking what they are.
+ASKS_ARGUMENTS = re.compile(r"arguments\s+is\s+(not\s+)?(string|mapping)\b")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names that messages carry their thinking under
+
+
+class ChatTemplate:
+    """Renders as transformers' `apply_chat_template(..., tokenize=False)` does, without importing transformers.
+
+    A template is a program that comes with a checkpoint: it runs in jinja2's sandbox, on copies of what it is given.
+
+    Args:
+        source: the template's text.
+        special_tokens: the variables bos_token, eos_token, …
+    Raises: ValueError for a template that jinja2 cannot parse.
+    """
+
+    def __init__(self, source: str, *, special_tokens: Mapping[str, str] | None = None):
+        self.source, self.special_tokens = source, dict(special_tokens or {})
+        try:
+            self._template = environment().from_string(source)
+            self.reads = frozenset(meta.find_undeclared_variables(environment().parse(source)))
+        except TemplateSyntaxError as error:
+            raise ValueError(f"The chat template is broken at line {error.lineno}: {error.message}") from error
+        except (TemplateError, RecursionError, SyntaxError) as error:
+            raise ValueError(f"The chat template cannot be compiled: {_first_line(error)}") from error
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "ChatTemplate":
+        """The template of a checkpoint's folder: chat_template.jinja, chat_template.json or tokenizer_config.json.
+
+        Raises: ValueError where there is none, or where it is damaged.
+        """
+        template = cls.find(folder)
+        if template is None:
+            raise ValueError(
+                f"{folder} has no chat template (chat_template.jinja, chat_template.json, or chat_template in "
+                "tokenizer_config.json): `qwen3next generate` continues plain text."
+            )
+        return template
+
+    @classmethod
+    def find(cls, folder: str | Path) -> "ChatTemplate | None":
+        """As `load`, but None where there is none."""
+        folder = Path(folder)
+        config = read_object(folder / "tokenizer_config.json", "a tokenizer's configuration", optional=True)
+        try:
+            source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{folder / 'chat_template.jinja'} is not UTF-8 text.") from None
+        except FileNotFoundError:
+            legacy = read_object(folder / "chat_template.json", "a chat template", optional=True)
+            found = legacy.get("chat_template") or config.get("chat_template")
+            if not found:
+                return None
+            source = _default(found, folder)
+        given = {key: value for key, value in config.items() if key.endswith("_token")}
+        texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in given.items()}
+        return cls(source, special_tokens={key: text for key, text in texts.items() if isinstance(text, str)})
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt for these messages.
+
+        Args:
+            messages: {"role": ..., "content": ...}, and "reasoning_content" for thinking, "tool_calls" for calls, whose
+                arguments are an object, or its JSON in a string as OpenAI's interface gives it.
+            tools: JSON schemas of functions.
+            add_generation_prompt: end where the assistant's next message begins.
+            variables: what else the template reads, e.g. {"enable_thinking": False}.
+        Raises: ValueError, in one sentence, for whatever goes wrong inside the template.
+        """
+        given = self.special_tokens | dict(variables or {})
+        plain_messages = [_message(m) for m in messages]
+        if not ASKS_ARGUMENTS.search(self.source):
+            plain_messages = [_with_objects(m, i) for i, m in enumerate(plain_messages, start=1)]
+        given |= {"messages": plain_messages, "tools": tools, "documents": documents}
+        try:
+            plain = json.loads(json.dumps(given | {"add_generation_prompt": add_generation_prompt}))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"A chat template is given plain JSON values only: {error}.") from error
+        late = [i for i, m in enumerate(plain["messages"]) if i and m.get("role") == "system"]
+        try:
+            prompt = self._template.render(plain)
+        except Exception as error:  # a template is a program of someone else's and fails as it likes
+            hint = f" (Message {late[0] + 1} is a system message; the first one can be one.)" if late else ""
+            raise ValueError(
+                f"The chat template does not take this conversation: {_first_line(error)}{hint}"
+            ) from error
+        for i in late:
+            if not all(_stands_in(text, prompt) for text in _texts(plain["messages"][i].get("content"))):
+                raise ValueError(
+                    f"Message {i + 1} has role 'system', and the chat template leaves it out there: put its text into "
+                    "the first message."
+                )
+        return prompt
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Without keys that are None, which templates would print, and with thinking under every name they read."""
+    message = {key: value for key, value in message.items() if value is not None}
+    thinking = next((message[name] for name in REASONING if name in message), None)
+    return message if thinking is None else {"thinking": thinking, **message, "reasoning_content": thinking}
+
+
+def _with_objects(message: dict[str, Any], number: int) -> dict[str, Any]:
+    """With the arguments of calls as objects, where they are JSON in strings: templates would quote them once more."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        return message
+    read = []
+    for i, call in enumerate(calls):
+        if not isinstance(call, Mapping):
+            return message
+        function = call.get("function", call)
+        given = function.get("arguments") if isinstance(function, Mapping) else None
+        if isinstance(given, str):
+            where = f"Message {number} has tool_calls[{i}] with arguments {given[:40]!r}"
+            try:
+                arguments = json.loads(given) if given.strip() else {}
+            except ValueError:
+                raise ValueError(f"{where}, which are not JSON: give an object.") from None
+            if not isinstance(arguments, dict):
+                raise ValueError(f"{where}, which are no JSON object: give one, name by name.")
+            changed = {**function, "arguments": arguments}
+            call = {**call, "function": changed} if "function" in call else changed
+        read.append(call)
+    return {**message, "tool_calls": read}
+
+
+def _texts(content: Any) -> list[str]:
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return [text for text in texts if isinstance(text, str)]
+
+
+def _stands_in(text: str, prompt: str) -> bool:
+    """As it is, or as templates write JSON."""
+    return text.strip() in prompt or json.dumps(text.strip(), ensure_ascii=False)[1:-1] in prompt
+
+
+def _default(found: object, folder: Path) -> str:
+    """The one of several named templates that is for plain chats."""
+    if isinstance(found, list) and all(isinstance(x, dict) for x in found):
+        named = {x.get("name"): x.get("template") for x in found}
+        if "default" not in named:
+            raise ValueError(f"{folder} has chat templates named {sorted(map(str, named))} and none named 'default'.")
+        found = named["default"]
+    if not isinstance(found, str):
+        raise ValueError(f"{folder}: chat_template must be text, or a list of templates with names.")
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or repr(error)).splitlines()[0]

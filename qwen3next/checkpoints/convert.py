@@ -1,0 +1,124 @@
+"""A checkpoint folder rewritten in another arrangement or precision, one tensor in memory at a time."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qwen3next.checkpoints.load_save import is_weights, tracked, write_config, write_shards
+from qwen3next.checkpoints.reader import Opened, cast_dtype, open_checkpoint
+from qwen3next.checkpoints.state_dict_adapter import Entry, Place, entries
+from qwen3next.config import ModelConfig
+from qwen3next.files.atomic import fresh_folder
+from qwen3next.model import as_dtype
+
+CARRIED = (".json", ".jinja", ".txt", ".md", ".model")  # files that describe a model or its text
+
+
+class Source:
+    """The tensors of an opened folder, as any other arrangement of the same parameters would have them."""
+
+    def __init__(self, opened: Opened):
+        self.opened = opened
+        self._filling: dict[str, list[Entry]] = {}
+        for entry in opened.wanted:
+            for place in entry.places:
+                self._filling.setdefault(place.name, []).append(entry)
+
+    def dtype(self, entry: Entry) -> torch.dtype:
+        return self.opened.dtypes[entry.places[0].name]
+
+    def tensor(self, entry: Entry, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of the other arrangement, cast; with None as stored, FP8 weights times their scales in fp32."""
+        return entry.merge(*(self._piece(place, entry.shape, dtype) for place in entry.places))
+
+    def _read(self, entry: Entry, dtype: torch.dtype | None, index: int | None = None) -> Tensor:
+        x = self.opened.read(entry.name, index)
+        return x if dtype is None else x.to(dtype)
+
+    def _piece(self, place: Place, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
+        filling = self._filling[place.name]
+        for entry in filling:
+            for i, other in enumerate(entry.places):
+                if other == place:
+                    return entry.split(self._read(entry, dtype))[i]
+        if place.index:  # one expert of a fused tensor: nothing else of it is read
+            expert, rows = place.index
+            assert isinstance(expert, int)
+            return self._read(filling[0], dtype, expert)[rows]
+        out: Tensor | None = None  # a fused tensor, of `shape`, from single ones
+        for entry in filling:
+            (part,), (at,) = entry.split(self._read(entry, dtype)), entry.places
+            out = torch.empty(shape, dtype=part.dtype) if out is None else out
+            out[at.index] = part
+        assert out is not None
+        return out
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    experts: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    mtp: bool = True,
+    vision: bool = True,
+    max_shard_bytes: int = 5 * 10**9,
+    progress: bool = False,
+) -> ModelConfig:
+    """Rewrite the checkpoint in folder `source` as folder `target`, which may be the same one.
+
+    Weights stored in FP8 are written in the dtype they stand for. Everything else in the folder that describes the
+    model (tokenizer, chat template, generation_config.json, …) is copied.
+
+    Args:
+        experts: "fused", all of a layer in two tensors, "single", three tensors an expert; None keeps them as they are.
+        dtype: "auto" keeps every tensor's; else linear maps and embeddings are cast, A_log, dt_bias and norms are not.
+        mtp: False drops the multi-token prediction layer.
+        vision: False drops the vision tower of a checkpoint that has one, which makes it a text model.
+    Returns: the configuration that was written.
+    Raises: ValueError for a source that is not in order, before anything is written.
+    """
+    if experts not in (None, "fused", "single"):
+        raise ValueError(f"experts {experts!r} is neither 'fused' nor 'single'.")
+    cast = None if dtype == "auto" else as_dtype(dtype)
+    opened = open_checkpoint(source)
+    if cast is None and opened.torn:
+        raise ValueError(opened.torn)
+    folder, towered = Path(target), vision and bool(opened.vision)
+    with opened.files, fresh_folder(folder, replaced=is_weights) as fresh:
+        config = opened.config if mtp else opened.config.replace(mtp_num_hidden_layers=0)
+        layout = opened.layout if towered else replace(opened.layout, prefix="model.")
+        if experts is not None:
+            layout = replace(layout, fused_experts=experts == "fused", fused_mtp_experts=experts == "fused")
+        origin, kept = Source(opened), sorted(opened.vision.items()) if towered else []
+        plan = []
+        for entry in entries(config, layout):
+            kind = origin.dtype(entry)
+            plan.append((entry, kind if cast is None else cast_dtype(entry.name, kind, cast)))
+        kinds = {entry.name: kind for entry, kind in plan}
+        tower = [(Entry(name, stored.shape, ()), stored.dtype) for name, stored in kept]
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for entry, _ in plan:
+                yield entry.name, origin.tensor(entry, kinds[entry.name])
+            for name, stored in kept:
+                yield name, opened.files.read(stored)
+
+        _carry(opened.folder, fresh)
+        label, total = f"converting {opened.folder.name}", len(plan) + len(tower)
+        write_shards(fresh, plan + tower, tracked(tensors(), progress, label, total), max_shard_bytes)
+        whole = ModelConfig.load(opened.folder)
+        written = whole.replace(mtp_num_hidden_layers=config.mtp_num_hidden_layers) if towered else config
+        write_config(fresh, written.to_dict(), kinds[f"{layout.prefix}embed_tokens.weight"])
+    return written
+
+
+def _carry(source: Path, target: Path) -> None:
+    for path in source.iterdir():
+        text = path.suffix in CARRIED or path.name.startswith("LICENSE")
+        if path.is_file() and text and not is_weights(path.name):
+            shutil.copyfile(path, target / path.name)

@@ -1,0 +1,86 @@
+"""Two checkpoints compared tensor by tensor, whatever their arrangement; one tensor of each in memory at a time."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qwen3next.checkpoints.convert import Source
+from qwen3next.checkpoints.load_save import tracked
+from qwen3next.checkpoints.reader import Opened, open_checkpoint
+from qwen3next.checkpoints.state_dict_adapter import entries
+
+PIECE = 2**22  # numbers compared at a time
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A tensor in which two checkpoints differ, by its name in the first one's arrangement.
+
+    Attributes:
+        what: "only in A", "only in B", "shape", "dtype" or "values".
+        detail: shapes or dtypes, in words.
+        largest: largest |a − b|.
+        relative: ‖a − b‖ / ‖a‖ (Frobenius), infinite where only one of them is zero or either is not finite.
+    """
+
+    name: str
+    what: str
+    detail: str = ""
+    largest: float = 0.0
+    relative: float = 0.0
+
+
+def diff_config(a: Opened, b: Opened) -> dict[str, tuple[object, object]]:
+    """Keys of config.json that differ, and both values; None where one lacks the key."""
+    left, right = a.config.to_dict(), b.config.to_dict()
+    keys = [*left, *(key for key in right if key not in left)]
+    return {key: (left.get(key), right.get(key)) for key in keys if left.get(key) != right.get(key)}
+
+
+def diff(a: str | Path | Opened, b: str | Path | Opened, *, progress: bool = False) -> Iterator[Difference]:
+    """The tensors that differ. Fused and single experts, FP8 and what it stands for, prefixes are looked through.
+
+    Raises: ValueError for a folder that is not in order.
+    """
+    a = a if isinstance(a, Opened) else open_checkpoint(a)
+    b = b if isinstance(b, Opened) else open_checkpoint(b)
+    with a.files, b.files:
+        left = {entry.name: entry for entry in entries(a.config, a.layout)}
+        right = {entry.name: entry for entry in entries(b.config, a.layout)}
+        here, there = Source(a), Source(b)
+        for name, entry in tracked(left.items(), progress, "comparing", len(left)):
+            if name not in right:
+                yield Difference(name, "only in A", f"{list(entry.shape)}")
+            elif entry.shape != right[name].shape:
+                yield Difference(name, "shape", f"{list(entry.shape)} and {list(right[name].shape)}")
+            else:
+                x, y = here.tensor(entry), there.tensor(right[name])
+                kinds = here.dtype(entry), there.dtype(right[name])
+                detail = "" if kinds[0] == kinds[1] else " and ".join(str(k).removeprefix("torch.") for k in kinds)
+                if x.dtype == y.dtype and torch.equal(x, y):
+                    if detail:
+                        yield Difference(name, "dtype", detail)
+                    continue
+                largest, size, norm = _gap(x, y)
+                relative = size / norm if norm and math.isfinite(norm) and math.isfinite(size) else math.inf
+                if size:  # also where it is NaN
+                    yield Difference(name, "values", detail, largest, relative)
+                elif detail:
+                    yield Difference(name, "dtype", detail)
+        for name, entry in right.items():
+            if name not in left:
+                yield Difference(name, "only in B", f"{list(entry.shape)}")
+
+
+def _gap(x: Tensor, y: Tensor) -> tuple[float, float, float]:
+    """Largest |x − y|, ‖x − y‖ and ‖x‖, in fp64."""
+    largest = gap_squared = squared = 0.0
+    for p, q in zip(x.flatten().split(PIECE), y.flatten().split(PIECE), strict=True):
+        p, gap = p.double(), p.double() - q.double()
+        largest = max(largest, float(gap.abs().max()))
+        gap_squared, squared = gap_squared + float(gap.square().sum()), squared + float(p.square().sum())
+    return largest, math.sqrt(gap_squared), math.sqrt(squared)

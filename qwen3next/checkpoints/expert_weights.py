@@ -1,0 +1,111 @@
+"""Where a loaded model's routed experts are: in memory, in int8, or in the files until a token needs them."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from layers.experts.cache import ExpertCache, Read
+from layers.experts.disk import OffloadedExperts
+from layers.experts.int8 import Int8Experts
+from layers.moe import Experts, SparseMoE
+from qwen3next.checkpoints.reader import Opened
+from qwen3next.checkpoints.state_dict_adapter import Entry, Place
+from qwen3next.model import Qwen3Next
+
+PLACES = ("memory", "mmap", "int8")
+
+
+def routed(name: str) -> bool:
+    """Whether a parameter of ours belongs to routed experts."""
+    return ".mlp.experts." in name
+
+
+def replace_experts(model: Qwen3Next, opened: Opened, place: str, *, dtype: torch.dtype | None, cache: int) -> None:
+    """Put what `place` asks for into a model without memory, instead of its `Experts`.
+
+    Args:
+        dtype: of experts once they are read; None means as stored.
+        cache: bytes for experts read from the files.
+    """
+    if place == "mmap":
+        model.expert_cache = ExpertCache(cache)
+    for name, module in model.named_modules():
+        if isinstance(module, SparseMoE):
+            assert isinstance(module.experts, Experts)
+            count, width, inner = module.experts.down_proj.shape
+            full = f"{name}.experts."
+            if place == "int8":
+                with torch.device("cpu"):
+                    experts: nn.Module = Int8Experts(width, inner, count)
+            else:
+                assert model.expert_cache is not None
+                kind = dtype or opened.dtypes[f"{full}down_proj"]
+                read = reader(opened, full)
+                experts = OffloadedExperts(width, inner, count, read=read, cache=model.expert_cache, dtype=kind)
+            module.experts = experts
+
+
+def fill_int8(model: Qwen3Next, opened: Opened, entry: Entry) -> None:
+    """Quantise the experts in one tensor of the folder, one expert in memory at a time."""
+    (place,) = entry.places
+    module_name, _, leaf = place.name.rpartition(".")
+    experts = model.get_submodule(module_name)
+    assert isinstance(experts, Int8Experts)
+    inner = experts.down_proj.shape[2]
+    for e, rows, x in _experts_in(opened, entry):
+        if leaf == "down_proj":
+            experts.fill("down_proj", e, x)
+        elif rows.start is None:
+            experts.fill("gate_proj", e, x[:inner])
+            experts.fill("up_proj", e, x[inner:])
+        else:
+            experts.fill("gate_proj" if rows.start == 0 else "up_proj", e, x)
+
+
+def _experts_in(opened: Opened, entry: Entry) -> Iterator[tuple[int, slice, Tensor]]:
+    (place,) = entry.places
+    if place.index:
+        yield *_expert(place), opened.read(entry.name)
+    else:
+        for e in range(entry.shape[0]):
+            yield e, slice(None), opened.read(entry.name, e)
+
+
+def _expert(place: Place) -> tuple[int, slice]:
+    """The expert whose rows a place is."""
+    e, rows = place.index
+    assert isinstance(e, int)
+    assert isinstance(rows, slice)
+    return e, rows
+
+
+def reader(opened: Opened, ours: str) -> Read:
+    """What reads one expert of the layer whose parameters begin with `ours` from the folder's files.
+
+    A tensor that is stored as it is wanted goes from the file into its place; others through a copy of one expert.
+    """
+    single: dict[int, list[tuple[str, str, slice]]] = {}
+    fused: dict[str, str] = {}
+    for entry in opened.wanted:
+        place = entry.places[0]
+        if place.name.startswith(ours):
+            if place.index:
+                e, rows = _expert(place)
+                single.setdefault(e, []).append((place.name.removeprefix(ours), entry.name, rows))
+            else:
+                fused[place.name.removeprefix(ours)] = entry.name
+
+    def read(e: int, gate_up: Tensor, down: Tensor) -> int:
+        targets, count = {"gate_up_proj": gate_up, "down_proj": down}, 0
+        parts = single.get(e) or [(leaf, name, slice(None)) for leaf, name in fused.items()]
+        for leaf, name, rows in parts:
+            target, index = targets[leaf][rows], None if single else e
+            if opened.stored[name].dtype == target.dtype:
+                opened.files.read(opened.stored[name], index, into=target)
+            else:
+                target.copy_(opened.read(name, index))
+            count += opened.nbytes(name, index)
+        return count
+
+    return read

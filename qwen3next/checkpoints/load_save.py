@@ -1,0 +1,246 @@
+"""Checkpoint folders in the released layouts: a model from one, and one from a model."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from layers.experts.disk import OffloadedExperts
+from layers.experts.int8 import Int8Experts
+from qwen3next.checkpoints.expert_weights import PLACES, fill_int8, replace_experts, routed
+from qwen3next.checkpoints.fingerprint import files_as_they_are
+from qwen3next.checkpoints.reader import INDEX, SINGLE, Opened, cast_dtype, open_checkpoint, some
+from qwen3next.checkpoints.state_dict_adapter import Entry, Layout, entries
+from qwen3next.files.atomic import fresh_folder
+from qwen3next.files.sizes import parse_bytes
+from qwen3next.files.tensor_files import write
+from qwen3next.generation.generation_config import GenerationConfig
+from qwen3next.hooks.wrappers import plain_name
+from qwen3next.model import Qwen3Next, as_device, as_dtype
+
+T = TypeVar("T")
+# What belongs to a text model beside its weights, and travels with them.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+)
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    progress: bool = False,
+    experts: str = "memory",
+    expert_cache: str | int = "2GiB",
+) -> Qwen3Next:
+    """Open a checkpoint folder (or a hub id, where huggingface_hub can reach it), streamed tensor by tensor.
+
+    Memory at the peak is that of the model and one tensor of the folder.
+
+    Args:
+        dtype: "auto" keeps every tensor as stored, and what is stored in FP8 in the dtype that config.json names; else
+            linear maps and embeddings are cast, while A_log, dt_bias and the norms keep the precision they are stored
+            in, which their arithmetic uses.
+        device: "auto" is CUDA where there is one, else the CPU.
+        progress: show a bar on the terminal.
+        experts: where routed experts are. "memory"; "int8", in a byte a weight with a scale an output row; "mmap", in
+            the files, from which the experts that tokens route to are read into a cache, so that a model runs that is
+            several times larger than memory. docs/larger_than_memory.md has figures.
+        expert_cache: bytes for experts read from the files, as "2GiB"; `model.expert_cache.report` tells the hit rate.
+    Raises: ValueError that names file and tensor for anything missing, left over, misshapen, truncated or unsafe;
+        nothing is left half-loaded.
+    """
+    cast, target = None if dtype == "auto" else as_dtype(dtype), as_device(device)
+    if experts not in PLACES:
+        raise ValueError(f"experts {experts!r} is none of {', '.join(PLACES)}.")
+    budget = parse_bytes(expert_cache)
+    opened = open_checkpoint(path)
+    with ExitStack() as failed:
+        failed.callback(opened.files.close)
+        if cast is None and (mixed := opened.mixed()):
+            raise ValueError(mixed)
+        generation = GenerationConfig.load(opened.folder, quiet=True)
+        with torch.device("meta"):
+            model = Qwen3Next(opened.config)
+        if experts != "memory":
+            replace_experts(model, opened, experts, dtype=cast, cache=budget)
+        ours = _allocate(model, opened, cast, target)
+        with torch.no_grad():
+            for entry in tracked(opened.wanted, progress, f"loading {opened.folder.name}"):
+                if experts != "memory" and routed(entry.places[0].name):
+                    if experts == "int8":
+                        fill_int8(model, opened, entry)
+                    continue
+                for place, piece in zip(entry.places, entry.split(opened.read(entry.name)), strict=True):
+                    place.of(ours).copy_(piece)
+        if experts == "mmap":
+            failed.pop_all()  # experts go on being read
+    model.layout, model.origin = opened.layout, opened.folder
+    model.generation_config = generation
+    model = model.to(target) if experts == "int8" else model
+    model.experts_in = files_as_they_are(opened.folder) if experts == "mmap" else ""
+    model.weight_sums.loaded(opened.folder, model.state_dict(keep_vars=True), f"{cast} {experts}")
+    return model
+
+
+def save(
+    model: Qwen3Next,
+    folder: str | Path,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+    layout: Layout | None = None,
+    progress: bool = False,
+) -> None:
+    """Write config.json and safetensors in the released layout, which transformers and inference engines read.
+
+    The tokenizer, the chat template and generation_config.json of the folder that the model was loaded from come along;
+    other files of the target folder are kept. The new files are made beside the folder and then take its place by
+    renaming, so that a crash leaves a whole checkpoint: the old one or the new one.
+
+    Args:
+        max_shard_bytes: a file holds no more, unless a single tensor is larger.
+        layout: how tensors are arranged; None means as the model was loaded, or else as its family was released.
+    Raises: ValueError for a model that the layout cannot hold: adapters, other shapes than its configuration says. A
+        head that is no longer the embedding is written beside it.
+    """
+    folder = Path(folder)
+    if missing := [
+        name for name, module in model.named_modules() if isinstance(module, (OffloadedExperts, Int8Experts))
+    ]:
+        raise ValueError(
+            f"{missing[0]} does not hold the released weights: save a model loaded with experts='memory', or use "
+            "`qwen3next convert`."
+        )
+    ours, config = {plain_name(name): x for name, x in model.state_dict().items()}, model.config
+    if config.tie_word_embeddings and not _same(ours.get("lm_head.weight"), ours.get("embed_tokens.weight")):
+        config = config.replace(tie_word_embeddings=False)  # a head of its own, whoever gave it one
+    found = model.layout or Layout.released(config)
+    layout = layout or Layout(**{**vars(found), "prefix": "model."})  # without a vision tower there is no other prefix
+    wanted = list(entries(config, layout))
+    _check_whole(ours, wanted, tied=config.tie_word_embeddings)
+    with fresh_folder(folder, replaced=is_weights) as fresh:
+        if model.origin is not None and model.origin.is_dir():
+            copy_companions(model.origin, fresh)
+        plan = [(e, e.places[0].of(ours).dtype) for e in wanted]
+        tensors = ((e.name, e.merge(*(p.of(ours).detach() for p in e.places))) for e, _ in plan)
+        write_shards(fresh, plan, tracked(tensors, progress, f"saving {folder.name}", len(plan)), max_shard_bytes)
+        write_config(fresh, config.to_dict(), ours["embed_tokens.weight"].dtype)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None or a.is_meta or b.is_meta:
+        return True  # said by `_check_whole`
+    return a.data_ptr() == b.data_ptr() or (a.dtype == b.dtype and torch.equal(a, b))
+
+
+def _check_whole(ours: dict[str, Tensor], wanted: list[Entry], *, tied: bool) -> None:
+    """Raises: ValueError where the folder would not hold all that the model computes with."""
+    places = {place.name for entry in wanted for place in entry.places}
+    spare = ours.keys() - places - ({"lm_head.weight"} if tied else set())
+    if spare:
+        raise ValueError(
+            f"The released layout has no place for {some(sorted(spare))}: merge adapters into the weights and undo "
+            "parametrisations, or save model.state_dict()."
+        )
+    if missing := sorted(places - ours.keys()):
+        raise ValueError(f"The model has no {some(missing)}, which its configuration asks for.")
+    for entry in wanted:
+        pieces = [place.of(ours).detach() for place in entry.places]
+        if any(piece.is_meta for piece in pieces):
+            raise ValueError(f"{entry.places[0].name} is on the meta device: it holds no numbers to save.")
+        if len({piece.dtype for piece in pieces}) > 1:
+            raise ValueError(
+                f"{' and '.join(p.name for p in entry.places)} are one tensor on disk: give them one dtype."
+            )
+        shape = tuple(entry.merge(*(piece.to("meta") for piece in pieces)).shape)
+        if shape != entry.shape:
+            raise ValueError(
+                f"{entry.places[0].name} makes a tensor of shape {list(shape)} and the configuration asks for "
+                f"{list(entry.shape)}: change model.config as the weights were changed."
+            )
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of a checkpoint folder holds weights or their description, which a new checkpoint replaces."""
+    return name.endswith(".safetensors") or name in ("config.json", INDEX)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def write_config(folder: Path, values: dict[str, object], dtype: torch.dtype) -> None:
+    """config.json for weights of that dtype, which are not quantised."""
+    about = ("dtype", "torch_dtype", "quantization_config")
+    values = {k: v for k, v in values.items() if k not in about}
+    if isinstance(nested := values.get("text_config"), dict):
+        values["text_config"] = {k: v for k, v in nested.items() if k not in about}
+    values["torch_dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def write_shards(
+    folder: Path, plan: list[tuple[Entry, torch.dtype]], tensors: Iterator[tuple[str, Tensor]], limit: int
+) -> None:
+    """Write the planned tensors, which come in this order, into as few files as the limit allows, and their index."""
+    if limit < 1:
+        raise ValueError(f"max_shard_bytes must be positive, got {limit}.")
+    shards: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
+    used = total = 0
+    for entry, dtype in plan:
+        size = math.prod(entry.shape) * dtype.itemsize
+        if used + size > limit and shards[-1]:
+            shards.append([])
+            used = 0
+        shards[-1].append((entry.name, dtype, entry.shape))
+        used, total = used + size, total + size
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, start=1):
+        name = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        write(folder / name, shard, (next(tensors) for _ in shard))
+        weight_map |= {tensor: name for tensor, _, _ in shard}
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _allocate(model: Qwen3Next, opened: Opened, dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
+    """Give every parameter memory in its dtype; that of the tensors that fill it, unless cast."""
+    shared: dict[Tensor, torch.nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            if parameter not in shared:
+                kind = opened.dtypes[name] if dtype is None else cast_dtype(name, opened.dtypes[name], dtype)
+                shared[parameter] = torch.nn.Parameter(torch.empty(parameter.shape, dtype=kind, device=device))
+            setattr(module, leaf, shared[parameter])
+    return dict(model.named_parameters())
+
+
+def tracked(items: Iterable[T], progress: bool, label: str, total: int | None = None) -> Iterator[T]:
+    """The items, with a bar on the terminal if `progress`."""
+    if not progress:
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(items, description=label, total=total, console=Console(stderr=True))  # stdout is for results

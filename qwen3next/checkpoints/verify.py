@@ -1,0 +1,106 @@
+"""Is a checkpoint folder in order? Everything that is wrong with it, without loading the model."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from qwen3next.checkpoints.load_save import tracked
+from qwen3next.checkpoints.reader import INDEX, Opened, local_folder, some
+from qwen3next.config import ModelConfig
+from qwen3next.files.json_files import read_object
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass
+class Report:
+    """What `verify` found.
+
+    Attributes:
+        problems: what is wrong, a sentence each; none means the folder loads.
+        notices: what is left out, unused or missing without harm.
+        config: that of the language model, where config.json could be read.
+        tensors, nbytes: of the language model, as stored.
+    """
+
+    folder: Path
+    problems: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    config: ModelConfig | None = None
+    tensors: int = 0
+    nbytes: int = 0
+
+
+def verify(path: str | Path, *, values: bool = False, progress: bool = False) -> Report:
+    """Check a folder against its config.json: files, headers, names, shapes, dtypes, tokenizer.
+
+    Args:
+        values: also read every tensor, one at a time, and name those with NaN or infinity and those that are all zero.
+    """
+    report = Report(local_folder(path))
+    try:
+        opened = Opened(report.folder)
+    except ValueError as error:
+        report.problems.append(str(error))
+    else:
+        with opened.files:
+            report.config, report.tensors = opened.config, len(opened.stored)
+            report.nbytes = sum(s.nbytes for s in (*opened.stored.values(), *opened.scales.values()))
+            report.problems += opened.problems
+            if not opened.problems and (mixed := opened.mixed()):
+                report.problems.append(mixed)
+            report.notices += opened.notices()
+            if values and not opened.problems:
+                _check_values(opened, report, progress)
+            _check_tokenizer(opened, report)
+    _check_other_files(report)
+    return report
+
+
+def _check_values(opened: Opened, report: Report, progress: bool) -> None:
+    for name in tracked(sorted(opened.stored), progress, f"reading {opened.folder.name}", len(opened.stored)):
+        tensor = opened.read(name)
+        if bad := int((~torch.isfinite(tensor)).sum()):
+            report.problems.append(f"{opened.stored[name].path}: {name} holds {bad} values that are not finite.")
+        elif tensor.ndim > 1 and not tensor.any():
+            report.notices.append(f"{name} is zero everywhere: was it ever written?")
+
+
+def _check_tokenizer(opened: Opened, report: Report) -> None:
+    path = opened.folder / "tokenizer.json"
+    if not path.is_file():
+        report.notices.append("There is no tokenizer.json: the model works on token ids only.")
+        return
+    try:
+        largest = max(Tokenizer.from_file(str(path)).get_vocab().values(), default=0)
+    except Exception as error:  # the library raises bare Exception
+        report.problems.append(f"{path} is not a tokenizer ({error}).")
+        return
+    if largest >= opened.config.vocab_size:
+        report.problems.append(
+            f"{path} has ids up to {largest}, config.json a vocab_size of {opened.config.vocab_size}: "
+            "it belongs to another model."
+        )
+
+
+def _check_other_files(report: Report) -> None:
+    folder = report.folder
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            try:
+                read_object(folder / name, "a configuration")
+            except ValueError as error:
+                report.problems.append(str(error))
+    if pickles := sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES):
+        report.notices.append(f"{some(pickles)}: pickles could run code and are never opened.")
+    listed = set()
+    if (folder / INDEX).is_file():
+        try:
+            index = read_object(folder / INDEX, "a safetensors index")
+            listed = {str(file) for file in (index.get("weight_map") or {}).values()}
+        except (ValueError, AttributeError):
+            return  # said already
+        if unused := sorted(p.name for p in folder.glob("*.safetensors") if p.name not in listed):
+            report.notices.append(f"{some(unused)}: not in the index, so not read.")

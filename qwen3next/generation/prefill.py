@@ -1,0 +1,167 @@
+"""Long prompts and long texts, a chunk at a time: memory is bounded by the chunk."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from layers.kernels.cpp.build import missing
+from layers.linear import FEW, spans
+from layers.norm import at_least_fp32
+from layers.segments import Segments
+from layers.state.kv_cache import KVState
+from qwen3next.block import TOKENS as PART
+from qwen3next.cache.hybrid import HybridCache
+from qwen3next.config import ModelConfig
+from qwen3next.files.sizes import binary, parse_bytes
+
+if TYPE_CHECKING:
+    from qwen3next.model import Qwen3Next
+
+GRID = 64  # tokens: chunks that end on it leave no trace in bf16
+ROWS = 256  # tokens whose logits are there at a time
+SLACK = 64 * 2**20  # bytes: what threads, tables and the allocator keep
+
+
+def prefill(
+    model: "Qwen3Next",
+    input_ids: Tensor,
+    cache: HybridCache,
+    chunk_size: int,
+    *,
+    segments: Segments | None,
+    max_memory: int | str | None,
+) -> Iterator[tuple[int, int]]:
+    """`Qwen3Next.prefill`."""
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+    check_ids(input_ids, least=0)
+    if not input_ids.numel() and not max(cache.lengths):  # behind a text that is there, nothing is to be run
+        raise ValueError("The prompt is empty: give at least one token.")
+    segments = Segments.full(input_ids) if segments is None else segments
+    input_ids, segments = segments.closed(input_ids)
+    if max_memory is not None:
+        most = chunk_for(model, cache, segments.after(cache.lengths), parse_bytes(max_memory))
+        chunk_size = min(chunk_size, most)
+    past = cache.lengths[0] if segments.plain and len(set(cache.lengths)) == 1 else 0
+    return _chunks(model, input_ids, cache, segments, past, chunk_size // GRID * GRID or chunk_size)
+
+
+def check_ids(ids: Tensor, name: str = "input_ids", *, least: int = 1, ndim: int = 2) -> None:
+    """Raises: ValueError for what are no token ids of shape (b, t), or (b,) where ndim is 1."""
+    other = ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
+    if other or ids.ndim != ndim or ids.numel() < least:
+        shape = "(b, t)" if ndim == 2 else "(b,)"
+        kind = str(ids.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} must be integers of shape {shape}, got {kind} of shape {tuple(ids.shape)}.")
+
+
+def chunk_for(model: "Qwen3Next", cache: HybridCache, segments: Segments, max_memory: int) -> int:
+    """The largest chunk, a multiple of 64, with which cache and transient memory stay below `max_memory` bytes.
+
+    Raises: ValueError where not even 64 tokens fit.
+    """
+    # A buffer that grows is there twice for a moment, its new place a quarter larger.
+    keys_and_values = max((s.bytes_per_token for s in cache.layers if isinstance(s, KVState)), default=0)
+    grown = cache.nbytes() + (max(segments.ends) - max(cache.lengths)) * sum(
+        s.bytes_per_token for s in (*cache.layers, cache.mtp) if isinstance(s, KVState)
+    )
+    room = max_memory - int(1.25 * grown) - max(segments.ends) * keys_and_values
+    weight = model.embed_tokens.weight
+
+    def takes(chunk: int) -> int:
+        return transient_bytes(model.config, segments.batch * (chunk + FEW - 1), weight.element_size())
+
+    if takes(GRID) > room:
+        needed = max_memory - room + takes(GRID)
+        raise ValueError(
+            f"This prompt needs {binary(needed)} beside the weights even in chunks of {GRID} tokens; max_memory is "
+            f"{binary(max_memory)}: raise it, shorten the prompt, or make the cache with kv_dtype='int8'."
+        )
+    low, high = 1, max(1, -(-segments.length // GRID))  # in units of the grid
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if takes(middle * GRID) <= room else (low, middle - 1)
+    return low * GRID
+
+
+def transient_bytes(config: ModelConfig, tokens: int, element_size: int) -> int:
+    """An upper bound of what a forward of so many tokens takes and gives back, on the CPU, without gradients or hooks.
+
+    The residual stream is there for all tokens, everything else for PART of them at a time. Counted in tensors that
+    are alive at once, and held to measured peaks by tests/model/test_memory.py, with compiled kernels and without.
+    """
+    c, e, in_torch = config, element_size, missing() is not None
+    parts = [e * 3 * c.intermediate_size]
+    if "full_attention" in c.layer_types:
+        parts.append(e * c.head_dim * (9 * c.num_attention_heads + 4 * c.num_key_value_heads))
+    if "linear_attention" in c.layer_types:
+        values = c.linear_num_value_heads * c.linear_value_head_dim
+        step_by_step = 16 * c.conv_channels if in_torch else 0  # convolution and norms in fp32, with what they add up
+        parts.append(e * (3 * c.conv_channels + 4 * values) + 4 * (c.conv_channels - values) + step_by_step)
+    if c.num_experts:
+        inner = c.num_experts_per_tok * (c.hidden_size + 2 * c.moe_intermediate_size)
+        step_by_step = 8 * c.num_experts_per_tok * c.hidden_size if in_torch else 0  # rows in fp32, and weighed
+        shared = 3 * c.shared_expert_intermediate_size
+        parts.append(e * (inner + shared + 2 * c.hidden_size) + 8 * c.num_experts + step_by_step)
+    return tokens * e * 3 * c.hidden_size + min(tokens, PART) * max(parts) + SLACK
+
+
+def _chunks(
+    model: "Qwen3Next", input_ids: Tensor, cache: HybridCache, segments: Segments, past: int, chunk_size: int
+) -> Iterator[tuple[int, int]]:
+    total, last = input_ids.shape[1], cache.last_logits
+    if last is None and not segments.plain and cache.hidden is not None:
+        last = model.logits_after(cache)  # rows that get no tokens here keep theirs
+    lead = past % chunk_size
+    few = FEW if segments.plain and chunk_size >= GRID else 1  # elsewhere bits differ anyway
+    for place, stop in spans(lead + total, chunk_size, few) if total else []:
+        begin, end = max(place - lead, 0), stop - lead
+        chunk, part = input_ids[:, begin:end], segments.part(begin, end)
+        with torch.no_grad():  # not around the yield: it would reach the caller's code
+            if part.plain:
+                cache.last_logits = last = model(chunk, cache=cache, logits_to_keep=1).logits[:, -1]
+            elif runs := part.runs:  # else all is padding
+                hidden = model(chunk, segments=part, cache=cache, logits_to_keep=1).hidden
+                ends = hidden[[run.row for run in runs], [run.end - 1 for run in runs]]
+                logits = model.hook_logits(model.lm_head(ends))
+                last = logits.new_zeros(cache.batch, logits.shape[-1]) if last is None else last.clone()
+                last[[run.sequence for run in runs]] = logits
+                cache.last_logits = last
+        yield end, total
+
+
+def score(
+    model: "Qwen3Next", input_ids: Tensor, *, chunk_size: int, cache: HybridCache | None
+) -> Iterator[tuple[int, Tensor]]:
+    """`Qwen3Next.score`."""
+    check_ids(input_ids, least=0)
+    batch, total = input_ids.shape
+    if chunk_size < 1 or total < 2 - (cache is not None):
+        raise ValueError("There is nothing to score: give two tokens, or one and a cache; chunk_size from 1.")
+    return _losses(model, input_ids, chunk_size, model.new_cache(batch, max_len=total) if cache is None else cache)
+
+
+def _losses(model: "Qwen3Next", input_ids: Tensor, chunk_size: int, cache: HybridCache) -> Iterator[tuple[int, Tensor]]:
+    before = cache.last_logits
+    if before is None and cache.hidden is not None:
+        before = model.logits_after(cache)
+    for begin in range(0, input_ids.shape[1], chunk_size):
+        chunk, losses = input_ids[:, begin : begin + chunk_size], []
+        with torch.no_grad():
+            if before is not None:
+                losses.append(_loss(before[:, None], chunk[:, :1]))
+            hidden = model(chunk, cache=cache, logits_to_keep=1).hidden
+            for rows, targets in zip(hidden[:, :-1].split(ROWS, dim=1), chunk[:, 1:].split(ROWS, dim=1), strict=True):
+                if targets.shape[1]:
+                    losses.append(_loss(model.hook_logits(model.lm_head(rows)), targets))
+            before = cache.last_logits = model.logits_after(cache)
+        yield begin + chunk.shape[1], torch.cat(losses, dim=1) if losses else hidden.new_zeros(len(chunk), 0)
+
+
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(at_least_fp32(logits).flatten(0, 1), targets.flatten().long(), reduction="none").view_as(
+        targets
+    )

@@ -1,0 +1,246 @@
+"""Read or replace inner tensors by name."""
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from layers.hook_point import HookPoint
+from qwen3next.hooks.materialize import expose
+from qwen3next.hooks.names import Chosen, Filter, aliases, choose
+from qwen3next.hooks.recording import Metric, PosSlice, Recording, next_token_loss
+from qwen3next.hooks.wrappers import plain_name
+
+if TYPE_CHECKING:
+    from qwen3next.interp.activation_cache import ActivationCache
+
+Hook = Callable[[Tensor, HookPoint], Tensor | None]
+Hooks = Sequence[tuple[Filter, Hook]]
+
+
+class Hooked(nn.Module):
+    """Gives a model its hook points by name, e.g. "blocks.3.linear_attn.hook_beta"."""
+
+    residual: Callable[..., Tensor]
+
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]:
+        """Every hook point by name, in the order of the modules."""
+        return {plain_name(name): module for name, module in self.named_modules() if isinstance(module, HookPoint)}
+
+    def name_hooks(self) -> None:
+        """Tell every point its name and layer, and give all one dict in which a call says where it stands."""
+        self.hook_call: dict[str, Any] = {"position": 0}
+        for module in self.modules():
+            # Found there, a point costs a third of what torch's look-up of submodules takes (docs/hooks.md).
+            module.__dict__.update({n: child for n, child in module.named_children() if isinstance(child, HookPoint)})
+        for name, point in self.hook_dict.items():
+            point.name, point.call, point.ctx = name, self.hook_call, {"layer": _layer(name)}
+            point.route = point.route.replace("LAYER", str(_layer(name)))
+            if name.startswith("mtp."):  # whose layers cannot be exposed one by one
+                before = f" after {point.route.split(' or ')[0]}" if point.route else ""
+                point.route = f"model.loss(input_ids){before}"
+
+    def match_hooks(self, names: Filter) -> list[str]:
+        """Names that a glob, a list of globs or a predicate chooses; TransformerLens' names are known too.
+
+        Raises: ValueError where none is chosen.
+        """
+        chosen = {name for choice in self._choose(names) for name in choice.names}
+        return [name for name in self.hook_dict if name in chosen]
+
+    def _choose(self, names: Filter) -> list[Chosen]:
+        known = list(self.hook_dict)
+        return choose(names, known, aliases(known))
+
+    def expose(self, *, state: Mapping[int, Sequence[int]] | None = None, pattern: Sequence[int] = ()) -> ExitStack:
+        """Choose what is made only on request, in place of what was chosen before; nothing given chooses nothing.
+
+        Args:
+            state: absolute positions by Gated DeltaNet layer; `linear_attn.hook_state` fires with the memory after each
+                of them, (b h k v), `hook.ctx["position"]` saying which. A patch acts on all later tokens.
+            pattern: layers whose `hook_pattern` fires. A Gated DeltaNet layer then makes its output as A v, where
+                editing A[t, s] changes what t reads from s and nothing else; a softmax layer runs "eager".
+        Returns: a context manager, for `with`, that puts back at its end what was exposed before.
+        Raises: ValueError for a layer that is not there or has no state, and for negative positions.
+        """
+        return expose(list(self.get_submodule("blocks").children()), state, pattern)
+
+    def add_hook(self, names: Filter, fn: Hook, dir: str = "fwd", is_permanent: bool = False) -> None:
+        """Attach `fn` until `reset_hooks`; a permanent one stays until `reset_hooks(including_permanent=True)`.
+
+        Raises: ValueError for a name that matches nothing. Nobody looks whether it fires, but a forward that passes by
+            a point whose tensor it does not make raises RuntimeError.
+        """
+        points = self.hook_dict
+        for choice in self._choose(names):
+            for name in choice.names:
+                _attach(points[name], fn, dir, set(), optional=not choice.each, permanent=is_permanent)
+
+    def reset_hooks(self, including_permanent: bool = False) -> None:
+        """Detach what `add_hook`, `hooks` and `run_with_hooks` attached, and empty every `hook.ctx`.
+
+        Hooks that were registered with torch's own methods stay: their handles remove them.
+        """
+        gone = (False, True) if including_permanent else (False,)
+        for name, point in self.hook_dict.items():
+            point.remove(lambda hook: getattr(hook, "permanent", None) in gone)
+            point.ctx = {"layer": _layer(name)}
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        *,
+        must_fire: bool = True,
+        reset_hooks_end: bool = True,
+    ) -> Iterator[None]:
+        """Attach `fn(tensor, hook)` for the time of the block; what it returns, if anything, replaces the tensor.
+
+        Args:
+            bwd_hooks: `fn(grad, hook)` gets the gradient of what the point gives, in backward passes through calls that
+                are made inside the block; what it returns replaces the gradient.
+            must_fire: whether a point that stays silent is an error.
+            reset_hooks_end: False leaves the hooks attached, until `reset_hooks`.
+        Raises: ValueError for a name that matches nothing, at once; RuntimeError for a point that does not fire, or
+            lets no gradient through: one that was named, or every one that a glob ending in a wildcard chose.
+        """
+        points, awaited = self.hook_dict, []
+        with ExitStack() as stack:
+            for direction, pairs in (("fwd", fwd_hooks), ("bwd", bwd_hooks)):
+                for names, fn in pairs:
+                    for choice in self._choose(names):
+                        heard: set[str] = set()
+                        awaited.append((choice, heard))
+                        for name in choice.names:
+                            optional = not (must_fire and choice.each and name in choice.awaited)
+                            stack.callback(_attach(points[name], fn, direction, heard, optional=optional))
+            if not reset_hooks_end:
+                stack.pop_all()
+            yield
+        silent = sorted(set().union(*(choice.silent(heard) for choice, heard in awaited))) if must_fire else []
+        if silent:
+            told = [f"{name} did not fire: {points[name].remedy}" for name in silent[:3]]
+            more = [f"nor did {len(silent) - 3} more"] if len(silent) > 3 else []
+            raise RuntimeError("; ".join(told + more) + ". Nothing was read or changed there.")
+
+    def run_with_hooks(
+        self,
+        *args: Any,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        reset_hooks_end: bool = True,
+        stop_at_layer: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A forward with hooks attached for its time; other arguments are forward's.
+
+        Backward hooks act in every backward pass through this call, also in one that runs later.
+        `stop_at_layer` gives the residual stream before that block instead, see `residual`.
+        """
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end=reset_hooks_end):
+            return self._run(*args, stop_at_layer=stop_at_layer, **kwargs)
+
+    def run_with_cache(
+        self,
+        *args: Any,
+        names_filter: Filter | None = "*",
+        pos_slice: PosSlice = None,
+        stop_at_layer: int | None = None,
+        device: str | torch.device | None = None,
+        incl_bwd: bool | Metric = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, "ActivationCache"]:
+        """Logits, and the chosen inner tensors by name (docs/interpretability.md); other arguments are forward's.
+
+        What fires once a token comes joined, (b t …), and states of several positions stacked, (b positions h k v).
+
+        Args:
+            names_filter: as in `match_hooks`. With one that ends in a wildcard, silent points are left out.
+            pos_slice: tokens of this call to keep: a number, numbers, or a slice.
+            stop_at_layer: give the residual stream before this block instead of logits; negative counts from the end.
+            device: where to put what is kept; None leaves it where it is.
+            incl_bwd: keep gradients as well, as NAME_grad: of the mean next-token loss (True), or of a function that
+                makes one number of the logits. Parameters get none.
+        Raises: as `hooks`.
+        """
+        if incl_bwd is True and stop_at_layer is not None:
+            raise ValueError("Without logits there is no loss: give incl_bwd a function of the residual stream.")
+        given = inspect.signature(self.forward).bind_partial(*args, **kwargs).arguments
+        cache, segments = given.get("cache"), given.get("segments")
+        if segments is not None and segments.gapped:
+            raise ValueError(
+                "Tokens are absent within a row, and what is kept would not stand in its columns: give the ids and "
+                "segments that segments.closed(ids) returns."
+            )
+        continued = cache is not None and any(cache.lengths)
+        recording = Recording(pos_slice, device, with_gradients=bool(incl_bwd))
+        keep: Hooks = [("*" if names_filter is None else names_filter, recording.keep)]
+        leaf: Hooks = [("hook_embed", recording.make_leaf)] if incl_bwd else []
+        with torch.set_grad_enabled(torch.is_grad_enabled() or bool(incl_bwd)):
+            with self.hooks([*leaf, *keep]):
+                output = self._run(*args, stop_at_layer=stop_at_layer, **kwargs)
+            output = output if isinstance(output, Tensor) else output.logits
+            if incl_bwd:
+                number = incl_bwd(output) if callable(incl_bwd) else next_token_loss(output, *args, **kwargs)
+                recording.differentiate(number)
+        from qwen3next.interp.activation_cache import ActivationCache
+
+        kept = recording.result(aliases(self.hook_dict))
+        whole = pos_slice is None
+        acts = ActivationCache(kept, cast(Any, self), segments=given.get("segments") if whole else None)
+        acts.from_start, acts.gapless = whole and not continued, whole
+        return output.detach() if incl_bwd else output, acts
+
+    def _run(self, *args: Any, stop_at_layer: int | None, **kwargs: Any) -> Any:
+        return self(*args, **kwargs) if stop_at_layer is None else self.residual(stop_at_layer, *args, **kwargs)
+
+
+def _layer(name: str) -> int | None:
+    """The number of the block in a point's name."""
+    match = re.search(r"blocks\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
+def _attach(
+    point: HookPoint, fn: Hook, direction: str, heard: set[str], *, optional: bool, permanent: bool = False
+) -> Callable[[], None]:
+    """Register `fn`, which notes in `heard` that the point was passed; returns what takes it away again."""
+
+    def forward(module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        assert isinstance(module, HookPoint)
+        heard.add(module.name)
+        return fn(output, module)
+
+    def passed(module: nn.Module, _args: Any, output: Tensor) -> None:
+        assert isinstance(module, HookPoint)
+        if output.requires_grad:
+            heard.add(module.name)
+        elif not optional:
+            raise RuntimeError(
+                f"No gradient passes {module.name}: run without torch.no_grad(), and hook integers forward only."
+            )
+
+    def backward(module: nn.Module, gradients: Any) -> tuple[Tensor] | None:
+        assert isinstance(module, HookPoint)
+        replaced = fn(gradients[0], module)
+        return None if replaced is None else (replaced,)
+
+    for hook in (forward, passed, backward):
+        hook.__dict__.update(may_stay_silent=optional, permanent=permanent)
+    if direction == "fwd":
+        return point.register_forward_hook(forward).remove
+    if direction != "bwd":
+        raise ValueError(f'A hook runs in direction "fwd" or "bwd", not {direction!r}.')
+    noting, acting = point.register_forward_hook(passed), point.register_full_backward_pre_hook(backward)
+
+    def remove() -> None:
+        noting.remove()
+        acting.remove()
+
+    return remove

@@ -1,0 +1,1 @@
+"""Caches of prompts' beginnings, kept in memory and on disk."""

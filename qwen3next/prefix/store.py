@@ -1,0 +1,374 @@
+"""Beginnings of texts that are prefilled once and gone on from many times, within a budget, in memory and on disk."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from layers.gated_deltanet import DeltaNetState
+from qwen3next.cache.files import identity
+from qwen3next.cache.hybrid import HybridCache
+from qwen3next.files.sizes import binary, parse_bytes
+from qwen3next.generation.prefill import GRID
+from qwen3next.model import Qwen3Next
+from qwen3next.prefix.files import PrefixFolder
+from qwen3next.prefix.tree import End, Node, Piece, cut_out, keys_and_values, places
+
+SPACING = 4096  # tokens between states that are kept, the blocks in which attention reads
+
+
+@dataclass(frozen=True)
+class Match:
+    """How much of a prompt is known.
+
+    Attributes:
+        matched_tokens: need not be run again.
+        shared_tokens: stand at the beginning of a stored text as well; beyond the matched ones there is no state.
+        reason: why not more, in a sentence; "" where all of it is known.
+    """
+
+    matched_tokens: int
+    shared_tokens: int
+    reason: str
+
+
+class PrefixStore:
+    """Prompts' keys, values and states by their tokens: what a new prompt begins with is not run again.
+
+    States are kept every `spacing` tokens, where texts part, where prompts end and where the caller says. Keys and
+    values are shared with the caches that come from here, and never copied for them. When the budget is used up, what
+    was gone on from longest ago goes first: a state in the middle of a text by itself, keys and values from the end.
+
+    Args:
+        model: whose caches these are; made anew after `extend_context` and when weights change.
+        budget: bytes in memory, as "2GiB".
+        folder: keep everything on disk as well, for other processes and later ones; None keeps nothing there.
+        disk_budget: bytes there.
+        kv_dtype, state_dtype, mtp: as `model.new_cache` takes them.
+        spacing: tokens, a multiple of 64.
+    Raises: ValueError for a budget in which no state of this model fits.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3Next,
+        *,
+        budget: int | str = "2GiB",
+        folder: str | Path | None = None,
+        disk_budget: int | str = "16GiB",
+        kv_dtype: str | torch.dtype | None = None,
+        state_dtype: str | torch.dtype | None = None,
+        mtp: bool = False,
+        spacing: int = SPACING,
+    ):
+        if spacing < GRID or spacing % GRID:
+            raise ValueError(f"spacing must be a multiple of {GRID} tokens, got {spacing}.")
+        self.model, self.budget, self.spacing = model, parse_bytes(budget), spacing
+        self._kv_dtype, self._state_dtype, self._mtp = kv_dtype, state_dtype, mtp
+        self._yarn, self._clock = model.config.rope_scaling, 0
+        self.root = Node(torch.empty(0, dtype=torch.long))
+        like = self._new_cache(max_len=1)
+        if self.budget < like.nbytes():
+            raise ValueError(
+                f"A budget of {binary(self.budget)} has no room for one state of this model, {binary(like.nbytes())}, "
+                "and the keys and values that go with it: make it larger."
+            )
+        self.files = None
+        if folder is not None:
+            dtypes = "-".join(str(x).removeprefix("torch.") for x in (like.kv_dtype, like.state_dtype))
+            name = f"{identity(model, mtp=mtp)[:24]}-{dtypes}-{self._yarn.factor if self._yarn else 1:g}"
+            self.files = PrefixFolder(Path(folder) / name, parse_bytes(disk_budget))
+            self._scan()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory: keys and values, states, last logits."""
+        return sum(node.nbytes for node in self.root.below())
+
+    def __len__(self) -> int:
+        """States from which a prompt can be gone on, in memory or on disk."""
+        return sum(node.ends for node in self.root.below())
+
+    def match(self, ids: Tensor) -> Match:
+        """How much of a prompt, (t,) or (1, t), is known, and why not more."""
+        return self._look(self._ids(ids))[1]
+
+    def prefill(
+        self,
+        ids: Tensor,
+        *,
+        max_len: int | None = None,
+        chunk_size: int = 4096,
+        max_memory: int | str | None = None,
+        points: Sequence[int] = (),
+        history: int = 0,
+    ) -> "Prefill":
+        """A cache of this prompt, (t,) or (1, t), of which only what is not known yet is run, as it is iterated over.
+
+            run = store.prefill(ids)
+            for done, total in run: ...
+            q.generate(model, ids, cache=run.cache)
+
+        Args:
+            max_len: tokens that the cache is to hold; None leaves room for 4096 more.
+            chunk_size, max_memory: as `model.prefill` takes them.
+            points: tokens after which to keep a state, because other prompts will go on from there.
+            history: as `model.new_cache` takes it.
+        """
+        ids = self._ids(ids)
+        run = Prefill(
+            self, ids, max_len=len(ids) + 4096 if max_len is None else max_len, points=points, history=history
+        )
+        run.chunk_size, run.max_memory = chunk_size, max_memory
+        return run
+
+    def add(self, cache: HybridCache) -> None:
+        """Keep a cache as it stands. Its keys and values are shared with it from now on.
+
+        What the budget has no room for is left out, and `match` says so.
+        Raises: ValueError for a cache of several rows, or one that was made otherwise than this store's.
+        """
+        self._check_scaling()
+        if cache.batch != 1:
+            raise ValueError(f"A store keeps one sequence at a time: select one of the cache's {cache.batch} rows.")
+        like = self._new_cache(max_len=1)
+        if any(
+            getattr(cache, name) != getattr(like, name) for name in ("config", "yarn", "kv_dtype", "state_dtype")
+        ) or (cache.mtp is None) != (like.mtp is None):
+            raise ValueError("The cache was made for another model, or with other options than this store has.")
+        if not cache.lengths[0]:
+            return
+        assert cache.hidden is not None
+        ids = cache.tokens[0, : cache.lengths[0]].cpu()
+        node, partial, shared = self.root.follow(ids)
+        if partial is not None:
+            if not self._attach(partial):
+                return self.add(cache)  # it is gone: look again
+            node = partial.split(shared, mtp=self._mtp)
+            self._write(node)
+            self._write(partial)
+        states = [(s.conv, s.memory) for s in cache.layers if isinstance(s, DeltaNetState)]
+        finish = End(states, cache.hidden, cache.last_logits)
+        if node.end < len(ids):
+            new = Node(ids[node.end :].clone(), node.end, node)
+            new.finish, new.piece, new.ends = finish, cut_out(cache, node.end, len(ids)), True
+            if not self._make_room(new.nbytes, node):
+                node.full = True
+                return None
+            node.children.append(new)
+            node = new
+            self._write(node)
+        elif not node.ends:
+            if not self._attach(node):
+                return self.add(cache)
+            node.finish, node.ends = finish, True
+            self._write(node)
+        if node.piece is not None:  # what both have is there once
+            for (state, begin, _), stored in zip(places(cache, node.begin, node.end), node.piece, strict=True):
+                state.hold((*state.parts(0, begin), stored))
+        self._use(node)
+        self._trim()
+        return None
+
+    def clear(self) -> None:
+        """Forget what is in memory; files stay."""
+        self.root = Node(torch.empty(0, dtype=torch.long))
+        self._scan()
+
+    def _new_cache(self, *, max_len: int, history: int = 0) -> HybridCache:
+        return self.model.new_cache(
+            max_len=max_len, kv_dtype=self._kv_dtype, state_dtype=self._state_dtype, history=history, mtp=self._mtp
+        )
+
+    def _ids(self, ids: Tensor) -> Tensor:
+        self._check_scaling()
+        if ids.ndim == 2 and ids.shape[0] == 1:
+            ids = ids[0]
+        if ids.ndim != 1 or not len(ids):
+            raise ValueError(f"A prompt is one sequence of at least one token, not of shape {tuple(ids.shape)}.")
+        return ids.cpu()
+
+    def _check_scaling(self) -> None:
+        if self.model.config.rope_scaling != self._yarn:
+            raise ValueError("The model's RoPE scaling has changed since this store was made: make a new one.")
+
+    def _look(self, ids: Tensor) -> tuple[Node, Match]:
+        """The last node with a state on the way of these tokens, and what that means."""
+        node, partial, shared = self.root.follow(ids)
+        best = node
+        while not best.ends and best.parent is not None:
+            best = best.parent
+        matched = best.end if best.ends else 0
+        if matched == len(ids):
+            reason = ""
+        elif shared > matched:
+            reason = f"Tokens {matched} to {shared} are stored, but no state after any of them."
+        elif not shared:
+            reason = "Nothing is stored that begins like this." if self.root.children else "Nothing is stored yet."
+        elif node.full:
+            reason = f"The budget of {binary(self.budget)} had no room for what came after."
+        elif partial is None and not node.children:
+            reason = "What is stored ends there."
+        else:
+            reason = "What is stored goes on otherwise from there."
+        return best, Match(matched, shared, reason)
+
+    def _open(self, node: Node, *, max_len: int, history: int) -> HybridCache | None:
+        """A cache that stands after a node's last token; None where files on the way are gone or damaged."""
+        cache = self._new_cache(max_len=max_len, history=history)
+        if node is self.root:
+            return cache
+        loaded = []
+        for one in node.path:
+            found = self._load(one, finish=one is node)
+            if found is None:
+                return None
+            loaded.append(found)
+        finish = loaded[-1][1]
+        assert finish is not None
+        for state, *parts in zip(keys_and_values(cache), *(piece for piece, _ in loaded), strict=True):
+            state.hold(tuple(parts))
+        states = iter(finish.states)
+        cache.layers = [DeltaNetState(*next(states)) if isinstance(s, DeltaNetState) else s for s in cache.layers]
+        cache.tokens[0, : node.end] = node.text
+        cache.lengths, cache.hidden, cache.last_logits = (node.end,), finish.hidden, finish.logits
+        for one, (piece, _) in zip(node.path, loaded, strict=True):
+            one.piece = piece
+        node.finish = finish
+        self._use(node)
+        self._trim()
+        return cache
+
+    def _load(self, node: Node, *, finish: bool) -> tuple[Piece, End | None] | None:
+        """A node's keys and values, and its state if `finish` asks; None where its file is gone or damaged.
+
+        The node, and what is stored behind it, is forgotten then.
+        """
+        if node.piece is not None and (node.finish is not None or not (finish and node.ends)):
+            return node.piece, node.finish
+        assert node.parent is not None
+        found = None
+        if self.files is not None and node.file is not None:
+            try:
+                found = self.files.read(node, self.model.device)
+            except ValueError as error:
+                warnings.warn(f"A stored beginning cannot be used and is forgotten: {error}", stacklevel=5)
+                node.file.unlink(missing_ok=True)
+        if found is None:
+            node.parent.children.remove(node)
+            self._scan()  # other stores may have written what takes its place
+        return found
+
+    def _attach(self, node: Node) -> bool:
+        """Have all of a node in memory, whatever the budget; False where it is gone."""
+        found = self._load(node, finish=True)
+        if found is not None:
+            node.piece, node.finish = found
+        return found is not None
+
+    def _use(self, node: Node) -> None:
+        self._clock += 1
+        node.used = self._clock
+        if self.files is not None:
+            self.files.touch(node)
+
+    def _write(self, node: Node) -> None:
+        if self.files is not None:
+            self.files.write(node)
+
+    def _scan(self) -> None:
+        """Know what the folder holds, without reading it."""
+        if self.files is None:
+            return
+        known = {node.file.stem: node for node in self.root.below() if node.file is not None} | {"": self.root}
+        for path, about, tokens in self.files.scan(left_out=known):
+            parent = known.get(about["parent"])
+            if parent is not None and parent.end == about["begin"]:
+                node = Node(tokens, about["begin"], parent, file=path, ends=about["ends"])
+                parent.children.append(node)
+                known[path.stem] = node
+
+    def _make_room(self, needed: int, node: Node) -> bool:
+        """Free memory for so many bytes behind `node`; False, and nothing is freed, where that is impossible."""
+        own = set(node.path)
+        if sum(one.nbytes - (0 if one.finish is None else one.finish.nbytes) for one in own) + needed > self.budget:
+            return False
+        while self.nbytes + needed > self.budget:
+            if not self._drop_oldest(kept=own):  # then states on the way to `node`, from the beginning on
+                self._drop(next(one for one in node.path if one.finish is not None), whole=False)
+        return True
+
+    def _trim(self) -> None:
+        """Bring what is in memory under the budget."""
+        while self.nbytes > self.budget and self._drop_oldest(kept=set()):
+            pass
+
+    def _drop_oldest(self, *, kept: set[Node]) -> bool:
+        """Free the state, or the end of a text, that was gone on from longest ago; False where there is none."""
+        free = [one for one in self.root.below() if one.nbytes and one not in kept]
+        ends = [one for one in free if not any(other.nbytes for other in one.below()[1:])]
+        candidates = {one for one in free if one.finish is not None} | set(ends)
+        if not candidates:
+            return False
+        oldest = min(candidates, key=lambda one: one.used)
+        self._drop(oldest, whole=oldest in ends)
+        return True
+
+    def _drop(self, node: Node, *, whole: bool) -> None:
+        """Take a node's state out of memory, or all of it; what has no file is forgotten."""
+        node.finish = None
+        node.piece = None if whole else node.piece
+        if node.file is not None:
+            return
+        node.ends = False
+        while whole and node.parent is not None and not (node.children or node.ends or node.file):
+            node.parent.children.remove(node)
+            node = node.parent
+
+
+class Prefill:
+    """A prompt on its way into a cache; iterating runs it and yields (tokens done, tokens in all).
+
+    Attributes:
+        cache: holds the matched tokens at first, and all of them at the end.
+        matched_tokens, reason: as in `Match`.
+        chunk_size, max_memory: as `model.prefill` takes them.
+    """
+
+    def __init__(
+        self,
+        store: PrefixStore,
+        ids: Tensor,
+        *,
+        max_len: int,
+        points: Sequence[int],
+        history: int,
+    ):
+        if max_len < len(ids):
+            raise ValueError(f"The prompt has {len(ids)} tokens and max_len is {max_len}: make it larger.")
+        cache = None
+        while cache is None:
+            node, match = store._look(ids)
+            cache = store._open(node if match.matched_tokens else store.root, max_len=max_len, history=history)
+        self.cache, self.matched_tokens, self.reason = cache, match.matched_tokens, match.reason
+        self._store, self._ids = store, ids
+        self.chunk_size: int = 4096
+        self.max_memory: int | str | None = None
+        branch = match.shared_tokens // GRID * GRID  # where this text leaves another: a third may as well
+        wanted = {*range(store.spacing, len(ids), store.spacing), branch, *points, len(ids)}
+        self._stops = sorted(n for n in wanted if self.matched_tokens < n <= len(ids))
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        model, total = self._store.model, len(self._ids)
+        ids = self._ids[None].to(model.device)
+        for stop in self._stops:
+            begin = self.cache.lengths[0]
+            chunks = model.prefill(ids[:, begin:stop], self.cache, self.chunk_size, max_memory=self.max_memory)
+            for done, _ in chunks:
+                yield begin + done, total
+            self._store.add(self.cache)
+        if not self._stops:
+            yield total, total

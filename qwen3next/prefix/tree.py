@@ -1,0 +1,134 @@
+"""Texts that begin alike, as a tree: each node is a run of tokens with its keys and values, and may keep a state."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from layers.state.kv_cache import KVState, Stored
+from qwen3next.cache.hybrid import HybridCache, common_prefix
+
+Piece = list[Stored]  # of each layer with keys and values, the MTP layer last
+
+
+@dataclass
+class End:
+    """What it takes beside keys and values to go on after a node's last token."""
+
+    states: list[tuple[Tensor, Tensor]]  # of each Gated DeltaNet layer: convolution, memory
+    hidden: Tensor
+    logits: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        logits = 0 if self.logits is None else self.logits.nbytes
+        return sum(conv.nbytes + memory.nbytes for conv, memory in self.states) + self.hidden.nbytes + logits
+
+
+@dataclass(eq=False)
+class Node:
+    """Tokens `begin` up to `end` of texts that agree so far.
+
+    Attributes:
+        tokens: (end − begin,) on the CPU.
+        piece, finish: None where they are only in `file`, or `finish` where no state is kept.
+        file: where the node was written.
+        ends: whether a state is kept, here or in the file.
+        full: the budget refused what came after.
+        used: when it was last gone on from, by the store's clock.
+    """
+
+    tokens: Tensor
+    begin: int = 0
+    parent: "Node | None" = None
+    piece: Piece | None = None
+    finish: End | None = None
+    file: Path | None = None
+    ends: bool = False
+    full: bool = False
+    used: int = 0
+    children: list["Node"] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        return self.begin + len(self.tokens)
+
+    @property
+    def path(self) -> list["Node"]:
+        """From the first tokens to these."""
+        found: list[Node] = []
+        node: Node | None = self
+        while node is not None and node.parent is not None:
+            found.append(node)
+            node = node.parent
+        return found[::-1]
+
+    @property
+    def text(self) -> Tensor:
+        """All tokens from the beginning."""
+        return torch.cat([self.tokens[:0], *(node.tokens for node in self.path)])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        piece = sum(x.nbytes for stored in self.piece or () for x in stored)
+        return piece + (0 if self.finish is None else self.finish.nbytes)
+
+    def follow(self, ids: Tensor) -> "tuple[Node, Node | None, int]":
+        """Along these tokens from here, the root.
+
+        Returns: the last node that lies in them whole, the one that begins like what comes after, and how many tokens
+            agree in all.
+        """
+        node, depth = self, 0
+        while True:
+            agree = [(common_prefix(child.tokens, ids[depth:]), child) for child in node.children]
+            count, child = max(agree, key=lambda pair: pair[0], default=(0, self))
+            if count < len(child.tokens) or not count:
+                return node, child if count else None, depth + count
+            node, depth = child, depth + count
+
+    def below(self) -> list["Node"]:
+        """This node and all after it."""
+        return [self, *(node for child in self.children for node in child.below())]
+
+    def split(self, at: int, *, mtp: bool) -> "Node":
+        """Cut in two before token `at`; returns the upper part, which takes this node's place and keeps no state.
+
+        Args:
+            mtp: whether the last layer of `piece` is MTP's.
+        """
+        assert self.parent is not None
+        assert self.piece is not None
+        assert self.begin < at < self.end
+        upper = Node(self.tokens[: at - self.begin].clone(), self.begin, self.parent, used=self.used)
+        upper.piece, lower = [], []
+        for i, stored in enumerate(self.piece):
+            behind = mtp and i == len(self.piece) - 1
+            n = (max(at - 1, 0) - max(self.begin - 1, 0)) if behind else at - self.begin
+            upper.piece.append(tuple(x[:, :, :n].clone() for x in stored))
+            lower.append(tuple(x[:, :, n:].clone() for x in stored))
+        self.piece = lower
+        upper.children = [self]
+        self.parent.children[self.parent.children.index(self)] = upper
+        self.tokens, self.begin, self.parent = self.tokens[at - self.begin :].clone(), at, upper
+        return upper
+
+
+def keys_and_values(cache: HybridCache) -> list[KVState]:
+    """Of each layer that has any, MTP last."""
+    softmax = [s for s in cache.layers if isinstance(s, KVState)]
+    return softmax if cache.mtp is None else [*softmax, cache.mtp]
+
+
+def places(cache: HybridCache, begin: int, end: int) -> list[tuple[KVState, int, int]]:
+    """Where the keys and values of these tokens stand; MTP's are a place behind, as each waits for the next token."""
+    return [
+        (s, max(begin - 1, 0), max(end - 1, 0)) if s is cache.mtp else (s, begin, end) for s in keys_and_values(cache)
+    ]
+
+
+def cut_out(cache: HybridCache, begin: int, end: int) -> Piece:
+    """Keys and values of these tokens of a cache, in memory of their own."""
+    return [s.copy(a, b) for s, a, b in places(cache, begin, end)]

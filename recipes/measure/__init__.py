@@ -1,0 +1,1 @@
+"""What benchmarks use: machine, work, cases, comparison with definitions."""

@@ -1,0 +1,190 @@
+"""What `recipes.benchmark` times: the same work by qwen3next and by others, and how much work it is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import qwen3next as q
+from layers.delta_rule import gated_delta_rule
+from layers.moe import SparseMoE
+from layers.norm import l2_normalise
+from recipes.measure.work import active_weight_bytes, delta_rule_flops, forward_flops, linear_weights, train_flops
+
+Run = Callable[[], object]
+
+
+@dataclass
+class Case:
+    """One comparison.
+
+    Attributes:
+        what: name of the row.
+        tokens: in one run.
+        flops, nbytes: of the work that cannot be left out: products, and weights or states that must be read.
+        sides: what runs, by name; "qwen3next" first.
+    """
+
+    what: str
+    tokens: int
+    flops: int = 0
+    nbytes: int = 0
+    sides: dict[str, Run] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The same weights in both implementations."""
+
+    ours: q.Qwen3Next
+    theirs: torch.nn.Module
+    generator: torch.Generator
+
+    @property
+    def device(self) -> torch.device:
+        return self.ours.embed_tokens.weight.device
+
+    def draw(self, b: int, t: int) -> Tensor:
+        """Random tokens."""
+        return torch.randint(self.ours.vocab_size, (b, t), generator=self.generator).to(self.device)
+
+
+def prefill(models: Models, batch: int, length: int) -> Case:
+    """A prompt, logits of its last token."""
+    ours, theirs, ids = models.ours, models.theirs, models.draw(batch, length)
+
+    @torch.no_grad()
+    def us() -> None:
+        ours(ids, cache=ours.new_cache(batch, max_len=length), logits_to_keep=1)
+
+    @torch.no_grad()
+    def them() -> None:
+        theirs(ids, use_cache=True, logits_to_keep=1)
+
+    flops = batch * forward_flops(ours.config, length)
+    return Case(f"prefill {batch} x {length}", ids.numel(), flops, 0, {"qwen3next": us, "transformers": them})
+
+
+def decode(models: Models, batch: int, before: int, steps: int) -> Case:
+    """Single tokens behind a context. Both contexts grow from repetition to repetition, by the same tokens."""
+    ours, theirs = models.ours, models.theirs
+    ids, new = models.draw(batch, before), models.draw(batch, steps).split(1, dim=1)
+    with torch.no_grad():
+        cache = ours.new_cache(batch, max_len=before + 100 * steps)
+        ours(ids, cache=cache, logits_to_keep=1)
+        past = theirs(ids, use_cache=True, logits_to_keep=1).past_key_values
+
+    def us() -> None:
+        for token in new:
+            ours.step(token, cache)
+
+    @torch.no_grad()
+    def them() -> None:
+        for token in new:
+            theirs(token, past_key_values=past, use_cache=True)
+
+    weight = ours.embed_tokens.weight
+    nbytes = steps * active_weight_bytes(ours.config, weight.element_size())
+    what = f"decode {batch} x 1 after {before}"
+    return Case(what, batch * steps, 0, nbytes, {"qwen3next": us, "transformers": them})
+
+
+def question(models: Models, document: int, tokens: int) -> Case:
+    """Another question about a document that was asked about before."""
+    ours, theirs = models.ours, models.theirs
+    text, asked = models.draw(1, document), models.draw(1, tokens)
+    whole = torch.cat((text, asked), dim=1)
+    store = q.PrefixStore(ours, budget="8GiB")
+    list(store.prefill(text))
+    drawn = torch.Generator().manual_seed(0)
+
+    def us() -> None:  # another one each time: a question asked twice would not be run at all
+        new = torch.randint(ours.vocab_size, (1, tokens), generator=drawn).to(models.device)
+        list(store.prefill(torch.cat((text, new), dim=1)))
+
+    @torch.no_grad()
+    def them() -> None:
+        theirs(whole, use_cache=True, logits_to_keep=1)
+
+    flops = forward_flops(ours.config, tokens, past=document)
+    return Case(
+        f"question of {tokens} after {document}", tokens, flops, 0, {"qwen3next": us, "transformers, cold": them}
+    )
+
+
+def train(models: Models, batch: int, length: int, *, autocast: bool) -> Case:
+    """Loss and gradients, without an optimizer; in bf16 with fp32 weights under autocast."""
+    ours, theirs, ids = models.ours, models.theirs, models.draw(batch, length)
+    mixed: dict[str, Any] = {"device_type": models.device.type, "dtype": torch.bfloat16, "enabled": autocast}
+
+    def us() -> None:
+        ours.zero_grad()
+        with torch.autocast(**mixed):
+            loss = ours.loss(ids).lm
+        loss.backward()
+
+    def them() -> None:
+        theirs.zero_grad()
+        with torch.autocast(**mixed):
+            loss = theirs(ids, labels=ids).loss
+        loss.backward()
+
+    flops = batch * train_flops(ours.config, length)
+    return Case(f"train {batch} x {length}", ids.numel(), flops, 0, {"qwen3next": us, "transformers": them})
+
+
+def experts(models: Models, tokens: int) -> Case:
+    """The mixture of experts of one layer alone."""
+    ours, theirs = models.ours.blocks[0].mlp, models.theirs.get_submodule("model.layers.0.mlp")
+    assert isinstance(ours, SparseMoE)
+    c, weight = models.ours.config, models.ours.embed_tokens.weight
+    x = torch.randn(1, tokens, c.hidden_size, generator=models.generator).to(weight)
+
+    @torch.no_grad()
+    def us() -> None:
+        ours(x, stats=False)
+
+    @torch.no_grad()
+    def them() -> None:
+        theirs(x)
+
+    inner = c.num_experts_per_tok * c.moe_intermediate_size + c.shared_expert_intermediate_size
+    flops = 2 * tokens * c.hidden_size * (3 * inner + c.num_experts + 1)
+    return Case(f"experts alone, {tokens}", tokens, flops, 0, {"qwen3next": us, "transformers": them})
+
+
+def delta_rule(tokens: int, *, heads: tuple[int, int], dim: int, backward: bool, like: Tensor) -> Case:
+    """The operator alone, on random inputs of so many key and value heads, q and k normalised."""
+    key_heads, value_heads = heads
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(1, tokens, *shape, generator=generator).to(like).requires_grad_(backward)
+
+    q_, k, v = random(key_heads, dim), random(key_heads, dim), random(value_heads, dim)
+    gate = (-random(value_heads).float().abs() * 0.1).detach().requires_grad_(backward)
+    beta = random(value_heads).float().sigmoid().detach().requires_grad_(backward)
+
+    def us() -> None:
+        with torch.set_grad_enabled(backward):
+            o, _ = gated_delta_rule(l2_normalise(q_.float()) * dim**-0.5, l2_normalise(k.float()), v, gate, beta)
+            if backward:
+                o.float().sum().backward()
+
+    def them() -> None:
+        with torch.set_grad_enabled(backward):
+            wide = (x.repeat_interleave(value_heads // key_heads, dim=2) for x in (q_, k))
+            o, _ = torch_chunk_gated_delta_rule(*wide, v, gate, beta, use_qk_l2norm_in_kernel=True)
+            if backward:
+                o.float().sum().backward()
+
+    flops = delta_rule_flops(tokens=tokens, heads=value_heads, key_dim=dim, value_dim=dim) * (3 if backward else 1)
+    what = f"delta rule {'and gradients ' if backward else ''}{key_heads}:{value_heads} x {dim}, {tokens}"
+    return Case(what, tokens, flops, 0, {"qwen3next": us, "transformers": them})
+
+
+__all__ = ["Case", "Models", "decode", "delta_rule", "experts", "linear_weights", "prefill", "question", "train"]

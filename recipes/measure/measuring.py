@@ -1,0 +1,168 @@
+"""What measurements have in common: the machine in words and its own limits in the same run, memory, files."""
+
+import ctypes
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layers.linear import linear
+from qwen3next.files.atomic import fresh_file
+
+HERE = Path(__file__).parent
+
+
+def machine() -> dict[str, str]:
+    """What ran where, to be written beside every number."""
+    import transformers
+
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE)
+        commit = run.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit,
+        "machine": f"{_processor()}, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}, {gpu}",
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{platform.machine()} {names[0]}" if names else platform.machine()
+
+
+def read_bandwidth(device: torch.device | str = "cpu", *, of: torch.Tensor | None = None) -> float:
+    """Bytes a second at which memory is read, the best of a few sums over 512 MiB, or over `of`."""
+    x = random_bytes(device) if of is None else of
+    return x.nbytes / _best(lambda: x.sum(), 5)
+
+
+def random_bytes(device: torch.device | str = "cpu") -> torch.Tensor:
+    """512 MiB to read; not constant, because equal pages may be one in memory, which then stays in the caches."""
+    return torch.rand(2**27, device=device)
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
+    """Floating-point operations a second of a large matrix product, the best of a few, by the faster library."""
+    n = 4096 if torch.device(device).type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
+    with torch.no_grad():
+        return 2 * n**3 / _best(lambda: linear(a, b), 5)
+
+
+def machine_can(dtype: torch.dtype, of: torch.Tensor) -> dict[str, float]:
+    """Both limits of the CPU at this moment; other work on the machine, or its host, may change them."""
+    return {"flops_per_second": matmul_rate(dtype), "read_bytes_per_second": read_bandwidth(of=of)}
+
+
+def _best(run: Any, times: int) -> float:
+    run()
+    return min(seconds_of(run) for _ in range(times))
+
+
+def synchronize() -> None:
+    """Wait until the GPU, where there is one, has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@dataclass
+class Peak:
+    """Bytes by which memory rose at most over what it was at the beginning; −1 where that cannot be known."""
+
+    nbytes: int = -1
+
+
+def give_back() -> None:
+    """Let the allocator return what is free, so that what a run takes is seen (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@contextmanager
+def peak_memory() -> Iterator[Peak]:
+    """Measure the most memory taken inside the block: of the GPU where there is one, else resident (Linux)."""
+    found = Peak()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield found
+        found.nbytes = torch.cuda.max_memory_allocated() - before
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the highest so far is forgotten
+        before = _status("VmRSS")
+    except OSError:
+        yield found
+        return
+    yield found
+    found.nbytes = _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    text = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(f"{name}:"))
+
+
+def in_own_process(module: str, job: Mapping[str, Any], most_seconds: float) -> dict[str, Any]:
+    """What `python -m MODULE --worker` prints for a job, both as JSON: a process has a peak memory of its own.
+
+    Returns {"failed": why, in a few words} where it does not end well or in time.
+    """
+    command = [sys.executable, "-m", module, "--worker"]
+    try:
+        done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=most_seconds)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"took longer than {most_seconds:.0f} s"}
+    if done.returncode < 0:
+        return {"failed": "out of memory" if done.returncode == -9 else f"killed by signal {-done.returncode}"}
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:]
+        return {"failed": last[0] if last else f"status {done.returncode}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """How long it takes, once."""
+    synchronize()
+    begin = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - begin
+
+
+def write_figure(figure: Any, path: Path) -> None:
+    """A picture of matplotlib as a .png, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with fresh_file(path) as fresh:
+        figure.savefig(fresh, format="png", dpi=120)
+
+
+def write_results(out: Path, content: Mapping[str, Any], markdown: str) -> None:
+    """OUT.json and OUT.md, each whole or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for path, text in (
+        (out.with_suffix(".json"), json.dumps(content, indent=2) + "\n"),
+        (out.with_suffix(".md"), markdown),
+    ):
+        with fresh_file(path) as fresh:
+            fresh.write_text(text, encoding="utf-8")

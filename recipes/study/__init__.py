@@ -1,0 +1,1 @@
+"""The gated-attention study: models, runs, metrics, pictures."""

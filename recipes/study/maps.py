@@ -1,0 +1,96 @@
+"""Attention maps of one prompt, two models side by side, and the numbers behind the picture."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+import qwen3next as q
+from qwen3next.interp.pictures import draw_attention
+from recipes.study.run import write_json
+from recipes.study.toy import BOS, HELD_OUT, TRIGGERS, BigramBackcopy
+
+SHOWN = 40  # tokens
+
+
+@torch.no_grad()
+def head_averages(model: q.Qwen3Next, ids: Tensor) -> dict[int, Tensor]:
+    """(t, s) attention of each softmax layer, averaged over heads, of one prompt (1, t)."""
+    layers = [i for i, kind in enumerate(model.config.layer_types) if kind == "full_attention"]
+    names = [f"blocks.{i}.self_attn.hook_pattern" for i in layers]
+    with model.expose(pattern=layers):
+        _, acts = model.run_with_cache(ids.to(model.embed_tokens.weight.device), names_filter=names)
+    return {i: acts[name][0].float().mean(0).cpu() for i, name in zip(layers, names, strict=True)}
+
+
+def draw_maps(averages: Mapping[str, Mapping[int, Tensor]], tokens: Sequence[str], path: Path) -> dict[str, Any]:
+    """Each model's attention in the layer in which the first model attends most to the first token.
+
+    Args:
+        averages: `head_averages` of one prompt, by the model's name; models of equal layers.
+    Writes `path` (.png) and beside it the numbers, .json. Returns those.
+    """
+    first = next(iter(averages.values()))
+    layer = max(first, key=lambda i: first_token_share(first[i]))
+    draw_attention(
+        {_title(name, layer, maps[layer]): maps[layer] for name, maps in averages.items()}, tokens=tokens
+    ).savefig(path, bbox_inches="tight")
+    values = {
+        "layer": layer,
+        "tokens": list(tokens),
+        "first_token": {name: first_token_share(maps[layer]) for name, maps in averages.items()},
+        "maps": {name: _rounded(maps[layer]) for name, maps in averages.items()},
+    }
+    write_json(path.with_suffix(".json"), values)
+    return values
+
+
+def draw_depths(name: str, averages: Mapping[int, Tensor], tokens: Sequence[str], path: Path) -> None:
+    """A model's attention in four of its softmax layers: of 28 the first, seventh, twenty-first and last, as the study.
+
+    Writes `path` (.png) and beside it the numbers, .json, which have the first token's share of every layer.
+    """
+    layers = list(averages)
+    n = len(layers)
+    shown = sorted({layers[i] for i in (0, max(n // 4 - 1, 0), max(3 * n // 4 - 1, 0), n - 1)})
+    titled = {_title(name, i, averages[i]): averages[i] for i in shown}
+    figure = draw_attention(titled, tokens=tokens, columns=2 if len(shown) == 4 else None)
+    figure.savefig(path, bbox_inches="tight")
+    values = {
+        "tokens": list(tokens),
+        "first_token": {i: first_token_share(matrix) for i, matrix in averages.items()},
+        "maps": {i: _rounded(averages[i]) for i in shown},
+    }
+    write_json(path.with_suffix(".json"), values)
+
+
+def first_token_share(matrix: Tensor) -> float:
+    """Mean attention to the first token, from those behind it."""
+    return float(matrix[1:, 0].mean())
+
+
+def _title(name: str, layer: int, matrix: Tensor) -> str:
+    return f"{name}, layer {layer}: {first_token_share(matrix):.2f} on the first token"
+
+
+def _rounded(matrix: Tensor) -> list[list[float]]:
+    return [[round(x, 4) for x in row] for row in matrix.tolist()]
+
+
+def toy_prompt() -> tuple[Tensor, list[str]]:
+    """A held-out sequence of the toy; triggers are marked."""
+    ids = BigramBackcopy(SHOWN, 0).batch(HELD_OUT, 1).input_ids
+    return ids, ["BOS" if i == BOS else f"!{i}" if i < TRIGGERS else str(i) for i in ids[0].tolist()]
+
+
+def text_prompt(tokenizer: Tokenizer, text: str, first: int | None) -> tuple[Tensor, list[str]]:
+    """The beginning of a text, behind the token `first` if there is one."""
+    encoded = tokenizer.encode(text, add_special_tokens=False).ids
+    found = ([] if first is None else [first]) + encoded[: SHOWN - (first is not None)]
+    if len(found) < 2:
+        raise ValueError("The prompt has fewer than two tokens, so there is no attention to draw: give a longer one.")
+    tokens = [tokenizer.decode([i]) or tokenizer.id_to_token(i) or "?" for i in found]
+    return torch.tensor([found]), tokens

@@ -1,0 +1,1 @@
+"""What pretraining runs use: data, settings, steps, checkpoints, reports."""

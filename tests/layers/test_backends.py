@@ -1,0 +1,264 @@
+"""Which implementation runs, why, and that kernels get the arguments they should."""
+
+import sys
+import types
+
+import pytest
+import torch
+from conftest import small_model
+
+import layers.dispatch.backends as backends
+import qwen3next as q
+from layers.causal_conv import causal_conv
+from layers.delta_rule import gated_delta_rule
+from layers.segments import Segments
+
+CUDA = torch.device("cuda")
+
+
+def test_auto_takes_the_fastest_that_can_run(monkeypatch):
+    cpu = torch.zeros(1)
+    for mkl_uses_all, linear in ((True, "torch"), (False, "onednn")):
+        monkeypatch.setattr(backends, "MKL_USES_ALL", mkl_uses_all)
+        for compiler, grad, kernels in ((None, False, "cpp"), (None, True, "cpp"), ("no compiler", False, None)):
+            monkeypatch.setattr(backends, "missing", lambda compiler=compiler: compiler)
+            with torch.set_grad_enabled(grad):
+                assert {name: backends.choose(name, "auto", cpu) for name in backends.OPERATIONS} == {
+                    "decode": "cpp" if compiler is None else "torch",
+                    "linear": linear,
+                    "delta_rule": kernels or "piecewise",
+                    "linear_rule": "chunked",
+                    "causal_conv": kernels or "torch",
+                    "attention": "cpp" if kernels and not grad else "sdpa",
+                    "elementwise": kernels or "torch",
+                    "cross_entropy": "torch",
+                    "experts": kernels or "grouped",
+                }
+    monkeypatch.setattr(backends, "fla_missing", lambda: None)
+    assert backends.choose_for("delta_rule", "auto", CUDA, torch.float64) == "chunked"  # pieces are sized for a CPU
+    assert backends.choose_for("delta_rule", "piecewise", CUDA, torch.float64) == "piecewise"
+    assert backends.why_not("delta_rule", "fla", CUDA, torch.bfloat16) is None
+    assert "float64" in backends.why_not("delta_rule", "fla", CUDA, torch.float64)
+    monkeypatch.setattr(backends, "fla_missing", lambda: "not installed")
+    assert backends.why_not("delta_rule", "fla", CUDA, torch.bfloat16) == "not installed"
+
+
+def test_a_named_backend_runs_or_raises():
+    with pytest.raises(RuntimeError, match="cannot run here: flash-linear-attention's kernels run on CUDA"):
+        small_model().set_backend("delta_rule", "fla")
+    with pytest.raises(RuntimeError, match=r"no torch\.float64"):
+        small_model(dtype=torch.float64).set_backend("experts", "grouped")
+
+
+def test_explain_says_what_runs_and_what_would_be_faster():
+    model = small_model()
+    model.set_backend("attention", "eager")
+    table = q.explain(model)
+    rows = {row.operation: row for row in table}
+    assert rows.keys() == backends.OPERATIONS.keys() - {"linear_rule"}  # which only variants have
+    assert (rows["attention"].runs, rows["attention"].why[:5]) == ("eager", "named")
+    assert "fla: " in rows["delta_rule"].faster
+    assert "delta_rule" in str(table)
+
+
+def test_every_backend_gives_the_same_model():
+    tokens = torch.arange(80).view(1, 80)
+    model = small_model(dtype=torch.float64)  # rounding out of the way; grouped experts, fp32 only, are tested by layer
+    expected = model(tokens).logits
+    for operation, names in {
+        "delta_rule": ["chunked", "recurrent"],
+        "attention": ["eager"],
+        "experts": ["loop"],
+    }.items():
+        for name in names:
+            model.set_backend(operation, name)
+            torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=1e-10)
+
+
+@pytest.fixture
+def on_a_hopper(monkeypatch):
+    """FLA installed on a Hopper GPU, with the Triton that a test puts there; warnings are fresh."""
+    monkeypatch.setattr(backends, "fla_missing", lambda: None)
+    monkeypatch.setattr(backends, "generation", lambda device: 9 if device.type == "cuda" else 0)
+    backends._warn_once.cache_clear()
+    yield lambda triton: monkeypatch.setattr(backends, "release", {"triton": triton}.get)
+    backends._warn_once.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "triton, refused",
+    [((3, 3, 1), False), ((3, 4, 0), True), ((3, 6, 0), True), ((3, 7, 0), True), ((3, 7, 1), False), ((4, 0), False)],
+)
+def test_a_triton_that_miscompiles_gradients_is_refused_on_hopper(on_a_hopper, monkeypatch, triton, refused):
+    on_a_hopper(triton)
+    reason = backends.why_not("delta_rule", "fla", CUDA, torch.bfloat16)
+    assert (reason is not None) == refused
+    if refused:
+        assert f"triton {'.'.join(map(str, triton))} miscompiles" in reason
+        assert "pip install 'triton>=3.7.1'" in reason
+    with torch.no_grad():  # the forward is right
+        assert backends.why_not("delta_rule", "fla", CUDA, torch.bfloat16) is None
+    assert backends.why_not("causal_conv", "fla", CUDA, torch.bfloat16) is None
+    for other in (8, 10):
+        monkeypatch.setattr(backends, "generation", lambda _device, other=other: other)
+        assert backends.why_not("delta_rule", "fla", CUDA, torch.bfloat16) is None
+
+
+def test_a_refused_triton_is_never_replaced_in_silence(on_a_hopper):
+    on_a_hopper((3, 6, 0))
+    with pytest.raises(RuntimeError, match=r"'fla' backend of delta_rule cannot run here: triton 3\.6\.0 miscompiles"):
+        backends.choose_for("delta_rule", "fla", CUDA, torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"not used: triton 3\.6\.0.*pip install 'triton>=3\.7\.1'") as seen:
+        chosen = [backends.choose_for("delta_rule", "auto", CUDA, torch.bfloat16) for _ in "ab"]
+    assert chosen == ["chunked"] * 2
+    assert len(seen) == 1
+    row = backends.explain_operation("delta_rule", "auto", CUDA, torch.bfloat16)
+    assert row.runs == "fla"
+    assert "with gradients, chunked, as triton 3.6.0 miscompiles" in row.why
+    assert (
+        "not with gradients: triton 3.6.0" in backends.explain_operation("delta_rule", "fla", CUDA, torch.bfloat16).why
+    )
+
+
+@pytest.fixture
+def fake_fla(monkeypatch):
+    """FLA's documented signatures, computed by our reference: what we pass must mean what we meant."""
+    calls = []
+
+    def kernel(name):
+        def run(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None):
+            calls.append(name)
+            assert scale == 1.0
+            assert output_final_state
+            assert g.dtype == beta.dtype == torch.float32
+            assert initial_state is None or initial_state.dtype == torch.float32
+            if cu_seqlens is None:
+                return gated_delta_rule(q, k, v, g, beta, state=initial_state, backend="recurrent")
+            assert q.shape[0] == 1
+            outputs, states = [], []
+            for i, (begin, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
+                cut = (x[:, begin:end] for x in (q, k, v, g, beta))
+                state = None if initial_state is None else initial_state[i : i + 1]
+                o, s = gated_delta_rule(*cut, state=state, backend="recurrent")
+                outputs.append(o)
+                states.append(s)
+            return torch.cat(outputs, 1), torch.cat(states)
+
+        return run
+
+    def conv(x, weight, bias=None, residual=None, initial_state=None, activation=None, backend="triton"):
+        calls.append("causal_conv1d")
+        assert activation == "silu"
+        assert initial_state.shape == (x.shape[0], x.shape[2], weight.shape[1])
+        return causal_conv(x, weight, state=initial_state[..., 1:].mT, backend="torch")
+
+    rule = types.ModuleType("fla.ops.gated_delta_rule")
+    rule.chunk_gated_delta_rule, rule.fused_recurrent_gated_delta_rule = kernel("chunk"), kernel("fused")
+    convolution = types.ModuleType("fla.modules.convolution")
+    convolution.causal_conv1d = conv
+    for name, module in {
+        "fla": types.ModuleType("fla"),
+        "fla.ops": types.ModuleType("fla.ops"),
+        "fla.modules": types.ModuleType("fla.modules"),
+        "fla.ops.gated_delta_rule": rule,
+        "fla.modules.convolution": convolution,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    for implementations in ("delta_rule", "causal_conv"):
+        fla, *others = backends.OPERATIONS[implementations]
+        here = backends.Implementation(fla.name, fla.why)
+        monkeypatch.setitem(backends.OPERATIONS, implementations, (here, *others))
+    return calls
+
+
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_fla_is_called_as_meant(fake_fla, state, packed):
+    from test_delta_rule import inputs
+
+    x = inputs(40, dtype=torch.float32, state=state)
+    ids = torch.tensor([[-1] * 3 + [0] * 20 + [1] * 17, [0] * 5 + [1] * 5 + [2] * 25 + [-1] * 5])
+    segments = Segments.from_document_ids(ids) if packed else None
+    o, final = gated_delta_rule(**x, segments=segments, backend="fla")
+    expected, last = gated_delta_rule(**x, segments=segments, backend="recurrent")
+    torch.testing.assert_close(o, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(final, last, rtol=0, atol=1e-6)
+    assert fake_fla == ["chunk"]
+
+
+@pytest.fixture
+def fake_fla_rows(fake_fla, monkeypatch):
+    """FLA's gated norm and fused loss, in the precision and with the reductions that it documents."""
+
+    def rms_norm_gated(x, g, weight, bias, activation="swish", eps=1e-6):
+        assert bias is None
+        assert activation in ("silu", "swish")
+        fake_fla.append("rms_norm_gated")
+        y = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps) * weight.float()
+        return (y * torch.nn.functional.silu(g.float())).to(x.dtype)
+
+    class FusedLinearCrossEntropyLoss:
+        def __init__(self, ignore_index=-100, reduction="mean"):
+            assert reduction == "sum"
+
+        def __call__(self, x, target, weight, bias=None):
+            assert x.dtype == weight.dtype
+            fake_fla.append("FusedLinearCrossEntropyLoss")
+            return torch.nn.functional.cross_entropy((x @ weight.mT).float(), target, reduction="sum")
+
+    norm = types.ModuleType("fla.modules.fused_norm_gate")
+    norm.rms_norm_gated = rms_norm_gated
+    monkeypatch.setitem(sys.modules, "fla.modules.fused_norm_gate", norm)
+    sys.modules["fla.modules"].FusedLinearCrossEntropyLoss = FusedLinearCrossEntropyLoss
+    for name in ("elementwise", "cross_entropy"):
+        fla, *others = backends.OPERATIONS[name]
+        assert fla.name == "fla"
+        monkeypatch.setitem(backends.OPERATIONS, name, (backends.Implementation(fla.name, fla.why), *others))
+    return fake_fla
+
+
+def test_fla_s_gated_norm_and_loss_are_called_as_meant(fake_fla_rows):
+    """fp32, where FLA's order is the definition's to rounding; a hook on the gate gets it from the definition."""
+    model, ids, found, seen = small_model(), torch.arange(40).view(2, 20), [], []
+    for name in ("fla", "torch"):
+        model.set_backend("elementwise", name)
+        model.set_backend("cross_entropy", name)
+        model.set_backend("delta_rule", "chunked")
+        model.zero_grad()
+        losses = model.loss(ids)
+        losses.total.backward()
+        grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append([losses.lm.detach(), losses.mtp.detach(), *grads])
+        if name == "fla":
+            assert fake_fla_rows.count("rms_norm_gated") == 3
+            assert fake_fla_rows.count("FusedLinearCrossEntropyLoss") == 1 + (model.mtp is not None)
+            with torch.no_grad():
+                point = "blocks.0.linear_attn.hook_gate"
+                model.run_with_hooks(ids, fwd_hooks=[(point, lambda x, hook: seen.append(x))])
+            assert seen
+            assert fake_fla_rows.count("rms_norm_gated") == 5
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_what_auto_picks_of_fla_s_row_kernels(monkeypatch):
+    monkeypatch.setattr(backends, "fla_missing", lambda: None)
+    pick = backends.choose_for
+    assert pick("elementwise", "auto", CUDA, torch.float32) == "fla"
+    assert pick("elementwise", "auto", CUDA, torch.bfloat16) == "torch"  # another order of rounding
+    assert pick("elementwise", "fla", CUDA, torch.bfloat16) == "fla"
+    assert pick("cross_entropy", "auto", CUDA, torch.bfloat16) == "torch"
+    row = {row.operation: row for row in q.explain(small_model(), device="cuda", dtype="bfloat16")}["cross_entropy"]
+    assert "not been measured: name it" in row.faster
+
+
+def test_fla_serves_the_whole_model(fake_fla):
+    """Prefill takes the chunked kernel, decoding the fused one, both the fused convolution."""
+    model, tokens = small_model(), torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        cache = model.new_cache(batch=2, max_len=10)
+        got = [model(tokens[:, :9], cache=cache).logits, model(tokens[:, 9:], cache=cache).logits]
+        assert fake_fla == ["causal_conv1d", "chunk"] * 3 + ["causal_conv1d", "fused"] * 3
+        for operation in ("delta_rule", "causal_conv"):
+            backends.OPERATIONS[operation] = backends.OPERATIONS[operation][1:]
+        torch.testing.assert_close(torch.cat(got, 1), model(tokens).logits, rtol=0, atol=1e-5)

@@ -1,0 +1,177 @@
+"""QWEN3NEXT_CPU and QWEN3NEXT_PRECISION: what a choice means, without regard to the machine that runs the test."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import layers.dispatch.backends as backends
+import layers.kernels.cpp.build as build
+from layers.kernels.cpp import cpu
+from recipes.training.settings import pick_precision
+
+FEATURES = {
+    "old": frozenset(("sse2", "avx")),
+    "avx2": frozenset(cpu.LEVELS["avx2"]),
+    "avx512": frozenset(cpu.LEVELS["avx2"] + cpu.LEVELS["avx512"]),
+    "avx512_bf16": frozenset(cpu.LEVELS["avx2"] + cpu.LEVELS["avx512"] + cpu.LEVELS["avx512_bf16"]),
+    "amx": frozenset(sum(cpu.LEVELS.values(), ())),
+}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A processor with the features of a level, of a maker; and a choice."""
+    monkeypatch.delenv("QWEN3NEXT_PRECISION", raising=False)
+    monkeypatch.setattr(cpu.platform, "machine", lambda: "x86_64")
+
+    def make(level, choice=None, vendor="AuthenticAMD"):
+        monkeypatch.setattr(cpu, "_facts", lambda: (vendor, FEATURES[level]))
+        monkeypatch.delenv("QWEN3NEXT_CPU", raising=False)
+        if choice is not None:
+            monkeypatch.setenv("QWEN3NEXT_CPU", choice)
+
+    return make
+
+
+def decisions() -> tuple[tuple[str, ...], bool, str]:
+    return cpu.flags(), backends._mkl_uses_all(), pick_precision("auto", CPU)[0]
+
+
+V3, V4, NATIVE = ("-march=x86-64-v3",), ("-march=x86-64-v4",), ("-march=native",)
+
+
+@pytest.mark.parametrize(
+    "level, vendor, choice, flags, mkl_uses_all, precision",
+    [
+        ("old", "AuthenticAMD", None, NATIVE, True, "fp32"),
+        ("avx2", "AuthenticAMD", None, NATIVE, True, "fp32"),
+        ("avx512", "AuthenticAMD", "native", NATIVE, False, "fp32"),
+        ("avx512_bf16", "AuthenticAMD", "", NATIVE, False, "bf16"),
+        ("amx", "GenuineIntel", None, NATIVE, True, "bf16"),
+        ("amx", "GenuineIntel", "avx512_bf16", (*V4, "-mavx512bf16"), True, "bf16"),
+        ("amx", "GenuineIntel", "avx512", V4, True, "fp32"),
+        ("avx512_bf16", "AuthenticAMD", "avx512", V4, False, "fp32"),
+        ("avx512_bf16", "AuthenticAMD", "avx2", V3, True, "fp32"),
+        ("avx512_bf16", "AuthenticAMD", "none", NATIVE, False, "bf16"),
+        ("avx2", "AuthenticAMD", "amx", NATIVE, True, "bf16"),  # what is decided, not what is executed
+    ],
+)
+def test_what_a_choice_decides(machine, level, vendor, choice, flags, mkl_uses_all, precision):
+    machine(level, choice, vendor)
+    assert decisions() == (flags, mkl_uses_all, precision)
+
+
+@pytest.mark.parametrize("level, choice", [("old", "avx2"), ("avx2", "avx512"), ("avx512", "avx512_bf16")])
+def test_a_choice_that_cannot_be_executed_is_refused(machine, level, choice):
+    machine(level, choice)
+    with pytest.raises(ValueError, match=f"'{choice}', which this processor cannot execute: choose none or .*native"):
+        cpu.choice()
+    assert choice not in cpu.possible()
+    assert {"none", "amx", "native"} <= set(cpu.possible())
+
+
+def test_other_processors_have_no_x86_choices(machine, monkeypatch):
+    machine("old", "amx")
+    monkeypatch.setattr(cpu.platform, "machine", lambda: "aarch64")
+    with pytest.raises(ValueError, match=r"cannot execute: choose none or native\."):
+        cpu.choice()
+
+
+def test_unknown_words_are_refused(machine, monkeypatch):
+    machine("amx", "sse4")
+    with pytest.raises(
+        ValueError, match="QWEN3NEXT_CPU is 'sse4': choose none, avx2, avx512, avx512_bf16, amx or nati"
+    ):
+        cpu.choice()
+    machine("amx")
+    monkeypatch.setenv("QWEN3NEXT_PRECISION", "fp16")
+    with pytest.raises(ValueError, match=r"QWEN3NEXT_PRECISION is 'fp16': choose fp32, bf16 or auto\."):
+        pick_precision("auto", CPU)
+
+
+@pytest.mark.parametrize("level", ["avx2", "amx"])
+def test_precision_is_forced_on_auto_alone(machine, monkeypatch, level):
+    machine(level)
+    for forced in ("fp32", "bf16"):
+        monkeypatch.setenv("QWEN3NEXT_PRECISION", forced)
+        assert pick_precision("auto", CPU) == (forced, "as QWEN3NEXT_PRECISION says")
+        assert pick_precision("fp32", CPU) == ("fp32", "as asked")
+    monkeypatch.setenv("QWEN3NEXT_PRECISION", "auto")
+    assert pick_precision("auto", CPU)[0] == {"avx2": "fp32", "amx": "bf16"}[level]
+
+
+def test_none_is_no_compiled_kernels(machine):
+    machine("amx", "none")
+    with pytest.raises(build._Unavailable, match=r"QWEN3NEXT_CPU is none, which turns the C\+\+ kernels off"):
+        build._compiled()
+
+
+def test_each_choice_has_a_file_of_its_own(machine, monkeypatch, tmp_path):
+    """And is compiled for what it says."""
+    seen = []
+
+    class Compiler:
+        returncode = 0
+
+        def __init__(self, command, **_):
+            seen.append(command)
+
+        def communicate(self):
+            return "", ""
+
+    def run(command):
+        if "-shared" in command:
+            open(command[-1], "w").close()
+        return "compiler 1"
+
+    monkeypatch.setattr(build, "_compiler", lambda: "cc")
+    monkeypatch.setattr(build, "_run", run)
+    monkeypatch.setattr(build, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(build.subprocess, "Popen", Compiler)
+    monkeypatch.setattr(build.platform, "system", lambda: "Linux")
+    files = set()
+    for choice in ("avx2", "avx512", "avx512_bf16", "amx", "native"):
+        machine("amx", choice)
+        seen.clear()
+        files.add(build._compiled())
+        assert seen
+        assert all(set(cpu.flags()) <= set(command) for command in seen)
+        assert build._compiled() in files
+    assert len(files) == len(set(tmp_path.iterdir())) == 5
+
+
+@pytest.mark.parametrize("choice", [name for name in cpu.possible() if name in cpu.TORCH])
+def test_torch_keeps_to_the_choice(choice):
+    """In a process of its own, as torch looks once; its second line is what ATen picked."""
+    program = (
+        "import layers, os, torch; "
+        "print({k: v for k, v in os.environ.items() if k.startswith(('ATEN', 'ONEDNN_MAX', 'MKL_ENABLE'))}); "
+        "print(torch.backends.cpu.get_cpu_capability())"
+    )
+    environment = os.environ | {"QWEN3NEXT_CPU": choice}
+    told = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    variables, capability = told.stdout.splitlines()
+    assert eval(variables) == cpu.TORCH[choice]
+    assert capability.lower() == cpu.TORCH[choice]["ATEN_CPU_CAPABILITY"]
+
+
+def test_these_tests_keep_to_the_choice_that_was_made():
+    bound = cpu.TORCH.get(cpu.choice())
+    if bound is not None:
+        assert torch.backends.cpu.get_cpu_capability().lower() == bound["ATEN_CPU_CAPABILITY"]
+    assert backends._mkl_uses_all() == backends.MKL_USES_ALL
+    if cpu.choice() == "none":
+        assert "QWEN3NEXT_CPU is none" in build.missing()
+
+
+def test_a_wrong_choice_ends_in_the_sentence():
+    environment = os.environ | {"QWEN3NEXT_CPU": "sse4"}
+    told = subprocess.run(
+        [sys.executable, "-c", "import layers"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 1
+    assert told.stderr.splitlines()[-1].startswith("ValueError: QWEN3NEXT_CPU is 'sse4': choose none, avx2")

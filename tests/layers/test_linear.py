@@ -1,0 +1,68 @@
+"""Linear maps through oneDNN against torch's in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from layers.dispatch import backends
+from layers.linear import Linear, linear
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def run(multiply, x, weight, bias, out):
+    inputs = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    y = multiply(*inputs)
+    grads = torch.autograd.grad((y * out).sum(), inputs, create_graph=True)
+    # Differentiated once more, in the direction of the gradients themselves.
+    twice = torch.autograd.grad(sum(g.square().sum() for g in grads[:2]), inputs[:2])
+    return [y, *grads, *twice]
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (2, 40), (5, 16), (65, 1), (3, 1)])  # 16 rows and more go to oneDNN
+@pytest.mark.parametrize(("k", "n"), [(48, 80), (7, 3), (64, 1)])
+def test_values_and_gradients_equal_torchs(shape, k, n):
+    """fp32 sums of k terms of order 1, against float64: 1e-6 of their size."""
+    x, weight, bias, out = normal(*shape, k), normal(n, k, seed=1), normal(n, seed=2), normal(*shape, n, seed=3)
+    got = run(lambda *a: linear(*a, backend="onednn"), x, weight, bias, out)
+    wanted = run(F.linear, *(t.double() for t in (x, weight, bias, out)))
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-6 * b.abs().max().item())
+    with torch.no_grad():
+        assert torch.equal(linear(x, weight, bias, backend="onednn"), got[0])
+
+
+def test_rows_do_not_depend_on_those_beside_them():
+    """A prompt in blocks gives the bits of one in a whole."""
+    x, weight = normal(300, 96), normal(80, 96, seed=1)
+    whole = linear(x, weight, backend="onednn")
+    for size in (64, 100):
+        assert torch.equal(torch.cat([linear(part, weight, backend="onednn") for part in x.split(size)]), whole)
+
+
+def test_any_order_of_rows_and_columns():
+    x, weight = normal(96, 40).T, normal(96, 24, seed=1).T
+    torch.testing.assert_close(linear(x, weight, backend="onednn"), x @ weight.T, rtol=1e-5, atol=1e-5)
+
+
+def test_mixed_precision_stays_mixed():
+    layer, x = Linear(32, 16), normal(20, 32)
+    layer.backend = "onednn"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert layer(x).dtype == torch.bfloat16
+
+
+def test_who_multiplies(monkeypatch):
+    assert backends.why_not("linear", "onednn", torch.device("cpu"), torch.float32) is None
+    monkeypatch.setattr(backends, "MKL_USES_ALL", True)
+    assert backends.choose("linear", "auto", torch.zeros(1)) == "torch"
+    assert backends.choose("linear", "onednn", torch.zeros(1)) == "onednn"  # named, it runs all the same
+    for dtype in (torch.float64, torch.bfloat16):
+        with pytest.raises(RuntimeError, match="float32 on a CPU, not"):
+            linear(normal(20, 4, dtype=dtype), normal(3, 4, dtype=dtype), backend="onednn")
+    with pytest.raises(ValueError, match="no backend 'mkl'"):
+        linear(normal(20, 4), normal(3, 4), backend="mkl")

@@ -1,0 +1,125 @@
+"""Kernels that lie, and what is made of them. The definitions themselves play the kernels, on the CPU."""
+
+import pytest
+import torch
+
+import layers.causal_conv as causal_conv
+import layers.delta_rule as delta_rule
+import layers.dispatch.backends as backends
+import layers.gated_attention as gated_attention
+from layers.dispatch import self_check
+
+CPU = torch.device("cpu")
+KERNELS = [("delta_rule", "fla"), ("causal_conv", "fla"), ("attention", "flash")]
+
+
+@pytest.fixture(autouse=True)
+def on_a_gpu(monkeypatch):
+    """Every fast backend is free to run and checked as on CUDA; results of one test are not another's."""
+    monkeypatch.delenv("QWEN3NEXT_SELF_CHECK", raising=False)
+    monkeypatch.setattr(self_check, "failed", lambda *what: self_check.checked(*what, torch.is_grad_enabled()))
+
+    def check(operation, name):
+        return lambda device, dtype: (
+            None if self_check._running else backends._self_check(operation, name, device, dtype)
+        )
+
+    for operation, name in KERNELS:
+        found = [
+            backends.Implementation(i.name, i.why, check(operation, name)) if i.name == name else i
+            for i in backends.OPERATIONS[operation]
+        ]
+        monkeypatch.setitem(backends.OPERATIONS, operation, tuple(found))
+    monkeypatch.setattr(self_check, "_results", {})
+    backends._warn_once.cache_clear()
+    yield
+    backends._warn_once.cache_clear()
+
+
+def play(monkeypatch, *, wrong=0.0, gradient_wrong=False, error=None):
+    """Put the definitions in the kernels' places, with a fault."""
+
+    class Twisted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return -grad
+
+    def faulty(y):
+        if error is not None:
+            raise error
+        return Twisted.apply(y) if gradient_wrong else y * (1 + wrong)
+
+    def rule(q, k, v, log_decay, beta, state, segments):
+        o, s = delta_rule.gated_delta_rule(q, k, v, log_decay, beta, state=state, backend="chunked")
+        return faulty(o), s
+
+    def conv(x, weight, state):
+        return faulty(causal_conv.causal_conv(x, weight, state=state, backend="torch")[0])
+
+    def attention(choice, q, k, v, mask=None):
+        return faulty(gated_attention.attend(q, k, v, backend="eager"))
+
+    monkeypatch.setattr(delta_rule, "_fla", rule)
+    monkeypatch.setattr(causal_conv, "_fla", conv)
+    monkeypatch.setattr(gated_attention, "attend_fused", attention)
+
+
+@pytest.mark.parametrize("operation, name", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_right_kernel_passes(monkeypatch, operation, name, dtype):
+    play(monkeypatch)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            assert backends.why_not(operation, name, CPU, dtype) is None
+
+
+@pytest.mark.parametrize("operation, name", KERNELS)
+@pytest.mark.parametrize("fault", [{"wrong": 0.2}, {"wrong": float("nan")}, {"error": ValueError("no kernel image")}])
+def test_a_wrong_kernel_is_refused(monkeypatch, operation, name, fault):
+    play(monkeypatch, **fault)
+    reason = backends.why_not(operation, name, CPU, torch.bfloat16)
+    expected = "raises ValueError: no kernel image" if "error" in fault else "% from the definition"
+    assert f"checked here, {operation} with gradients in bfloat16" in reason
+    assert expected in reason
+    assert f"(torch {torch.__version__}" in reason
+    with pytest.warns(UserWarning, match=f"{name!r} backend of {operation} is not used: checked here"):
+        assert backends.choose_for(operation, "auto", CPU, torch.bfloat16) != name
+    with pytest.raises(RuntimeError, match="cannot run here: checked here"):
+        backends.choose_for(operation, name, CPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize("operation, name", KERNELS)
+def test_wrong_gradients_are_caught_and_the_forward_kept(monkeypatch, operation, name):
+    play(monkeypatch, gradient_wrong=True)
+    assert "with gradients" in backends.why_not(operation, name, CPU, torch.float32)
+    with torch.no_grad():
+        assert backends.why_not(operation, name, CPU, torch.float32) is None
+
+
+def test_checked_once(monkeypatch):
+    play(monkeypatch)
+    assert backends.why_not("causal_conv", "fla", CPU, torch.float32) is None
+    play(monkeypatch, wrong=1.0)
+    assert backends.why_not("causal_conv", "fla", CPU, torch.float32) is None
+
+
+def test_out_of_memory_says_nothing_of_a_kernel(monkeypatch):
+    play(monkeypatch, error=torch.OutOfMemoryError("full"))
+    assert backends.why_not("causal_conv", "fla", CPU, torch.float32) is None
+
+
+def test_where_nothing_is_checked(monkeypatch):
+    """Without the device, and where the environment says so."""
+    monkeypatch.undo()
+    cuda = torch.device("cuda")
+    assert self_check.failed("causal_conv", "fla", cuda, torch.float32) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(self_check, "checked", lambda *what: repr(what))
+    assert "type='cuda'" in self_check.failed("causal_conv", "fla", cuda, torch.float32)
+    monkeypatch.setenv("QWEN3NEXT_SELF_CHECK", "0")
+    assert self_check.failed("causal_conv", "fla", cuda, torch.float32) is None
