@@ -11,10 +11,12 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from layers.dispatch.registry import function_of
 from layers.kernels.cpp import cpu
 from layers.kernels.cpp.build import missing
 
@@ -342,6 +344,11 @@ def choose_for(operation: str, backend: str, device: torch.device, dtype: torch.
         if isinstance(reason, Refusal):
             _warn_once(operation, implementation.name, reason)
     raise AssertionError(f"{operation} has no implementation that always runs")
+
+
+def run(operation: str, backend: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Call the implementation that `choose` picks for a tensor `like` this one. Raises: as `choose`."""
+    return function_of(operation, choose(operation, backend, like))(*args, **kwargs)
 
 
 @cache
