@@ -13,15 +13,16 @@ if getattr(layers, "__version__", None) != __version__:
     )
 
 from qwen3next import presets
+from qwen3next.api import Qwen3Next, load
 from qwen3next.cache.hybrid import Cache, HybridCache
 from qwen3next.chat.document import Document
-from qwen3next.checkpoints.load_save import load, save
+from qwen3next.checkpoints.save import save
 from qwen3next.checkpoints.state_dict_adapter import Layout
 from qwen3next.config import ModelConfig
 from qwen3next.explain import explain
 from qwen3next.generation.generate import generate, sample, stream
 from qwen3next.generation.sampling_rules import SamplingRules
-from qwen3next.model import Losses, Output, Qwen3Next
+from qwen3next.model import Losses, Output
 from qwen3next.prefix.store import PrefixStore
 
 __all__ = [

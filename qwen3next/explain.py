@@ -11,10 +11,11 @@ from layers.gated_deltanet import GatedDeltaNet
 from layers.linear import Linear
 from layers.moe import Experts
 from layers.norm import RMSNorm
+from qwen3next.api import Qwen3Next
 from qwen3next.decoding.cuda_graph import why_not as graph_why_not
 from qwen3next.decoding.guard import decoding_modules, named_backend, watched
 from qwen3next.decoding.plan import like, why_not
-from qwen3next.model import Qwen3Next, as_device, as_dtype
+from qwen3next.inputs import as_device, as_dtype
 
 LOOKS = "somebody looks inside: hooks, model.expose, a forward put in a module's place, or a mode of torch"
 

@@ -9,9 +9,9 @@ from rich.table import Table
 from torch import nn
 
 from layers.moe import Experts
+from qwen3next.api import Qwen3Next
 from qwen3next.config import ModelConfig
 from qwen3next.files.sizes import binary
-from qwen3next.model import Qwen3Next
 
 CONTEXTS = (4096, 32_768, 262_144, 1_048_576)
 

@@ -6,8 +6,8 @@ Parameter counts leave the MTP layer out; docs/architecture.md has all of them.
 from collections.abc import Callable
 from typing import Any
 
-from qwen3next import study
 from qwen3next.config import ModelConfig
+from qwen3next.study import PRESETS as STUDY
 
 _SMALL: dict[str, Any] = {"partial_rotary_factor": 0.25, "rope_theta": 1e4, "max_position_embeddings": 32_768}
 
@@ -150,7 +150,7 @@ def named(name: str) -> Callable[..., ModelConfig]:
 
     Raises: ValueError for a name that is none.
     """
-    found = ALL.get(name) or study.PRESETS.get(name)
+    found = ALL.get(name) or STUDY.get(name)
     if found is None:
         raise ValueError(f"There is no preset {name!r}: choose {', '.join(ALL)}, or a row such as moe_15b_baseline.")
     return found

@@ -29,7 +29,8 @@ import tyro
 from torch import Tensor
 
 import qwen3next as q
-from qwen3next.checkpoints.load_save import tracked, write_config, write_shards
+from qwen3next.checkpoints.progress import tracked
+from qwen3next.checkpoints.save import write_config, write_shards
 from qwen3next.checkpoints.state_dict_adapter import entries
 from qwen3next.files.sizes import binary, parse_bytes
 

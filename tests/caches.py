@@ -2,6 +2,8 @@
 
 import torch
 
+from layers.segments import Segments
+
 
 def run(model, cache, ids):
     """Continue a cache, a few tokens in compiled code; (b, vocab) logits after the last token."""
@@ -20,7 +22,7 @@ def cold_draft(model, ids, token):
     whole = torch.cat((ids, token[:, None]), dim=1)
     with torch.no_grad():
         hidden = model(ids).hidden
-        segments = model._check(ids, None, None)
+        segments = Segments.full(ids)
         rope = model._rotation(segments.positions, hidden.dtype)
         ahead, _ = model.mtp(hidden, model.embed_tokens(whole[:, 1:]), rope, segments)
         return model.lm_head(ahead[:, -1])

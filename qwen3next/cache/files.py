@@ -2,20 +2,17 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 from torch import Tensor
 
 from layers.gated_deltanet import DeltaNetState
 from layers.rope import Yarn
 from layers.state.kv_cache import NAMES, KVState
-from qwen3next.cache.hybrid import HybridCache, Mark
+from qwen3next.cache.mark import Mark
 from qwen3next.cache.rollback_log import State
-from qwen3next.checkpoints.fingerprint import fingerprint
 from qwen3next.files.checksummed import read_about, read_sealed, write_sealed
-
-if TYPE_CHECKING:
-    from qwen3next.model import Qwen3Next
+from qwen3next.files.fingerprint import fingerprint
 
 FORMAT = "qwen3next cache 4"
 # Fields of a configuration that do not change what a cache holds.
@@ -26,94 +23,116 @@ _BESIDE = """
 BESIDE = _BESIDE.split()
 
 
-def identity(model: "Qwen3Next", *, mtp: bool = False) -> str:
+def identity(model: Any, *, mtp: bool = False) -> str:
     """Of what makes a cache's contents: dtypes count, the MTP layer only in a cache that has its part."""
     return fingerprint(model, left_out=lambda name: name.startswith("mtp.") and not mtp, beside=BESIDE)
 
 
-def save_cache(cache: HybridCache, path: str | Path, model: "Qwen3Next") -> None:
-    """Write a cache and its snapshots as safetensors; under a temporary name, which is then renamed.
+class CacheFiles:
+    """`save` and `load` of a cache."""
 
-    Keys and values that snapshots share with the cache are written once.
-    """
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[int, int] = {}  # where a part of keys and values lies → its number
+    layers: list[State]
+    mtp: KVState | None
+    yarn: Yarn | None
+    snapshots: dict[str, Mark]
+    model: Any
 
-    def parts_of(state: KVState, held: int) -> list[tuple[int, int]]:
-        found = []
-        for part in state.parts(0, held):
-            number, n = numbers.setdefault(part[0].data_ptr(), len(numbers)), part[0].shape[2]
-            found.append((number, n))
-            for name, x in zip(NAMES, part, strict=False):
-                key = f"kv.{number}.{name}"
-                if key not in tensors or tensors[key].shape[2] < n:
-                    tensors[key] = x
-        return found
+    @property
+    def kv_dtype(self) -> Any:
+        raise NotImplementedError
 
-    def add(mark: Mark, prefix: str) -> dict[str, Any]:
-        held = max(mark.lengths)
-        kv: dict[str, list[tuple[int, int]]] = {}
-        for i, state in enumerate(mark.layers):
-            if isinstance(state, KVState):
-                kv[str(i)] = parts_of(state, held)
+    def mark(self) -> Mark:
+        raise NotImplementedError
+
+    def go_to(self, mark: Mark) -> None:
+        raise NotImplementedError
+
+    def save(self, path: str | Path) -> None:
+        """Write this cache and its snapshots as safetensors, whole or not at all; `load` wants the same model.
+
+        Keys and values that snapshots share with the cache are written once.
+        """
+        model = None if self.model is None else self.model()
+        if model is None:
+            raise ValueError("The model of this cache is gone: save while it is there, so that the file can name it.")
+        tensors: dict[str, Tensor] = {}
+        numbers: dict[int, int] = {}  # where a part of keys and values lies → its number
+
+        def parts_of(state: KVState, held: int) -> list[tuple[int, int]]:
+            found = []
+            for part in state.parts(0, held):
+                number, n = numbers.setdefault(part[0].data_ptr(), len(numbers)), part[0].shape[2]
+                found.append((number, n))
+                for name, x in zip(NAMES, part, strict=False):
+                    key = f"kv.{number}.{name}"
+                    if key not in tensors or tensors[key].shape[2] < n:
+                        tensors[key] = x
+            return found
+
+        def add(mark: Mark, prefix: str) -> dict[str, Any]:
+            held = max(mark.lengths)
+            kv: dict[str, list[tuple[int, int]]] = {}
+            for i, state in enumerate(mark.layers):
+                if isinstance(state, KVState):
+                    kv[str(i)] = parts_of(state, held)
+                else:
+                    tensors.update({f"{prefix}layers.{i}.conv": state.conv, f"{prefix}layers.{i}.memory": state.memory})
+            if mark.mtp is not None:
+                kv["mtp"] = parts_of(mark.mtp, max(held - 1, 0))
+            tensors[f"{prefix}tokens"] = mark.tokens
+            for name, x in (("hidden", mark.hidden), ("last_logits", mark.last_logits)):
+                if x is not None:
+                    tensors[prefix + name] = x
+            return {"lengths": mark.lengths, "kv": kv}
+
+        described = {"": add(self.mark(), "")}
+        for name, mark in self.snapshots.items():
+            described[name] = add(mark, f"snapshots.{len(described)}.")
+        about = {
+            "format": FORMAT,
+            "fingerprint": identity(model, mtp=self.mtp is not None),
+            "yarn": self.yarn and asdict(self.yarn),
+            "kv_dtype": self.kv_dtype and str(self.kv_dtype).removeprefix("torch."),
+            "mtp": self.mtp is not None,
+            "marks": described,
+        }
+        write_sealed(Path(path), tensors, about)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any, *, max_len: int | None = None, history: int = 0) -> Self:
+        """Read a cache that `model` wrote, on its device, with room for `max_len` tokens (the default, if None).
+
+        Raises: ValueError for a damaged or edited file, or one of another model, dtype or RoPE factor.
+        """
+        path = Path(path)
+        about = read_about(path, format=FORMAT, kind="a cache")
+        if about["fingerprint"] != identity(model, mtp=about["mtp"]):
+            raise ValueError(f"{path} is the cache of another model, or of other weights or another dtype of this one.")
+        if (about["yarn"] and Yarn(**about["yarn"])) != model.config.rope_scaling:
+            raise ValueError(
+                f"{path} was made with RoPE scaling {about['yarn']}, the model has {model.config.rope_scaling}: "
+                "call model.extend_context with the same factor, or fill it anew."
+            )
+        device = model.device
+        tensors = {name: x.to(device) for name, x in read_sealed(path, about).items()}
+        marks = about["marks"]
+        held = max(max(m["lengths"]) for m in marks.values())
+        batch = len(marks[""]["lengths"])
+        limit = max(held, 4096) if max_len is None else max_len
+        if limit < held:
+            raise ValueError(f"{path} holds {held} tokens and max_len is {limit}: make it larger.")
+        kv_dtype = about["kv_dtype"]
+        cache: Self = model.new_cache(batch=batch, max_len=limit, kv_dtype=kv_dtype, history=history, mtp=about["mtp"])
+        for n, (name, described) in enumerate(marks.items()):
+            mark = _mark(cache, tensors, described, f"snapshots.{n}." if name else "")
+            if name:
+                cache.snapshots[name] = mark
             else:
-                tensors.update({f"{prefix}layers.{i}.conv": state.conv, f"{prefix}layers.{i}.memory": state.memory})
-        if mark.mtp is not None:
-            kv["mtp"] = parts_of(mark.mtp, max(held - 1, 0))
-        tensors[f"{prefix}tokens"] = mark.tokens
-        for name, x in (("hidden", mark.hidden), ("last_logits", mark.last_logits)):
-            if x is not None:
-                tensors[prefix + name] = x
-        return {"lengths": mark.lengths, "kv": kv}
-
-    described = {"": add(cache.mark(), "")}
-    for name, mark in cache.snapshots.items():
-        described[name] = add(mark, f"snapshots.{len(described)}.")
-    about = {
-        "format": FORMAT,
-        "fingerprint": identity(model, mtp=cache.mtp is not None),
-        "yarn": cache.yarn and asdict(cache.yarn),
-        "kv_dtype": cache.kv_dtype and str(cache.kv_dtype).removeprefix("torch."),
-        "mtp": cache.mtp is not None,
-        "marks": described,
-    }
-    write_sealed(Path(path), tensors, about)
+                cache.go_to(mark)
+        return cache
 
 
-def load_cache(path: str | Path, model: "Qwen3Next", *, max_len: int | None = None, history: int = 0) -> HybridCache:
-    """Read a cache that `model` wrote, on its device, with room for `max_len` tokens (the default, if None).
-
-    Raises: ValueError for a damaged or edited file, or one of another model, dtype or RoPE factor.
-    """
-    path = Path(path)
-    about = read_about(path, format=FORMAT, kind="a cache")
-    if about["fingerprint"] != identity(model, mtp=about["mtp"]):
-        raise ValueError(f"{path} is the cache of another model, or of other weights or another dtype of this one.")
-    if (about["yarn"] and Yarn(**about["yarn"])) != model.config.rope_scaling:
-        raise ValueError(
-            f"{path} was made with RoPE scaling {about['yarn']}, the model has {model.config.rope_scaling}: "
-            "call model.extend_context with the same factor, or fill it anew."
-        )
-    device = model.device
-    tensors = {name: x.to(device) for name, x in read_sealed(path, about).items()}
-    marks = about["marks"]
-    held = max(max(m["lengths"]) for m in marks.values())
-    batch = len(marks[""]["lengths"])
-    limit = max(held, 4096) if max_len is None else max_len
-    if limit < held:
-        raise ValueError(f"{path} holds {held} tokens and max_len is {limit}: make it larger.")
-    kv_dtype = about["kv_dtype"]
-    cache = model.new_cache(batch=batch, max_len=limit, kv_dtype=kv_dtype, history=history, mtp=about["mtp"])
-    for n, (name, described) in enumerate(marks.items()):
-        mark = _mark(cache, tensors, described, f"snapshots.{n}." if name else "")
-        if name:
-            cache.snapshots[name] = mark
-        else:
-            cache.go_to(mark)
-    return cache
-
-
-def _mark(cache: HybridCache, tensors: dict[str, Tensor], described: dict[str, Any], prefix: str) -> Mark:
+def _mark(cache: CacheFiles, tensors: dict[str, Tensor], described: dict[str, Any], prefix: str) -> Mark:
     def keys_and_values(state: KVState, key: str) -> KVState:
         fresh = state.share(0)
         parts = [

@@ -4,8 +4,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +14,10 @@ from layers.norm import at_least_fp32
 from layers.rope import Yarn
 from layers.segments import Segments
 from layers.state.kv_cache import KVState
+from qwen3next.cache.files import CacheFiles
+from qwen3next.cache.mark import Mark
 from qwen3next.cache.rollback_log import Journal, State
 from qwen3next.config import ModelConfig
-
-if TYPE_CHECKING:
-    from qwen3next.decoding.cuda_graph import GraphStep
-    from qwen3next.model import Qwen3Next
-
 
 # What a cache's contents depend on, of a model's configuration.
 SHAPED_BY = (
@@ -32,33 +28,27 @@ SHAPED_BY = (
 
 
 @dataclass
-class Mark:
-    """A cache as it was at some point. States are shared with the cache, which replaces and never changes them.
+class Extension:
+    """A call that extends a cache; see `HybridCache.extend`.
 
     Attributes:
-        tokens: (b, n) the token ids seen, n the longest row's; the others as in HybridCache.
+        segments: where the call's tokens lie, and how many tokens each sequence has before them.
+        layers: the state of each layer, which the layer reads and replaces.
+        mtp: the MTP layer's keys and values, or None.
+        hidden_before: (b, hidden size) after each row's last token before the call; None where there are none.
+        hidden: (b, t, hidden size) after the final norm, set by the caller.
     """
 
-    lengths: tuple[int, ...]
+    segments: Segments
     layers: list[State]
     mtp: KVState | None
-    tokens: Tensor
-    hidden: Tensor | None
-    last_logits: Tensor | None
-
-    def storages(self) -> dict[int, int]:
-        """Address and bytes of the memory that this keeps alive, token ids and logits left out."""
-        found: dict[int, int] = {}
-        for s in self.layers if self.mtp is None else [*self.layers, self.mtp]:
-            if isinstance(s, KVState):
-                found |= s.storages
-            else:
-                found |= {m.data_ptr(): m.nbytes() for x in (s.conv, s.memory) if (m := x.untyped_storage()).nbytes()}
-        return found
+    hidden_before: Tensor | None
+    batch: int
+    hidden: Tensor | None = None
 
 
 @dataclass
-class HybridCache:
+class HybridCache(CacheFiles):
     """The state of `batch` sequences. Make one with `model.new_cache`; `model(ids, cache=cache)` reads and extends it.
 
     A call that fails or is interrupted leaves it as it was.
@@ -75,7 +65,6 @@ class HybridCache:
         last_logits: (b, vocab) after each row's last token, once `generate` or `prefill` has run; else None.
         snapshots: marks by name.
         model: the one that made it, which a file of it names.
-        graph: the CUDA graph of a step, bound to this cache's buffers.
     """
 
     config: ModelConfig
@@ -88,14 +77,13 @@ class HybridCache:
     hidden: Tensor | None = field(default=None, repr=False)
     last_logits: Tensor | None = field(default=None, repr=False)
     snapshots: dict[str, Mark] = field(default_factory=dict, repr=False)
-    model: "weakref.ref[Qwen3Next] | None" = field(default=None, repr=False)
-    graph: "GraphStep | None" = field(default=None, repr=False, compare=False)
+    model: "weakref.ref[Any] | None" = field(default=None, repr=False)
     _journal: Journal | None = field(default=None, repr=False)
     _resting: Sequence[int] = field(default=(), repr=False)
 
     def __getstate__(self) -> dict[str, object]:
-        """For pickle: without the model, which the next call with one gives back, and without a graph."""
-        return self.__dict__ | {"model": None, "graph": None}
+        """For pickle: without the model, which the next call with one gives back."""
+        return self.__dict__ | {"model": None}
 
     @property
     def batch(self) -> int:
@@ -143,16 +131,57 @@ class HybridCache:
         if self._journal is not None:
             self._journal.clear()
 
-    def admit(self, segments: Segments | None, like: Tensor) -> Segments:
-        """Check that these tokens fit, before anything is written; return them as continuations of what is held.
+    @contextmanager
+    def extend(self, input_ids: Tensor, segments: Segments | None, model: Any) -> Iterator[Extension]:
+        """Around a forward or a step of `model`: check that the tokens fit, then take them in as the block ends.
 
-        A sequence is a row here; where rows of `input_ids` are packed, they are sequences of it in their order.
-        Without segments every row of `like` is one whole sequence.
-        Raises: ValueError for another number of sequences, or more tokens than fit.
+        A sequence is a row of the cache; where rows of `input_ids` are packed, they are sequences of it in their order.
+        If the block fails, the cache is as before; what was added to keys and values lies behind what counts.
+
+        Args:
+            segments: where sequences lie in input_ids (b, t); None means each row is one whole sequence.
+        Raises: ValueError for a model of another shape, another number of sequences, or more tokens than fit.
         """
+        self._check_model(model)
+        segments = self._admitted(input_ids, segments)
+        if torch.is_grad_enabled():
+            self._leave_inference_mode()
+        before: list[State] = [s if isinstance(s, KVState) else DeltaNetState(s.conv, s.memory) for s in self.layers]
+        if self.history:
+            if self._journal is None:
+                self._journal = Journal(self.history)
+            self._journal.begin(
+                self.layers, segments, logits=self.last_logits, hidden=self.hidden, resting=self._resting
+            )
+        call = Extension(segments, self.layers, self.mtp, self.hidden, self.batch)
+        try:
+            yield call
+            assert call.hidden is not None
+            self._advance(input_ids, segments, call.hidden.detach())
+        except BaseException:
+            self.layers = before
+            if self._journal is not None:
+                self._journal.abandon(self.layers)
+            raise
+
+    def _check_model(self, model: Any) -> None:
+        """Raises: ValueError where this is no cache for the model. One that was cast meanwhile casts the cache."""
+        if self.yarn != model.config.rope_scaling:
+            raise ValueError(
+                "The cache was made with another RoPE scaling: its keys are turned otherwise. Make a new one."
+            )
+        self.check(model.config)
+        if self.hidden is not None and self.hidden.dtype != (dtype := model.dtype):
+            self.cast(dtype)
+        if self.model is None:  # from a pickle
+            self.model = weakref.ref(model)
+
+    def _admitted(self, input_ids: Tensor, segments: Segments | None) -> Segments:
+        """The segments as continuations of what is held. Raises: ValueError where they do not fit."""
         if segments is None:
-            b, t = like.shape
-            given = Segments(b, t, like.device, None, b, self.lengths) if b == self.batch else Segments.full(like)
+            b, t = input_ids.shape
+            whole = Segments(b, t, input_ids.device, None, b, self.lengths)
+            given = whole if b == self.batch else Segments.full(input_ids)
         else:
             given = segments.after(self.lengths) if segments.sequences == self.batch else segments
         if given.sequences != self.batch:
@@ -167,28 +196,22 @@ class HybridCache:
             )
         return given
 
-    @contextmanager
-    def call(self, segments: Segments) -> Iterator[None]:
-        """Around a call that nothing refuses any more, and that ends with `advance`.
-
-        Where it fails, the cache stands where it stood; what was added to keys and values lies behind what counts.
-        """
-        if torch.is_grad_enabled():
-            self._leave_inference_mode()
-        before: list[State] = [s if isinstance(s, KVState) else DeltaNetState(s.conv, s.memory) for s in self.layers]
-        if self.history:
-            if self._journal is None:
-                self._journal = Journal(self.history)
-            self._journal.begin(
-                self.layers, segments, logits=self.last_logits, hidden=self.hidden, resting=self._resting
-            )
-        try:
-            yield
-        except BaseException:
-            self.layers = before
-            if self._journal is not None:
-                self._journal.abandon(self.layers)
-            raise
+    def _advance(self, input_ids: Tensor, segments: Segments, hidden: Tensor) -> None:
+        """Note that these tokens are now part of every layer's state; `hidden` is (b t width)."""
+        if segments.aligned:
+            self.tokens[:, segments.past[0] : segments.ends[0]] = input_ids
+        else:
+            for n, row, begin, end, past in segments.runs:
+                self.tokens[n, past : past + end - begin] = input_ids[row, begin:end]
+        if self._journal is not None:
+            self._journal.end(self.layers, hidden)
+        if segments.plain:
+            last = hidden[:, -1].clone()
+        else:
+            runs = segments.runs
+            last = hidden.new_zeros(self.batch, hidden.shape[-1]) if self.hidden is None else self.hidden.clone()
+            last[[run.sequence for run in runs]] = hidden[[run.row for run in runs], [run.end - 1 for run in runs]]
+        self.lengths, self.hidden, self.last_logits = segments.ends, last, None
 
     @contextmanager
     def resting(self, rows: Sequence[int]) -> Iterator[None]:
@@ -219,24 +242,6 @@ class HybridCache:
                 state.leave_inference_mode()
             elif state.conv.is_inference() or state.memory.is_inference():
                 state.conv, state.memory = state.conv.clone(), state.memory.clone()
-
-    def advance(self, input_ids: Tensor, segments: Segments, hidden: Tensor) -> None:
-        """Note that these tokens, a result of `admit`, are now part of every layer's state; `hidden` is (b t width)."""
-        hidden = hidden.detach()
-        if segments.aligned:
-            self.tokens[:, segments.past[0] : segments.ends[0]] = input_ids
-        else:
-            for n, row, begin, end, past in segments.runs:
-                self.tokens[n, past : past + end - begin] = input_ids[row, begin:end]
-        if self._journal is not None:
-            self._journal.end(self.layers, hidden)
-        if segments.plain:
-            last = hidden[:, -1].clone()
-        else:
-            runs = segments.runs
-            last = hidden.new_zeros(self.batch, hidden.shape[-1]) if self.hidden is None else self.hidden.clone()
-            last[[run.sequence for run in runs]] = hidden[[run.row for run in runs], [run.end - 1 for run in runs]]
-        self.lengths, self.hidden, self.last_logits = segments.ends, last, None
 
     def snapshot(self, name: str) -> None:
         """Remember this point; costs no time and, for the recurrent states, their memory."""
@@ -345,22 +350,6 @@ class HybridCache:
     def storages(self) -> dict[int, int]:
         """Address and bytes of all memory that states, keys and values keep alive; forks have some in common."""
         return Mark(self.lengths, self.layers, self.mtp, self.tokens, None, None).storages()
-
-    def save(self, path: str | Path) -> None:
-        """Write this cache and its snapshots to a file, whole or not at all; `load` wants the same model."""
-        from qwen3next.cache.files import save_cache
-
-        model = None if self.model is None else self.model()
-        if model is None:
-            raise ValueError("The model of this cache is gone: save while it is there, so that the file can name it.")
-        save_cache(self, path, model)
-
-    @staticmethod
-    def load(path: str | Path, model: "Qwen3Next", *, max_len: int | None = None, history: int = 0) -> "HybridCache":
-        """Read what `save` wrote. Raises: ValueError for a damaged file, or another model's, dtype's or factor's."""
-        from qwen3next.cache.files import load_cache
-
-        return load_cache(path, model, max_len=max_len, history=history)
 
     @staticmethod
     def estimate(config: ModelConfig, tokens: int, *, kv_bytes: int = 2, conv_bytes: int = 2, mtp: bool = False) -> int:

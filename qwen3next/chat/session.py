@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from qwen3next.api import Qwen3Next
 from qwen3next.cache.hybrid import HybridCache, common_prefix
 from qwen3next.chat.messages import Content, History, Message, check_messages
 from qwen3next.chat.reply import ReplyReader, Stats
@@ -14,7 +15,6 @@ from qwen3next.chat.template import ChatTemplate
 from qwen3next.chat.thinking import OPEN, Piece, ThinkingSplitter
 from qwen3next.generation.generate import stream
 from qwen3next.generation.generation_config import GenerationConfig
-from qwen3next.model import Qwen3Next
 
 SNAPSHOTS = 4  # points between turns that stay; each has the memory of the recurrent states
 HISTORY = 64  # tokens at the end of a reply that are taken back one by one where the next prompt spells them otherwise

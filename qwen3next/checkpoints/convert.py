@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwen3next.checkpoints.load_save import is_weights, tracked, write_config, write_shards
+from qwen3next.checkpoints.progress import tracked
 from qwen3next.checkpoints.reader import Opened, cast_dtype, open_checkpoint
+from qwen3next.checkpoints.save import is_weights, write_config, write_shards
 from qwen3next.checkpoints.state_dict_adapter import Entry, Place, entries
 from qwen3next.config import ModelConfig
 from qwen3next.files.atomic import fresh_folder
-from qwen3next.model import as_dtype
+from qwen3next.inputs import as_dtype
 
 CARRIED = (".json", ".jinja", ".txt", ".md", ".model")  # files that describe a model or its text
 

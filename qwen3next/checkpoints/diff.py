@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qwen3next.checkpoints.convert import Source
-from qwen3next.checkpoints.load_save import tracked
+from qwen3next.checkpoints.progress import tracked
 from qwen3next.checkpoints.reader import Opened, open_checkpoint
 from qwen3next.checkpoints.state_dict_adapter import entries
 

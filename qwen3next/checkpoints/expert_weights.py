@@ -1,6 +1,7 @@
 """Where a loaded model's routed experts are: in memory, in int8, or in the files until a token needs them."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,6 @@ from layers.experts.int8 import Int8Experts
 from layers.moe import Experts, SparseMoE
 from qwen3next.checkpoints.reader import Opened
 from qwen3next.checkpoints.state_dict_adapter import Entry, Place
-from qwen3next.model import Qwen3Next
 
 PLACES = ("memory", "mmap", "int8")
 
@@ -21,7 +21,7 @@ def routed(name: str) -> bool:
     return ".mlp.experts." in name
 
 
-def replace_experts(model: Qwen3Next, opened: Opened, place: str, *, dtype: torch.dtype | None, cache: int) -> None:
+def replace_experts(model: Any, opened: Opened, place: str, *, dtype: torch.dtype | None, cache: int) -> None:
     """Put what `place` asks for into a model without memory, instead of its `Experts`.
 
     Args:
@@ -46,7 +46,7 @@ def replace_experts(model: Qwen3Next, opened: Opened, place: str, *, dtype: torc
             module.experts = experts
 
 
-def fill_int8(model: Qwen3Next, opened: Opened, entry: Entry) -> None:
+def fill_int8(model: Any, opened: Opened, entry: Entry) -> None:
     """Quantise the experts in one tensor of the folder, one expert in memory at a time."""
     (place,) = entry.places
     module_name, _, leaf = place.name.rpartition(".")

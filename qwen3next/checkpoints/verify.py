@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from qwen3next.checkpoints.load_save import tracked
+from qwen3next.checkpoints.progress import tracked
 from qwen3next.checkpoints.reader import INDEX, Opened, local_folder, some
 from qwen3next.config import ModelConfig
 from qwen3next.files.json_files import read_object

@@ -10,10 +10,10 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from qwen3next import presets
-from qwen3next.checkpoints.load_save import load
+from qwen3next.api import Qwen3Next, load
 from qwen3next.config import ModelConfig
 from qwen3next.files.sizes import binary
-from qwen3next.model import Qwen3Next, as_device
+from qwen3next.inputs import as_device
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ExpertPlace = Literal["memory", "mmap", "int8"]

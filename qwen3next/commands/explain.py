@@ -5,8 +5,8 @@ from rich.table import Table
 
 from qwen3next.commands.common import Dtype, Target, config_of, show
 from qwen3next.explain import explain as explain_model
+from qwen3next.inputs import as_device, as_dtype
 from qwen3next.inspect import on_meta
-from qwen3next.model import as_device, as_dtype
 
 
 def explain(target: Target, device: str = "auto", dtype: Dtype = "auto") -> None:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from layers.segments import Segments
+from qwen3next.api import Qwen3Next
 from qwen3next.cache.hybrid import HybridCache
-from qwen3next.generation.prefill import check_ids
 from qwen3next.generation.sampling_rules import SamplingRules
 from qwen3next.hooks.hooked import Hooks
-from qwen3next.model import Qwen3Next
+from qwen3next.inputs import check_ids
 
 
 def sample(

@@ -1,32 +1,77 @@
 """Long prompts and long texts, a chunk at a time: memory is bounded by the chunk."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from jaxtyping import Int
+from torch import Tensor, nn
 
 from layers.kernels.cpp.build import missing
 from layers.linear import FEW, spans
+from layers.moe import RouterStats
 from layers.norm import at_least_fp32
+from layers.rope import Rotation
 from layers.segments import Segments
 from layers.state.kv_cache import KVState
-from qwen3next.block import TOKENS as PART
 from qwen3next.cache.hybrid import HybridCache
 from qwen3next.config import ModelConfig
+from qwen3next.decoding.stepping import Stepping
 from qwen3next.files.sizes import binary, parse_bytes
-
-if TYPE_CHECKING:
-    from qwen3next.model import Qwen3Next
+from qwen3next.generation.block_parts import TOKENS as PART
+from qwen3next.generation.block_parts import run_block
+from qwen3next.inputs import check_ids
 
 GRID = 64  # tokens: chunks that end on it leave no trace in bf16
 ROWS = 256  # tokens whose logits are there at a time
 SLACK = 64 * 2**20  # bytes: what threads, tables and the allocator keep
 
 
-def prefill(
-    model: "Qwen3Next",
+class Prefilling(Stepping):
+    """The model with `prefill` and `score`, and blocks that take long prompts in parts."""
+
+    def _run_block(
+        self, block: nn.Module, x: Tensor, rope: Rotation, **options: Any
+    ) -> tuple[Tensor, RouterStats | None]:
+        return run_block(block, x, rope, **options)
+
+    def prefill(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        cache: HybridCache,
+        chunk_size: int = 4096,
+        *,
+        segments: Segments | None = None,
+        max_memory: int | str | None = None,
+    ) -> Iterator[tuple[int, int]]:
+        """Run prompts into the cache in chunks; yields (columns done, columns in all) after each.
+
+        `cache.last_logits` are then those after each sequence's last token. Chunks end at multiples of their size,
+        which is rounded down to one of 64; a rest of fewer than 16 tokens joins the chunk before it. So their number
+        leaves no trace: a prompt without padding, behind nothing or a multiple of 64 tokens, gives the same bits.
+
+        Args:
+            segments: `Segments.from_mask(mask)` for padded prompts; packed ones are sequences of the cache in order.
+            max_memory: for the cache and all that is taken and given back, weights left out, as "8GiB"; where chunks
+                would take more, they are made smaller.
+        Raises: ValueError as forward does, and for a max_memory in which the prompt cannot be run.
+        """
+        return _prefill(self, input_ids, cache, chunk_size, segments=segments, max_memory=max_memory)
+
+    def score(
+        self, input_ids: Int[Tensor, "b t"], *, chunk_size: int = 1024, cache: HybridCache | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The loss of each token, −ln p, a chunk at a time: yields (tokens done, (b, n) losses), never all logits.
+
+        The first token of all has no loss. `cache` may hold what came before: then the first one here is scored by it.
+        Raises: ValueError where there is nothing to score.
+        """
+        return _score(self, input_ids, chunk_size=chunk_size, cache=cache)
+
+
+def _prefill(
+    model: Stepping,
     input_ids: Tensor,
     cache: HybridCache,
     chunk_size: int,
@@ -34,7 +79,6 @@ def prefill(
     segments: Segments | None,
     max_memory: int | str | None,
 ) -> Iterator[tuple[int, int]]:
-    """`Qwen3Next.prefill`."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     check_ids(input_ids, least=0)
@@ -49,16 +93,7 @@ def prefill(
     return _chunks(model, input_ids, cache, segments, past, chunk_size // GRID * GRID or chunk_size)
 
 
-def check_ids(ids: Tensor, name: str = "input_ids", *, least: int = 1, ndim: int = 2) -> None:
-    """Raises: ValueError for what are no token ids of shape (b, t), or (b,) where ndim is 1."""
-    other = ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
-    if other or ids.ndim != ndim or ids.numel() < least:
-        shape = "(b, t)" if ndim == 2 else "(b,)"
-        kind = str(ids.dtype).removeprefix("torch.")
-        raise ValueError(f"{name} must be integers of shape {shape}, got {kind} of shape {tuple(ids.shape)}.")
-
-
-def chunk_for(model: "Qwen3Next", cache: HybridCache, segments: Segments, max_memory: int) -> int:
+def chunk_for(model: Stepping, cache: HybridCache, segments: Segments, max_memory: int) -> int:
     """The largest chunk, a multiple of 64, with which cache and transient memory stay below `max_memory` bytes.
 
     Raises: ValueError where not even 64 tokens fit.
@@ -110,7 +145,7 @@ def transient_bytes(config: ModelConfig, tokens: int, element_size: int) -> int:
 
 
 def _chunks(
-    model: "Qwen3Next", input_ids: Tensor, cache: HybridCache, segments: Segments, past: int, chunk_size: int
+    model: Stepping, input_ids: Tensor, cache: HybridCache, segments: Segments, past: int, chunk_size: int
 ) -> Iterator[tuple[int, int]]:
     total, last = input_ids.shape[1], cache.last_logits
     if last is None and not segments.plain and cache.hidden is not None:
@@ -133,10 +168,9 @@ def _chunks(
         yield end, total
 
 
-def score(
-    model: "Qwen3Next", input_ids: Tensor, *, chunk_size: int, cache: HybridCache | None
+def _score(
+    model: Stepping, input_ids: Tensor, *, chunk_size: int, cache: HybridCache | None
 ) -> Iterator[tuple[int, Tensor]]:
-    """`Qwen3Next.score`."""
     check_ids(input_ids, least=0)
     batch, total = input_ids.shape
     if chunk_size < 1 or total < 2 - (cache is not None):
@@ -144,7 +178,7 @@ def score(
     return _losses(model, input_ids, chunk_size, model.new_cache(batch, max_len=total) if cache is None else cache)
 
 
-def _losses(model: "Qwen3Next", input_ids: Tensor, chunk_size: int, cache: HybridCache) -> Iterator[tuple[int, Tensor]]:
+def _losses(model: Stepping, input_ids: Tensor, chunk_size: int, cache: HybridCache) -> Iterator[tuple[int, Tensor]]:
     before = cache.last_logits
     if before is None and cache.hidden is not None:
         before = model.logits_after(cache)

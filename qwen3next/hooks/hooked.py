@@ -4,7 +4,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,6 @@ from qwen3next.hooks.names import Chosen, Filter, aliases, choose
 from qwen3next.hooks.recording import Metric, PosSlice, Recording, next_token_loss
 from qwen3next.hooks.wrappers import plain_name
 
-if TYPE_CHECKING:
-    from qwen3next.interp.activation_cache import ActivationCache
-
 Hook = Callable[[Tensor, HookPoint], Tensor | None]
 Hooks = Sequence[tuple[Filter, Hook]]
 
@@ -26,6 +23,7 @@ class Hooked(nn.Module):
     """Gives a model its hook points by name, e.g. "blocks.3.linear_attn.hook_beta"."""
 
     residual: Callable[..., Tensor]
+    activation_cache: Callable[..., Any]  # what `run_with_cache` returns: q.interp.ActivationCache
 
     @property
     def hook_dict(self) -> dict[str, HookPoint]:
@@ -144,7 +142,7 @@ class Hooked(nn.Module):
         `stop_at_layer` gives the residual stream before that block instead, see `residual`.
         """
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end=reset_hooks_end):
-            return self._run(*args, stop_at_layer=stop_at_layer, **kwargs)
+            return self._called(*args, stop_at_layer=stop_at_layer, **kwargs)
 
     def run_with_cache(
         self,
@@ -155,8 +153,8 @@ class Hooked(nn.Module):
         device: str | torch.device | None = None,
         incl_bwd: bool | Metric = False,
         **kwargs: Any,
-    ) -> tuple[Tensor, "ActivationCache"]:
-        """Logits, and the chosen inner tensors by name (docs/interpretability.md); other arguments are forward's.
+    ) -> tuple[Tensor, Any]:
+        """Logits, and the chosen inner tensors by name as an ActivationCache; other arguments are forward's.
 
         What fires once a token comes joined, (b t …), and states of several positions stacked, (b positions h k v).
 
@@ -184,20 +182,18 @@ class Hooked(nn.Module):
         leaf: Hooks = [("hook_embed", recording.make_leaf)] if incl_bwd else []
         with torch.set_grad_enabled(torch.is_grad_enabled() or bool(incl_bwd)):
             with self.hooks([*leaf, *keep]):
-                output = self._run(*args, stop_at_layer=stop_at_layer, **kwargs)
+                output = self._called(*args, stop_at_layer=stop_at_layer, **kwargs)
             output = output if isinstance(output, Tensor) else output.logits
             if incl_bwd:
                 number = incl_bwd(output) if callable(incl_bwd) else next_token_loss(output, *args, **kwargs)
                 recording.differentiate(number)
-        from qwen3next.interp.activation_cache import ActivationCache
-
         kept = recording.result(aliases(self.hook_dict))
         whole = pos_slice is None
-        acts = ActivationCache(kept, cast(Any, self), segments=given.get("segments") if whole else None)
+        acts = self.activation_cache(kept, self, segments=given.get("segments") if whole else None)
         acts.from_start, acts.gapless = whole and not continued, whole
         return output.detach() if incl_bwd else output, acts
 
-    def _run(self, *args: Any, stop_at_layer: int | None, **kwargs: Any) -> Any:
+    def _called(self, *args: Any, stop_at_layer: int | None, **kwargs: Any) -> Any:
         return self(*args, **kwargs) if stop_at_layer is None else self.residual(stop_at_layer, *args, **kwargs)
 
 

@@ -6,16 +6,15 @@ Shapes: b batch, t tokens, s keys. The batch comes first; time is second, but th
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from layers.segments import Segments
-from qwen3next.checkpoints.fingerprint import fingerprint
 from qwen3next.files.atomic import fresh_file
+from qwen3next.files.fingerprint import fingerprint
 from qwen3next.files.tensor_files import Files, read_header, read_metadata, write
-from qwen3next.model import Qwen3Next
 
 Index = int | slice | Sequence[int]
 DOCUMENT_IDS = "segments.document_ids"  # in a file, beside the points
@@ -40,7 +39,7 @@ class CachedPoints(Mapping[str, Tensor]):
         segments: what that forward was given, where rows are packed or padded.
     """
 
-    def __init__(self, acts: Mapping[str, Tensor], model: Qwen3Next, *, segments: Segments | None = None):
+    def __init__(self, acts: Mapping[str, Tensor], model: Any, *, segments: Segments | None = None):
         unknown = sorted({name.removesuffix("_grad") for name in acts} - model.hook_dict.keys())
         if unknown:
             raise ValueError(f"This model has no point {unknown[0]}: give the model that the tensors came from.")
@@ -148,7 +147,7 @@ class CachedPoints(Mapping[str, Tensor]):
             write(fresh, plan, tensors.items(), metadata=metadata)
 
     @classmethod
-    def load(cls, path: str | Path, model: Qwen3Next) -> Self:
+    def load(cls, path: str | Path, model: Any) -> Self:
         """Read what `save` wrote, into CPU memory.
 
         Raises: ValueError for a damaged file, or one of another model.
@@ -166,7 +165,7 @@ class CachedPoints(Mapping[str, Tensor]):
         return loaded
 
 
-def identity(model: Qwen3Next) -> str:
+def identity(model: Any) -> str:
     """A checkpoint's name for files of activations: one in fp32 and in bf16; routed experts may be anywhere."""
     return fingerprint(model, left_out=lambda name: ".experts." in name, any_dtype=True)
 

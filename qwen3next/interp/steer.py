@@ -2,19 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from layers.gated_deltanet import DeltaNetState
 from layers.hook_point import HookPoint
-from qwen3next.cache.hybrid import Cache
+from qwen3next.cache.hybrid import HybridCache
 from qwen3next.hooks.names import Filter
-from qwen3next.model import Qwen3Next
 
 
 @contextmanager
-def steer(model: Qwen3Next, names: Filter, vector: Float[Tensor, "width"], *, strength: float = 1.0) -> Iterator[None]:
+def steer(model: Any, names: Filter, vector: Float[Tensor, "width"], *, strength: float = 1.0) -> Iterator[None]:
     """Add strength · vector at points of shape (b t width), to every token: prompts and generated ones alike.
 
         with steer(model, "blocks.3.hook_resid_post", direction, strength=4.0):
@@ -34,8 +34,8 @@ def steer(model: Qwen3Next, names: Filter, vector: Float[Tensor, "width"], *, st
 
 @contextmanager
 def steer_state(
-    model: Qwen3Next,
-    cache: Cache,
+    model: Any,
+    cache: HybridCache,
     layer: int,
     change: Float[Tensor, "#b h k v"],
     *,

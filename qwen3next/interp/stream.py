@@ -25,7 +25,6 @@ from qwen3next.files.atomic import fresh_file
 from qwen3next.files.tensor_files import write
 from qwen3next.hooks.names import Filter
 from qwen3next.interp.points import identity
-from qwen3next.model import Qwen3Next
 
 INDEX = "index.json"
 COLUMNS = ("token", "position", "row")  # beside the points: token id, place in its sequence, number in the stream
@@ -34,7 +33,7 @@ Batches = Iterable[Tensor | tuple[Tensor, Segments]]
 
 
 def stream_activations(
-    model: Qwen3Next,
+    model: Any,
     batches: Batches,
     folder: str | Path,
     names: Filter,
@@ -141,7 +140,7 @@ class _EnoughError(Exception):
 
 @torch.no_grad()
 def _run(
-    model: Qwen3Next, ids: Tensor, segments: Segments, names: Sequence[str], dtype: torch.dtype | None
+    model: Any, ids: Tensor, segments: Segments, names: Sequence[str], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     """The points' values at real tokens, in CPU memory."""
     found: dict[str, Tensor] = {}

@@ -116,7 +116,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(folder, monkeypatch):
     def full(*_args, **_options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qwen3next.checkpoints.load_save.write", full)
+    monkeypatch.setattr("qwen3next.checkpoints.save.write", full)
     with pytest.raises(OSError, match="No space"):
         q.save(small_model(seed=1), folder)
     assert_same_bytes(stored(folder), before)

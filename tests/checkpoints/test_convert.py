@@ -81,7 +81,7 @@ def test_a_failure_leaves_nothing_behind(folder, tmp_path, monkeypatch):
     def full(*_args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qwen3next.checkpoints.load_save.write", full)
+    monkeypatch.setattr("qwen3next.checkpoints.save.write", full)
     with pytest.raises(OSError, match="No space"):
         convert(folder, tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["m"]

@@ -16,7 +16,7 @@ from layers.kernels.cpp import build
 from layers.segments import Segments
 from qwen3next.decoding import plan as decode
 from qwen3next.decoding.plan import MOST_TOKENS
-from qwen3next.model import as_ids
+from qwen3next.inputs import as_ids
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"compiled code cannot run: {build.missing()}")
 

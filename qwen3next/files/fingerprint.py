@@ -9,15 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from qwen3next.files.atomic import fresh_file
 from qwen3next.files.tensor_files import memory_of
-
-if TYPE_CHECKING:
-    from qwen3next.model import Qwen3Next
 
 PIECE = 2**26  # bytes that are summed at a time, each piece in a thread
 NUMBERS = 64  # of a tensor, looked at to notice a change that torch was not told of
@@ -146,7 +143,7 @@ def files_as_they_are(folder: Path) -> str:
 
 
 def fingerprint(
-    model: "Qwen3Next",
+    model: Any,
     *,
     left_out: Callable[[str], bool],
     beside: Collection[str] = ("extra", "outer"),

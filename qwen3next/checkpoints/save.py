@@ -1,30 +1,24 @@
-"""Checkpoint folders in the released layouts: a model from one, and one from a model."""
+"""A model written as a checkpoint folder in the released layout."""
 
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from layers.experts.disk import OffloadedExperts
 from layers.experts.int8 import Int8Experts
-from qwen3next.checkpoints.expert_weights import PLACES, fill_int8, replace_experts, routed
-from qwen3next.checkpoints.fingerprint import files_as_they_are
-from qwen3next.checkpoints.reader import INDEX, SINGLE, Opened, cast_dtype, open_checkpoint, some
+from qwen3next.checkpoints.progress import tracked
+from qwen3next.checkpoints.reader import INDEX, SINGLE, some
 from qwen3next.checkpoints.state_dict_adapter import Entry, Layout, entries
 from qwen3next.files.atomic import fresh_folder
-from qwen3next.files.sizes import parse_bytes
 from qwen3next.files.tensor_files import write
-from qwen3next.generation.generation_config import GenerationConfig
 from qwen3next.hooks.wrappers import plain_name
-from qwen3next.model import Qwen3Next, as_device, as_dtype
 
-T = TypeVar("T")
 # What belongs to a text model beside its weights, and travels with them.
 COMPANIONS = (
     "generation_config.json",
@@ -40,67 +34,8 @@ COMPANIONS = (
 )
 
 
-def load(
-    path: str | Path,
-    *,
-    dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "auto",
-    progress: bool = False,
-    experts: str = "memory",
-    expert_cache: str | int = "2GiB",
-) -> Qwen3Next:
-    """Open a checkpoint folder (or a hub id, where huggingface_hub can reach it), streamed tensor by tensor.
-
-    Memory at the peak is that of the model and one tensor of the folder.
-
-    Args:
-        dtype: "auto" keeps every tensor as stored, and what is stored in FP8 in the dtype that config.json names; else
-            linear maps and embeddings are cast, while A_log, dt_bias and the norms keep the precision they are stored
-            in, which their arithmetic uses.
-        device: "auto" is CUDA where there is one, else the CPU.
-        progress: show a bar on the terminal.
-        experts: where routed experts are. "memory"; "int8", in a byte a weight with a scale an output row; "mmap", in
-            the files, from which the experts that tokens route to are read into a cache, so that a model runs that is
-            several times larger than memory. docs/larger_than_memory.md has figures.
-        expert_cache: bytes for experts read from the files, as "2GiB"; `model.expert_cache.report` tells the hit rate.
-    Raises: ValueError that names file and tensor for anything missing, left over, misshapen, truncated or unsafe;
-        nothing is left half-loaded.
-    """
-    cast, target = None if dtype == "auto" else as_dtype(dtype), as_device(device)
-    if experts not in PLACES:
-        raise ValueError(f"experts {experts!r} is none of {', '.join(PLACES)}.")
-    budget = parse_bytes(expert_cache)
-    opened = open_checkpoint(path)
-    with ExitStack() as failed:
-        failed.callback(opened.files.close)
-        if cast is None and (mixed := opened.mixed()):
-            raise ValueError(mixed)
-        generation = GenerationConfig.load(opened.folder, quiet=True)
-        with torch.device("meta"):
-            model = Qwen3Next(opened.config)
-        if experts != "memory":
-            replace_experts(model, opened, experts, dtype=cast, cache=budget)
-        ours = _allocate(model, opened, cast, target)
-        with torch.no_grad():
-            for entry in tracked(opened.wanted, progress, f"loading {opened.folder.name}"):
-                if experts != "memory" and routed(entry.places[0].name):
-                    if experts == "int8":
-                        fill_int8(model, opened, entry)
-                    continue
-                for place, piece in zip(entry.places, entry.split(opened.read(entry.name)), strict=True):
-                    place.of(ours).copy_(piece)
-        if experts == "mmap":
-            failed.pop_all()  # experts go on being read
-    model.layout, model.origin = opened.layout, opened.folder
-    model.generation_config = generation
-    model = model.to(target) if experts == "int8" else model
-    model.experts_in = files_as_they_are(opened.folder) if experts == "mmap" else ""
-    model.weight_sums.loaded(opened.folder, model.state_dict(keep_vars=True), f"{cast} {experts}")
-    return model
-
-
 def save(
-    model: Qwen3Next,
+    model: Any,
     folder: str | Path,
     *,
     max_shard_bytes: int = 5 * 10**9,
@@ -114,6 +49,7 @@ def save(
     renaming, so that a crash leaves a whole checkpoint: the old one or the new one.
 
     Args:
+        model: a Qwen3Next.
         max_shard_bytes: a file holds no more, unless a single tensor is larger.
         layout: how tensors are arranged; None means as the model was loaded, or else as its family was released.
     Raises: ValueError for a model that the layout cannot hold: adapters, other shapes than its configuration says. A
@@ -220,27 +156,3 @@ def write_shards(
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _allocate(model: Qwen3Next, opened: Opened, dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
-    """Give every parameter memory in its dtype; that of the tensors that fill it, unless cast."""
-    shared: dict[Tensor, torch.nn.Parameter] = {}
-    for prefix, module in model.named_modules():
-        for leaf, parameter in list(module.named_parameters(recurse=False)):
-            name = f"{prefix}.{leaf}" if prefix else leaf
-            if parameter not in shared:
-                kind = opened.dtypes[name] if dtype is None else cast_dtype(name, opened.dtypes[name], dtype)
-                shared[parameter] = torch.nn.Parameter(torch.empty(parameter.shape, dtype=kind, device=device))
-            setattr(module, leaf, shared[parameter])
-    return dict(model.named_parameters())
-
-
-def tracked(items: Iterable[T], progress: bool, label: str, total: int | None = None) -> Iterator[T]:
-    """The items, with a bar on the terminal if `progress`."""
-    if not progress:
-        yield from items
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(items, description=label, total=total, console=Console(stderr=True))  # stdout is for results

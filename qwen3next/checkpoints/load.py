@@ -1,0 +1,77 @@
+"""A model from a checkpoint folder in a released layout."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from qwen3next.checkpoints.expert_weights import PLACES, fill_int8, replace_experts, routed
+from qwen3next.checkpoints.progress import tracked
+from qwen3next.checkpoints.reader import Opened, cast_dtype, open_checkpoint
+from qwen3next.config import ModelConfig
+from qwen3next.files.fingerprint import files_as_they_are
+from qwen3next.files.sizes import parse_bytes
+from qwen3next.generation.generation_config import GenerationConfig
+from qwen3next.inputs import as_device, as_dtype
+
+M = TypeVar("M", bound=Any)  # a Qwen3Next
+
+
+def load_as(
+    kind: Callable[[ModelConfig], M],
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    progress: bool,
+    experts: str,
+    expert_cache: str | int,
+) -> M:
+    """`q.load` for a class of models."""
+    cast, target = None if dtype == "auto" else as_dtype(dtype), as_device(device)
+    if experts not in PLACES:
+        raise ValueError(f"experts {experts!r} is none of {', '.join(PLACES)}.")
+    budget = parse_bytes(expert_cache)
+    opened = open_checkpoint(path)
+    with ExitStack() as failed:
+        failed.callback(opened.files.close)
+        if cast is None and (mixed := opened.mixed()):
+            raise ValueError(mixed)
+        generation = GenerationConfig.load(opened.folder, quiet=True)
+        with torch.device("meta"):
+            model = kind(opened.config)
+        if experts != "memory":
+            replace_experts(model, opened, experts, dtype=cast, cache=budget)
+        ours = _allocate(model, opened, cast, target)
+        with torch.no_grad():
+            for entry in tracked(opened.wanted, progress, f"loading {opened.folder.name}"):
+                if experts != "memory" and routed(entry.places[0].name):
+                    if experts == "int8":
+                        fill_int8(model, opened, entry)
+                    continue
+                for place, piece in zip(entry.places, entry.split(opened.read(entry.name)), strict=True):
+                    place.of(ours).copy_(piece)
+        if experts == "mmap":
+            failed.pop_all()  # experts go on being read
+    model.layout, model.origin = opened.layout, opened.folder
+    model.generation_config = generation
+    model = model.to(target) if experts == "int8" else model
+    model.experts_in = files_as_they_are(opened.folder) if experts == "mmap" else ""
+    model.weight_sums.loaded(opened.folder, model.state_dict(keep_vars=True), f"{cast} {experts}")
+    return model
+
+
+def _allocate(model: nn.Module, opened: Opened, dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
+    """Give every parameter memory in its dtype; that of the tensors that fill it, unless cast."""
+    shared: dict[Tensor, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            if parameter not in shared:
+                kind = opened.dtypes[name] if dtype is None else cast_dtype(name, opened.dtypes[name], dtype)
+                shared[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=kind, device=device))
+            setattr(module, leaf, shared[parameter])
+    return dict(model.named_parameters())

@@ -1,0 +1,131 @@
+"""Steps of generation: a few tokens behind a cache, by the fastest way that gives the modules' result."""
+
+import weakref
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from layers.dispatch.attached import attached
+from layers.segments import Segments
+from qwen3next.cache.hybrid import HybridCache, new_cache
+from qwen3next.config import ModelConfig
+from qwen3next.decoding.cuda_graph import graph_for
+from qwen3next.decoding.plan import Slot, plan_for
+from qwen3next.inputs import as_dtype, as_ids, as_kv_dtype, check_vocabulary
+from qwen3next.model import Qwen3Next as Reference
+
+
+class Stepping(Reference):
+    """The model with `new_cache`, `step`, `logits_after` and `draft`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.decode_backend = "auto"
+        self.decode_slot = Slot()
+
+    def new_cache(
+        self,
+        batch: int = 1,
+        max_len: int = 4096,
+        kv_dtype: str | torch.dtype | None = None,
+        state_dtype: str | torch.dtype | None = None,
+        history: int = 0,
+        mtp: bool = False,
+    ) -> HybridCache:
+        """An empty cache for `batch` sequences of up to `max_len` tokens; memory for them is taken as they come.
+
+        Args:
+            kv_dtype: of keys and values, "int8" among them; None is the model's dtype.
+            state_dtype: of the recurrent states between calls; None is fp32, less loses precision with every call.
+            history: tokens that `rollback` can take back at any time; costs two or three recurrent states and notes.
+            mtp: remember for the MTP layer too, so that `draft` can look a token further ahead.
+        """
+        cache = new_cache(
+            self.config,
+            batch=batch,
+            max_len=max_len,
+            dtype=self.dtype,
+            kv_dtype=as_kv_dtype(kv_dtype, self.dtype),
+            device=self.device,
+            state_dtype=None if state_dtype is None else as_dtype(state_dtype),
+            history=history,
+            mtp=mtp,
+        )
+        cache.model = weakref.ref(self)
+        return cache
+
+    @torch.no_grad()
+    def step(self, input_ids: Int[Tensor, "b t"], cache: HybridCache) -> Float[Tensor, "b vocab"]:
+        """Extend the cache by a few tokens, the same number in every row; logits after the last of them.
+
+        As forward, but in compiled code on the CPU and as one CUDA graph on a GPU where these can run (`q.explain`);
+        their last bits are their own. With hooks or tracers attached, the modules run.
+        """
+        if type(self).forward is not Reference.forward or attached(self):
+            return self(input_ids, cache=cache, logits_to_keep=1).logits[:, -1]
+        input_ids = as_ids(input_ids)
+        check_vocabulary(input_ids, self.vocab_size)
+        with cache.extend(input_ids, None, self) as call:
+            self._warn_of_length(call.segments)
+            if graph := graph_for(self, call.segments, cache):
+                hidden, logits = graph.run(cache, input_ids)
+            elif plan := plan_for(self, call.segments, cache):
+                hidden, logits = plan.run(self, input_ids, call.segments, cache)
+            else:
+                hidden, _ = self._run(input_ids, call.segments, call.layers, stats=False)
+                logits = self.hook_logits(self.lm_head(hidden[:, -1:]))[:, -1]
+            self._complete(call, input_ids, hidden)
+        return logits
+
+    @torch.no_grad()
+    def logits_after(self, cache: HybridCache) -> Float[Tensor, "b vocab"]:
+        """Logits after each row's last token, from the hidden state that the cache keeps of it.
+
+        Raises: ValueError for an empty cache.
+        """
+        if cache.hidden is None:
+            raise ValueError("The cache is empty: there is no token that another could follow.")
+        plan = plan_for(self, Segments.full(cache.hidden[:, None]), cache)
+        if plan is not None:
+            return plan.head(cache.hidden)
+        return self.hook_logits(self.lm_head(cache.hidden[:, None]))[:, 0]
+
+    @torch.no_grad()
+    def draft(self, cache: HybridCache, token: Int[Tensor, "b"]) -> Float[Tensor, "b vocab"]:
+        """What the MTP layer expects after `token`, which is to follow all that the cache holds and is not added to it.
+
+        Raises: ValueError for a cache made without mtp=True, or an empty one.
+        """
+        if cache.mtp is None or self.mtp is None or cache.hidden is None or not min(cache.lengths):
+            raise ValueError("A draft needs a cache that was made with mtp=True and holds at least one token a row.")
+        token = as_ids(token, "token", ndim=1)
+        if len(token) != cache.batch:
+            raise ValueError(f"token has {len(token)} ids and the cache {cache.batch} rows: give one a row.")
+        if not 0 <= int(token.min()) <= int(token.max()) < self.vocab_size:
+            raise ValueError(f"token holds {int(token.min())} to {int(token.max())} of 0 to {self.vocab_size - 1}.")
+        segments = Segments.full(token[:, None]).after([n - 1 for n in cache.lengths])
+        rope = self._rotation(segments.positions, cache.hidden.dtype)
+        state = cache.mtp.share(max(segments.past))  # continued here and forgotten
+        ahead, _ = self.mtp(cache.hidden[:, None], self.embed_tokens(token[:, None]), rope, segments, state)
+        return self.mtp.hook_logits(self.lm_head(ahead[:, 0]))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: where its weights are; if they are put there for each call alone, the CPU."""
+        offloaded = getattr(getattr(self.embed_tokens, "_hf_hook", None), "execution_device", None)  # accelerate's
+        if offloaded is not None:
+            return torch.device(offloaded)
+        here = (p.device for p in self.parameters() if p.device.type != "meta")
+        return next(here, torch.device("cpu" if attached(self, self.embed_tokens) else "meta"))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """As torch's, for `.to()` and the like; the plan, which holds the weights before, is let go first."""
+        self.decode_slot = Slot()
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """torch's; the plan is let go first."""
+        self.decode_slot = Slot()
+        return super().load_state_dict(*args, **kwargs)

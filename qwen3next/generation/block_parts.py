@@ -1,0 +1,84 @@
+"""A block over a long prompt, some tokens at a time, so that its temporary memory does not grow with the prompt.
+
+The results are the same to the bit: parts end where chunks of the delta rule and tiles of attention end, and recurrent
+states pass from part to part in full precision.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from layers.dispatch.attached import attached
+from layers.gated_deltanet import DeltaNetState
+from layers.kernels.tiled_attention import TILE
+from layers.linear import FEW, spans
+from layers.moe import RouterStats
+from layers.norm import at_least_fp32
+from layers.rope import Rotation
+from layers.segments import Segments
+from layers.state.kv_cache import KVState
+from layers.state.update_log import Tape
+from qwen3next.block import Block, BlockState
+
+TOKENS = 2048  # of a long prompt in a part: whole chunks of the delta rule, whole tiles of attention
+
+
+def run_block(
+    block: nn.Module,
+    x: Tensor,
+    rope: Rotation,
+    *,
+    segments: Segments,
+    state: BlockState,
+    counted: Tensor | None,
+    stats: bool,
+) -> tuple[Tensor, RouterStats | None]:
+    """`block(x, rope, …)`, in parts where the prompt is long and nothing can tell the difference."""
+    if stats or torch.compiler.is_compiling() or x.shape[1] < TOKENS + FEW or not _may_split(block, x):
+        return block(x, rope, segments=segments, state=state, counted=counted, stats=stats)
+    assert isinstance(block, Block)
+    if segments.plain and segments.aligned and isinstance(state, (KVState, DeltaNetState)):
+        return _in_parts(block, x, rope, segments, state), None
+    x = block.mix(x, rope, segments, state)
+    parts = [block.feed_forward(x[:, a:b], None, stats=False)[0] for a, b in spans(x.shape[1], TOKENS)]
+    return torch.cat(parts, dim=1), None
+
+
+def _may_split(block: nn.Module, x: Tensor) -> bool:
+    """Whether no gradients are taken and no hook of any kind is attached, on the CPU."""
+    if x.device.type != "cpu" or torch.is_grad_enabled() or type(block).forward is not Block.forward:
+        return False
+    return not attached(*block.modules())
+
+
+def _in_parts(block: Block, x: Tensor, rope: Rotation, segments: Segments, state: KVState | DeltaNetState) -> Tensor:
+    past, t, noted, lead = segments.past[0], x.shape[1], 0, 0
+    own = state if isinstance(state, KVState) else DeltaNetState(state.conv, at_least_fp32(state.memory))
+    if isinstance(state, KVState):
+        lead = past % TILE  # attention's tiles, which lie on a grid of all positions, stay whole
+        state.reserve(segments)  # once for all
+    y = torch.empty_like(x)
+    for place, stop in spans(lead + t, TOKENS):
+        begin, end = max(place - lead, 0), stop - lead
+        if isinstance(state, DeltaNetState) and isinstance(own, DeltaNetState):
+            noted += _noted(state, own, begin, end)
+        here = Segments.full(x[:, begin:end]).after([past + begin] * len(x))
+        turn = Rotation(rope.cos[:, begin:end], rope.sin[:, begin:end])
+        y[:, begin:end] = block(x[:, begin:end], turn, segments=here, state=own, stats=False)[0]
+    if isinstance(state, DeltaNetState) and isinstance(own, DeltaNetState):
+        if own.tape is not None:
+            own.tape.join(noted)
+            own.tape.dtype = state.memory.dtype
+        state.conv, state.memory, state.tape = own.conv, own.memory.to(state.memory.dtype), own.tape
+    return y
+
+
+def _noted(state: DeltaNetState, own: DeltaNetState, begin: int, end: int) -> bool:
+    """Whether the part from `begin` to `end` of a call is noted; its own state then has a tape to note it on."""
+    if state.tape is None or state.cut >= end:
+        return False
+    own.cut = max(state.cut - begin, 0)  # notes begin here, or go on
+    if state.cut == begin and begin:
+        own.tape = Tape(own.conv, own.memory, own.memory.dtype)
+    elif own.tape is None:
+        own.tape = state.tape
+    return True
