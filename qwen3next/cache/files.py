@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor
 
@@ -99,7 +99,7 @@ class CacheFiles:
         write_sealed(Path(path), tensors, about)
 
     @classmethod
-    def load(cls, path: str | Path, model: Any, *, max_len: int | None = None, history: int = 0) -> Self:
+    def load(cls, path: str | Path, model: Any, *, max_len: int | None = None, history: int = 0) -> Any:
         """Read a cache that `model` wrote, on its device, with room for `max_len` tokens (the default, if None).
 
         Raises: ValueError for a damaged or edited file, or one of another model, dtype or RoPE factor.
@@ -122,7 +122,7 @@ class CacheFiles:
         if limit < held:
             raise ValueError(f"{path} holds {held} tokens and max_len is {limit}: make it larger.")
         kv_dtype = about["kv_dtype"]
-        cache: Self = model.new_cache(batch=batch, max_len=limit, kv_dtype=kv_dtype, history=history, mtp=about["mtp"])
+        cache = model.new_cache(batch=batch, max_len=limit, kv_dtype=kv_dtype, history=history, mtp=about["mtp"])
         for n, (name, described) in enumerate(marks.items()):
             mark = _mark(cache, tensors, described, f"snapshots.{n}." if name else "")
             if name:

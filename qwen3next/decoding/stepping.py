@@ -1,7 +1,7 @@
 """Steps of generation: a few tokens behind a cache, by the fastest way that gives the modules' result."""
 
 import weakref
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -120,7 +120,7 @@ class Stepping(Reference):
         here = (p.device for p in self.parameters() if p.device.type != "meta")
         return next(here, torch.device("cpu" if attached(self, self.embed_tokens) else "meta"))
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+    def _apply(self, fn: Any, recurse: bool = True) -> "Stepping":
         """As torch's, for `.to()` and the like; the plan, which holds the weights before, is let go first."""
         self.decode_slot = Slot()
         return super()._apply(fn, recurse)

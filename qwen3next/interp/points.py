@@ -6,7 +6,7 @@ Shapes: b batch, t tokens, s keys. The batch comes first; time is second, but th
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ class NotCachedError(KeyError):
 
     def __str__(self) -> str:  # KeyError's own would put the sentence in quotation marks
         return str(self.args[0])
+
+
+Kind = TypeVar("Kind", bound="CachedPoints")
 
 
 class CachedPoints(Mapping[str, Tensor]):
@@ -94,12 +97,12 @@ class CachedPoints(Mapping[str, Tensor]):
         """Blocks of the model."""
         return self.model.config.num_hidden_layers
 
-    def _like(self, acts: Mapping[str, Tensor], segments: Segments | None) -> Self:
+    def _like(self: Kind, acts: Mapping[str, Tensor], segments: Segments | None) -> Kind:
         other = type(self)(acts, self.model, segments=segments)
         other.from_start, other.gapless, other.alias = self.from_start, self.gapless, self.alias
         return other
 
-    def to(self, target: torch.device | torch.dtype | str) -> Self:
+    def to(self: Kind, target: torch.device | torch.dtype | str) -> Kind:
         """A copy on another device or in another floating-point dtype; indices stay integers."""
         if isinstance(target, torch.dtype):
             moved = {n: x.to(target) if x.is_floating_point() else x for n, x in self.acts.items()}
@@ -109,7 +112,7 @@ class CachedPoints(Mapping[str, Tensor]):
             segments = Segments.from_document_ids(segments.document_ids.to(target))
         return self._like({n: x.to(target) for n, x in self.acts.items()}, segments)
 
-    def slice(self, batch: Index | None = None, pos: Index | None = None) -> Self:
+    def slice(self: Kind, batch: Index | None = None, pos: Index | None = None) -> Kind:
         """Some rows, some tokens. A number keeps its axis, of length 1; keys in patterns, and states, all stay.
 
         hook_logits is left out where `logits_to_keep` made it shorter than the rest.
@@ -147,7 +150,7 @@ class CachedPoints(Mapping[str, Tensor]):
             write(fresh, plan, tensors.items(), metadata=metadata)
 
     @classmethod
-    def load(cls, path: str | Path, model: Any) -> Self:
+    def load(cls: type[Kind], path: str | Path, model: Any) -> Kind:
         """Read what `save` wrote, into CPU memory.
 
         Raises: ValueError for a damaged file, or one of another model.
