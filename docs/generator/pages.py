@@ -35,7 +35,7 @@ def targets(text: str, path: str) -> dict[str, str]:
 
 def source_page(path: str) -> str:
     """A file's text as a page that search leaves out; of a folder, the list of its files."""
-    head = f"---\nsearch:\n  exclude: true\n---\n\n# `{path}`\n\n"
+    head = f"---\nsearch: {{exclude: true}}\nhide: [toc]\n---\n\n# `{path}`\n\n"
     if (ROOT / path).is_dir():
         return head + "\n".join(f"- [`{p.name}`]({posixpath.basename(path)}/{p.name})" for p in members(path)) + "\n"
     language = LANGUAGES.get(Path(path).suffix, "text")
