@@ -1,7 +1,7 @@
-"""A griffe extension: reads the sections of this project's docstrings, and the names that a package exports.
+"""A griffe extension for this project's docstrings and exported names.
 
 Docstrings here have one-line sections ("Raises: ValueError for …") and entries with several names ("k, v: …"), which
-griffe does not know.
+griffe does not parse.
 """
 
 import re
@@ -9,9 +9,9 @@ from contextlib import suppress
 
 from griffe import AliasResolutionError, Extension, Module, Object
 
-ONE_LINE = re.compile(r"^(Returns|Raises|Sources?|Shapes): +(?=\S)")
-LISTS = re.compile(r"^(Args|Attributes):$")
-ENTRY = re.compile(r"^( +)(\w+(?:, \w+)+): (.*)$")
+PARAGRAPH = re.compile(r"^(Returns|Raises|Sources?|Shapes): +(\S.*(?:\n {4}.*)*)", re.MULTILINE)
+LIST = re.compile(r"^(Args|Attributes):$", re.MULTILINE)
+ENTRY = re.compile(r"^ {4}(\w+(?:, \w+)+): (.*(?:\n {8}.*)*)", re.MULTILINE)
 
 
 class HouseStyle(Extension):
@@ -20,7 +20,7 @@ class HouseStyle(Extension):
             obj.docstring.value = rewritten(obj.docstring.value)
 
     def on_package(self, *, pkg: Module, **_: object) -> None:
-        """Names that the package imports are what it imports, also where a module has the name of its function."""
+        """Let `qwen3next.generate` mean the exported function: griffe takes the module of the same name."""
         exported: dict[str, Object] = {}
         for name, path in pkg.imports.items():
             with suppress(KeyError, AliasResolutionError):
@@ -32,24 +32,6 @@ class HouseStyle(Extension):
 
 def rewritten(docstring: str) -> str:
     """One-line sections as paragraphs with their name in bold; an entry of several names as one entry a name."""
-    lines: list[str] = []
-    inside, entries = "", list[list[str]]()
-    for line in docstring.splitlines():
-        if ONE_LINE.match(line) or LISTS.match(line):
-            inside, entries = line[:4], []
-            lines += ["", ONE_LINE.sub(lambda m: f"**{m[1]}:** ", line)]
-            continue
-        if line and not line.startswith(" "):
-            inside, entries = "", []
-        if inside in ("Args", "Attr") and (m := ENTRY.match(line)):
-            entries = [[f"{m[1]}{name}: {m[3]}"] for name in m[2].split(", ")]
-            lines.append("")  # filled when the entry is complete
-        elif entries and line.startswith("        "):
-            for entry in entries:
-                entry.append(line)
-        else:
-            entries = []
-            lines.append(line.lstrip() if inside and not inside.startswith(("Args", "Attr")) else line)
-            continue
-        lines[-1] = "\n".join(part for entry in entries for part in entry)
-    return "\n".join(lines)
+    text = PARAGRAPH.sub(lambda m: f"\n**{m[1]}:** " + re.sub(r"\n +", "\n", m[2]), docstring)
+    text = LIST.sub(r"\n\1:", text)
+    return ENTRY.sub(lambda m: "\n".join(f"    {name}: {m[2]}" for name in m[1].split(", ")), text)

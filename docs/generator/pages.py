@@ -1,7 +1,7 @@
 """An mkdocs hook: every relative link of README and docs works on the site as it does on a code host.
 
-README.md is the site's home page. A link out of docs/, such as ../layers/norm.py, leads to a page with that file's
-text, which is made here for each file and folder that a page links to. So the site needs no address of a repository.
+README.md becomes the site's home page. For each file or folder outside docs/ that a page links to, such as
+../layers/norm.py, a page with its text is generated. So the site does not need the address of a repository.
 """
 
 import posixpath
@@ -19,7 +19,7 @@ LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 
 
 def site_path(path: str) -> str:
-    """Where the site has a file or folder, given by its path in the repository."""
+    """The site's path of a file or folder, from its path in the repository."""
     if path in HOME or path == "docs":
         return HOME.get(path, "index.md")
     if path.startswith("docs/") and not path.endswith(".py") and (ROOT / path).is_file():
@@ -28,13 +28,13 @@ def site_path(path: str) -> str:
 
 
 def targets(text: str, path: str) -> dict[str, str]:
-    """The relative links of a page: as written, and as paths in the repository, of what exists there."""
+    """The relative links of a page that exist, as written, with their paths in the repository."""
     found = {m[1]: posixpath.normpath(posixpath.join(posixpath.dirname(path), m[1])) for m in LINK.finditer(text)}
     return {link: path for link, path in found.items() if not path.startswith("..") and (ROOT / path).exists()}
 
 
 def source_page(path: str) -> str:
-    """A file's text as a page that search leaves out; of a folder, the list of its files."""
+    """A page with the text of a file, or with the list of a folder's files; search does not index it."""
     head = f"---\nsearch: {{exclude: true}}\nhide: [toc]\n---\n\n# `{path}`\n\n"
     if (ROOT / path).is_dir():
         return head + "\n".join(f"- [`{p.name}`]({posixpath.basename(path)}/{p.name})" for p in members(path)) + "\n"
@@ -47,7 +47,7 @@ def members(folder: str) -> list[Path]:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that docs/ does not hold: those in the root, and the sources that pages link to."""
+    """Add the pages in the root of the repository and the sources that pages link to."""
     made = {path: (ROOT / path).read_text(encoding="utf-8") for path in HOME}
     pages = made | {f"docs/{file.src_uri}": file.content_string for file in files if file.is_documentation_page()}
     waiting = [target for path, text in pages.items() for target in targets(text, path).values()]
@@ -62,7 +62,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
-    """Turn links from the place that a page has in the repository to the place that it has on the site."""
+    """Rewrite links from a page's path in the repository to its path on the site."""
     here = page.file.src_uri
     path = {site: root for root, site in HOME.items()}.get(here, f"docs/{here}")
     if here.startswith("source/"):
@@ -71,4 +71,5 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         link: posixpath.relpath(site_path(target), posixpath.dirname(here) or ".")
         for link, target in targets(markdown, path).items()
     }
+    markdown = markdown.replace("\n```python no-run\n", "\n```python\n")  # the tag is for tests, unknown to the site
     return LINK.sub(lambda m: f"]({turned.get(m[1], m[1])}{m[2] or ''})", markdown)
