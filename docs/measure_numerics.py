@@ -19,7 +19,7 @@ from layers.delta_rule import gated_delta_rule
 from layers.norm import l2_normalise
 from layers.rope import rotation
 from layers.segments import Segments
-from qwen3next.released import to_released
+from qwen3next.checkpoints.state_dict_adapter import to_released
 
 LENGTHS = (1, 63, 64, 65, 300)
 SEEDS = (0, 1)
