@@ -7,7 +7,7 @@ READY := $(VENV)/.qwen3next-installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cpu test-cpus test-slow test-sanitize test-gpu gpu-check test-kernels test-packages lint types format wheel bench clean
+.PHONY: help demo test test-cpu test-cpus test-slow test-sanitize test-gpu gpu-check test-kernels test-packages lint types format wheel bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -103,7 +103,17 @@ wheel: $(READY) ## build dist/*.whl
 bench: $(READY) ## time the hot paths on this machine
 	$(RUN) -m recipes.benchmark
 
+# Not part of `dev`: the tests check links and anchors without these packages.
+DOCS := $(VENV)/.qwen3next-docs-installed
+$(DOCS): $(READY)
+	$(RUN) -m pip install -c constraints.txt -e ".[docs]"
+	@touch $@
+
+docs: $(DOCS) ## build the pages and the API reference into site/; a warning fails
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo "Open site/index.html."
+
 clean: ## remove what building and testing left; the environment stays
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	rm -f test-cpus.txt test-cpus.log
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,5 +1,6 @@
-"""What the pages say runs: every ```python block, page by page; and every relative link leads somewhere."""
+"""Every ```python block of the pages runs, and every relative link and anchor resolves."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ RUN = [page for page in PAGES if page.name == "README.md" or ROOT / "docs" in pa
 BLOCK = re.compile(r"^```python([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
 
 
 def blocks(page: Path) -> list[tuple[int, str]]:
@@ -37,12 +39,36 @@ def test_examples_run(page, tmp_path, monkeypatch):
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
 
 
+def prose(page: Path) -> str:
+    return FENCED.sub("", page.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def anchors(page: Path) -> set[str]:
+    """The anchors that code hosts, and the site, give a page's headings."""
+    texts = [re.sub(r"\[([^]]*)\]\([^)]*\)|[`*]", r"\1", heading) for heading in HEADING.findall(prose(page))]
+    found = [re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in texts]
+    assert len(found) == len(set(found)), f"{name(page)} has two headings of one anchor: rename one"
+    return set(found)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page):
-    text = FENCED.sub("", page.read_text(encoding="utf-8"))
-    relative = [link for link in LINK.findall(text) if not re.match(r"[a-z]+:|#", link)]
-    missing = [link for link in relative if not (page.parent / link.split("#")[0]).exists()]
-    assert not missing, f"{name(page)} points to {missing}"
+    for link in LINK.findall(prose(page)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path) if path else page
+        assert target.exists(), f"{name(page)} points to {link}"
+        assert not anchor or anchor in anchors(target.resolve()), f"{name(page)} points to {link}"
+
+
+def test_the_site_lists_every_page():
+    """In the navigation of mkdocs.yml; `make docs` fails where it names a page that is not there."""
+    listed = re.findall(r"^ +- (?:.+: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES if ROOT / "docs" in page.parents}
+    assert set(listed) == pages | {"index.md", "contributing.md", "changelog.md"}  # made of those in the root
+    assert len(listed) == len(set(listed))
 
 
 def test_pages_are_found():
