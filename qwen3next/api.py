@@ -12,12 +12,10 @@ from qwen3next.checkpoints.save import save
 from qwen3next.checkpoints.state_dict_adapter import Layout
 from qwen3next.config import ModelConfig
 from qwen3next.files.fingerprint import WeightSums
-from qwen3next.generation.generation_config import GenerationConfig
-from qwen3next.hooks.hooked import Hooked
 from qwen3next.interp.activation_cache import ActivationCache
 
 
-class Qwen3Next(Hooked, Backends):
+class Qwen3Next(Backends):
     """The hybrid language model. Random weights until loaded; `qwen3next.load` opens checkpoints."""
 
     activation_cache = ActivationCache
@@ -25,10 +23,9 @@ class Qwen3Next(Hooked, Backends):
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.name_hooks()
-        # Set by `load`: the arrangement and folder of the checkpoint, and what its generation_config.json says.
+        # Set by `load`: the arrangement and folder of the checkpoint.
         self.layout: Layout | None = None
         self.origin: Path | None = None
-        self.generation_config = GenerationConfig()
         self.expert_cache: ExpertCache | None = None  # where routed experts stay in the files,
         self.experts_in = ""  # as they were when it was loaded
         self.weight_sums = WeightSums()
@@ -46,12 +43,6 @@ class Qwen3Next(Hooked, Backends):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and safetensors in the released layout, MTP included."""
         save(self, folder)
-
-    @property
-    def stop_tokens(self) -> tuple[int, ...]:
-        """Ids that end a text: generation_config.json's eos_token_id, else config.json's."""
-        given = self.generation_config.stop_tokens
-        return self.config.stop_tokens if given is None else given
 
 
 def load(

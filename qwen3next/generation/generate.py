@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from layers.segments import Segments
-from qwen3next.api import Qwen3Next
 from qwen3next.cache.hybrid import HybridCache
+from qwen3next.generation.prefill import Prefilling
 from qwen3next.generation.sampling_rules import SamplingRules
 from qwen3next.hooks.hooked import Hooks
 from qwen3next.inputs import check_ids
@@ -65,7 +65,7 @@ def sample(
 
 
 def stream(
-    model: Qwen3Next,
+    model: Prefilling,
     input_ids: Tensor,
     *,
     segments: Segments | None = None,
@@ -139,7 +139,7 @@ def _texts(input_ids: Tensor, segments: Segments) -> list[list[int]]:
     return found
 
 
-def _run_prompt(model: Qwen3Next, input_ids: Tensor, segments: Segments, cache: HybridCache) -> Tensor:
+def _run_prompt(model: Prefilling, input_ids: Tensor, segments: Segments, cache: HybridCache) -> Tensor:
     """Run what the cache does not hold yet; logits (b, vocab) after each prompt's last token."""
     if any(cache.lengths):
         input_ids, segments = _rest(input_ids, segments, cache)
@@ -179,7 +179,7 @@ def _rest(input_ids: Tensor, segments: Segments, cache: HybridCache) -> tuple[Te
     return input_ids[:, first:], rest.part(first, input_ids.shape[1])
 
 
-def generate(model: Qwen3Next, input_ids: Tensor, **options: object) -> Tensor:
+def generate(model: Prefilling, input_ids: Tensor, **options: object) -> Tensor:
     """Prompts and their continuations, (b, t + new); rows that stop early are filled with their last token.
 
     Options are those of `stream`.

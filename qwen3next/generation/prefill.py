@@ -21,6 +21,8 @@ from qwen3next.decoding.stepping import Stepping
 from qwen3next.files.sizes import binary, parse_bytes
 from qwen3next.generation.block_parts import TOKENS as PART
 from qwen3next.generation.block_parts import run_block
+from qwen3next.generation.generation_config import GenerationConfig
+from qwen3next.hooks.hooked import Hooked
 from qwen3next.inputs import check_ids
 
 GRID = 64  # tokens: chunks that end on it leave no trace in bf16
@@ -28,8 +30,12 @@ ROWS = 256  # tokens whose logits are there at a time
 SLACK = 64 * 2**20  # bytes: what threads, tables and the allocator keep
 
 
-class Prefilling(Stepping):
-    """The model with `prefill` and `score`, and blocks that take long prompts in parts."""
+class Prefilling(Hooked, Stepping):
+    """The model with hooks, `prefill`, `score` and `stop_tokens`, and blocks that take long prompts in parts."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.generation_config = GenerationConfig()  # set by `load`
 
     def _run_block(
         self, block: nn.Module, x: Tensor, rope: Rotation, **options: Any
@@ -68,6 +74,12 @@ class Prefilling(Stepping):
         Raises: ValueError where there is nothing to score.
         """
         return _score(self, input_ids, chunk_size=chunk_size, cache=cache)
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Ids that end a text: generation_config.json's eos_token_id, else config.json's."""
+        given = self.generation_config.stop_tokens
+        return self.config.stop_tokens if given is None else given
 
 
 def _prefill(
