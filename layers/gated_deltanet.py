@@ -7,14 +7,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from layers.causal_conv import causal_conv
-from layers.delta_rule import gated_delta_rule
+from layers.delta_rule import Rule, gated_delta_rule
 from layers.hook_point import HookPoint
 from layers.interp.materialized_states import Exposed, exposed_delta_rule
 from layers.linear import Linear
 from layers.norm import GatedRMSNorm, at_least_fp32, l2_normalise
 from layers.segments import Segments
 from layers.state.update_log import Tape
-from layers.variants.simple_gla import Rule
 
 
 @dataclass

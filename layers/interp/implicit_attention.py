@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from layers.delta_rule import Gates, Keys, State, Values, gated_delta_rule
+from layers.delta_rule import Gates, Keys, Rule, State, Values, gated_delta_rule
 from layers.norm import at_least_fp32
 from layers.segments import Segments
-from layers.variants.simple_gla import Rule
 
 COLUMNS = 256  # of A at a time: bounds the working memory beside the result
 PIECE = 1024  # tokens at a time, likewise

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layers.delta_rule import Gates, Keys, State, Values, Watch, gated_delta_rule
+from layers.delta_rule import Gates, Keys, Rule, State, Values, gated_delta_rule
 from layers.hook_point import HookPoint
 from layers.interp.implicit_attention import carried, implicit_attention
+from layers.interp.watched_rule import Watch, watched
 from layers.kernels.isolation import wild
 from layers.norm import at_least_fp32
 from layers.segments import Segments
-from layers.variants.simple_gla import Rule
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _through(
 ) -> tuple[Tensor, Tensor]:
     """The delta rule in parts, the memory passing `hook` between them."""
     if not cuts:
-        return rule(*inputs, state=state, segments=segments, backend=backend, watch=watch)
+        return watched(rule, *inputs, state=state, segments=segments, backend=backend, watch=watch)
     outputs, begin, end = [], 0, segments.length
     for column, position in [*cuts, (end - 1, None)]:
         part = slice(begin, column + 1)
@@ -124,7 +124,7 @@ def _through(
             state, within = _enter(state, segments, part)
             seen = None if watch is None else Watch(watch.erased, watch.written, watch.positions[part])
             pieces = (x[:, part] for x in inputs)
-            o, state = rule(*pieces, state=state, segments=within, backend=backend, watch=seen)
+            o, state = watched(rule, *pieces, state=state, segments=within, backend=backend, watch=seen)
             outputs.append(o)
         if position is not None:
             assert state is not None
