@@ -69,11 +69,10 @@ def inputs_with_state(x: Tensor, state: Tensor, segments: Segments | None) -> Te
 
 def _without_leaks(y: Tensor, history: Tensor, weight: Tensor, segments: Segments) -> Tensor:
     """Recompute the few tokens, the first taps − 1 of each sequence, whose filter reached into the sequence before."""
-    taps = weight.shape[1]
-    row, column = ((segments.number > 0) & (segments.positions < taps - 1)).nonzero(as_tuple=True)
-    tap = torch.arange(taps, device=y.device)
+    tap = torch.arange(weight.shape[1], device=y.device)
+    row, column = ((segments.number > 0) & (segments.positions < len(tap) - 1)).nonzero(as_tuple=True)
     window = history[row[:, None], column[:, None] + tap]  # (n, taps, d)
-    own = tap >= taps - 1 - segments.positions[row, column, None]
+    own = tap >= len(tap) - 1 - segments.positions[row, column, None]
     return y.index_put((row, column), (window.masked_fill(~own[..., None], 0.0) * weight.mT.to(y.dtype)).sum(1))
 
 
@@ -81,10 +80,11 @@ def last_inputs(history: Tensor, carried: int, segments: Segments | None) -> Ten
     """The inputs that the token after each row's last one will need."""
     if segments is None:
         return history[:, history.shape[1] - carried :].clone()  # a view would keep all inputs of a long prompt alive
-    place = segments.end[:, None] + torch.arange(carried, device=history.device)  # history lags x by `carried`
+    back = torch.arange(carried, device=history.device)
+    place = segments.end[:, None] + back  # history lags x by `carried`
     last = history.gather(1, place[..., None].expand(-1, -1, history.shape[2]))
     # A short last sequence must not hand on the inputs of the one before it.
     final = segments.end.clamp(min=1)[:, None] - 1
     position, number = segments.positions.gather(1, final), segments.number.gather(1, final)
-    own = (number <= 0) | (torch.arange(carried, device=history.device) >= carried - 1 - position)
+    own = (number <= 0) | (back >= carried - 1 - position)
     return last.masked_fill(~own[..., None], 0.0)

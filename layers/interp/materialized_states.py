@@ -6,11 +6,13 @@ kernel runs; so a patched memory acts on every later token, and gradients pass.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from layers.delta_rule import Gates, Keys, Rule, State, Values, gated_delta_rule
+from layers.dispatch.registry import implements
 from layers.hook_point import HookPoint
 from layers.interp.implicit_attention import carried, implicit_attention
 from layers.interp.watched_rule import Watch, watched
@@ -26,15 +28,45 @@ class Exposed:
     Attributes:
         positions: absolute positions, rising, after whose tokens the memory passes `state`, (b h k v).
         matrix: whether the output is made as A v + C S₀, with A (b h t s) passing `pattern`.
-        erased, written: as in `Watch`.
+        erased, written: as in `Watch`; None for rules without the delta.
     """
 
     positions: Sequence[int]
     matrix: bool
     state: HookPoint
     pattern: HookPoint
-    erased: HookPoint
-    written: HookPoint
+    erased: HookPoint | None = None
+    written: HookPoint | None = None
+
+
+@implements("delta_rule_with_hooks", "torch", definition=True)
+def layer_rule_with_hooks(
+    layer: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    state: Tensor | None,
+    segments: Segments | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The rule of a `GatedDeltaNet`, which passes the points inside it.
+
+    Raises: beside those of `exposed_delta_rule`, RuntimeError where a hook waits and packed sequences go on from a
+        state each.
+    """
+    inputs = (q, k, v, log_decay, beta)
+    if state is not None and segments is not None and segments.has_state_each(state):
+        for point in layer.inside:
+            point.refuse()
+        return layer.rule(*inputs, state=state, segments=segments, backend=backend)
+    points = (getattr(layer, name, None) for name in ("hook_erased", "hook_written"))
+    exposed = Exposed(layer.exposed_positions, layer.exposed_pattern, layer.hook_state, layer.hook_pattern, *points)
+    return exposed_delta_rule(
+        *inputs, exposed=exposed, state=state, segments=segments, backend=backend, rule=layer.rule
+    )
 
 
 def exposed_delta_rule(
@@ -64,7 +96,7 @@ def exposed_delta_rule(
     elif not exposed.positions:
         exposed.state.refuse()
     watch = None
-    if exposed.erased.active or exposed.written.active:
+    if exposed.erased is not None and exposed.written is not None and (exposed.erased.active or exposed.written.active):
         watch = Watch(exposed.erased, exposed.written, _positions(segments))
     o, final = _through(rule, inputs, cuts, exposed.state, state, segments, backend, watch)
     if exposed.matrix and exposed.pattern.active:

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from layers.interp.implicit_attention import written
 from layers.kernels.cpp.operands import address, operand
 from layers.kernels.cpp.step import DTYPES, Sizes, kernels
 from layers.norm import at_least_fp32
+from layers.state.written import written
 
 
 @dataclass
