@@ -12,7 +12,6 @@ bound_torch()  # before torch runs anything
 
 # These register implementations, which definitions find by name.
 import layers.interp.materialized_states  # noqa: E402
-import layers.kernels.attention_cases  # noqa: E402
 import layers.kernels.conv  # noqa: E402
 import layers.kernels.delta_rule  # noqa: E402, F401
 

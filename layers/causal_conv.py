@@ -37,12 +37,10 @@ def causal_conv(
     Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
     """
     segments = None if segments is None or segments.plain else segments
-    if segments is not None:
-        if state is not None and segments.has_state_each(state):
-            return each_sequence(causal_conv, segments, state, x, x, weight=weight, backend=backend)
-        x = segments.real(x)
-    if state is None:
-        state = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
+    if state is not None and segments is not None and segments.has_state_each(state):
+        return each_sequence(causal_conv, segments, state, x, x, weight=weight, backend=backend)
+    x = x if segments is None else segments.real(x)
+    state = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2]) if state is None else state
     return run("causal_conv", backend, x, x, weight, state=state, segments=segments)
 
 
@@ -80,11 +78,10 @@ def last_inputs(history: Tensor, carried: int, segments: Segments | None) -> Ten
     """The inputs that the token after each row's last one will need."""
     if segments is None:
         return history[:, history.shape[1] - carried :].clone()  # a view would keep all inputs of a long prompt alive
-    back = torch.arange(carried, device=history.device)
-    place = segments.end[:, None] + back  # history lags x by `carried`
+    place = segments.end[:, None] + torch.arange(carried, device=history.device)  # history lags x by `carried`
     last = history.gather(1, place[..., None].expand(-1, -1, history.shape[2]))
     # A short last sequence must not hand on the inputs of the one before it.
     final = segments.end.clamp(min=1)[:, None] - 1
     position, number = segments.positions.gather(1, final), segments.number.gather(1, final)
-    own = (number <= 0) | (back >= carried - 1 - position)
+    own = (number <= 0) | (torch.arange(carried, device=history.device) >= carried - 1 - position)
     return last.masked_fill(~own[..., None], 0.0)

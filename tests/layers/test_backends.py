@@ -1,5 +1,6 @@
 """Which implementation runs, why, and that kernels get the arguments they should."""
 
+import inspect
 import sys
 import types
 
@@ -9,6 +10,7 @@ from conftest import small_model
 
 import layers.dispatch.availability as availability
 import layers.dispatch.backends as backends
+import layers.dispatch.registry as registry
 import qwen3next as q
 from layers.causal_conv import causal_conv
 from layers.delta_rule import gated_delta_rule
@@ -42,6 +44,17 @@ def test_auto_takes_the_fastest_that_can_run(monkeypatch):
     assert "float64" in backends.why_not("delta_rule", "fla", CUDA, torch.float64)
     monkeypatch.setattr(availability, "fla_missing", lambda: "not installed")
     assert backends.why_not("delta_rule", "fla", CUDA, torch.bfloat16) == "not installed"
+
+
+@pytest.mark.parametrize("operation", ["delta_rule", "linear_rule", "causal_conv"])
+def test_implementations_are_registered_and_have_one_signature(operation):
+    """Beside options that have a default, which are an implementation's own."""
+    signatures = {}
+    for implementation in backends.OPERATIONS[operation]:
+        parameters = inspect.signature(registry.function_of(operation, implementation.name)).parameters.values()
+        signatures[implementation.name] = [(p.name, p.kind) for p in parameters if p.default is p.empty]
+    expected = signatures[registry.definition_of(operation)]
+    assert signatures == dict.fromkeys(signatures, expected)
 
 
 def test_a_named_backend_runs_or_raises():
