@@ -118,20 +118,21 @@ class GatedDeltaNet(nn.Module):
         v = self.hook_v(v.unflatten(-1, (self.value_heads, -1)))
         beta = self.hook_beta(self._write_strength(self.hook_beta_logit(self.in_proj_b(x))))
         log_decay = self.hook_log_decay(self._log_decay(x))
+        rule, hooked = self._rule()
+        parts = (q, k, v, log_decay, beta)
         if state is None:
-            o, _ = self.mix(q, k, v, log_decay, beta, segments=segments)
+            o, _ = rule(*parts, state=None, segments=segments)
         else:
-            how = {"corrects": self.rule is gated_delta_rule, "hooked": self.hooked_inside}
-            o, memory = state.extend(self.mix, inputs, q, k, v, log_decay, beta, segments=segments, **how)
+            corrects = self.rule is gated_delta_rule
+            o, memory = state.extend(rule, inputs, *parts, segments=segments, hooked=hooked, corrects=corrects)
             state.replace(conv, memory)
         return self.out_proj(self.hook_gated(self._normed_and_gated(self.hook_o(o), x)).flatten(-2))
 
-    def mix(
-        self, *inputs: Tensor, state: Tensor | None = None, segments: Segments | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The rule on (q, k, v, log_decay, beta); with points inside it while a hook waits at one of them."""
-        rule = partial(function_of("delta_rule_with_hooks", "torch"), self) if self.hooked_inside else self.rule
-        return rule(*inputs, state=state, segments=segments, backend=self.backend)
+    def _rule(self) -> tuple[Rule, bool]:
+        """The rule, or an implementation that passes the points inside it while a hook waits there; and whether one does."""
+        hooked = any([point.active for point in self.inside])
+        rule = partial(function_of("delta_rule_with_hooks", "torch"), self) if hooked else self.rule
+        return partial(rule, backend=self.backend), hooked
 
     # Each of these is one choice of the architecture; layers/variants/deltanet.py makes others.
 
@@ -164,11 +165,6 @@ class GatedDeltaNet(nn.Module):
     def inside(self) -> tuple[HookPoint, ...]:
         """Points inside the rule."""
         return self.hook_state, self.hook_pattern, self.hook_erased, self.hook_written
-
-    @property
-    def hooked_inside(self) -> bool:
-        """Whether a hook waits inside the rule."""
-        return any([point.active for point in self.inside])
 
     @property
     def conv_backend(self) -> str:

@@ -41,15 +41,15 @@ class DeltaNetState:
         beta: Tensor,
         *,
         segments: Segments | None,
-        corrects: bool,
         hooked: bool,
+        corrects: bool,
     ) -> tuple[Tensor, Tensor]:
         """Run `rule` from this state, and log the last tokens' updates where there is a tape: then none is padding.
 
         Args:
             inputs: (b t channels) of the convolution.
-            corrects: whether the rule writes what is new in v (the delta rule), or else all of it.
             hooked: whether hooks inside the rule may change the state, which then does not follow from a log.
+            corrects: whether the rule writes what is new in v (the delta rule), or else all of it.
         Returns: output and the recurrent state after it, which `replace` takes.
         """
         parts = [q, k, v, log_decay, beta]
