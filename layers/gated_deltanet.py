@@ -129,7 +129,7 @@ class GatedDeltaNet(nn.Module):
         return self.out_proj(self.hook_gated(self._normed_and_gated(self.hook_o(o), x)).flatten(-2))
 
     def _rule(self) -> tuple[Rule, bool]:
-        """The rule, or an implementation that passes the points inside it while a hook waits there; and whether one does."""
+        """The rule, or while a hook waits inside it, one that passes the points there; and whether a hook does."""
         hooked = any([point.active for point in self.inside])
         rule = partial(function_of("delta_rule_with_hooks", "torch"), self) if hooked else self.rule
         return partial(rule, backend=self.backend), hooked
