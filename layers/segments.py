@@ -1,4 +1,4 @@
-"""Where sequences begin and end: one object that convolution, delta rule, attention, positions and losses all obey."""
+"""Where sequences begin and end, for convolution, delta rule, attention, positions and losses alike."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ class Segments(SequenceSpans):
             a graph is traced). Where it is given, document_ids are numbers of sequences, some of which may have no
             token here (see `part`).
         past: tokens of each sequence that a cache already holds.
-        gapped: absent tokens stand within a sequence; a model moves such rows together, layers refuse them.
+        gapped: absent tokens stand within a sequence; a model moves such tokens together, layers refuse them.
     """
 
     batch: int
@@ -119,9 +119,9 @@ class Segments(SequenceSpans):
 
     @cached_property
     def starts(self) -> Tensor:
-        """(b, t) True where memory must be cleared: first tokens of sequences, but for the first sequence of a row.
+        """(b, t) True where the recurrent state must be cleared: first tokens of all sequences but a row's first.
 
-        That one starts from what it is given: zeros, or the cache that it continues.
+        A row's first sequence starts from the state that it is given: zeros, or a cache.
         """
         if self.document_ids is None:
             return torch.zeros(self.batch, self.length, dtype=torch.bool, device=self.device)

@@ -57,7 +57,7 @@ class SequenceSpans:
 
     @property
     def aligned(self) -> bool:
-        """Every row is one whole sequence and all stand at the same place: no masks, no row by row."""
+        """Every row is one whole sequence, and all rows have the same number of tokens before this call."""
         return self.document_ids is None and (len(self.past) == 1 or len(set(self.past)) == 1)
 
     def after(self, past: Sequence[int]) -> Self:
@@ -85,7 +85,7 @@ class SequenceSpans:
         return _along(x, self._order), self._with(document_ids=ids)
 
     def reopened(self, x: Tensor) -> Tensor:
-        """What stands in the columns of `closed`, back in these; at absent tokens stands anything."""
+        """Undo `closed`: (b, t, …) in its columns, back in these. Values at absent tokens are arbitrary."""
         return _along(x, self._order.argsort(1)) if self.gapped else x
 
     @cached_property

@@ -17,7 +17,7 @@ from layers.kernels.cpp.build import missing
 
 
 class Refusal(str):
-    """Why a kernel that is installed and meant for this device is not used; "auto" warns of it, once."""
+    """Why a kernel that is installed and made for this device is not used; "auto" warns of it once."""
 
 
 @cache

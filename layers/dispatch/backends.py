@@ -1,6 +1,6 @@
-"""Which implementation of an operation runs here, and why.
+"""Choose the implementation of an operation, run it, and explain the choice.
 
-"auto" picks the fastest that can run and may fall back. A backend that was named runs or raises.
+"auto" picks the fastest implementation that can run. A backend that is named runs or raises.
 """
 
 import warnings
@@ -19,11 +19,14 @@ from layers.dispatch.registry import function_of
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an operation.
+    """One way to run an operation, and its conditions: each gives the reason in a sentence, or None.
 
-    `missing` says in a sentence why it cannot run for a tensor, or None, and `head_dims` why not for heads so wide;
-    `passed_over` why "auto" leaves it although it can. `except_for` says for which calls something else runs in its
-    place, and `on_auto_except_for` for which more where it was not named.
+    Attributes:
+        missing: why it cannot run for tensors of a device and dtype.
+        passed_over: why "auto" does not pick it although it can run.
+        head_dims: why it cannot run for heads of a width.
+        except_for: for which calls another implementation runs in its place.
+        on_auto_except_for: for which calls in addition, if it was not named.
     """
 
     name: str
@@ -128,7 +131,7 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
 
 
 def why_not(operation: str, name: str, device: torch.device, dtype: torch.dtype, *, head_dim: int = 0) -> str | None:
-    """Why the named backend cannot run on such tensors, in a sentence, or None; `head_dim` 0 leaves that open.
+    """Why the named backend cannot run on such tensors, in a sentence, or None; a `head_dim` of 0 is not checked.
 
     Raises: ValueError for a backend that the operation does not have.
     """

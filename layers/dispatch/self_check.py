@@ -1,7 +1,7 @@
-"""At their first use on a GPU, fast kernels are compared with the definitions: a wrong one is refused, not believed.
+"""Compare a fast kernel with its definition at its first use on a GPU, and refuse it if they differ.
 
-A miscompiled kernel gives numbers like any other. A check takes small inputs, once a process, kernel, GPU and dtype,
-and once more with gradients, where those are asked for. QWEN3NEXT_SELF_CHECK=0 skips all of them.
+A miscompiled kernel raises no error. A check runs on small inputs, once in a process for each kernel, GPU and dtype,
+and once more with gradients if they are enabled. QWEN3NEXT_SELF_CHECK=0 skips all checks.
 """
 
 import os
@@ -22,7 +22,7 @@ _running = False
 
 
 def failed(operation: str, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What a check of this kernel found wrong, in a sentence that names the releases, or None."""
+    """What is wrong with this kernel, in a sentence that names the releases; None if nothing, or if not checked."""
     key = (operation, name, device, dtype, torch.is_grad_enabled())
     if key in _results:
         return _results[key]
@@ -34,7 +34,7 @@ def failed(operation: str, name: str, device: torch.device, dtype: torch.dtype) 
 
 
 def checked(operation: str, name: str, device: torch.device, dtype: torch.dtype, gradients: bool) -> str | None:
-    """Run a case by the kernel, and by the definition in fp32, on the same numbers; what is wrong or None."""
+    """Run the case of a kernel by it and, in fp32, by the definition; say what is wrong, or None."""
     global _running
     key = (operation, name, device, dtype, gradients)
     if key in _results:
@@ -48,7 +48,7 @@ def checked(operation: str, name: str, device: torch.device, dtype: torch.dtype,
             found = case(name, device, dtype)
         worst = max(_apart(a, b) for a, b in zip(found, expected, strict=True))
         wrong = "" if worst <= BOUND.get(dtype, 1e-2) else f"is off by {worst:.0%} from the definition"
-    except torch.OutOfMemoryError:  # which says nothing of the kernel
+    except torch.OutOfMemoryError:  # not the kernel's fault
         return None
     except Exception as error:  # whatever a kernel raises is a reason not to use it
         wrong = f"raises {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

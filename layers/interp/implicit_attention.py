@@ -1,9 +1,9 @@
 """Gated DeltaNet as attention: which token reads which, and the states between.
 
-The delta rule is linear in its values and in its first memory, o = A v + R S₀, with
+The delta rule is linear in its values and in its first state, o = A v + R S₀, with
 A = ((QKᵀ) ⊙ D) (I + tril(diag(β) (KKᵀ ⊙ D), −1))⁻¹ diag(β), D_ts = exp(G_t − G_s) for s ≤ t, G the running sum of
-log decays. So A is what the rule answers to one-hot values and R what it answers to a one-hot memory: nothing here
-repeats its algebra, and decays only ever enter as exp of differences within a chunk.
+log decays. A is the rule's output for one-hot values, and R its output for a one-hot state, so nothing here repeats
+its algebra.
 Sources: arXiv:2412.06464 eq. 8 to 10; arXiv:2403.01590 for reading such layers as attention (there without erasing).
 """
 
@@ -34,7 +34,7 @@ def implicit_attention(
     segments: Segments | None = None,
     rule: Rule = gated_delta_rule,
 ) -> Float[Tensor, "b h t s"]:
-    """The matrix A with o = A v for a memory that starts empty. Signed; its rows do not sum to 1. Differentiable.
+    """The matrix A with o = A v for a state that starts at zero. Signed; rows do not sum to 1. Differentiable.
 
     Args:
         q, k, log_decay, beta: as `gated_delta_rule` takes them; key head i serves h / kh neighbouring value heads.
@@ -71,7 +71,7 @@ def carried(
     segments: Segments | None = None,
     rule: Rule = gated_delta_rule,
 ) -> Float[Tensor, "b h t k"]:
-    """The weights R with which the memory from before the first token enters the output: o = A v + R S₀."""
+    """The weights R with which the state before the first token enters the output: o = A v + R S₀."""
     q, k, log_decay, beta = (masked(at_least_fp32(x), segments) for x in (q, k, log_decay, beta))
     number = numbers(segments)
     b, t, h = beta.shape
@@ -95,9 +95,10 @@ def states_at(
     segments: Segments | None = None,
     rule: Rule = gated_delta_rule,
 ) -> Float[Tensor, "b p h k v"]:
-    """The memory after each of these tokens, places along time in any order: as a loop would find it, in a few runs.
+    """The state after each of these tokens, in any order, from a few runs of the rule.
 
-    The sequence is cut after each position and memories are chained: nothing is stored for the tokens between.
+    The sequence is cut after each position and each part goes on from the state before it, so nothing is stored for the
+    tokens between.
     Arguments as in `recalled`.
     Raises: ValueError for a place that is not there.
     """
@@ -127,7 +128,7 @@ def _run(
     number: Tensor | None,
     piece: slice,
 ) -> tuple[Tensor, Tensor]:
-    """A piece of the sequence, from the memory before it: output and the memory after it."""
+    """A piece of the sequence, from the state before it: output and the state after it."""
     state, within = enter(state, number, piece)
     q, k, v, log_decay, beta = (x[:, piece] for x in (q, k, v, log_decay, beta))
     backend = "recurrent" if v.shape[1] <= FEW else "chunked"

@@ -1,4 +1,4 @@
-"""The chunked gated delta rule a few chunks at a time: memory bounded whatever the length, temporaries in caches.
+"""The chunked gated delta rule a few chunks at a time: bounded memory at any length, temporaries in a CPU's caches.
 
 `chunked` in layers/delta_rule.py is the algebra to read. This is the same a piece at a time, with its gradient written
 out.
