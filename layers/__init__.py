@@ -1,12 +1,19 @@
 """The mathematics of the Qwen3-Next architecture: plain ints and tensors in, tensors out.
 
+Definitions are at the top of this package. Their fast implementations are in `kernels`, and `dispatch` chooses between
+them. Nothing here knows a config, a checkpoint name or a layer index.
 Shapes: b batch, t time (tokens), s time of keys, h heads, k key width, v value width, d width, e experts, n tokens of
-a flattened batch. Nothing here knows a config, a checkpoint name or a layer index.
+a flattened batch.
 """
 
 from layers.kernels.cpp.cpu import bound_torch
 
 bound_torch()  # before torch runs anything
+
+# These register implementations, which definitions find by name.
+import layers.interp.materialized_states  # noqa: E402
+import layers.kernels.conv  # noqa: E402
+import layers.kernels.delta_rule  # noqa: E402, F401
 
 # qwen3next compares this with its own version: another package called `layers` would otherwise be used silently.
 __version__ = "0.1.0"

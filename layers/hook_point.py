@@ -8,20 +8,20 @@ from torch.utils.hooks import RemovableHandle
 
 
 class HookPoint(nn.Module):
-    """An identity with a name. Give it forward hooks, `fn(module, args, output)`, to read or replace what passes.
+    """An identity with a name. Register forward hooks, `fn(module, args, output)`, to read or replace its tensor.
 
-    Idle, it does not go through torch's module call: it tests a number, for a quarter of the time. That number is a
-    plain attribute, new with every hook that comes or goes, because `torch.compile` guards on those and not on torch's
-    dictionaries of hooks: a hook that is added after compilation makes the frame compile again and fires.
+    Without hooks it skips torch's module call and only tests `armed`, which takes a quarter of the time. `armed` is a
+    plain attribute that changes with every hook added or removed. `torch.compile` guards on plain attributes and not
+    on torch's dictionaries of hooks, so a hook that is added after compilation recompiles the frame and fires.
 
     Args:
-        shape: of what passes, in letters that docs/glossary.md lists; a dimension of size 1 is written 1.
+        shape: of the tensor, in letters that docs/glossary.md lists; a dimension of size 1 is written 1.
         dtype: "model" for that of the model's activations, "fp32" for fp32 or better, else torch's name.
-        route: what to call so that it fires, where it does not on every route.
+        route: what to call so that it fires, if it does not fire in every forward.
     Attributes:
         name: full name inside the model, set by the model.
-        call: shared by a model's points; what the present call says of itself goes into `ctx` of those that fire.
-        ctx: a dict for hooks: "layer", "position" (absolute, of the first token) and whatever a hook keeps in it.
+        call: shared by a model's points; its entries are copied into `ctx` when a point fires.
+        ctx: a dict for hooks: "layer", "position" (absolute, of the first token) and what hooks store in it.
     """
 
     def __init__(self, shape: str = "", *, dtype: str = "model", route: str = "") -> None:
@@ -35,14 +35,14 @@ class HookPoint(nn.Module):
 
     @property
     def active(self) -> bool:
-        """Somebody may look. Ask before making a tensor for this point alone."""
-        # Tracing libraries attach by placing a `forward` into the instance.
+        """Whether it may fire. Ask before making a tensor for this point alone."""
+        # Tracing libraries attach by giving the instance a `forward`.
         return bool(self.armed) or "forward" in self.__dict__
 
     def __call__(self, x: Tensor, position: int | tuple[int, ...] | None = None) -> Tensor:
-        """x, or what hooks make of it, in x's shape and dtype.
+        """x, or what hooks return in its place, in x's shape and dtype.
 
-        `position` is x's own, where it is not that of the call's first token.
+        `position` is that of x, if it is not that of the call's first token.
         """
         if self.armed or "forward" in self.__dict__:
             self.ctx.update(self.call)
@@ -52,7 +52,7 @@ class HookPoint(nn.Module):
         return x
 
     def _fitted(self, y: Any, x: Tensor) -> Tensor:
-        """What hooks made of x, as a tensor of its shape and dtype that lies side by side: broadcast, cast, copied.
+        """What hooks returned for x as a contiguous tensor of x's shape and dtype: broadcast, cast or copied.
 
         Raises: TypeError, ValueError for what cannot take x's place.
         """
@@ -81,9 +81,9 @@ class HookPoint(nn.Module):
         return x
 
     def refuse(self) -> None:
-        """Called in place of firing, on routes that do not make this tensor.
+        """Called instead of firing where this tensor is not made.
 
-        Raises: RuntimeError if a hook waits here, but for hooks that say `may_stay_silent`.
+        Raises: RuntimeError if a hook waits here, except for hooks with `may_stay_silent`.
         """
         if any(not getattr(hook, "may_stay_silent", False) for hooks in self._hooks() for hook in hooks.values()):
             raise RuntimeError(f"{self.name or 'This hook point'} does not exist as the model runs now: {self.remedy}.")

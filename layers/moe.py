@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from layers.dispatch.backends import choose, choose_for, generation
+from layers.dispatch.availability import generation
+from layers.dispatch.backends import choose, choose_for
 from layers.hook_point import HookPoint
 from layers.kernels.cpp import functions as native
 from layers.kernels.cpp import ops

@@ -1,50 +1,23 @@
-"""Where sequences begin and end: one object that convolution, delta rule, attention, positions and losses all obey."""
+"""Where sequences begin and end, for convolution, delta rule, attention, positions and losses alike."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Generic, NamedTuple, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
+from layers.sequence_spans import Run, SequenceSpans, cached_property
+
+__all__ = ["UNKNOWN", "Run", "Segments"]
 UNKNOWN = -1  # sequences: in a traced graph, which cannot count them
 
 
-def _along(x: Tensor, columns: Tensor) -> Tensor:
-    """x (b, t, …) with these columns of each row."""
-    return x.gather(1, columns.view(*columns.shape, *(1,) * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
-
-
-class cached_property(Generic[T]):
-    """functools', without the lock that it takes before Python 3.12: torch.compile would break its graph there."""
-
-    def __init__(self, make: Callable[[Any], T]):
-        self.make, self.__doc__ = make, make.__doc__
-
-    def __get__(self, instance: Any, _owner: type) -> T:
-        if instance is None:
-            return self  # type: ignore[return-value]
-        made = instance.__dict__[self.make.__name__] = self.make(instance)  # found there before this is asked again
-        return made
-
-
-class Run(NamedTuple):
-    """Where a sequence's tokens lie: its number, its row, first column, column after its last, tokens before them."""
-
-    sequence: int
-    row: int
-    begin: int
-    end: int
-    past: int
-
-
 @dataclass(frozen=True, eq=False)
-class Segments:
+class Segments(SequenceSpans):
     """How the tokens of a (b, t) batch form sequences.
 
     A *segment* is a run of tokens of one sequence. Nothing crosses from one segment into another. Make one with
-    `Segments.full`, `from_mask`, `from_document_ids` or `from_lengths`.
+    `Segments.full`, `from_mask`, `from_document_ids` or `from_lengths`. What caches need beside is in `SequenceSpans`.
 
     Attributes:
         batch, length: b and t.
@@ -53,7 +26,7 @@ class Segments:
             a graph is traced). Where it is given, document_ids are numbers of sequences, some of which may have no
             token here (see `part`).
         past: tokens of each sequence that a cache already holds.
-        gapped: absent tokens stand within a sequence; a model moves such rows together, layers refuse them.
+        gapped: absent tokens stand within a sequence; a model moves such tokens together, layers refuse them.
     """
 
     batch: int
@@ -93,9 +66,8 @@ class Segments:
             raise ValueError(f"document_ids must be integers of shape (b, t), got {tuple(document_ids.shape)}.")
         batch, length = document_ids.shape
         tracing = torch.compiler.is_compiling()
-        whole = not tracing and bool(
-            ((document_ids == document_ids[:, :1]) & (document_ids >= 0)).all()
-        )  # takes the faster paths
+        # Whole rows take the faster paths.
+        whole = not tracing and bool(((document_ids == document_ids[:, :1]) & (document_ids >= 0)).all())
         return cls(batch, length, document_ids.device, None if whole else document_ids.long())
 
     @classmethod
@@ -116,47 +88,6 @@ class Segments:
         """document_ids as numbers of the sequences, counted through the rows."""
         first = torch.nn.functional.pad((self.number.amax(1) + 1).clamp(min=1).cumsum(0)[:-1], (1, 0))
         return (first[:, None] + self.number).masked_fill(~self.mask, -1)
-
-    def after(self, past: Sequence[int]) -> "Segments":
-        """The same tokens as continuations of sequences of which a cache holds `past` tokens already."""
-        if self.document_ids is None:  # quicker than `replace`, which counts in decoding
-            return Segments(self.batch, self.length, self.device, None, self.sequences, tuple(past))
-        return replace(self, past=tuple(past))
-
-    def part(self, begin: int, end: int) -> "Segments":
-        """The columns from `begin` up to `end`, with the same sequences. `past` stays: `after` says what is new."""
-        if self.document_ids is None:
-            return replace(self, length=end - begin)
-        ids = self.document_ids[:, begin:end]
-        plain = not self.packed and bool((ids >= 0).all())
-        return replace(self, length=end - begin, document_ids=None if plain else ids)
-
-    def closed(self, x: Tensor) -> "tuple[Tensor, Segments]":
-        """(b, t, …) with the tokens of each row moved together, absent ones behind them, and the segments of that."""
-        if x.shape[:2] != (self.batch, self.length):
-            raise ValueError(f"segments describe {self.batch} x {self.length} tokens, got {tuple(x.shape[:2])}.")
-        if not self.gapped:
-            return x, self
-        assert self.document_ids is not None
-        ids = self.document_ids.gather(1, self._order)
-        return _along(x, self._order), replace(self, document_ids=ids)
-
-    def reopened(self, x: Tensor) -> Tensor:
-        """What stands in the columns of `closed`, back in these; at absent tokens stands anything."""
-        return _along(x, self._order.argsort(1)) if self.gapped else x
-
-    @cached_property
-    def _order(self) -> Tensor:
-        """(b, t) columns, those of absent tokens within a row last."""
-        index = torch.arange(self.length, device=self.device)
-        last = (index * self.mask).amax(1, keepdim=True)
-        return (~self.mask & (self._previous >= 0) & (index < last)).int().argsort(dim=1, stable=True)
-
-    def _together(self) -> None:
-        if self.gapped:
-            raise ValueError(
-                "Absent tokens stand within a sequence: give segments.closed(x), which moves its tokens together."
-            )
 
     @property
     def plain(self) -> bool:
@@ -188,9 +119,9 @@ class Segments:
 
     @cached_property
     def starts(self) -> Tensor:
-        """(b, t) True where memory must be cleared: first tokens of sequences, but for the first sequence of a row.
+        """(b, t) True where the recurrent state must be cleared: first tokens of all sequences but a row's first.
 
-        That one starts from what it is given: zeros, or the cache that it continues.
+        A row's first sequence starts from the state that it is given: zeros, or a cache.
         """
         if self.document_ids is None:
             return torch.zeros(self.batch, self.length, dtype=torch.bool, device=self.device)
@@ -221,76 +152,22 @@ class Segments:
         return positions.masked_fill(~self.mask, 0)
 
     @cached_property
-    def real_lengths(self) -> tuple[int, ...]:
-        """Real tokens of each sequence."""
-        if self.document_ids is None:
-            return (self.length,) * self.batch
-        real = self.document_ids[self.mask]
-        return tuple(torch.bincount(real, minlength=self.sequences).tolist())
-
-    @cached_property
-    def ends(self) -> tuple[int, ...]:
-        """Tokens of each sequence with these counted in: where a cache stands afterwards."""
-        if self.document_ids is None and len(self.past) == 1:  # quicker, which counts in decoding
-            return (self.past[0] + self.length,)
-        return tuple(past + new for past, new in zip(self.past, self.real_lengths, strict=True))
-
-    @cached_property
-    def runs(self) -> list[Run]:
-        """Where each sequence that has tokens here lies, in order."""
-        self._together()
-        if self.document_ids is None:
-            return [Run(r, r, 0, self.length, past) for r, past in enumerate(self.past)]
-        opens = self.mask & (self.starts | (self._previous < 0))
-        rows, columns = opens.nonzero(as_tuple=True)
-        numbers = self.document_ids[rows, columns].tolist()
-        where = zip(numbers, rows.tolist(), columns.tolist(), strict=True)
-        return [Run(n, r, c, c + self.real_lengths[n], self.past[n]) for n, r, c in where]
-
-    def pairs(self) -> tuple["Segments | None", int]:
-        """Each token with the one before it: a sequence's first makes none, so there is one fewer in each.
-
-        Returns: where the second ones stand, in columns from the returned number on; None where there are no pairs.
-        """
-        past = tuple(max(n - 1, 0) for n in self.past)
-        if self.document_ids is None and min(self.past):
-            return replace(self, past=past), 0
-        if self.document_ids is None and not max(self.past):
-            return (replace(self, length=self.length - 1, past=past), 1) if self.length > 1 else (None, 0)
-        ids = torch.arange(self.batch, device=self.device)[:, None].expand(-1, self.length)
-        ids = (ids if self.document_ids is None else self.document_ids).clone()
-        for run in self.runs:
-            if not run.past:
-                ids[run.row, run.begin] = -1
-        return (replace(self, document_ids=ids, past=past), 0) if bool((ids >= 0).any()) else (None, 0)
-
-    @property
-    def packed(self) -> bool:
-        """Some row holds several sequences."""
-        return self.sequences > self.batch
-
-    @property
-    def aligned(self) -> bool:
-        """Every row is one whole sequence and all stand at the same place: no masks, no row by row."""
-        return self.document_ids is None and (len(self.past) == 1 or len(set(self.past)) == 1)
-
-    @cached_property
     def first(self) -> Tensor:
         """(b,) index of the first real token of each row; 0 where a row has none."""
-        self._together()
+        self.together()
         return self.mask.int().argmax(1)
 
     @cached_property
     def end(self) -> Tensor:
         """(b,) index after the last real token of each row; 0 where a row has none."""
-        self._together()
+        self.together()
         index = torch.arange(1, self.length + 1, device=self.device)
         return (index * self.mask).amax(1)
 
     @cached_property
     def attention_mask(self) -> Tensor:
         """(b, 1, t, t) True where a query may look: causal, inside its segment. Padding sees itself, to stay finite."""
-        self._together()
+        self.together()
         same = self.number[:, :, None] == self.number[:, None, :]
         causal = torch.ones(self.length, self.length, dtype=torch.bool, device=self.device).tril()
         diagonal = torch.eye(self.length, dtype=torch.bool, device=self.device)
@@ -302,7 +179,7 @@ class Segments:
 
         Padding belongs to the segment before it, or to its row's first: kernels must be given a neutral input there.
         """
-        self._together()
+        self.together()
         edge = self.starts.clone()
         edge[:, 0] = True
         begins = edge.flatten().nonzero().flatten()
@@ -310,7 +187,7 @@ class Segments:
 
     def next_is_same(self, ahead: int = 1) -> Tensor:
         """(b, t) True where the token `ahead` places on belongs to the same sequence: the places with a target."""
-        self._together()
+        self.together()
         same = torch.zeros(self.batch, self.length, dtype=torch.bool, device=self.device)
         if ahead < self.length:
             same[:, :-ahead] = (self.number[:, ahead:] == self.number[:, :-ahead]) & self.mask[:, :-ahead]

@@ -1,4 +1,4 @@
-"""Notice that calling a module would do more than the class says."""
+"""Find what is attached to modules: hooks, and `forward` methods of single instances."""
 
 from torch import nn
 
@@ -11,9 +11,9 @@ OF_ALL_MODULES = (
 
 
 def attached(*modules: nn.Module) -> bool:
-    """Whether hooks wait at one of these modules or at all there are, or one has a `forward` of its own.
+    """Whether one of these modules has a hook or a `forward` of its own, or a hook of all modules is registered.
 
-    Tracers, adapters and offloading attach so. A shortcut past a module's call may be taken only where this is False.
+    Tracers, adapters and offloading attach in these ways. Code may skip a module's call only if this is False.
     """
     if any([bool(hooks) for hooks in OF_ALL_MODULES]):
         return True

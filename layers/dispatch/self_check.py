@@ -1,76 +1,28 @@
-"""At their first use on a GPU, fast kernels are compared with the definitions: a wrong one is refused, not believed.
+"""Compare a fast kernel with its definition at its first use on a GPU, and refuse it if they differ.
 
-A miscompiled kernel gives numbers like any other. A check takes small inputs, once a process, kernel, GPU and dtype,
-and once more with gradients, where those are asked for. QWEN3NEXT_SELF_CHECK=0 skips all of them.
+A miscompiled kernel raises no error. A check runs on small inputs, once in a process for each kernel, GPU and dtype,
+and once more with gradients if they are enabled. QWEN3NEXT_SELF_CHECK=0 skips all checks.
 """
 
 import os
-from collections.abc import Callable
 from importlib import metadata
 
 import torch
 from torch import Tensor
+
+from layers.dispatch.registry import case_of, definition_of
 
 # Relative error of the worst of all results in the Frobenius norm; a wrong kernel is off by about 1. Tensor cores may
 # round fp32 to tf32, which has 11 bits; bf16 has 8.
 BOUND = {torch.float32: 1e-2, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 PACKAGES = ("torch", "triton", "flash-linear-attention", "fla-core", "flash-attn", "flash-attn-3", "flash-attn-4")
 
-Results = tuple[Tensor, ...]
-Case = Callable[[str, torch.device, torch.dtype], Results]  # by backend
 _results: dict[tuple[str, str, torch.device, torch.dtype, bool], str | None] = {}
 _running = False
 
 
-def _random(shape: tuple[int, ...], seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-    return x.requires_grad_(torch.is_grad_enabled())
-
-
-def _with_gradients(found: Results, inputs: list[Tensor]) -> Results:
-    if not torch.is_grad_enabled():
-        return found
-    return *found, *torch.autograd.grad(torch.stack([x.float().square().sum() for x in found]).sum(), inputs)
-
-
-def _rule(backend: str, device: torch.device, dtype: torch.dtype) -> Results:
-    """Two chunks and a bit, from a state, with key heads that are shared."""
-    from layers.delta_rule import gated_delta_rule
-    from layers.norm import l2_normalise
-
-    t = 130 if torch.is_grad_enabled() else 70
-    shapes = ((1, t, 2, 64), (1, t, 2, 64), (1, t, 4, 64), (1, t, 4), (1, t, 4), (1, 4, 64, 64))
-    x = [_random(shape, i, device, dtype) for i, shape in enumerate(shapes)]
-    q, k = (l2_normalise(y, backend="torch") for y in x[:2])
-    gates = -0.1 * x[3].float().exp(), x[4].float().sigmoid()
-    return _with_gradients(gated_delta_rule(q * 0.125, k, x[2], *gates, state=x[5].float(), backend=backend), x)
-
-
-def _conv(backend: str, device: torch.device, dtype: torch.dtype) -> Results:
-    from layers.causal_conv import causal_conv
-
-    x = [_random(shape, i, device, dtype) for i, shape in enumerate(((1, 70, 64), (64, 4), (1, 3, 64)))]
-    y, _ = causal_conv(x[0], x[1], state=x[2], backend=backend)
-    return _with_gradients((y,), x)
-
-
-def _attention(backend: str, device: torch.device, dtype: torch.dtype) -> Results:
-    from layers.gated_attention import attend
-
-    x = [_random(shape, i, device, dtype) for i, shape in enumerate(((1, 40, 4, 64), (1, 70, 2, 64), (1, 70, 2, 64)))]
-    return _with_gradients((attend(x[0], x[1], x[2], backend=backend),), x)
-
-
-# By operation: the case, and the backend that is the definition.
-CASES: dict[str, tuple[Case, str]] = {
-    "delta_rule": (_rule, "recurrent"),
-    "causal_conv": (_conv, "torch"),
-    "attention": (_attention, "eager"),
-}
-
-
 def failed(operation: str, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What a check of this kernel found wrong, in a sentence that names the releases, or None."""
+    """What is wrong with this kernel, in a sentence that names the releases; None if nothing, or if not checked."""
     key = (operation, name, device, dtype, torch.is_grad_enabled())
     if key in _results:
         return _results[key]
@@ -82,12 +34,13 @@ def failed(operation: str, name: str, device: torch.device, dtype: torch.dtype) 
 
 
 def checked(operation: str, name: str, device: torch.device, dtype: torch.dtype, gradients: bool) -> str | None:
-    """Run a case by the kernel, and by the definition in fp32, on the same numbers; what is wrong or None."""
+    """Run the case of a kernel by it and, in fp32, by the definition; say what is wrong, or None."""
     global _running
     key = (operation, name, device, dtype, gradients)
     if key in _results:
         return _results[key]
-    case, definition = CASES[operation]
+    case, definition = case_of(operation, name), definition_of(operation)
+    assert case is not None, f"{operation} by {name!r} has no case: register it with checked_by="
     _running = True
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(gradients), torch.autocast(device.type, enabled=False):
@@ -95,7 +48,7 @@ def checked(operation: str, name: str, device: torch.device, dtype: torch.dtype,
             found = case(name, device, dtype)
         worst = max(_apart(a, b) for a, b in zip(found, expected, strict=True))
         wrong = "" if worst <= BOUND.get(dtype, 1e-2) else f"is off by {worst:.0%} from the definition"
-    except torch.OutOfMemoryError:  # which says nothing of the kernel
+    except torch.OutOfMemoryError:  # not the kernel's fault
         return None
     except Exception as error:  # whatever a kernel raises is a reason not to use it
         wrong = f"raises {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -1,9 +1,9 @@
-"""Gated DeltaNet seen as attention, and seen as bookkeeping: who reads whom, what is recalled, what is written.
+"""Gated DeltaNet as attention: which token reads which, and the states between.
 
-The delta rule is linear in its values and in its first memory, o = A v + R S₀, with
+The delta rule is linear in its values and in its first state, o = A v + R S₀, with
 A = ((QKᵀ) ⊙ D) (I + tril(diag(β) (KKᵀ ⊙ D), −1))⁻¹ diag(β), D_ts = exp(G_t − G_s) for s ≤ t, G the running sum of
-log decays. So A is what the rule answers to one-hot values and R what it answers to a one-hot memory: nothing here
-repeats its algebra, and decays only ever enter as exp of differences within a chunk.
+log decays. A is the rule's output for one-hot values, and R its output for a one-hot state, so nothing here repeats
+its algebra.
 Sources: arXiv:2412.06464 eq. 8 to 10; arXiv:2403.01590 for reading such layers as attention (there without erasing).
 """
 
@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from layers.delta_rule import Gates, Keys, State, Values, gated_delta_rule
+from layers.delta_rule import Gates, Keys, Rule, State, Values, gated_delta_rule
 from layers.norm import at_least_fp32
 from layers.segments import Segments
-from layers.variants.simple_gla import Rule
+from layers.state.written import PIECE, enter, masked, numbers, recalled, written
+
+__all__ = ["carried", "implicit_attention", "recalled", "states_at", "written"]
 
 COLUMNS = 256  # of A at a time: bounds the working memory beside the result
-PIECE = 1024  # tokens at a time, likewise
 FEW = 16  # tokens for which the token loop is quicker than filling a chunk
 
 
@@ -33,7 +34,7 @@ def implicit_attention(
     segments: Segments | None = None,
     rule: Rule = gated_delta_rule,
 ) -> Float[Tensor, "b h t s"]:
-    """The matrix A with o = A v for a memory that starts empty. Signed; its rows do not sum to 1. Differentiable.
+    """The matrix A with o = A v for a state that starts at zero. Signed; rows do not sum to 1. Differentiable.
 
     Args:
         q, k, log_decay, beta: as `gated_delta_rule` takes them; key head i serves h / kh neighbouring value heads.
@@ -41,8 +42,8 @@ def implicit_attention(
         rule: the layer's, `gated_delta_rule` or `gated_linear_rule`; likewise in the other functions.
     Returns: A in fp32 or better, exactly zero above the diagonal. A[b, h, t, s] is what one unit of v_s adds to o_t.
     """
-    q, k, log_decay, beta = (_real(at_least_fp32(x), segments) for x in (q, k, log_decay, beta))
-    number = _numbers(segments)
+    q, k, log_decay, beta = (masked(at_least_fp32(x), segments) for x in (q, k, log_decay, beta))
+    number = numbers(segments)
     b, t, h = beta.shape
     columns = []
     for begin in range(0, t, COLUMNS):  # v_s reaches no token before s, so a block of columns starts at its own tokens
@@ -70,9 +71,9 @@ def carried(
     segments: Segments | None = None,
     rule: Rule = gated_delta_rule,
 ) -> Float[Tensor, "b h t k"]:
-    """The weights R with which the memory from before the first token enters the output: o = A v + R S₀."""
-    q, k, log_decay, beta = (_real(at_least_fp32(x), segments) for x in (q, k, log_decay, beta))
-    number = _numbers(segments)
+    """The weights R with which the state before the first token enters the output: o = A v + R S₀."""
+    q, k, log_decay, beta = (masked(at_least_fp32(x), segments) for x in (q, k, log_decay, beta))
+    number = numbers(segments)
     b, t, h = beta.shape
     state = torch.eye(k.shape[3], dtype=k.dtype, device=k.device).expand(b, h, -1, -1)
     nothing = k.new_zeros(()).expand(b, t, h, k.shape[3])
@@ -81,67 +82,6 @@ def carried(
         o, state = _run(rule, q, k, nothing, log_decay, beta, state, number, slice(begin, begin + PIECE))
         pieces.append(o.transpose(1, 2))
     return torch.cat(pieces, dim=2)
-
-
-def recalled(
-    k: Keys,
-    v: Values,
-    log_decay: Gates,
-    beta: Gates,
-    *,
-    state: State | None = None,
-    segments: Segments | None = None,
-    rule: Rule = gated_delta_rule,
-) -> Values:
-    """What the memory holds for each key when its token arrives: α_t S_{t−1}ᵀ k_t. The share β_t of it is erased.
-
-    Each token becomes two: one that decays and reads with its key, one that writes. Working memory does not grow
-    with t. Zero at padding. Arguments as in `gated_delta_rule`; the result is fp32 or better.
-    """
-    real = None if segments is None else segments.mask[..., None, None]
-    k, v, log_decay, beta = (_real(at_least_fp32(x), segments) for x in (k, v, log_decay, beta))
-    number = _numbers(segments)
-    if number is not None:
-        number = number.repeat_interleave(2, dim=1)
-    if state is None:
-        state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
-    pieces = []
-    for begin in range(0, v.shape[1], PIECE):
-        piece = slice(begin, begin + PIECE)
-        keys, values = (x[:, piece].repeat_interleave(2, dim=1) for x in (k, v))
-        state, within = _enter(state, number, slice(2 * begin, 2 * (begin + PIECE)))
-        o, state = rule(
-            keys,
-            keys,
-            values,
-            _alternate(log_decay[:, piece], torch.zeros_like(log_decay[:, piece])),
-            _alternate(torch.zeros_like(beta[:, piece]), beta[:, piece]),
-            state=state,
-            segments=within,
-            backend="chunked",
-        )
-        pieces.append(o[:, ::2])
-    answer = torch.cat(pieces, dim=1)
-    return answer if real is None else answer.masked_fill(~real, 0.0)
-
-
-def written(
-    k: Keys,
-    v: Values,
-    log_decay: Gates,
-    beta: Gates,
-    *,
-    state: State | None = None,
-    segments: Segments | None = None,
-) -> Values:
-    """What each token writes under its key: u_t = β_t (v_t − α_t S_{t−1}ᵀ k_t). Zero at padding.
-
-    With it the memory is a plain decaying sum, S_t = Σ_s exp(G_t − G_s) k_s u_sᵀ (+ exp(G_t) S₀): any state follows
-    from (k, u, log_decay) in one product. Arguments as in `recalled`.
-    """
-    v, beta = _real(at_least_fp32(v), segments), _real(beta, segments)
-    u = beta[..., None] * (v - recalled(k, v, log_decay, beta, state=state, segments=segments))
-    return u if segments is None else u.masked_fill(~segments.mask[..., None, None], 0.0)
 
 
 def states_at(
@@ -155,16 +95,17 @@ def states_at(
     segments: Segments | None = None,
     rule: Rule = gated_delta_rule,
 ) -> Float[Tensor, "b p h k v"]:
-    """The memory after each of these tokens, places along time in any order: as a loop would find it, in a few runs.
+    """The state after each of these tokens, in any order, from a few runs of the rule.
 
-    The sequence is cut after each position and memories are chained: nothing is stored for the tokens between.
+    The sequence is cut after each position and each part goes on from the state before it, so nothing is stored for the
+    tokens between.
     Arguments as in `recalled`.
     Raises: ValueError for a place that is not there.
     """
-    k, v, log_decay, beta = (_real(at_least_fp32(x), segments) for x in (k, v, log_decay, beta))
+    k, v, log_decay, beta = (masked(at_least_fp32(x), segments) for x in (k, v, log_decay, beta))
     if not positions or not all(0 <= p < v.shape[1] for p in positions):
         raise ValueError(f"States are there after tokens 0 to {v.shape[1] - 1}, and {list(positions)} were asked for.")
-    number = _numbers(segments)
+    number = numbers(segments)
     if state is None:
         state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
     found, done = {}, 0
@@ -187,36 +128,8 @@ def _run(
     number: Tensor | None,
     piece: slice,
 ) -> tuple[Tensor, Tensor]:
-    """A piece of the sequence, from the memory before it: output and the memory after it."""
-    state, within = _enter(state, number, piece)
+    """A piece of the sequence, from the state before it: output and the state after it."""
+    state, within = enter(state, number, piece)
     q, k, v, log_decay, beta = (x[:, piece] for x in (q, k, v, log_decay, beta))
     backend = "recurrent" if v.shape[1] <= FEW else "chunked"
     return rule(q, k, v, log_decay, beta, state=state, segments=within, backend=backend)
-
-
-def _real(x: Tensor, segments: Segments | None) -> Tensor:
-    """At padding nothing is forgotten, written or read, as in the delta rule."""
-    return x if segments is None else segments.real(x)
-
-
-def _numbers(segments: Segments | None) -> Tensor | None:
-    """(b, t) each token's sequence, counted by row; None where every row is one.
-
-    Padding counts to the sequence before it: a piece that begins with padding still sees where the next one starts.
-    """
-    return None if segments is None or segments.plain else segments.starts.long().cumsum(1)
-
-
-def _enter(state: Tensor, number: Tensor | None, piece: slice) -> tuple[Tensor, Segments | None]:
-    """The memory that a piece's first tokens find, cleared where a sequence begins there; and the piece's segments."""
-    if number is None:
-        return state, None
-    if piece.start:
-        begins = number[:, piece.start] != number[:, piece.start - 1]
-        state = state.masked_fill(begins[:, None, None, None], 0.0)
-    return state, Segments.from_document_ids(number[:, piece])
-
-
-def _alternate(even: Tensor, odd: Tensor) -> Tensor:
-    """even₀, odd₀, even₁, odd₁, … along time."""
-    return torch.stack((even, odd), dim=2).flatten(1, 2)

@@ -1,40 +1,72 @@
-"""The gated delta rule laid open: its memory at chosen tokens, its matrix, what each token erases and writes.
+"""The gated delta rule with hook points: recurrent states at chosen tokens, its matrix, what tokens recall and write.
 
-The memory is shown by cutting the sequence after the chosen tokens and chaining the parts by their states, on whatever
-kernel runs; so a patched memory acts on every later token, and gradients pass.
+The sequence is cut after each chosen token, and the parts run one after another on any backend. The state between two
+parts passes a hook point, so a patched state acts on every later token and gradients pass.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from layers.delta_rule import Gates, Keys, State, Values, Watch, gated_delta_rule
+from layers.delta_rule import Gates, Keys, Rule, State, Values, gated_delta_rule
+from layers.dispatch.registry import implements
 from layers.hook_point import HookPoint
 from layers.interp.implicit_attention import carried, implicit_attention
+from layers.interp.watched_rule import Watch, watched
 from layers.kernels.isolation import wild
 from layers.norm import at_least_fp32
 from layers.segments import Segments
-from layers.variants.simple_gla import Rule
 
 
 @dataclass(frozen=True)
 class Exposed:
-    """What is to be shown and where it passes.
+    """What passes which hook point.
 
     Attributes:
-        positions: absolute positions, rising, after whose tokens the memory passes `state`, (b h k v).
-        matrix: whether the output is made as A v + C S₀, with A (b h t s) passing `pattern`.
-        erased, written: as in `Watch`.
+        positions: absolute positions, rising, after which the recurrent state passes `state`, (b h k v).
+        matrix: whether the output is made as A v + R S₀, with A (b h t s) passing `pattern`.
+        erased, written: as in `Watch`; None for rules without the delta.
     """
 
     positions: Sequence[int]
     matrix: bool
     state: HookPoint
     pattern: HookPoint
-    erased: HookPoint
-    written: HookPoint
+    erased: HookPoint | None = None
+    written: HookPoint | None = None
+
+
+@implements("delta_rule_with_hooks", "torch", definition=True)
+def layer_rule_with_hooks(
+    layer: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    state: Tensor | None,
+    segments: Segments | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The rule of a `GatedDeltaNet`, which passes the points inside it.
+
+    Raises: beside those of `exposed_delta_rule`, RuntimeError where a hook waits and packed sequences go on from a
+        state each.
+    """
+    inputs = (q, k, v, log_decay, beta)
+    if state is not None and segments is not None and segments.has_state_each(state):
+        for point in layer.inside:
+            point.refuse()
+        return layer.rule(*inputs, state=state, segments=segments, backend=backend)
+    points = (getattr(layer, name, None) for name in ("hook_erased", "hook_written"))
+    exposed = Exposed(layer.exposed_positions, layer.exposed_pattern, layer.hook_state, layer.hook_pattern, *points)
+    return exposed_delta_rule(
+        *inputs, exposed=exposed, state=state, segments=segments, backend=backend, rule=layer.rule
+    )
 
 
 def exposed_delta_rule(
@@ -50,9 +82,9 @@ def exposed_delta_rule(
     backend: str = "auto",
     rule: Rule = gated_delta_rule,
 ) -> tuple[Values, State]:
-    """`gated_delta_rule`, or another `rule`, with points on its way.
+    """`gated_delta_rule`, or another `rule`, with hook points.
 
-    Edits of A act on this layer's outputs, not on the memory; edits of the memory and of what is written act on both.
+    Edits of A act on this layer's outputs, not on the state. Edits of the state and of what is written act on both.
     Raises: beside `gated_delta_rule`'s, RuntimeError where a hook waits for what is not exposed; ValueError where the
         rows of a batch reach a position in different columns.
     """
@@ -64,12 +96,12 @@ def exposed_delta_rule(
     elif not exposed.positions:
         exposed.state.refuse()
     watch = None
-    if exposed.erased.active or exposed.written.active:
+    if exposed.erased is not None and exposed.written is not None and (exposed.erased.active or exposed.written.active):
         watch = Watch(exposed.erased, exposed.written, _positions(segments))
     o, final = _through(rule, inputs, cuts, exposed.state, state, segments, backend, watch)
     if exposed.matrix and exposed.pattern.active:
         through_a = _through_matrix(rule, inputs, exposed.pattern, state, segments)
-        if cuts or watch:  # A knows nothing of patches there; by linearity, what they change can be added
+        if cuts or watch:  # A does not include patches there; by linearity, their effect can be added
             through_a = through_a + (o - rule(*inputs, state=state, segments=segments, backend=backend)[0])
         o = through_a
     elif not exposed.matrix:
@@ -114,9 +146,9 @@ def _through(
     backend: str,
     watch: Watch | None,
 ) -> tuple[Tensor, Tensor]:
-    """The delta rule in parts, the memory passing `hook` between them."""
+    """The delta rule in parts, with the state passing `hook` between them."""
     if not cuts:
-        return rule(*inputs, state=state, segments=segments, backend=backend, watch=watch)
+        return watched(rule, *inputs, state=state, segments=segments, backend=backend, watch=watch)
     outputs, begin, end = [], 0, segments.length
     for column, position in [*cuts, (end - 1, None)]:
         part = slice(begin, column + 1)
@@ -124,7 +156,7 @@ def _through(
             state, within = _enter(state, segments, part)
             seen = None if watch is None else Watch(watch.erased, watch.written, watch.positions[part])
             pieces = (x[:, part] for x in inputs)
-            o, state = rule(*pieces, state=state, segments=within, backend=backend, watch=seen)
+            o, state = watched(rule, *pieces, state=state, segments=within, backend=backend, watch=seen)
             outputs.append(o)
         if position is not None:
             assert state is not None
@@ -135,7 +167,7 @@ def _through(
 
 
 def _enter(state: Tensor | None, segments: Segments, part: slice) -> tuple[Tensor | None, Segments | None]:
-    """The memory that a part's first tokens find, cleared where a sequence begins there; and the part's segments."""
+    """The state before a part's first tokens, cleared where a sequence begins there; and the part's segments."""
     if segments.document_ids is None:
         return state, None
     within = Segments.from_document_ids(segments.document_ids[:, part])
@@ -146,7 +178,7 @@ def _enter(state: Tensor | None, segments: Segments, part: slice) -> tuple[Tenso
 def _through_matrix(
     rule: Rule, inputs: tuple[Tensor, ...], hook: HookPoint, state: Tensor | None, segments: Segments
 ) -> Tensor:
-    """A v + C S₀, with A passing `hook`."""
+    """A v + R S₀, with A passing `hook`."""
     q, k, v, log_decay, beta = inputs
     dtype = v.dtype
     with torch.autocast(v.device.type, enabled=False):

@@ -1,6 +1,7 @@
-"""The chunked gated delta rule a few chunks at a time: memory bounded whatever the length, temporaries in caches.
+"""The chunked gated delta rule a few chunks at a time: bounded memory at any length, temporaries in a CPU's caches.
 
-`_chunked` in delta_rule.py is the algebra to read; this is the same, with its gradient written out, a piece at a time.
+`chunked` in layers/delta_rule.py is the algebra to read. This is the same a piece at a time, with its gradient written
+out.
 Shapes: n chunks of C tokens; m = b · kh, p = n · b · h, g = n · b · kh; chunks come first, so that chunk i of all heads
 is one batch of products.
 """
@@ -12,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from layers.kernels.chunk_decay import decays
+from layers.chunk_decay import CHUNK, decays
 from layers.norm import at_least_fp32
 
-CHUNK = 64
 AT_ONCE = 64  # chunks times heads times batch: their temporaries, some 300 KiB each, stay near a CPU core
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from layers.dispatch.backends import flash_module, generation
+from layers.dispatch.availability import flash_module, generation
 from layers.segments import Run, Segments
 from layers.state.kv_cache import KVState
 

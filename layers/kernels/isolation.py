@@ -1,7 +1,7 @@
-"""Numbers of one packed sequence that would reach its neighbours through products with zero.
+"""Keep NaN and infinity of one packed sequence away from the others of its row.
 
-Algorithms over whole rows part sequences by factors of zero, and zero times NaN or infinity is NaN. Where a packed row
-holds such numbers, or ones so large that they become such, its sequences run one at a time.
+Algorithms over whole rows separate sequences by factors of zero, and zero times NaN or infinity is NaN. If a packed row
+holds such numbers, or numbers large enough to become infinite, its sequences run one at a time.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ LARGEST = 1e9  # in fp32 a product of four such is finite
 
 
 def wild(segments: Segments | None, *tensors: Tensor, largest: float = LARGEST) -> bool:
-    """Whether sequences share a row and some number is NaN or beyond `largest`. Traced graphs do not ask."""
+    """Whether sequences share a row and some number is NaN or beyond `largest`; False in traced graphs."""
     if segments is None or not segments.packed or torch.compiler.is_compiling():
         return False
     return not all(-largest < low and high < largest for low, high in (x.detach().aminmax() for x in tensors))

@@ -1,7 +1,7 @@
-"""What a Gated DeltaNet layer wrote since some token, from which its state after any later one can be made again.
+"""A log of what a Gated DeltaNet layer wrote since some token, which gives its state after any later token.
 
-A token's effect on the memory is S ← e^g S + k uᵀ: with k, u and g kept, a state is a few sums away and costs a
-hundredth of its memory. Source of the idea: the "replay" rollback of vLLM and SGLang.
+A token changes the state by S ← e^g S + k uᵀ. With k, u and g logged, a later state is a few sums away, and an entry
+takes about a hundredth of the bytes of a state. Source of the idea: the "replay" rollback of vLLM and SGLang.
 """
 
 import ctypes
@@ -12,23 +12,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from layers.interp.implicit_attention import written
 from layers.kernels.cpp.operands import address, operand
 from layers.kernels.cpp.step import DTYPES, Sizes, kernels
 from layers.norm import at_least_fp32
+from layers.state.written import written
 
 
 @dataclass
 class Tape:
-    """A layer's state at some token and what the tokens since then did to it.
+    """A layer's state at some token, and the updates of the tokens since then.
 
     Attributes:
-        conv: (b, taps − 1, channels) last inputs of the convolution where the tape begins.
+        conv: (b, taps − 1, channels) last inputs of the convolution where the log begins.
         memory: (b, h, k, v) the recurrent state there.
         keys, writes, decay: k, u and e^g, (b n kh k), (b n h v), (b n h), of each call since.
         inputs: (b n channels) of the convolution.
-        dtype: to which the memory is rounded at the end of every call.
-        compiled: whether the call ran in compiled code, whose last bits are its own.
+        dtype: to which the state is rounded at the end of every call.
+        compiled: whether the call ran in compiled code, which rounds in an order of its own.
         ends: tokens since the beginning at the end of each call.
     """
 
@@ -63,7 +63,7 @@ class Tape:
         *,
         corrects: bool = True,
     ) -> None:
-        """Note a call's tokens, none of them padding.
+        """Log a call's tokens, none of them padding.
 
         Args:
             memory: the state before them.
@@ -82,7 +82,7 @@ class Tape:
         self.note(inputs, k, u, log_decay.exp())
 
     def note(self, inputs: Tensor, k: Tensor, u: Tensor, decay: Tensor, *, compiled: bool = False) -> None:
-        """As `add`, where it is known what the tokens write."""
+        """As `add`, if it is known what the tokens write."""
         self.inputs.append(inputs)
         self.keys.append(k)
         self.writes.append(u)
@@ -91,7 +91,7 @@ class Tape:
         self.ends.append(self.length + u.shape[1])
 
     def join(self, count: int) -> None:
-        """Make the last `count` notes one: parts of a single call, between which nothing was rounded."""
+        """Make the last `count` entries one: parts of a single call, between which nothing was rounded."""
         if count > 1:
             for notes in (self.inputs, self.keys, self.writes, self.decay):
                 notes[-count:] = [torch.cat(notes[-count:], dim=1)]
@@ -99,11 +99,11 @@ class Tape:
             self.ends[-count:] = self.ends[-1:]
 
     def cut(self, length: int) -> "Tape":
-        """The same beginning, followed by its first `length` tokens only; shares what both have."""
+        """The same log with only its first `length` tokens; tensors are shared."""
         return self._part(Tape(self.conv, self.memory, self.dtype), 0, length)
 
     def skip(self, length: int) -> "Tape":
-        """A tape that begins after the first `length` tokens, ends where this one does and holds no more than that."""
+        """A log that begins after the first `length` tokens and ends where this one does."""
         return self._part(Tape(*self.state_after([length] * len(self.conv)), self.dtype), length, self.length)
 
     def _part(self, to: "Tape", first: int, last: int) -> "Tape":
@@ -120,7 +120,7 @@ class Tape:
     def state_after(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Convolution and recurrent state after so many tokens of each row.
 
-        To the bit those of decoding token by token; tokens that ran as a chunk are as exact as chunk and loop agree.
+        Equal to the bit to decoding token by token. Tokens that ran as a chunk are as exact as chunk and loop agree.
         """
         most = max(tokens)
         if not most:
@@ -129,7 +129,7 @@ class Tape:
         count, begin = torch.tensor(tokens, device=state.device), 0
         for i, end in enumerate(self.ends):
             if begin < most:
-                own = torch.arange(begin, end, device=state.device) < count[:, None]  # beyond, a row keeps its state
+                own = torch.arange(begin, end, device=state.device) < count[:, None]  # later, a row keeps its state
                 decay = self.decay[i].masked_fill(~own[..., None], 1.0)
                 writes = self.writes[i].masked_fill(~own[..., None, None], 0.0)
                 again = _replay_compiled if self.compiled[i] else _replay

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from layers.gated_deltanet import GatedDeltaNet
 from layers.hook_point import HookPoint
-from layers.interp.materialized_states import Exposed
 from layers.norm import GATE_ACTIVATIONS, GatedRMSNorm, at_least_fp32
 from layers.segments import Segments
 from layers.variants.simple_gla import gated_linear_rule
@@ -110,13 +109,5 @@ class DeltaNetVariant(GatedDeltaNet):
         return (o * self.hook_gate(GATE_ACTIVATIONS[self.output_gate](z))).to(o.dtype)
 
     @property
-    def _inside(self) -> tuple[HookPoint, ...]:
-        return super()._inside if self.delta else (self.hook_state, self.hook_pattern)
-
-    @property
-    def _exposed(self) -> Exposed:
-        if self.delta:
-            return super()._exposed
-        erased, written = HookPoint(), HookPoint()  # in the place of the points that see what is recalled
-        points = self.hook_state, self.hook_pattern, erased, written
-        return Exposed(self.exposed_positions, self.exposed_pattern, *points)
+    def inside(self) -> tuple[HookPoint, ...]:
+        return super().inside if self.delta else (self.hook_state, self.hook_pattern)

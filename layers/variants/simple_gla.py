@@ -1,25 +1,21 @@
-"""The gated delta rule without the delta: a decaying memory that adds to what it holds and never corrects it.
+"""Linear attention with a gate and without the delta: a decaying state that adds and never corrects what it holds.
 
 Per token, with state S (k v): S ← e^g S + β k vᵀ, o = Sᵀq. With decays it is Mamba-2's recurrence (arXiv:2405.21060,
 section 3, with β for its time step at the input), without them linear attention without normaliser (arXiv:2006.16236).
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.delta_rule import Gates, Keys, State, Values, Watch
-from layers.dispatch.backends import choose
-from layers.kernels.chunk_decay import bounded, decays
-from layers.kernels.chunked_recompute import CHUNK
+from layers.chunk_decay import CHUNK, bounded, decays
+from layers.delta_rule import Gates, Keys, State, Values
+from layers.dispatch.backends import run
+from layers.dispatch.registry import implements
 from layers.kernels.isolation import one_by_one, wild
 from layers.norm import at_least_fp32
 from layers.segments import Segments
-
-# `gated_delta_rule`, or the one below: what both take and give is the same.
-Rule = Callable[..., tuple[Tensor, Tensor]]
+from layers.sequence_spans import each_sequence
 
 
 def gated_linear_rule(
@@ -32,78 +28,99 @@ def gated_linear_rule(
     state: State | None = None,
     segments: Segments | None = None,
     backend: str = "auto",
-    watch: Watch | None = None,
 ) -> tuple[Values, State]:
-    """Write each (key, value) into a decaying memory, then read it with the query; nothing is erased.
+    """Write each (key, value) into a decaying state, then read it with the query; nothing is erased.
 
-    Arguments and results are those of `gated_delta_rule`; there is no "fla" backend.
-    Raises: ValueError for an unknown backend or head counts that do not divide; RuntimeError where a hook waits at a
-        point of `watch`: nothing is recalled, and what is written is β v.
+    Arguments and results are those of `gated_delta_rule`; the backends are "chunked" and "recurrent".
+    Raises: ValueError for an unknown backend or head counts that do not divide.
     """
     if v.shape[2] % k.shape[2]:
         raise ValueError(f"{v.shape[2]} value heads cannot share {k.shape[2]} key heads: make it a multiple.")
-    choice = choose("linear_rule", backend, v)
-    if watch is not None:
-        watch.erased.refuse()
-        watch.written.refuse()
     segments = None if segments is None or segments.plain else segments
-    starts = None
-    if segments is not None:  # at padding nothing is forgotten and nothing is written
-        q, k, v, log_decay, beta = (segments.real(x) for x in (q, k, v, log_decay, beta))
-        starts = segments.starts
-    looped = choice == "recurrent" or v.shape[1] == 1
-    if not looped and segments is not None and wild(segments, q, k, v, beta, log_decay.exp()):
-
-        def alone(before: Tensor | None, *parts: Tensor) -> tuple[Tensor, Tensor]:
-            return gated_linear_rule(*parts, state=before, backend=backend)
-
-        return one_by_one(segments, state, alone, q, k, v, log_decay, beta)  # type: ignore[return-value]
-    dtype, share = v.dtype, v.shape[2] // k.shape[2]
-    q, k, v, log_decay, beta = (at_least_fp32(x) for x in (q, k, v, log_decay, beta))
-    q, k = (x.repeat_interleave(share, dim=2) for x in (q, k))
-    if state is None:
-        state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
+    inputs: tuple[Tensor, ...] = (q, k, v, log_decay, beta)
+    if segments is not None:
+        if state is not None and segments.has_state_each(state):
+            return each_sequence(gated_linear_rule, segments, state, v, *inputs, backend=backend)
+        inputs = tuple(segments.real(x) for x in inputs)  # at padding nothing is forgotten and nothing is written
     with torch.autocast(v.device.type, enabled=False):
-        run = _recurrent if looped else _chunked
-        o, state = run(q, k, beta[..., None] * v, log_decay, state.to(v.dtype), starts)
-    return o.to(dtype), state
+        return run("linear_rule", backend, v, *inputs, state=state, segments=segments)
 
 
-def _recurrent(
-    q: Tensor, k: Tensor, written: Tensor, log_decay: Tensor, state: Tensor, starts: Tensor | None
+@implements("linear_rule", "recurrent", definition=True)
+def recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    state: Tensor | None,
+    segments: Segments | None,
 ) -> tuple[Tensor, Tensor]:
     """The definition, token by token."""
+    dtype = v.dtype
+    q, k, added, log_decay, state = _prepared(q, k, v, log_decay, beta, state)
     decay = log_decay.exp()
     outputs = []
     for t in range(q.shape[1]):
-        if starts is not None:
-            state = state.masked_fill(starts[:, t, None, None, None], 0.0)
-        state = decay[:, t, :, None, None] * state + k[:, t, :, :, None] * written[:, t, :, None, :]
+        if segments is not None:
+            state = state.masked_fill(segments.starts[:, t, None, None, None], 0.0)
+        state = decay[:, t, :, None, None] * state + k[:, t, :, :, None] * added[:, t, :, None, :]
         outputs.append((q[:, t, :, None, :] @ state).squeeze(-2))
-    return torch.stack(outputs, dim=1), state
+    return torch.stack(outputs, dim=1).to(dtype), state
 
 
-def _chunked(
-    q: Tensor, k: Tensor, written: Tensor, log_decay: Tensor, state: Tensor, starts: Tensor | None
+@implements("linear_rule", "chunked")
+def chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    state: Tensor | None,
+    segments: Segments | None,
 ) -> tuple[Tensor, Tensor]:
     """The same in matrix products over chunks: O = diag(γ) Q S + (Γ ⊙ QKᵀ) U, S ← γ_C S + (diag(γ_C / γ) K)ᵀ U.
 
-    γ, Γ and what a sequence's beginning cuts are those of `gated_delta_rule`; with nothing to correct, U is β V and no
-    system is to be solved.
+    γ, Γ and what the beginning of a sequence cuts are those of `delta_rule.chunked`. U is β V: nothing is corrected, so
+    there is no system to solve. A token by itself takes the token loop.
     """
-    t, pad = q.shape[1], -q.shape[1] % CHUNK
+    inputs = (q, k, v, log_decay, beta)
+    if v.shape[1] == 1:
+        return recurrent(*inputs, state=state, segments=segments)
+    if segments is not None and wild(segments, q, k, v, beta, log_decay.exp()):
+
+        def alone(before: Tensor | None, *parts: Tensor) -> tuple[Tensor, Tensor]:
+            return chunked(*parts, state=before, segments=None)
+
+        return one_by_one(segments, state, alone, *inputs)  # type: ignore[return-value]
+    dtype, t, pad = v.dtype, q.shape[1], -q.shape[1] % CHUNK
+    q, k, added, log_decay, state = _prepared(*inputs, state)
 
     def chunks(x: Tensor) -> Tensor:  # (b t h …) → (b, h, n, C, …)
         return F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad)).unflatten(1, (-1, CHUNK)).movedim(3, 1)
 
-    q, k, written, log_decay = (chunks(x) for x in (q, k, written, log_decay))
-    if starts is not None:
-        starts = F.pad(starts, (0, pad)).unflatten(1, (-1, CHUNK))[:, None]  # (b 1 n C)
+    q, k, added, log_decay = (chunks(x) for x in (q, k, added, log_decay))
+    starts = None  # (b 1 n C)
+    if segments is not None:
+        starts = F.pad(segments.starts, (0, pad)).unflatten(1, (-1, CHUNK))[:, None]
     gamma, to_end, pairwise = decays(bounded(log_decay), starts)
-    added = (k * to_end[..., None]).mT @ written  # (b, h, n, k, v): what each chunk adds to the memory
+    by_chunk = (k * to_end[..., None]).mT @ added  # (b, h, n, k, v): what each chunk adds to the state
     before = []
-    for i in range(added.shape[2]):
+    for i in range(by_chunk.shape[2]):
         before.append(state)
-        state = gamma[:, :, i, -1, None, None] * state + added[:, :, i]
-    o = gamma[..., None] * (q @ torch.stack(before, dim=2)) + (pairwise * (q @ k.mT)) @ written
-    return o.movedim(1, 3).flatten(1, 2)[:, :t], state
+        state = gamma[:, :, i, -1, None, None] * state + by_chunk[:, :, i]
+    o = gamma[..., None] * (q @ torch.stack(before, dim=2)) + (pairwise * (q @ k.mT)) @ added
+    return o.movedim(1, 3).flatten(1, 2)[:, :t].to(dtype), state
+
+
+def _prepared(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q and k for each value head, β v, log_decay, and the state or zeros, all in fp32 or better."""
+    q, k, v, log_decay, beta = (at_least_fp32(x) for x in (q, k, v, log_decay, beta))
+    if state is None:
+        state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
+    q, k = (x.repeat_interleave(v.shape[2] // k.shape[2], dim=2) for x in (q, k))
+    return q, k, beta[..., None] * v, log_decay, state.to(v.dtype)

@@ -99,6 +99,15 @@ def test_positions_are_absolute_in_chunks_and_in_generation(model):
             model(ids(1, 1), cache=cache)  # position 16
 
 
+def test_positions_are_absolute_where_a_cache_logs_updates(model):
+    tokens, cache, fired = ids(1, 15), model.new_cache(max_len=20, history=4), []
+    note = (STATE, lambda state, hook: fired.append(hook.ctx["position"]))
+    with torch.no_grad(), model.expose(state={1: [7, 12, 13]}), model.hooks([note]):
+        for part in tokens.split([5, 7, 1, 1, 1], dim=1):
+            model(part, cache=cache)
+    assert fired == [7, 12, 13]
+
+
 def test_a_state_patched_in_generation_is_one_patched_in_prefill(model):
     tokens = ids(1, 30)
     hooks = [(STATE, lambda state, _hook: -state)]

@@ -1,5 +1,6 @@
 """Which implementation runs, why, and that kernels get the arguments they should."""
 
+import inspect
 import sys
 import types
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 from conftest import small_model
 
+import layers.dispatch.availability as availability
 import layers.dispatch.backends as backends
+import layers.dispatch.registry as registry
 import qwen3next as q
 from layers.causal_conv import causal_conv
 from layers.delta_rule import gated_delta_rule
@@ -19,9 +22,9 @@ CUDA = torch.device("cuda")
 def test_auto_takes_the_fastest_that_can_run(monkeypatch):
     cpu = torch.zeros(1)
     for mkl_uses_all, linear in ((True, "torch"), (False, "onednn")):
-        monkeypatch.setattr(backends, "MKL_USES_ALL", mkl_uses_all)
+        monkeypatch.setattr(availability, "MKL_USES_ALL", mkl_uses_all)
         for compiler, grad, kernels in ((None, False, "cpp"), (None, True, "cpp"), ("no compiler", False, None)):
-            monkeypatch.setattr(backends, "missing", lambda compiler=compiler: compiler)
+            monkeypatch.setattr(availability, "missing", lambda compiler=compiler: compiler)
             with torch.set_grad_enabled(grad):
                 assert {name: backends.choose(name, "auto", cpu) for name in backends.OPERATIONS} == {
                     "decode": "cpp" if compiler is None else "torch",
@@ -34,13 +37,24 @@ def test_auto_takes_the_fastest_that_can_run(monkeypatch):
                     "cross_entropy": "torch",
                     "experts": kernels or "grouped",
                 }
-    monkeypatch.setattr(backends, "fla_missing", lambda: None)
+    monkeypatch.setattr(availability, "fla_missing", lambda: None)
     assert backends.choose_for("delta_rule", "auto", CUDA, torch.float64) == "chunked"  # pieces are sized for a CPU
     assert backends.choose_for("delta_rule", "piecewise", CUDA, torch.float64) == "piecewise"
     assert backends.why_not("delta_rule", "fla", CUDA, torch.bfloat16) is None
     assert "float64" in backends.why_not("delta_rule", "fla", CUDA, torch.float64)
-    monkeypatch.setattr(backends, "fla_missing", lambda: "not installed")
+    monkeypatch.setattr(availability, "fla_missing", lambda: "not installed")
     assert backends.why_not("delta_rule", "fla", CUDA, torch.bfloat16) == "not installed"
+
+
+@pytest.mark.parametrize("operation", ["delta_rule", "linear_rule", "causal_conv"])
+def test_implementations_are_registered_and_have_one_signature(operation):
+    """Beside options that have a default, which are an implementation's own."""
+    signatures = {}
+    for implementation in backends.OPERATIONS[operation]:
+        parameters = inspect.signature(registry.function_of(operation, implementation.name)).parameters.values()
+        signatures[implementation.name] = [(p.name, p.kind) for p in parameters if p.default is p.empty]
+    expected = signatures[registry.definition_of(operation)]
+    assert signatures == dict.fromkeys(signatures, expected)
 
 
 def test_a_named_backend_runs_or_raises():
@@ -78,10 +92,10 @@ def test_every_backend_gives_the_same_model():
 @pytest.fixture
 def on_a_hopper(monkeypatch):
     """FLA installed on a Hopper GPU, with the Triton that a test puts there; warnings are fresh."""
-    monkeypatch.setattr(backends, "fla_missing", lambda: None)
-    monkeypatch.setattr(backends, "generation", lambda device: 9 if device.type == "cuda" else 0)
+    monkeypatch.setattr(availability, "fla_missing", lambda: None)
+    monkeypatch.setattr(availability, "generation", lambda device: 9 if device.type == "cuda" else 0)
     backends._warn_once.cache_clear()
-    yield lambda triton: monkeypatch.setattr(backends, "release", {"triton": triton}.get)
+    yield lambda triton: monkeypatch.setattr(availability, "release", {"triton": triton}.get)
     backends._warn_once.cache_clear()
 
 
@@ -100,7 +114,7 @@ def test_a_triton_that_miscompiles_gradients_is_refused_on_hopper(on_a_hopper, m
         assert backends.why_not("delta_rule", "fla", CUDA, torch.bfloat16) is None
     assert backends.why_not("causal_conv", "fla", CUDA, torch.bfloat16) is None
     for other in (8, 10):
-        monkeypatch.setattr(backends, "generation", lambda _device, other=other: other)
+        monkeypatch.setattr(availability, "generation", lambda _device, other=other: other)
         assert backends.why_not("delta_rule", "fla", CUDA, torch.bfloat16) is None
 
 
@@ -242,7 +256,7 @@ def test_fla_s_gated_norm_and_loss_are_called_as_meant(fake_fla_rows):
 
 
 def test_what_auto_picks_of_fla_s_row_kernels(monkeypatch):
-    monkeypatch.setattr(backends, "fla_missing", lambda: None)
+    monkeypatch.setattr(availability, "fla_missing", lambda: None)
     pick = backends.choose_for
     assert pick("elementwise", "auto", CUDA, torch.float32) == "fla"
     assert pick("elementwise", "auto", CUDA, torch.bfloat16) == "torch"  # another order of rounding

@@ -51,6 +51,16 @@ def test_packed_and_padded_equal_separate(lengths, left):
     torch.testing.assert_close(after[0], final)
 
 
+def test_packed_sequences_go_on_from_a_state_each():
+    x, weight, _ = draw(12)
+    states = torch.randn(3, 3, 6, dtype=torch.float64)
+    y, after = causal_conv(x, weight, state=states, segments=Segments.from_lengths([[7, 1, 4]]))
+    for n, (begin, end) in enumerate(((0, 7), (7, 8), (8, 12))):
+        expected, final = oracle(x[0, begin:end], weight, states[n])
+        torch.testing.assert_close(y[0, begin:end], expected)
+        assert torch.equal(after[n], final)
+
+
 def test_row_of_padding_keeps_its_state():
     x, weight, state = draw(4)
     _, after = causal_conv(x, weight, state=state, segments=Segments.from_mask(torch.zeros(1, 4)))

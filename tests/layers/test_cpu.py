@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-import layers.dispatch.backends as backends
+import layers.dispatch.availability as availability
 import layers.kernels.cpp.build as build
 from layers.kernels.cpp import cpu
 from recipes.training.settings import pick_precision
@@ -38,7 +38,7 @@ def machine(monkeypatch):
 
 
 def decisions() -> tuple[tuple[str, ...], bool, str]:
-    return cpu.flags(), backends._mkl_uses_all(), pick_precision("auto", CPU)[0]
+    return cpu.flags(), availability._mkl_uses_all(), pick_precision("auto", CPU)[0]
 
 
 V3, V4, NATIVE = ("-march=x86-64-v3",), ("-march=x86-64-v4",), ("-march=native",)
@@ -163,7 +163,7 @@ def test_these_tests_keep_to_the_choice_that_was_made():
     bound = cpu.TORCH.get(cpu.choice())
     if bound is not None:
         assert torch.backends.cpu.get_cpu_capability().lower() == bound["ATEN_CPU_CAPABILITY"]
-    assert backends._mkl_uses_all() == backends.MKL_USES_ALL
+    assert availability._mkl_uses_all() == availability.MKL_USES_ALL
     if cpu.choice() == "none":
         assert "QWEN3NEXT_CPU is none" in build.missing()
 

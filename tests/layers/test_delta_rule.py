@@ -8,6 +8,7 @@ from layers.delta_rule import gated_delta_rule
 from layers.kernels import chunked_recompute as piecewise_delta_rule
 from layers.norm import l2_normalise
 from layers.segments import Segments
+from layers.variants.simple_gla import gated_linear_rule
 
 
 def inputs(t, *, b=2, key_heads=2, heads=4, k=16, v=24, dtype=torch.float64, seed=0, state=True):
@@ -165,6 +166,22 @@ def test_packed_equals_separate_and_padding_writes_nothing(backend, short_pieces
         expected, final = gated_delta_rule(**alone, state=before, backend="recurrent")
         torch.testing.assert_close(o[:, begin:end], expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(state, final, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", [gated_delta_rule, gated_linear_rule])
+@pytest.mark.parametrize("backend", ["recurrent", "chunked"])
+def test_packed_sequences_go_on_from_a_state_each(rule, backend):
+    """Also one of a single token, and one without tokens in this call, which keeps its state."""
+    x, states = inputs(80, b=2), torch.randn(5, 4, 16, 24, dtype=torch.float64)
+    segments = Segments.from_lengths([[70, 1], [40, 30, 10]]).part(0, 70)
+    x = {name: tensor[:, :70] for name, tensor in x.items() if name != "state"}
+    o, after = rule(**x, state=states, segments=segments, backend=backend)
+    for n, row, begin, end in ((0, 0, 0, 70), (2, 1, 0, 40), (3, 1, 40, 70)):
+        alone = {name: tensor[row : row + 1, begin:end] for name, tensor in x.items()}
+        expected, final = rule(**alone, state=states[n : n + 1], backend="recurrent")
+        torch.testing.assert_close(o[row : row + 1, begin:end], expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(after[n : n + 1], final, rtol=0, atol=1e-12)
+    assert torch.equal(after[[1, 4]], states[[1, 4]])
 
 
 def test_the_given_state_is_not_modified():

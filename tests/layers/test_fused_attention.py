@@ -11,6 +11,7 @@ import torch
 from conftest import small_model
 from parity import tokens
 
+import layers.dispatch.availability as availability
 import layers.dispatch.backends as backends
 import qwen3next as q
 from layers.gated_attention import attend
@@ -62,15 +63,15 @@ def flash(request, monkeypatch, anywhere):
         y = torch.cat([_eager(*(x[None] for x in part))[0] for part in parts])
         return (y, None) if pair else y
 
-    for name, _ in backends.FLASH:
+    for name, _ in availability.FLASH:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
     module = types.ModuleType(request.param)
     module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, request.param, module)
-    backends.flash_module.cache_clear()
+    availability.flash_module.cache_clear()
     yield calls
-    backends.flash_module.cache_clear()
+    availability.flash_module.cache_clear()
 
 
 def check(model, backend):
@@ -137,14 +138,14 @@ def test_what_auto_picks_on_cuda(monkeypatch):
     def pick(dtype, head_dim=256):
         return backends.choose_for("attention", "auto", CUDA, dtype, head_dim=head_dim)
 
-    monkeypatch.setattr(backends, "flash_module", lambda gpu: "flash_attn")
+    monkeypatch.setattr(availability, "flash_module", lambda gpu: "flash_attn")
     assert [pick(x) for x in (torch.bfloat16, torch.float16)] == ["flash", "flash"]
     assert [pick(torch.bfloat16, d) for d in (8, 20, 512)] == ["flash", "sdpa_flash", "sdpa_flash"]
     assert (pick(torch.float32), pick(torch.float64)) == ("sdpa_flash", "eager")  # never the math kernel unnamed
     assert backends.choose_for("attention", "sdpa", CUDA, torch.float64) == "sdpa"
     with pytest.raises(RuntimeError, match="multiples of 8 up to 256 wide, not 512"):
         backends.choose_for("attention", "flash", CUDA, torch.bfloat16, head_dim=512)
-    monkeypatch.setattr(backends, "flash_module", lambda gpu: None)
+    monkeypatch.setattr(availability, "flash_module", lambda gpu: None)
     assert pick(torch.bfloat16) == "sdpa_flash"
     row = {row.operation: row for row in q.explain(small_model(), device="cuda", dtype="bfloat16")}["attention"]
     assert row.runs == "sdpa_flash"
@@ -152,15 +153,15 @@ def test_what_auto_picks_on_cuda(monkeypatch):
 
 
 def test_a_release_is_taken_where_it_was_built_for_the_gpu(monkeypatch):
-    installed = {name for name, _ in backends.FLASH}
+    installed = {name for name, _ in availability.FLASH}
 
     def load(name):
         if name not in installed:
             raise ImportError(name)
         return types.SimpleNamespace(flash_attn_func=1, flash_attn_varlen_func=1)
 
-    monkeypatch.setattr(backends.importlib, "import_module", load)
-    pick = backends.flash_module.__wrapped__
+    monkeypatch.setattr(availability.importlib, "import_module", load)
+    pick = availability.flash_module.__wrapped__
     assert [pick(gpu) for gpu in (7, 8, 9, 10)] == [None, "flash_attn", "flash_attn_interface", "flash_attn.cute"]
     installed.remove("flash_attn_interface")
     assert pick(9) == "flash_attn.cute"

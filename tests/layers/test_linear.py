@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from layers.dispatch import backends
+from layers.dispatch import availability, backends
 from layers.linear import Linear, linear
 
 
@@ -58,7 +58,7 @@ def test_mixed_precision_stays_mixed():
 
 def test_who_multiplies(monkeypatch):
     assert backends.why_not("linear", "onednn", torch.device("cpu"), torch.float32) is None
-    monkeypatch.setattr(backends, "MKL_USES_ALL", True)
+    monkeypatch.setattr(availability, "MKL_USES_ALL", True)
     assert backends.choose("linear", "auto", torch.zeros(1)) == "torch"
     assert backends.choose("linear", "onednn", torch.zeros(1)) == "onednn"  # named, it runs all the same
     for dtype in (torch.float64, torch.bfloat16):

@@ -7,7 +7,7 @@ import layers.causal_conv as causal_conv
 import layers.delta_rule as delta_rule
 import layers.dispatch.backends as backends
 import layers.gated_attention as gated_attention
-from layers.dispatch import self_check
+from layers.dispatch import availability, registry, self_check
 
 CPU = torch.device("cpu")
 KERNELS = [("delta_rule", "fla"), ("causal_conv", "fla"), ("attention", "flash")]
@@ -21,7 +21,7 @@ def on_a_gpu(monkeypatch):
 
     def check(operation, name):
         return lambda device, dtype: (
-            None if self_check._running else backends._self_check(operation, name, device, dtype)
+            None if self_check._running else availability._self_check(operation, name, device, dtype)
         )
 
     for operation, name in KERNELS:
@@ -53,18 +53,19 @@ def play(monkeypatch, *, wrong=0.0, gradient_wrong=False, error=None):
             raise error
         return Twisted.apply(y) if gradient_wrong else y * (1 + wrong)
 
-    def rule(q, k, v, log_decay, beta, state, segments):
+    def rule(q, k, v, log_decay, beta, *, state, segments):
         o, s = delta_rule.gated_delta_rule(q, k, v, log_decay, beta, state=state, backend="chunked")
         return faulty(o), s
 
-    def conv(x, weight, state):
-        return faulty(causal_conv.causal_conv(x, weight, state=state, backend="torch")[0])
+    def conv(x, weight, *, state, segments):
+        y, after = causal_conv.causal_conv(x, weight, state=state, backend="torch")
+        return faulty(y), after
 
     def attention(choice, q, k, v, mask=None):
         return faulty(gated_attention.attend(q, k, v, backend="eager"))
 
-    monkeypatch.setattr(delta_rule, "_fla", rule)
-    monkeypatch.setattr(causal_conv, "_fla", conv)
+    monkeypatch.setitem(registry._functions, ("delta_rule", "fla"), rule)
+    monkeypatch.setitem(registry._functions, ("causal_conv", "fla"), conv)
     monkeypatch.setattr(gated_attention, "attend_fused", attention)
 
 

@@ -11,9 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import layers.causal_conv as causal_conv
 import layers.cross_entropy as cross_entropy
 import layers.delta_rule as delta_rule
+import layers.dispatch.availability as availability
 import layers.dispatch.backends as backends
+import layers.dispatch.registry as registry
 import layers.gated_attention as gated_attention
+import layers.gradients as gradients
 import layers.kernels.cpp.ops as ops
+import layers.kernels.delta_rule as rule_kernels
 import layers.kernels.tiled_attention as tiled_attention
 import layers.linear as linear
 import layers.mlp as mlp
@@ -39,10 +43,10 @@ TORCH_OPERATORS = {
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": ("attention", "sdpa"),
 }
 PYTHON = {
-    ("delta_rule", "piecewise"): (delta_rule, "piecewise"),
-    ("delta_rule", "chunked"): (delta_rule, "_chunked"),
-    ("delta_rule", "recurrent"): (delta_rule, "_recurrent"),
-    ("causal_conv", "torch"): (causal_conv._FilterTaps, "apply"),
+    ("delta_rule", "piecewise"): (rule_kernels, "chunked_recompute"),
+    ("delta_rule", "chunked"): (delta_rule, "unit_lower_inverse"),
+    ("delta_rule", "recurrent"): (rule_kernels, "recurrent"),  # of a token by itself; chosen, it is in the registry
+    ("causal_conv", "torch"): (gradients.FilterTaps, "apply"),
     ("elementwise", "torch"): (norm, "_unit_rms"),
     ("experts", "loop"): (moe, "loop"),
     ("experts", "one token"): (moe, "one_token"),
@@ -60,6 +64,7 @@ class Count(TorchDispatchMode):
         self.calls = defaultdict(lambda: defaultdict(int))
         for (operation, backend), (owner, name) in PYTHON.items():
             self._wrap(monkeypatch, owner, name, operation, backend)
+        monkeypatch.setitem(registry._functions, ("delta_rule", "recurrent"), rule_kernels.recurrent)
         call = ops._call
 
         def native(name, *arguments):
@@ -194,7 +199,7 @@ def test_every_operation_is_counted(monkeypatch):
     assert counted == {operation for operation, _ in CHOICES} | {"causal_conv"}
 
 
-@pytest.mark.skipif(backends.missing() is not None, reason="no C++ kernels here")
+@pytest.mark.skipif(availability.missing() is not None, reason="no C++ kernels here")
 @pytest.mark.parametrize("choice", [None, ("decode", "torch"), ("linear", "torch"), ("elementwise", "torch")])
 def test_a_step_is_what_explain_says(monkeypatch, choice):
     """Compiled as long as no other operation has a backend of its own."""

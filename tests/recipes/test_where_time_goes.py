@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers")
 
 import qwen3next as q
-from layers.dispatch.backends import missing
+from layers.dispatch.availability import missing
 from layers.linear import Linear
 from recipes.where_time_goes import ORDER, PARTS, REST, Clock, Options, main, torch_alone
 

@@ -1,10 +1,11 @@
-"""How much of a memory is kept between the tokens of a chunk, for every algorithm that works in chunks."""
+"""Decay inside a chunk of tokens: what every chunked algorithm of linear attention needs."""
 
 import torch
 from torch import Tensor
 
 from layers.norm import at_least_fp32
 
+CHUNK = 64  # tokens
 FORGOTTEN = -1000.0  # e to this is zero in fp32 and fp64: a smaller log decay forgets no more
 
 
@@ -14,7 +15,7 @@ def bounded(log_decay: Tensor) -> Tensor:
 
 
 def decays(log_decay: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """What is kept from a chunk's start to each of its tokens, from each to its end, and from each to each.
+    """The decay from a chunk's start to each of its tokens, from each token to its end, and between each two tokens.
 
     Sums and their differences are fp64: the decay between two neighbours is the difference of two sums that hold all
     stronger decays before them, and fp32 would have no digits left for it.

@@ -1,0 +1,141 @@
+"""Fast implementations of the gated delta rule: over chunks in torch and in C++ on the CPU, with Triton on CUDA."""
+
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+from layers.chunk_decay import bounded
+from layers.delta_rule import Rule, chunked, exact, recurrent
+from layers.dispatch.registry import implements
+from layers.kernels import cases
+from layers.kernels.chunked_recompute import piecewise as chunked_recompute
+from layers.kernels.cpp import functions as native
+from layers.kernels.isolation import one_by_one, wild
+from layers.segments import Segments
+
+
+def over_chunks(rule: Rule) -> Rule:
+    """`rule` for any input: a token by itself takes the token loop, and numbers that would leak run apart.
+
+    A chunk of one token would only add work to the definition.
+    """
+
+    @wraps(rule)
+    def any_input(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        *,
+        state: Tensor | None,
+        segments: Segments | None,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = (q, k, v, log_decay, beta)
+        if v.shape[1] == 1:
+            return recurrent(*inputs, state=state, segments=segments)
+        if segments is not None and _mixes(q, k, v, log_decay, beta, segments):
+
+            def alone(before: Tensor | None, *parts: Tensor) -> tuple[Tensor, Tensor]:
+                return any_input(*parts, state=before, segments=None)
+
+            return one_by_one(segments, state, alone, *inputs)  # type: ignore[return-value]
+        return rule(*inputs, state=state, segments=segments)
+
+    return any_input
+
+
+def _mixes(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, segments: Segments) -> bool:
+    """Whether chunks that several sequences share would mix them: see layers/kernels/isolation.py.
+
+    Keys longer than 1 are among the causes: what a chunk of them writes may grow from token to token without bound.
+    """
+    if wild(segments, q, v) or wild(segments, log_decay.exp(), beta, largest=3.0):
+        return True
+    return segments.packed and wild(segments, torch.linalg.vector_norm(k.detach(), dim=-1), largest=1.01)
+
+
+implements("delta_rule", "chunked")(over_chunks(chunked))
+
+
+@implements("delta_rule", "piecewise")
+@over_chunks
+def piecewise(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    state: Tensor | None,
+    segments: Segments | None,
+) -> tuple[Tensor, Tensor]:
+    """`chunked` a few chunks at a time, with its gradient written out; products in bf16 where v is."""
+    log_decay, beta, state = exact(k, v, bounded(log_decay), beta, state)
+    products = v.dtype if v.dtype == torch.bfloat16 else state.dtype
+    starts = None if segments is None else segments.starts
+    o, state = chunked_recompute(q.to(products), k.to(products), v.to(products), log_decay, beta, state, starts)
+    return o.to(v.dtype), state
+
+
+@implements("delta_rule", "cpp")
+@over_chunks
+def cpp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    state: Tensor | None,
+    segments: Segments | None,
+) -> tuple[Tensor, Tensor]:
+    """One state at a time in a core's caches."""
+    log_decay, beta, state = exact(k, v, bounded(log_decay), beta, state)
+    q, k, log_decay, beta, state = (x.float().contiguous() for x in (q, k, log_decay, beta, state))
+    return native.delta_rule(q, k, v, log_decay, beta, None if segments is None else segments.starts, state)
+
+
+@implements("delta_rule", "fla", checked_by=cases.delta_rule)
+def fla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    state: Tensor | None,
+    segments: Segments | None,
+) -> tuple[Tensor, Tensor]:
+    """flash-linear-attention's Triton kernels, whose chunks end with the sequence."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+
+    b, h, dtype, cu_seqlens = v.shape[0], v.shape[2], v.dtype, None
+    q, k, log_decay = q.to(dtype), k.to(dtype), bounded(log_decay)
+    # The fused kernel has no backward; the chunked one is built for many tokens.
+    single = v.shape[1] == 1 and not torch.is_grad_enabled()
+    if segments is not None:
+        cu_seqlens = segments.cu_seqlens.long()
+        q, k, v, log_decay, beta = (x.flatten(0, 1)[None] for x in (q, k, v, log_decay, beta))
+        rows = segments.starts.sum(1) + 1  # segments of each row
+        last = rows.cumsum(0) - 1
+        if state is not None:
+            spread = state.new_zeros(int(last[-1]) + 1, *state.shape[1:])
+            state = spread.index_copy(0, last - rows + 1, state)
+    kernel = fused_recurrent_gated_delta_rule if single else chunk_gated_delta_rule
+    o, final = kernel(
+        q,
+        k,
+        v,
+        g=log_decay.float(),
+        beta=beta.float(),
+        scale=1.0,
+        initial_state=None if state is None else state.float(),
+        output_final_state=True,
+        cu_seqlens=cu_seqlens,
+    )
+    if segments is not None:
+        o, final = o.unflatten(1, (b, -1))[0], final[last]
+    assert final.shape[:2] == (b, h)
+    return o, final
