@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from layers.dispatch.attached import attached
 from layers.gated_deltanet import DeltaNetState
 from layers.hook_point import HookPoint
+from layers.kernels.linear import FEW, spans
 from layers.kernels.tiled_attention import TILE
-from layers.linear import FEW, spans
 from layers.mlp import SwiGLU
 from layers.moe import RouterStats, SparseMoE
 from layers.norm import RMSNorm, at_least_fp32

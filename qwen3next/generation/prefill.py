@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layers.kernels.cpp.build import missing
-from layers.linear import FEW, spans
+from layers.kernels.linear import FEW, spans
 from layers.norm import at_least_fp32
 from layers.segments import Segments
 from layers.state.kv_cache import KVState
