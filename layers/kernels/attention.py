@@ -20,9 +20,10 @@ from torch import Tensor
 
 from layers.dispatch.autocast import product_dtype
 from layers.dispatch.backends import choose
-from layers.dispatch.registry import implements, on_auto
+from layers.dispatch.registry import Results, implements, on_auto
 from layers.gated_attention import attend
 from layers.hook_point import HookPoint
+from layers.kernels.cases import random, with_gradients
 from layers.kernels.flash_attention import attend_fused, fused_attention
 from layers.kernels.isolation import one_by_one, wild
 from layers.kernels.tiled_attention import attend_in_tiles
@@ -31,6 +32,12 @@ from layers.state.kv_cache import KVState
 from layers.state.static_kv_cache import StaticKV
 
 Point = HookPoint | None
+
+
+def case(backend: str, device: torch.device, dtype: torch.dtype) -> Results:
+    """The last 40 of 70 tokens attend to all of them, with key heads that are shared."""
+    q, k, v = x = random(((1, 40, 4, 64), (1, 70, 2, 64), (1, 70, 2, 64)), device, dtype)
+    return with_gradients((attend(q, k, v, backend=backend),), x)
 
 
 def _refuse(points: dict[str, Point]) -> None:
@@ -72,13 +79,13 @@ def _flash_cannot_mask(q: Tensor, _k: Tensor, _v: Tensor, *, mask: Tensor | None
 
 
 @on_auto("attention", where=_flash_cannot_mask)
-@implements("attention", "sdpa_flash")
+@implements("attention", "sdpa_flash", checked_by=case)
 def sdpa_flash(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, **points: Point) -> Tensor:
     _refuse(points)
     return attend_fused("sdpa_flash", q, k, v, mask=mask)
 
 
-@implements("attention", "flash")
+@implements("attention", "flash", checked_by=case)
 def flash(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, **points: Point) -> Tensor:
     _refuse(points)
     if mask is not None:

@@ -14,7 +14,6 @@ import layers.delta_rule as delta_rule
 import layers.dispatch.backends as backends
 import layers.dispatch.registry as registry
 import layers.gated_attention as gated_attention
-import layers.kernels.cpp.ops as ops
 import layers.kernels.cross_entropy as cross_entropy_kernels
 import layers.kernels.experts as experts
 import layers.kernels.linear as linear_kernels
@@ -25,6 +24,7 @@ import layers.moe as moe
 import layers.norm as norm
 import qwen3next as q
 import qwen3next.decoding.plan as decode
+from layers.kernels.cpp import attention_ops, conv_ops, expert_ops, operators, row_ops, rule_ops
 
 CPU = torch.device("cpu")
 # The C++ functions by the operation that they are a part of.
@@ -64,14 +64,15 @@ class Count(TorchDispatchMode):
         self.calls = defaultdict(lambda: defaultdict(int))
         for (operation, backend), (owner, name) in PYTHON.items():
             self._wrap(monkeypatch, owner, name, operation, backend)
-        call = ops._call
+        call = operators.call
 
         def native(name, *arguments):
             (operation,) = [key for key, starts in NATIVE.items() if name.startswith(starts)]
             self.calls[operation]["cpp"] += 1
             return call(name, *arguments)
 
-        monkeypatch.setattr(ops, "_call", native)
+        for module in (attention_ops, conv_ops, expert_ops, row_ops, rule_ops):
+            monkeypatch.setattr(module, "call", native)
         kernels = decode.kernels
 
         def step():
