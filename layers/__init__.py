@@ -13,7 +13,14 @@ bound_torch()  # before torch runs anything
 # These register implementations, which definitions find by name.
 import layers.interp.materialized_states  # noqa: E402
 import layers.kernels.conv  # noqa: E402
-import layers.kernels.delta_rule  # noqa: E402, F401
+import layers.kernels.delta_rule  # noqa: E402
 
 # qwen3next compares this with its own version: another package called `layers` would otherwise be used silently.
 __version__ = "0.1.0"
+
+# Every fast implementation is registered where it is defined.
+import layers.kernels.attention  # noqa: E402
+import layers.kernels.cross_entropy  # noqa: E402
+import layers.kernels.experts  # noqa: E402
+import layers.kernels.linear  # noqa: E402
+import layers.kernels.rows  # noqa: E402, F401

@@ -1,19 +1,12 @@
-"""Linear maps, in fp32 through whichever library the processor is faster with.
-
-In bf16 torch multiplies through oneDNN. In fp32 it does through MKL, which uses AVX-512 on Intel's processors alone; on
-others oneDNN is more than twice as fast.
-"""
-
-from typing import Any
+"""Linear maps: torch's, or another library's where the processor is faster with it."""
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.dispatch.backends import choose
-
-FEW = 16  # rows below which a call costs more than the faster product saves
+from layers.dispatch.backends import run
+from layers.dispatch.registry import implements
 
 
 def linear(
@@ -30,30 +23,12 @@ def linear(
             "auto" picks, and leaves a few rows to F.linear.
     Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
     """
-    exact = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-    if backend != "auto":
-        through_onednn = choose("linear", backend, x) == "onednn" and exact and x.numel() > 0
-    else:
-        few = not torch.compiler.is_exporting() and x.numel() < FEW * x.shape[-1]  # what is exported serves any length
-        through_onednn = exact and not few and choose("linear", "auto", x) == "onednn"
-    if not through_onednn:
-        return F.linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
-    y = _TimesTransposed.apply(rows, weight) if torch.is_grad_enabled() else _through_onednn(rows, weight)
-    y = y.view(*x.shape[:-1], weight.shape[0])
-    return y if bias is None else y + bias
+    return run("linear", backend, x, x, weight, bias)
 
 
-def spans(count: int, size: int, least: int = FEW) -> list[tuple[int, int]]:
-    """Where parts of `size` rows of `count` begin and end.
-
-    A rest of fewer than `least` rows joins the part before it: products, attention and the delta rule of so few take
-    other ways, whose last bits are their own.
-    """
-    if count < size + least:  # said apart: a graph that is traced must not depend on more than this
-        return [(0, count)]
-    begins = list(range(0, count - least + 1, size))
-    return list(zip(begins, [*begins[1:], count], strict=True))
+@implements("linear", "torch", definition=True)
+def product_and_bias(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
@@ -65,51 +40,9 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias, backend=self.backend)
 
 
-def product(
-    a: Float[Tensor, "m k"],
-    b: Float[Tensor, "n k"],
-    *,
-    out: Float[Tensor, "m n"] | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """a bᵀ without gradients, for matrices in any order of rows and columns, by a backend of `linear`.
-
-    `out`, where given, takes the result.
-    """
-    if choose("linear", backend, a) == "onednn":
-        y = _through_onednn(a, b)
-        return y if out is None else out.copy_(y)
-    if out is None or out.dtype == a.dtype:
-        return torch.mm(a, b.mT, out=out)
-    return out.copy_(a @ b.mT)
-
-
-def under_autocast(x: Tensor, backend: str) -> str:
-    """The backend of products that autocast makes of x: torch's, in another dtype, whatever was named for its own.
-
-    Raises: as `linear`.
-    """
-    if not torch.is_autocast_enabled(x.device.type):
-        return backend
-    choose("linear", backend, x)
-    return "torch"
-
-
-def _through_onednn(a: Tensor, b: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-
-
-class _TimesTransposed(torch.autograd.Function):
-    """a bᵀ whose gradients are of the same kind, so that they too go through oneDNN and can be differentiated again."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        return _through_onednn(a, b)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        a, b = ctx.saved_tensors
-        to_a = _TimesTransposed.apply(grad, b.mT) if ctx.needs_input_grad[0] else None
-        to_b = _TimesTransposed.apply(grad.mT, a.mT) if ctx.needs_input_grad[1] else None
-        return to_a, to_b
+def dtype_of(module: nn.Module, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype that a linear map computes in, wherever an adapter around it keeps its weight."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    return weight.dtype if weight is not None and weight.is_floating_point() else otherwise

@@ -4,18 +4,26 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.dispatch.backends import choose
-from layers.kernels.cpp import functions as native
+from layers.dispatch.backends import run
+from layers.dispatch.registry import implements
 from layers.linear import Linear
 
+Inner = Float[Tensor, "*batch inner"]
 
-def activate(
-    gate: Float[Tensor, "*batch inner"], up: Float[Tensor, "*batch inner"], *, backend: str = "auto"
-) -> Float[Tensor, "*batch inner"]:
-    """silu(gate) · up."""
-    if choose("elementwise", backend, gate) == "cpp" and (gate.dtype, gate.shape) == (up.dtype, up.shape):
-        width = gate.shape[-1]
-        return native.swiglu(gate.reshape(-1, width), up.reshape(-1, width)).view(gate.shape)
+
+def activate(gate: Inner, up: Inner, *, backend: str = "auto") -> Inner:
+    """silu(gate) · up.
+
+    Args:
+        backend: of "elementwise": "torch", "cpp" (CPU), "fla" (as "torch"); "auto" picks.
+    Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
+    """
+    return run("elementwise.swiglu", backend, gate, gate, up)
+
+
+@implements("elementwise.swiglu", "fla")
+@implements("elementwise.swiglu", "torch", definition=True)
+def swiglu(gate: Inner, up: Inner) -> Inner:
     return F.silu(gate) * up
 
 

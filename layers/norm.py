@@ -1,4 +1,4 @@
-"""Root-mean-square norms. All compute in fp32 (fp64 stays fp64) whatever the dtype of their input."""
+"""Root-mean-square norms. All compute in fp32 (fp64 stays fp64), whatever the dtype of their input."""
 
 from collections.abc import Callable
 
@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.dispatch.backends import choose
+from layers.dispatch.backends import run
+from layers.dispatch.registry import implements
 from layers.hook_point import HookPoint
-from layers.kernels.cpp import functions as native
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -16,20 +16,46 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def l2_normalise(
-    x: Float[Tensor, "*batch d"], *, eps: float = 1e-6, scale: float | int = 1.0, backend: str = "auto"
-) -> Float[Tensor, "*batch d"]:
-    """scale · x / sqrt(Σx² + eps) over the last axis, in fp32 or better. eps is inside the root and not scaled by d."""
-    if choose("elementwise", backend, x) == "cpp":
-        weight = torch.full((x.shape[-1],), float(scale), dtype=torch.float32)
-        return native.normalise(x, weight, mean=False, eps=eps, exact=True)
+Rows = Float[Tensor, "*batch width"]
+
+
+def l2_normalise(x: Rows, *, eps: float = 1e-6, scale: float | int = 1.0, backend: str = "auto") -> Rows:
+    """scale · x / sqrt(Σx² + eps) over the last axis, in fp32 or better. eps is inside the root and not scaled by d.
+
+    Args:
+        backend: of "elementwise": "torch", "cpp" (CPU), "fla" (as "torch"); "auto" picks.
+    Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
+    """
+    return run("elementwise.l2_normalise", backend, x, x, eps=eps, scale=scale)
+
+
+@implements("elementwise.l2_normalise", "fla")
+@implements("elementwise.l2_normalise", "torch", definition=True)
+def _l2_normalise(x: Rows, *, eps: float, scale: float | int) -> Rows:
     x = at_least_fp32(x)
     y = x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
     return y if scale == 1.0 else y * scale
 
 
-def _unit_rms(x: Tensor, eps: float) -> Tensor:
+def unit_rms(x: Rows, eps: float) -> Rows:
+    """x / sqrt(mean(x²) + eps) over the last axis, in fp32 or better."""
+    x = at_least_fp32(x)
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def scaled(normed: Rows, weight: Float[Tensor, "width"], dtype: torch.dtype, *, zero_centred: bool) -> Rows:
+    """A normed tensor times the learned scale, in dtype. The order of cast and product decides the last bit in bf16."""
+    if zero_centred:
+        return (normed * (1.0 + at_least_fp32(weight))).to(dtype)
+    return (weight * normed.to(dtype)).to(dtype)
+
+
+@implements("elementwise.rms_norm", "fla")
+@implements("elementwise.rms_norm", "torch", definition=True)
+def rms_norm(x: Rows, weight: Tensor, *, eps: float, zero_centred: bool, hook: HookPoint | None = None) -> Rows:
+    """The function of `RMSNorm`; `hook` sees the normed tensor before its scale."""
+    normed = unit_rms(x, eps)
+    return scaled(normed if hook is None else hook(normed), weight, x.dtype, zero_centred=zero_centred)
 
 
 class RMSNorm(nn.Module):
@@ -37,7 +63,7 @@ class RMSNorm(nn.Module):
 
     `zero_centred`: the scale is 1 + weight with weight starting at 0, multiplied in fp32 and then cast (every norm of
     Qwen3-Next but the gated one). Otherwise the scale is weight, starting at 1, multiplied after the cast (Qwen3).
-    The order of cast and product is the checkpoints': it decides the last bit in bf16.
+    Both orders are the checkpoints'.
     """
 
     def __init__(self, width: int, *, eps: float = 1e-6, zero_centred: bool = True):
@@ -48,22 +74,9 @@ class RMSNorm(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, 0.0 if self.zero_centred else 1.0)
 
-    def forward(
-        self, x: Float[Tensor, "*batch width"], *, hook_normalized: HookPoint | None = None
-    ) -> Float[Tensor, "*batch width"]:
-        if choose("elementwise", self.backend, x) == "cpp" and (self.zero_centred or self.weight.dtype == x.dtype):
-            seen = hook_normalized is not None and hook_normalized.active
-            weight = 1.0 * self.zero_centred + self.weight.float()
-            scale, early = (torch.ones_like(weight), False) if seen else (weight, not self.zero_centred)
-            normed = native.normalise(x, scale, mean=True, eps=self.eps, before=early, exact=seen)
-            if not seen:
-                return normed
-        else:
-            normed = _unit_rms(at_least_fp32(x), self.eps)
-        normed = normed if hook_normalized is None else hook_normalized(normed)
-        if self.zero_centred:
-            return (normed * (1.0 + at_least_fp32(self.weight))).to(x.dtype)
-        return (self.weight * normed.to(x.dtype)).to(x.dtype)
+    def forward(self, x: Rows, *, hook_normalized: HookPoint | None = None) -> Rows:
+        options = {"eps": self.eps, "zero_centred": self.zero_centred, "hook": hook_normalized}
+        return run("elementwise.rms_norm", self.backend, x, x, self.weight, **options)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, zero_centred={self.zero_centred}"
@@ -72,12 +85,21 @@ class RMSNorm(nn.Module):
 GATE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": nn.functional.silu, "sigmoid": torch.sigmoid}
 
 
+@implements("elementwise.gated_rms_norm", "torch", definition=True)
+def gated_rms_norm(
+    x: Rows, weight: Tensor, gate: Rows, *, eps: float, activation: str = "silu", hook: HookPoint | None = None
+) -> Rows:
+    """The function of `GatedRMSNorm`; `hook` sees the gate after its activation."""
+    gate = GATE_ACTIVATIONS[activation](at_least_fp32(gate))
+    return (weight * unit_rms(x, eps).to(x.dtype) * (gate if hook is None else hook(gate))).to(x.dtype)
+
+
 class GatedRMSNorm(nn.Module):
     """weight · rms(x) · silu(gate): the output norm of a Gated DeltaNet head, **not** zero-centred (init 1).
 
     Normalised in fp32, cast, times weight, then times silu(gate in fp32), then cast: the checkpoints' order.
 
-    The "fla" backend of "elementwise" is one Triton kernel that casts at the end alone: in fp32 the same to rounding,
+    The "fla" backend of "elementwise" is one Triton kernel that casts once, at the end: in fp32 the same to rounding,
     in bf16 nearer to the exact result and an ulp or two away from the definition.
 
     Args:
@@ -92,44 +114,12 @@ class GatedRMSNorm(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
-    def forward(
-        self,
-        x: Float[Tensor, "*batch width"],
-        gate: Float[Tensor, "*batch width"] | None,
-        *,
-        hook_gate: HookPoint | None = None,
-    ) -> Float[Tensor, "*batch width"]:
+    def forward(self, x: Rows, gate: Rows | None, *, hook_gate: HookPoint | None = None) -> Rows:
         """The norm alone where `gate` is None."""
         if gate is None:
-            return (self.weight * _unit_rms(at_least_fp32(x), self.eps).to(x.dtype)).to(x.dtype)
-        choice = choose("elementwise", self.backend, x)
-        if choice == "fla" and self.activation == "silu" and (hook_gate is None or not hook_gate.active):
-            from fla.modules.fused_norm_gate import rms_norm_gated
-
-            return rms_norm_gated(x, gate, self.weight, None, activation="silu", eps=self.eps)
-        compiled = choice == "cpp" and x.dtype == gate.dtype
-        if compiled and self.activation == "silu":
-            seen, same = hook_gate is not None and hook_gate.active, self.weight.dtype == x.dtype
-            z = None if seen else gate.contiguous()
-            # An fp32 weight beside bf16 values makes the product fp32, so that nothing is rounded after it.
-            normed = native.normalise(
-                x,
-                self.weight.float(),
-                z,
-                mean=True,
-                eps=self.eps,
-                before=True,
-                after=same,
-                exact=seen and not same,
-            )
-            if not seen:
-                return normed
-            gate = native.silu_fp32(gate.contiguous())
-        else:
-            normed = self.weight * _unit_rms(at_least_fp32(x), self.eps).to(x.dtype)
-            gate = GATE_ACTIVATIONS[self.activation](at_least_fp32(gate))
-        gate = gate if hook_gate is None else hook_gate(gate)
-        return (normed * gate).to(x.dtype)
+            return rms_norm(x, self.weight, eps=self.eps, zero_centred=False)
+        options = {"eps": self.eps, "activation": self.activation, "hook": hook_gate}
+        return run("elementwise.gated_rms_norm", self.backend, x, x, self.weight, gate, **options)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

@@ -8,6 +8,7 @@ from layers.experts.disk import OffloadedExperts
 from layers.experts.int8 import Int8Experts
 from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import GatedDeltaNet
+from layers.kernels.experts import backend_of_experts
 from layers.linear import Linear
 from layers.moe import Experts
 from layers.norm import RMSNorm
@@ -66,7 +67,9 @@ def explain(
         elif isinstance(module, GatedAttention):
             rows["attention"] = explain_operation("attention", module.backend, where, kind, head_dim=module.head_dim)
         elif isinstance(module, Experts):
-            rows["experts"] = explain_operation("experts", module.chosen, where, kind)
+            rows["experts"] = explain_operation(
+                "experts", backend_of_experts(module.backend, module.down_proj), where, kind
+            )
         elif isinstance(module, OffloadedExperts):
             faster = "load with experts='memory', or 'int8', where it fits; a larger expert_cache"
             rows["experts"] = Explanation("experts", "mmap", "read from the files as tokens route to them", faster)

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-import layers.gated_attention
 import layers.gated_deltanet
+import layers.kernels.attention
 import layers.mlp
 import layers.moe
 import qwen3next as q
@@ -46,7 +46,7 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
     (layers.moe.Experts, "forward", "experts"),
     (layers.gated_deltanet.GatedDeltaNet, "rule", "delta rule"),
     (layers.gated_deltanet, "causal_conv", "convolution"),
-    (layers.gated_attention, "_in_tiles", "attention"),
+    (layers.kernels.attention, "attend_in_tiles", "attention"),
     (layers.norm.RMSNorm, "forward", ROWS),
     (layers.norm.GatedRMSNorm, "forward", ROWS),
     (layers.gated_deltanet, "l2_normalise", ROWS),

@@ -5,18 +5,17 @@ Lively: with the usual N(0, 0.02) a random model's layers barely move the residu
 
 import os
 
-import layers  # noqa: F401  before torch, which QWEN3NEXT_CPU bounds
-
-# isort: split
-
-import pytest
-import torch
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 with install_import_hook(["layers", "qwen3next"], "beartype.beartype"):
-    import qwen3next as q
+    import qwen3next as q  # and layers, before torch runs anything: QWEN3NEXT_CPU bounds it
+
+# isort: split
+
+import pytest
+import torch
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 

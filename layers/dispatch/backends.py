@@ -7,14 +7,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from layers.dispatch import availability as can
 from layers.dispatch.availability import Refusal
-from layers.dispatch.registry import function_of
+from layers.dispatch.registry import function_of, special_cases
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,14 @@ def why_not(operation: str, name: str, device: torch.device, dtype: torch.dtype,
     raise ValueError(f"{operation} has no backend {name!r}: choose 'auto', {known}.")
 
 
+class Like(NamedTuple):
+    """What a choice depends on, for `run` in a tensor's place. `head_dim` 0 leaves the width of heads open."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int = 0
+
+
 def choose(operation: str, backend: str, like: Tensor, *, head_dim: int = 0) -> str:
     """The name of the implementation that runs for a tensor `like` this one.
 
@@ -166,9 +174,18 @@ def choose_for(operation: str, backend: str, device: torch.device, dtype: torch.
     raise AssertionError(f"{operation} has no implementation that always runs")
 
 
-def run(operation: str, backend: str, like: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Call the implementation that `choose` picks for a tensor `like` this one. Raises: as `choose`."""
-    return function_of(operation, choose(operation, backend, like))(*args, **kwargs)
+def run(operation: str, backend: str, like: Tensor | Like, *args: Any, **kwargs: Any) -> Any:
+    """Call the implementation that `choose` picks for a tensor `like` this one, or on "auto" a special case.
+
+    Raises: as `choose`.
+    """
+    if backend == "auto":
+        for takes, function in special_cases(operation):
+            if takes(*args, **kwargs):
+                return function(*args, **kwargs)
+    head_dim = like.head_dim if isinstance(like, Like) else 0
+    chosen = choose_for(operation.partition(".")[0], backend, like.device, like.dtype, head_dim=head_dim)
+    return function_of(operation, chosen)(*args, **kwargs)
 
 
 @cache

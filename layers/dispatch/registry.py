@@ -6,6 +6,9 @@
 All implementations of an operation have one signature. Definitions register themselves in the file that defines them,
 fast implementations in layers/kernels/. `layers/__init__.py` imports all of these, so that a name is known before it is
 asked for.
+
+An operation that consists of several functions names each behind a dot: "elementwise.rms_norm" runs by the backend that
+is chosen for "elementwise". A function that runs only on "auto", and only for some calls, is registered by `on_auto`.
 """
 
 from collections.abc import Callable
@@ -23,6 +26,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 _functions: dict[tuple[str, str], Callable[..., Any]] = {}
 _cases: dict[tuple[str, str], Case] = {}
 _definitions: dict[str, str] = {}
+Special = tuple[Callable[..., bool], Callable[..., Any]]  # whether it takes a call, and what then runs
+_special: dict[str, tuple[Special, ...]] = {}
 
 
 def implements(
@@ -45,6 +50,24 @@ def implements(
         return function
 
     return register
+
+
+def on_auto(operation: str, *, where: Callable[..., bool]) -> Callable[[F], F]:
+    """Register a function that runs on "auto", whatever would be chosen, for the calls that `where` picks.
+
+    Both have the signature of the operation. Of several, the first registered that takes a call runs.
+    """
+
+    def register(function: F) -> F:
+        _special[operation] = (*_special.get(operation, ()), (where, function))
+        return function
+
+    return register
+
+
+def special_cases(operation: str) -> tuple[Special, ...]:
+    """What `on_auto` registered for an operation, in that order."""
+    return _special.get(operation, ())
 
 
 def function_of(operation: str, name: str) -> Callable[..., Any]:

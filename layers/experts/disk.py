@@ -8,7 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from layers.experts.cache import ExpertCache, Read
-from layers.moe import loop, one_token, swiglu
+from layers.kernels.experts import one_token
+from layers.moe import loop, swiglu
 
 
 class OffloadedExperts(nn.Module):

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int, Int8
 from torch import Tensor, nn
 
-from layers.moe import loop, one_token
+from layers.kernels.experts import one_token
+from layers.moe import loop
 
 # Rows of x up to which torch's int8 kernel beats a bf16 product with converted weights (docs/log.md).
 PACKED_ROWS = 8

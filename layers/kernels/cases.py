@@ -1,15 +1,11 @@
 """The cases by which fast implementations are compared with the definitions: small random inputs, and gradients."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 import layers.causal_conv as conv
 from layers.delta_rule import gated_delta_rule
-from layers.dispatch.registry import Results, implements
-from layers.gated_attention import attend
-from layers.kernels.flash_attention import attend_fused
+from layers.dispatch.registry import Results
 from layers.norm import l2_normalise
 
 
@@ -31,12 +27,6 @@ def causal_conv(backend: str, device: torch.device, dtype: torch.dtype) -> Resul
     return with_gradients((y,), x)
 
 
-def attention(backend: str, device: torch.device, dtype: torch.dtype) -> Results:
-    """The last 40 of 70 tokens look back, with key heads that are shared."""
-    q, k, v = x = random(((1, 40, 4, 64), (1, 70, 2, 64), (1, 70, 2, 64)), device, dtype)
-    return with_gradients((attend(q, k, v, backend=backend),), x)
-
-
 def random(shapes: tuple[tuple[int, ...], ...], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """Normal numbers, the same on every call, of which gradients are taken where these are enabled."""
     made = [torch.randn(*shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
@@ -48,8 +38,3 @@ def with_gradients(found: Results, inputs: list[Tensor]) -> Results:
     if not torch.is_grad_enabled():
         return found
     return *found, *torch.autograd.grad(torch.stack([x.float().square().sum() for x in found]).sum(), inputs)
-
-
-implements("attention", "eager", definition=True)(partial(attend, backend="eager"))
-for _name in ("flash", "sdpa_flash"):
-    implements("attention", _name, checked_by=attention)(partial(attend_fused, _name))

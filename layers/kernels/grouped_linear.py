@@ -8,7 +8,8 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from layers.linear import product, under_autocast
+from layers.dispatch.autocast import product_dtype, under_autocast
+from layers.kernels.linear import product
 
 STEP = 16  # rows
 
@@ -20,9 +21,7 @@ def grouped_linear(
 
     `backend`: of `linear`.
     """
-    dtype, backend = x.dtype, under_autocast(x, backend)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype, backend = product_dtype(x), under_autocast(x, backend)
     if x.device.type == "cpu":
         return _Grouped.apply(x.to(dtype), weight, ends, backend)
     return F.grouped_mm(x.to(dtype), weight.to(dtype).mT, offs=ends)
@@ -31,7 +30,7 @@ def grouped_linear(
 def wide(run: slice, rows: int) -> tuple[slice, slice]:
     """A run with as many neighbours out of `rows` as make it a multiple of STEP, and where the run lies in that.
 
-    For every number of rows oneDNN makes and keeps code of its own, up to a megabyte: so there are few.
+    oneDNN compiles and keeps code for every number of rows, up to a megabyte each, so that there should be few.
     """
     n = min(-(-(run.stop - run.start) // STEP) * STEP, rows)
     begin = min(run.start, rows - n)
@@ -39,7 +38,7 @@ def wide(run: slice, rows: int) -> tuple[slice, slice]:
 
 
 def _product_into(y: Tensor, run: slice, x: Tensor, weight: Tensor, backend: str) -> None:
-    """y[run] = x[run] weightᵀ; what it writes behind the run is for the next one to write over."""
+    """y[run] = x[run] weightᵀ. It may write behind the run, where the next one writes its own rows."""
     more, here = wide(run, len(x))
     if here.start:
         y[run] = product(x[more], weight, backend=backend)[here]
@@ -54,7 +53,7 @@ def runs(ends: Tensor) -> list[tuple[int, slice]]:
 
 
 class _Grouped(torch.autograd.Function):
-    """torch's own gradient of the weights comes transposed, and turning it costs more than the products do on a CPU."""
+    """Used on a CPU, where torch's gradient of the weights is transposed: a copy of it costs more than the products."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, backend: str) -> Tensor:
@@ -95,7 +94,7 @@ def _products_backward(
     return to_x, to_weight
 
 
-# A traced graph has no numbers of rows to loop over: it takes these as operators, whole.
+# A traced graph cannot loop over unknown numbers of rows: it takes these whole, as operators.
 _products_op = torch.library.custom_op("qwen3next::grouped_products", _products, mutates_args=(), device_types="cpu")
 _products_backward_op = torch.library.custom_op(
     "qwen3next::grouped_products_backward", _products_backward, mutates_args=(), device_types="cpu"

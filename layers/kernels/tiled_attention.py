@@ -1,7 +1,7 @@
 """Causal attention in tiles of queries and blocks of keys, both on fixed grids: for prefill and decoding on the CPU.
 
-No mask over the context, transient memory that does not grow with it, and no trace of how a prompt was cut or how its
-keys are stored.
+There is no mask over the context, and transient memory does not grow with it. How a prompt was cut and how its keys are
+stored does not change the bits.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,10 @@ from torch import Tensor
 from layers.dispatch.backends import choose
 from layers.kernels.cpp import ops as native
 from layers.norm import at_least_fp32
+from layers.segments import Run, Segments
+from layers.state.kv_cache import KVState
 
-FEW = 16  # queries that the C++ kernel, which takes 64 at a time, is not worth calling for
+FEW = 16  # queries below which calling the C++ kernel, which takes 64 at a time, is not worth it
 TILE = 128  # queries; two chunks of the delta rule
 BLOCK = 4096  # keys
 
@@ -22,13 +24,57 @@ BLOCK = 4096  # keys
 Read = Callable[[int, int], tuple[Tensor, Tensor]]
 
 
+def attend_in_tiles(
+    q: Tensor, k: Tensor, v: Tensor, *, segments: Segments, state: KVState | None, backend: str
+) -> Tensor:
+    """`tiled_attention` in every sequence: q (b t h d) over k, v (b t kvh d), or over what the state holds.
+
+    All rows at once where they stand at the same position, else a sequence at a time.
+    """
+    if state is None and torch.compiler.is_compiling():
+        return _whole(q, k, v, None if segments.plain else segments.number, backend)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, time, d)
+    if segments.aligned:
+
+        def read_all(first: int, last: int) -> tuple[Tensor, Tensor]:
+            if state is None:
+                return k[:, :, first:last], v[:, :, first:last]
+            return state.read(first, last, dtype=q.dtype)
+
+        return tiled_attention(q, read_all, past=segments.past[0], backend=backend).transpose(1, 2)
+    y = torch.zeros_like(q)
+    for run in segments.runs:
+
+        def read(first: int, last: int, run: Run = run) -> tuple[Tensor, Tensor]:
+            if state is not None:
+                return state.read(first, last, row=run.sequence, dtype=q.dtype)
+            here = slice(run.row, run.row + 1), slice(None), slice(run.begin + first, run.begin + last)
+            return k[here], v[here]
+
+        rows = slice(run.row, run.row + 1), slice(None), slice(run.begin, run.end)
+        y[rows] = tiled_attention(q[rows], read, past=run.past, backend=backend)
+    return y.transpose(1, 2)
+
+
+@torch.library.custom_op("qwen3next::attend_in_tiles", mutates_args=(), device_types="cpu")
+def _whole(q: Tensor, k: Tensor, v: Tensor, number: Tensor | None, backend: str) -> Tensor:
+    """`attend_in_tiles` as an operator of torch: a traced graph need not unroll its loops over tiles and sequences."""
+    segments = Segments.full(q) if number is None else Segments.from_document_ids(number)
+    return attend_in_tiles(q, k, v, segments=segments, state=None, backend=backend).contiguous()
+
+
+@_whole.register_fake
+def _(q: Tensor, _k: Tensor, _v: Tensor, _number: Tensor | None, _backend: str) -> Tensor:
+    return q.new_empty(q.shape)
+
+
 def tiled_attention(
     q: Float[Tensor, "b h t d"], read: Read, *, past: int, backend: str = "auto"
 ) -> Float[Tensor, "b h t d"]:
     """softmax(q kᵀ / √d) v for the t tokens after `past` others, without gradients.
 
-    A tile of queries looks at all keys before its tile without a mask, block by block, and at its own tile causally;
-    the answers are joined by their logsumexp. As tiles stand on a grid of absolute positions, a prompt gives the same
+    A tile of queries attends to all keys before its tile without a mask, block by block, and to its own tile causally;
+    the outputs are joined by their logsumexp. As tiles stand on a grid of absolute positions, a prompt gives the same
     bits in one call or in chunks that are multiples of 64.
 
     Args:
@@ -60,7 +106,7 @@ def tiled_attention(
 
 
 def _one(q: Tensor, read: Read, length: int, backend: str) -> Tensor:
-    """A single query, which may look at everything: with many keys, plain products read them faster on "auto"."""
+    """A single query, which needs no mask. On "auto" plain products serve many keys, which they read faster."""
     b, d = q.shape[0], q.shape[3]
     blocks = [(i, min(i + BLOCK, length)) for i in range(0, length, BLOCK)]
     k, v = read(*blocks[0])
@@ -81,7 +127,7 @@ def _one(q: Tensor, read: Read, length: int, backend: str) -> Tensor:
 
 
 def _join(y: Tensor, lse: Tensor, y_too: Tensor, lse_too: Tensor) -> tuple[Tensor, Tensor]:
-    """The answer over two sets of keys, in fp32 or better, from the answers over each."""
+    """The output over two sets of keys, in fp32 or better, from the outputs over each."""
     most = torch.maximum(lse, lse_too)
     w, w_too = (lse - most).exp(), (lse_too - most).exp()
     both = w + w_too

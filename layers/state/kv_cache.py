@@ -1,4 +1,10 @@
-"""Keys and values of the tokens seen: a buffer that grows by blocks, behind parts that others share."""
+"""Keys and values of the tokens so far: read-only parts that states share, then a buffer that grows by blocks.
+
+    places   0 ............ base ................... capacity
+             shared parts   own buffer
+
+A place is a token's position in its sequence.
+"""
 
 from typing import NamedTuple
 
@@ -9,7 +15,7 @@ from torch import Tensor
 from layers.segments import Segments
 
 BLOCK = 256  # tokens; a buffer's size is a multiple of it, or the limit
-MOST_PARTS = 32  # beyond, they are joined: reading across many costs more than one copy
+MOST_PARTS = 32  # more are joined: reading across many costs more than one copy
 
 Stored = tuple[Tensor, ...]  # k, v (b, kv_heads, n, d); in int8 with their scales (b, kv_heads, n, 1)
 NAMES = ("k", "v", "k_scale", "v_scale")  # of what is Stored
@@ -23,15 +29,15 @@ class Heads(NamedTuple):
 
 
 class KVState:
-    """Keys (rotated) and values, row r's token at position p in place p, whatever the padding was.
+    """Keys (rotated) and values: row r's token at position p lies in place p, whatever the padding was.
 
-    What others see (`share`) is never changed. A shared state starts a buffer of its own behind what it has in common
-    with the other, so continuing either copies nothing; on CUDA, where kernels want one piece, it copies once.
+    What another state shares (`share`) is never changed. Each of the two continues in a buffer of its own behind the
+    shared parts, so that sharing and continuing copy nothing; on CUDA, where kernels want one piece, it copies once.
 
     Args:
         batch, kv_heads, head_dim: sizes.
         max_len: most tokens a row.
-        dtype: to store in; torch.int8 keeps a number a head and token besides, its largest value / 127, in fp32.
+        dtype: to store in; torch.int8 also keeps an fp32 scale for each head and token, the largest value / 127.
     Attributes:
         size: (batch, kv_heads, head_dim).
     """
@@ -41,10 +47,10 @@ class KVState:
     ):
         self.max_len, self.dtype, self.size = max_len, dtype, (batch, kv_heads, head_dim)
         self._empty = _buffer(self.size, 0, dtype, device)
-        self.native: object = None  # what compiled code made of these buffers, until there are others
-        self._parts: tuple[Stored, ...] = ()  # seen by others: read only
-        self._own: Stored = self._empty  # behind them, written here alone,
-        self._seen = 0  # but for its first places, which others see too
+        self.native: object = None  # what compiled code keeps about these buffers; None once they are others
+        self._parts: tuple[Stored, ...] = ()  # shared: read only
+        self._own: Stored = self._empty  # behind them; only this state writes to it,
+        self._seen = 0  # but not to its first places, which others share too
 
     @property
     def base(self) -> int:
@@ -53,7 +59,7 @@ class KVState:
 
     @property
     def capacity(self) -> int:
-        """Tokens a row for which memory is taken."""
+        """Tokens a row for which there is memory."""
         return self.base + self._own[0].shape[2]
 
     @property
@@ -79,23 +85,21 @@ class KVState:
 
     def share(self, held: int) -> "KVState":
         """Another state of the first `held` tokens; nothing is copied."""
-        batch, kv_heads, head_dim = self.size
-        other = KVState(
-            batch,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            max_len=self.max_len,
-            dtype=self.dtype,
-            device=self._own[0].device,
-        )
+        other = self._like(self.size[0])
         other.hold(self.parts(0, held))
         self._seen = max(self._seen, held - self.base)
         return other
 
-    def append(self, k: Float[Tensor, "b t kvh d"], v: Float[Tensor, "b t kvh d"], segments: Segments) -> None:
-        """Store the keys and values of real tokens after `segments.past`, a sequence a row.
+    def _like(self, batch: int) -> "KVState":
+        """An empty state of the same kind."""
+        _, kv_heads, head_dim = self.size
+        sizes = {"kv_heads": kv_heads, "head_dim": head_dim, "max_len": self.max_len}
+        return KVState(batch, **sizes, dtype=self.dtype, device=self._own[0].device)
 
-        Where rows have unequal lengths, the shorter ones are followed by stale or zero places.
+    def append(self, k: Float[Tensor, "b t kvh d"], v: Float[Tensor, "b t kvh d"], segments: Segments) -> None:
+        """Store the keys and values of real tokens behind `segments.past`, a sequence a row.
+
+        Where rows have unequal lengths, stale or zero places follow the shorter ones.
         Raises: ValueError for more than `max_len` tokens.
         """
         self.reserve(segments)
@@ -109,17 +113,17 @@ class KVState:
                 to[n, :, place - base : place - base + stop - begin] = x[row, :, begin:stop]
 
     def leave_inference_mode(self) -> None:
-        """Hold copies of what was made in torch.inference_mode, which autograd refuses to work with."""
+        """Replace tensors made in torch.inference_mode by copies: autograd refuses to work with them."""
         self.native = None
         self._parts = tuple(tuple(x.clone() if x.is_inference() else x for x in part) for part in self._parts)
 
     def whole(self, segments: Segments) -> Stored:
-        """As `reserve`, with all in one piece: the buffer itself, its first `segments.past` places filled."""
+        """`reserve`, and the buffer itself: all in one piece, its first `segments.past` places filled."""
         self.reserve(segments, in_one=True)
         return self._own
 
     def reserve(self, segments: Segments, *, in_one: bool = False) -> None:
-        """Have places for the tokens of `segments`, after `segments.past`, that this state alone may write to.
+        """Make places for the tokens of `segments`, behind `segments.past`, that only this state writes to.
 
         Raises: ValueError for more than `max_len` tokens.
         """
@@ -131,64 +135,57 @@ class KVState:
         self._make_room(first, past, end, in_one=in_one or not segments.aligned)
 
     def _make_room(self, first: int, past: int, end: int, *, in_one: bool) -> None:
-        """Let places `first` to `end` be this state's own, those before `past` keeping what they hold."""
-        base, more = self.base, 0
-        if first < base + self._seen or (end > self.capacity and self._seen):
-            self.native = None
-            # Others see where this would write, or hold on to what would be copied: they keep it, and so do we.
-            more = past // 4 if past > base else 0
-            self._parts, self._own, self._seen = self.parts(0, past), self._empty, 0
-            base = self.base
+        """Make places `first` to `end` this state's own; those before `past` keep what they hold."""
+        spare = 0
+        if first < self.base + self._seen or (end > self.capacity and self._seen):
+            # Others share the places to write to, or keep alive what would be copied: leave all of it to them.
+            spare = past // 4 if past > self.base else 0
+            self.hold(self.parts(0, past))
         in_one = in_one or self._own[0].device.type != "cpu" or len(self._parts) > MOST_PARTS
         join = bool(self._parts) and in_one
         if end > self.capacity or join:
-            self.native = None
-            base = 0 if join else base
-            kept, held = self.parts(base, past), past - base
-            # A quarter more than is held, so that decoding seldom moves; behind another's document, than is its own.
-            wanted = max(end - base, held + max(held // 4, more))
-            capacity = min(self.max_len - base, -(-wanted // BLOCK) * BLOCK)
-            self._own, place = _buffer(self.size, capacity, self.dtype, self._own[0].device), 0
-            for part in kept:
-                for to, x in zip(self._own, part, strict=True):
-                    to[:, :, place : place + x.shape[2]] = x
-                place += part[0].shape[2]
-            if join:
-                self._parts, self._seen = (), 0
+            self._move(0 if join else self.base, past, end, spare)
+
+    def _move(self, base: int, past: int, end: int, spare: int) -> None:
+        """Begin a buffer at place `base`, with what lies from there up to `past`; room up to `end`, or `spare` more."""
+        kept, held = self.parts(base, past), past - base
+        # A quarter more than is held, so that decoding seldom moves.
+        wanted = max(end - base, held + max(held // 4, spare))
+        capacity = min(self.max_len - base, -(-wanted // BLOCK) * BLOCK)
+        if base < self.base:
+            self._parts, self._seen = (), 0
+        self._own, self.native = _buffer(self.size, capacity, self.dtype, self._own[0].device), None
+        place = 0
+        for part in kept:
+            for to, x in zip(self._own, part, strict=True):
+                to[:, :, place : place + x.shape[2]] = x
+            place += part[0].shape[2]
 
     def read(self, begin: int, end: int, *, row: int | None = None, dtype: torch.dtype | None = None) -> Heads:
-        """Keys and values of these places, of one row or all; a view where it can be, else a copy of that size."""
+        """Keys and values of these places, of one row or all: a view where possible, else a copy."""
         parts = self.parts(begin, end)
         if row is not None:
             parts = tuple(tuple(x[row : row + 1] for x in part) for part in parts)
         return _decode(_joined(parts) if parts else _cut(self._empty, 0, 0), dtype)
 
     def hold(self, parts: tuple[Stored, ...]) -> None:
-        """Hold what `parts` of a state gave, in place of what was held; it is shared, not copied."""
+        """Hold what `parts` of a state returned, in place of what was held; it is shared, not copied."""
         self._parts, self._own, self._seen, self.native = parts, self._empty, 0, None
 
     def copy(self, begin: int, end: int) -> Stored:
-        """What lies in these places, in one piece and in memory of its own."""
+        """A copy of what lies in these places, in one piece."""
         parts = self.parts(begin, end)
         found = _joined(parts) if parts else _cut(self._empty, 0, 0)
         return found if len(parts) > 1 else tuple(x.clone(memory_format=torch.contiguous_format) for x in found)
 
     def select(self, rows: Tensor, held: int) -> "KVState":
         """A state of its own with these rows, of which at most `held` tokens count."""
-        _, kv_heads, head_dim = self.size
-        other = KVState(
-            len(rows),
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            max_len=self.max_len,
-            dtype=self.dtype,
-            device=self._own[0].device,
-        )
+        other = self._like(len(rows))
         other.hold(tuple(tuple(x.index_select(0, rows) for x in part) for part in self.parts(0, held)))
         return other
 
     def parts(self, begin: int, end: int) -> tuple[Stored, ...]:
-        """What lies in these places, as it lies in memory, in order: views."""
+        """Views of what lies in these places, in order, one for each piece of memory."""
         found, base = [], 0
         for part in (*self._parts, self._own):
             n = part[0].shape[2]

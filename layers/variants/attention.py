@@ -148,7 +148,7 @@ class AttentionVariant(GatedAttention):
         q = self.hook_q(self.q_norm(self.hook_q_pre(self.q_proj(x).unflatten(-1, (self.heads, -1)))))
         q = self.hook_rot_q(rope(self._gated("G4", q, x)))
         k, v = self.keys_and_values(x, rope)
-        y = self.hook_o(self._mix(q, k, v, Segments.full(x) if segments is None else segments, state))
+        y = self.hook_o(self.attend(q, k, v, Segments.full(x) if segments is None else segments, state))
         y = y if self.o_norm is None else self.o_norm(y)
         y = self._gated("G1", F.silu(y) if self.output_silu else y, x)
         y = self.o_proj(self.hook_gated(y).flatten(-2))

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from layers.dispatch.backends import why_not as choose_reason
 from layers.gated_deltanet import DeltaNetState
-from layers.moe import GATHERED, Experts, grouped_on_device
+from layers.kernels.experts import GATHERED, grouped_serves
+from layers.moe import Experts
 from layers.rope import Rotation
 from layers.segments import Segments
 from layers.state.kv_cache import KVState
@@ -54,7 +55,7 @@ def _cache_refused(model: "Qwen3Next", cache: HybridCache) -> str | None:
     experts = next((m for m in model.modules() if isinstance(m, Experts)), None)
     if experts is not None and cache.batch * model.config.num_experts_per_tok > GATHERED:
         x = like(model)
-        if x.device.type == "cuda" and (experts.chosen == "loop" or not grouped_on_device(x)):
+        if x.device.type == "cuda" and not grouped_serves(x, experts.down_proj):
             return f"so many rows' experts are grouped on the host in {x.dtype} on this GPU"
     return None
 

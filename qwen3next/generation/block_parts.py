@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from layers.dispatch.attached import attached
 from layers.gated_deltanet import DeltaNetState
+from layers.kernels.linear import FEW, spans
 from layers.kernels.tiled_attention import TILE
-from layers.linear import FEW, spans
 from layers.moe import RouterStats
 from layers.norm import at_least_fp32
 from layers.rope import Rotation

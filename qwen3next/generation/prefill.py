@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from layers.kernels.cpp.build import missing
-from layers.linear import FEW, spans
+from layers.kernels.linear import FEW, spans
 from layers.moe import RouterStats
 from layers.norm import at_least_fp32
 from layers.rope import Rotation

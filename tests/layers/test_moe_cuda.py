@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+import layers.kernels.experts as kernels
 import layers.moe as moe
 from layers.moe import Experts, SparseMoE
 
@@ -34,15 +35,16 @@ def test_a_few_gathered_equal_the_definition(n, dtype, bound):
     """bf16: products rounded to 2^-8 of entries of order 1, twice."""
     experts, x = made(dtype), routed(n, dtype=dtype)
     with torch.no_grad():
-        expected = moe.loop(*x, experts._expert)
-        assert (experts._gathered(*x) - expected).abs().max() <= bound * expected.abs().max()
+        expected = moe.in_turn(*x, *experts.parameters())
+        assert (kernels.gathered(*x, *experts.parameters()) - expected).abs().max() <= bound * expected.abs().max()
 
 
 @pytest.mark.parametrize("n", [1, 5, 70])
 def test_grouped_counts_without_the_host(n):
     experts, x = made(torch.float32), routed(n)
     with torch.no_grad():
-        torch.testing.assert_close(experts._grouped(*x), moe.loop(*x, experts._expert), rtol=0, atol=2e-6)
+        y, expected = (sum_of(*x, *experts.parameters()) for sum_of in (kernels.grouped, moe.in_turn))
+        torch.testing.assert_close(y, expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -52,10 +54,11 @@ def test_grouped_counts_without_the_host(n):
 def test_nothing_waits_for_the_device(monkeypatch, n, gpu, dtype):
     monkeypatch.setattr(torch, "autocast", lambda *_args, **_options: nullcontext())  # meta has none
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_args: False)
-    monkeypatch.setattr(moe, "generation", lambda _device: gpu)
+    monkeypatch.setattr(kernels, "generation", lambda _device: gpu)
     with torch.device("meta"), torch.no_grad():
         layer = SparseMoE(32, experts=8, top_k=3, inner=16, shared_inner=16).to(dtype)
-        assert layer.experts._grouped_serves(torch.empty(1, dtype=dtype)) == (gpu == 9 and dtype == torch.bfloat16)
+        serves = kernels.grouped_serves(torch.empty(1, dtype=dtype), layer.experts.down_proj)
+        assert serves == (gpu == 9 and dtype == torch.bfloat16)
         y, stats = layer(torch.empty(1, n, 32, dtype=dtype))
         assert y.shape == (1, n, 32)
         assert stats is not None
@@ -66,6 +69,6 @@ def test_tensors_without_values_do_notice():
     with torch.device("meta"), torch.no_grad():
         experts, x = Experts(32, 16, 8), torch.empty(1, 32)
         weights, indices = torch.empty(1, 3), torch.zeros(1, 3, dtype=torch.long)
-        for path in (moe.loop, moe.one_token):
+        for path in (moe.in_turn, kernels.single):
             with pytest.raises((RuntimeError, NotImplementedError)):
-                path(x, weights, indices, experts._expert)
+                path(x, weights, indices, *experts.parameters())

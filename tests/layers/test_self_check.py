@@ -7,6 +7,7 @@ import layers.causal_conv as causal_conv
 import layers.delta_rule as delta_rule
 import layers.dispatch.backends as backends
 import layers.gated_attention as gated_attention
+import layers.kernels.attention as attention_kernels
 from layers.dispatch import availability, registry, self_check
 
 CPU = torch.device("cpu")
@@ -66,7 +67,7 @@ def play(monkeypatch, *, wrong=0.0, gradient_wrong=False, error=None):
 
     monkeypatch.setitem(registry._functions, ("delta_rule", "fla"), rule)
     monkeypatch.setitem(registry._functions, ("causal_conv", "fla"), conv)
-    monkeypatch.setattr(gated_attention, "attend_fused", attention)
+    monkeypatch.setattr(attention_kernels, "attend_fused", attention)
 
 
 @pytest.mark.parametrize("operation, name", KERNELS)

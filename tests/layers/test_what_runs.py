@@ -16,8 +16,10 @@ import layers.dispatch.backends as backends
 import layers.dispatch.registry as registry
 import layers.gated_attention as gated_attention
 import layers.gradients as gradients
-import layers.kernels.cpp.ops as ops
+import layers.kernels.cross_entropy as cross_entropy_kernels
 import layers.kernels.delta_rule as rule_kernels
+import layers.kernels.experts as experts
+import layers.kernels.linear as linear_kernels
 import layers.kernels.tiled_attention as tiled_attention
 import layers.linear as linear
 import layers.mlp as mlp
@@ -25,6 +27,7 @@ import layers.moe as moe
 import layers.norm as norm
 import qwen3next as q
 import qwen3next.decoding.plan as decode
+from layers.kernels.cpp import attention_ops, conv_ops, expert_ops, operators, row_ops, rule_ops
 
 CPU = torch.device("cpu")
 # The C++ functions by the operation that they are a part of.
@@ -47,11 +50,11 @@ PYTHON = {
     ("delta_rule", "chunked"): (delta_rule, "unit_lower_inverse"),
     ("delta_rule", "recurrent"): (rule_kernels, "recurrent"),  # of a token by itself; chosen, it is in the registry
     ("causal_conv", "torch"): (gradients.FilterTaps, "apply"),
-    ("elementwise", "torch"): (norm, "_unit_rms"),
+    ("elementwise", "torch"): (norm, "unit_rms"),
     ("experts", "loop"): (moe, "loop"),
-    ("experts", "one token"): (moe, "one_token"),
-    ("experts", "grouped"): (moe.Experts, "_grouped"),
-    ("cross_entropy", "torch"): (cross_entropy._Summed, "apply"),
+    ("experts", "one token"): (experts, "one_token"),
+    ("experts", "grouped"): (registry._functions, ("experts", "grouped")),
+    ("cross_entropy", "torch"): (cross_entropy_kernels._Summed, "apply"),
     ("attention", "eager"): (torch.Tensor, "softmax"),
 }
 
@@ -65,14 +68,15 @@ class Count(TorchDispatchMode):
         for (operation, backend), (owner, name) in PYTHON.items():
             self._wrap(monkeypatch, owner, name, operation, backend)
         monkeypatch.setitem(registry._functions, ("delta_rule", "recurrent"), rule_kernels.recurrent)
-        call = ops._call
+        call = operators.call
 
         def native(name, *arguments):
             (operation,) = [key for key, starts in NATIVE.items() if name.startswith(starts)]
             self.calls[operation]["cpp"] += 1
             return call(name, *arguments)
 
-        monkeypatch.setattr(ops, "_call", native)
+        for module in (attention_ops, conv_ops, expert_ops, row_ops, rule_ops):
+            monkeypatch.setattr(module, "call", native)
         kernels = decode.kernels
 
         def step():
@@ -89,14 +93,14 @@ class Count(TorchDispatchMode):
         monkeypatch.setattr(mlp, "F", SimpleNamespace(silu=activation))
 
     def _wrap(self, monkeypatch, owner, name, operation, backend):
-        real = getattr(owner, name)
+        real = owner[name] if isinstance(owner, dict) else getattr(owner, name)
 
         def wrapped(*arguments, **options):
             scores = name != "softmax" or arguments[0].ndim == 4  # a router's have no heads
             self.calls[operation][backend] += scores
             return real(*arguments, **options)
 
-        monkeypatch.setattr(owner, name, wrapped)
+        (monkeypatch.setitem if isinstance(owner, dict) else monkeypatch.setattr)(owner, name, wrapped)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         found = TORCH_OPERATORS.get(function._schema.name)
@@ -246,8 +250,8 @@ def test_an_unknown_name_is_refused_everywhere():
     ends = torch.tensor([4], dtype=torch.int32)
     calls = {
         "linear": lambda dtype: linear.linear(x.to(dtype), weight.to(dtype), backend="nonsense"),
-        "linear: product": lambda dtype: linear.product(x.to(dtype), weight.to(dtype), backend="nonsense"),
-        "linear: grouped": lambda dtype: moe.grouped_linear(x.to(dtype), weight[None], ends, backend="nonsense"),
+        "linear: product": lambda dtype: linear_kernels.product(x.to(dtype), weight.to(dtype), backend="nonsense"),
+        "linear: grouped": lambda dtype: experts.grouped_linear(x.to(dtype), weight[None], ends, backend="nonsense"),
         "elementwise: activate": lambda dtype: mlp.activate(x.to(dtype), x.to(dtype), backend="nonsense"),
         "elementwise: l2": lambda dtype: norm.l2_normalise(x.to(dtype), backend="nonsense"),
         "causal_conv": lambda dtype: causal_conv.causal_conv(x[None].to(dtype), weight.mT, backend="nonsense"),

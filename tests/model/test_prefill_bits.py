@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import qwen3next as q
-from layers.linear import spans
+from layers.kernels.linear import spans
 from layers.state.kv_cache import KVState
 from qwen3next import block
 

@@ -1,0 +1,84 @@
+"""Cross-entropy without all logits in memory: some rows at a time, their gradients made with them."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from layers.dispatch.registry import implements
+from layers.kernels.linear import product
+from layers.linear import linear
+from layers.norm import at_least_fp32
+
+ROWS = 256  # at least so many at a time, or adding up the weight's gradients costs more than the products
+LOGITS = 1 << 23  # at a time, where that is more
+
+
+@implements("cross_entropy", "torch")
+def rows_at_a_time(hidden: Tensor, weight: Tensor, target: Tensor, *, linear_backend: str = "auto") -> Tensor:
+    return _Summed.apply(hidden, weight, target, linear_backend)
+
+
+@implements("cross_entropy", "fla")
+def fla(hidden: Tensor, weight: Tensor, target: Tensor, *, linear_backend: str = "auto") -> Tensor:
+    """As "torch" where no gradients are taken, or there are no rows."""
+    if not torch.is_grad_enabled() or not len(hidden):
+        return rows_at_a_time(hidden, weight, target, linear_backend=linear_backend)
+    from fla.modules import FusedLinearCrossEntropyLoss
+
+    return FusedLinearCrossEntropyLoss(reduction="sum")(hidden, target, weight.to(hidden.dtype))
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, backend: str) -> Tensor:
+        # Inside a Function gradients are always off: whether they are wanted is in needs_input_grad.
+        wanted = any(ctx.needs_input_grad)
+        summed = _summed_op if torch.compiler.is_compiling() else _summed
+        loss, *gradients = summed(hidden, weight, target, backend, wanted)
+        ctx.save_for_backward(*(gradients if wanted else ()))
+        ctx.dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        to_hidden, to_weight = ctx.saved_tensors
+        return to_hidden * grad.to(to_hidden.dtype), (to_weight * grad).to(ctx.dtype), None, None
+
+
+def _summed(
+    hidden: Tensor, weight: Tensor, target: Tensor, backend: str, wanted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and its gradients if `wanted`."""
+    low = weight.to(hidden.dtype)
+    loss = at_least_fp32(hidden.new_zeros(()))
+    to_hidden, to_weight = _gradients(hidden, weight, wanted)
+    rows = max(ROWS, LOGITS // len(weight))
+    for i in range(0, len(hidden), rows):
+        part, labels = hidden[i : i + rows], target[i : i + rows, None]
+        logs = F.log_softmax(at_least_fp32(linear(part, low, backend=backend)), dim=-1)
+        loss = loss - logs.gather(1, labels).sum()
+        if wanted:
+            to_logits = logs.exp_().scatter_add_(1, labels, -torch.ones_like(logs[:, :1])).to(hidden.dtype)
+            to_hidden[i : i + rows] = product(to_logits, low.mT, backend=backend)
+            to_weight += product(to_logits.mT, part.mT, backend=backend)
+    return loss, to_hidden, to_weight
+
+
+# A traced graph cannot loop over an unknown number of rows: it takes this whole, as an operator.
+_summed_op = torch.library.custom_op("qwen3next::summed_cross_entropy", _summed, mutates_args=())
+
+
+@_summed_op.register_fake
+def _(hidden: Tensor, weight: Tensor, _target: Tensor, _backend: str, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return at_least_fp32(hidden.new_zeros(())), *_gradients(hidden, weight, wanted)
+
+
+def _gradients(hidden: Tensor, weight: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+    """Where gradients are added up: empty where they are not wanted."""
+    exact = at_least_fp32(weight).dtype
+    if not wanted:
+        return hidden.new_empty(0), weight.new_empty(0, dtype=exact)
+    return torch.empty_like(hidden), torch.zeros_like(weight, dtype=exact)

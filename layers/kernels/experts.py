@@ -1,0 +1,153 @@
+"""Routed experts by other ways than one after another: grouped, sorted in C++, gathered, a token by itself."""
+
+import torch
+from torch import Tensor
+
+from layers.dispatch.autocast import product_dtype, under_autocast
+from layers.dispatch.availability import generation
+from layers.dispatch.backends import choose
+from layers.dispatch.registry import implements, on_auto
+from layers.expert_choices import check_experts, expert_numbers
+from layers.kernels.cpp import functions as native
+from layers.kernels.cpp import ops
+from layers.kernels.grouped_linear import grouped_linear, runs, wide
+from layers.kernels.linear import spans
+from layers.mlp import activate
+from layers.moe import Expert, in_turn, swiglu
+from layers.norm import at_least_fp32
+
+GATHERED = 64  # choices whose weights are copied out together, where that avoids a wait for the device
+TOKENS = 2048  # at a time: transient memory is bounded, and less falls out of the caches
+
+
+def one_token(x: Tensor, weights: Tensor, indices: Tensor, expert: Expert) -> Tensor:
+    """One token's experts in the order of its choices; sorting and grouping would cost more than the products."""
+    y = torch.zeros_like(x)
+    for slot, e in enumerate(expert_numbers(indices[0])):
+        y = torch.addcmul(y, expert(e, x), weights[:, slot, None])
+    return y
+
+
+def grouped_on_device(x: Tensor) -> bool:
+    """Whether torch's grouped_mm has a kernel for such tensors; else it asks the host where its groups end."""
+    return x.dtype == torch.bfloat16 and generation(x.device) >= 9
+
+
+def backend_of_experts(backend: str, down: Tensor) -> str:
+    """The backend asked for; on "auto", "loop" for rows that grouped_mm refuses: it wants multiples of 16 bytes."""
+    odd = any(rows * down.element_size() % 16 for rows in down.shape[1:])
+    return "loop" if odd and backend == "auto" else backend
+
+
+def grouped_serves(x: Tensor, down: Tensor) -> bool:
+    """Whether "grouped" on "auto" does not wait for the device."""
+    return backend_of_experts("auto", down) != "loop" and grouped_on_device(x)
+
+
+def _by_itself(x: Tensor, _w: Tensor, _i: Tensor, _gate_up: Tensor, _down: Tensor, **_backends: str) -> bool:
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return x.shape[0] == 1
+
+
+@on_auto("experts", where=_by_itself)
+def single(x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor, **backends: str) -> Tensor:
+    return one_token(x, weights, indices, lambda e, rows: swiglu(rows, gate_up[e], down[e], **backends))
+
+
+def _a_few(x: Tensor, _w: Tensor, indices: Tensor, _gate_up: Tensor, down: Tensor, **_backends: str) -> bool:
+    if x.device.type == "cpu" or torch.is_grad_enabled() or indices.numel() > GATHERED:
+        return False
+    return not grouped_serves(x, down)
+
+
+@on_auto("experts", where=_a_few)
+def gathered(
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    linear_backend: str = "auto",  # noqa: ARG001  batched products have no other library
+    elementwise_backend: str = "auto",
+) -> Tensor:
+    """A few tokens with a copy of every choice's weights: more to read than "grouped", and no wait for the device."""
+    chosen, (n, k) = indices.flatten(), indices.shape
+    rows = x.repeat_interleave(k, dim=0, output_size=n * k)[..., None].to(product_dtype(x))
+    gate, up = (gate_up[chosen].to(rows.dtype) @ rows).chunk(2, dim=1)
+    inner = activate(gate, up, backend=elementwise_backend)
+    out = (down[chosen].to(rows.dtype) @ inner).view(n, k, -1)
+    return (at_least_fp32(out) * weights[..., None]).sum(1).to(x.dtype)
+
+
+def _odd(_x: Tensor, _w: Tensor, _i: Tensor, _gate_up: Tensor, down: Tensor, **_backends: str) -> bool:
+    return backend_of_experts("auto", down) == "loop"
+
+
+on_auto("experts", where=_odd)(in_turn)
+
+
+@implements("experts", "grouped")
+def grouped(
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    linear_backend: str = "auto",
+    elementwise_backend: str = "auto",
+) -> Tensor:
+    """Sort the (token, expert) pairs by expert, so that each expert's rows are neighbours; no wait for the device."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_experts(indices, len(gate_up))
+    order = indices.flatten().argsort(stable=True)
+    token = order // indices.shape[1]
+    # Not bincount, which asks a GPU for the largest index before it counts.
+    numbers = torch.arange(gate_up.shape[0], device=x.device)
+    ends = torch.searchsorted(indices.flatten()[order], numbers, right=True, out_int32=True)
+    gate, up = grouped_linear(x[token], gate_up, ends, backend=linear_backend).chunk(2, dim=-1)
+    inner = activate(gate, up, backend=elementwise_backend)
+    out = at_least_fp32(grouped_linear(inner, down, ends, backend=linear_backend)) * weights.flatten()[order, None]
+    return torch.zeros_like(at_least_fp32(x)).index_add(0, token, out).to(x.dtype)
+
+
+@implements("experts", "cpp")
+def sorted_in_cpp(
+    x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor, **backends: str
+) -> Tensor:
+    """As `grouped`, sorted and summed in C++, TOKENS at a time."""
+    if torch.compiler.is_compiling():  # a traced graph serves any number of tokens
+        return _sorted(x, weights, indices, gate_up, down, **backends)
+    parts = spans(len(x), TOKENS)
+    y = [_sorted(x[a:b], weights[a:b], indices[a:b], gate_up, down, **backends) for a, b in parts]
+    return y[0] if len(y) == 1 else torch.cat(y)
+
+
+def _sorted(
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    linear_backend: str = "auto",
+    elementwise_backend: str = "auto",
+) -> Tensor:
+    exact, linear_backend = x.dtype == torch.float32, under_autocast(x, linear_backend)
+    x = x.to(product_dtype(x))
+    token, places, ends = ops.route(indices.contiguous(), gate_up.shape[0])
+    one_by_one = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if one_by_one and choose("linear", linear_backend, x) == "onednn":
+        out = x.new_empty(len(token), x.shape[1])
+        backends = {"linear_backend": linear_backend, "elementwise_backend": elementwise_backend}
+        for e, run in runs(ends):  # an expert at a time, whose rows stay in a core's caches
+            more, here = wide(run, len(out))
+            out[run] = swiglu(x.index_select(0, token[more]), gate_up[e], down[e], **backends)[here]
+    else:
+        rows = native.gather(x, token, places)
+        gate, up = grouped_linear(rows, gate_up, ends, backend=linear_backend).chunk(2, dim=-1)
+        inner = activate(gate, up, backend=elementwise_backend)
+        out = grouped_linear(inner, down, ends, backend=linear_backend)
+    return native.combine(out, weights.float().contiguous(), places, exact=exact)
