@@ -33,7 +33,8 @@ from qwen3next.checkpoints.fingerprint import WeightSums
 from qwen3next.checkpoints.state_dict_adapter import Layout
 from qwen3next.config import ModelConfig
 from qwen3next.decoding.cuda_graph import graph_for
-from qwen3next.decoding.plan import Slot, like, plan_for
+from qwen3next.decoding.plan import Slot, plan_for
+from qwen3next.decoding.protocol import like
 from qwen3next.generation.generation_config import GenerationConfig
 from qwen3next.generation.prefill import check_ids, prefill, score
 from qwen3next.hooks.hooked import Hooked

@@ -19,7 +19,6 @@ from qwen3next.cache.rollback_log import Journal, State
 from qwen3next.config import ModelConfig
 
 if TYPE_CHECKING:
-    from qwen3next.decoding.cuda_graph import GraphStep
     from qwen3next.model import Qwen3Next
 
 
@@ -75,7 +74,6 @@ class HybridCache:
         last_logits: (b, vocab) after each row's last token, once `generate` or `prefill` has run; else None.
         snapshots: marks by name.
         model: the one that made it, which a file of it names.
-        graph: the CUDA graph of a step, bound to this cache's buffers.
     """
 
     config: ModelConfig
@@ -89,13 +87,12 @@ class HybridCache:
     last_logits: Tensor | None = field(default=None, repr=False)
     snapshots: dict[str, Mark] = field(default_factory=dict, repr=False)
     model: "weakref.ref[Qwen3Next] | None" = field(default=None, repr=False)
-    graph: "GraphStep | None" = field(default=None, repr=False, compare=False)
     _journal: Journal | None = field(default=None, repr=False)
     _resting: Sequence[int] = field(default=(), repr=False)
 
     def __getstate__(self) -> dict[str, object]:
-        """For pickle: without the model, which the next call with one gives back, and without a graph."""
-        return self.__dict__ | {"model": None, "graph": None}
+        """For pickle: without the model, which the next call with one gives back."""
+        return self.__dict__ | {"model": None}
 
     @property
     def batch(self) -> int:

@@ -33,18 +33,18 @@ struct Part {  // neighbouring places of keys and values, (b, kv_heads, n, head_
     int64_t n, row, head, scale_row, scale_head;  // strides in elements
 };
 
+struct DeltaNet { Mat in_qkv, in_z, in_b, in_a, conv, a_log, dt_bias, out_norm, out; };
+struct Attention { Mat q, q_bias, k, k_bias, v, v_bias, gate, gate_bias, o, o_bias, q_norm, k_norm; int64_t gate_rows; };
+struct FeedForward { Mat router, experts_in, experts_out, shared_gate, shared_up, shared_down, shared_weight; };
+struct RecurrentState {
+    const void* conv_before; void* conv_after; const void* before; void* after; int64_t dtype;
+    void *log_inputs, *log_keys, *log_deltas, *log_decay;
+};
+struct KeysAndValues { const Part* parts; int64_t count, dtype; };
 struct Layer {
     int64_t softmax, sparse;
     Mat norm_in, norm_post;
-    // Gated DeltaNet
-    Mat in_qkv, in_z, in_b, in_a, conv, a_log, dt_bias, out_norm, out;
-    const void *conv_before; void* conv_after; const void* memory_before; void* memory_after; int64_t memory_dtype;
-    void *tape_inputs; void *tape_k, *tape_u, *tape_decay;  // where a journal wants them, else null
-    // softmax attention
-    Mat q, q_bias, k, k_bias, v, v_bias, gate, gate_bias, o, o_bias, q_norm, k_norm;
-    const Part* parts; int64_t part_count, kv_dtype, gate_rows;
-    // feed-forward: mixture of experts, or `shared_*` alone
-    Mat router, experts_in, experts_out, shared_gate, shared_up, shared_down, shared_weight;
+    DeltaNet delta_net; Attention attention; FeedForward feed_forward; RecurrentState recurrent; KeysAndValues kv;
 };
 
 struct Sizes {
@@ -55,7 +55,7 @@ struct Sizes {
     double eps;
 };
 
-struct Ends {  // what stands before the first layer and after the last
+struct EmbeddingAndHead {  // what stands before the first layer and after the last
     Mat embedding, norm, head;
     const int64_t* ids;     // (b, t)
     void *hidden, *logits;  // (b, t, width), (b, vocab)
@@ -297,15 +297,15 @@ template <class real> struct Step {
     void delta_net(int64_t& phase, const Layer& l, std::vector<real>& y, std::vector<real>& scratch) {
         int64_t keys = s.key_heads * s.key_dim, values = s.value_heads * s.value_dim, channels = 2 * keys + values;
         normed(y, l.norm_in);
-        const Linear in[] = {{l.in_qkv, {}, channels}, {l.in_z, {}, values}, {l.in_b, {}, s.value_heads}, {l.in_a, {}, s.value_heads}};
+        const Linear in[] = {{l.delta_net.in_qkv, {}, channels}, {l.delta_net.in_z, {}, values}, {l.delta_net.in_b, {}, s.value_heads}, {l.delta_net.in_a, {}, s.value_heads}};
         real* to[] = {qkv.data(), z.data(), b_logit.data(), a.data()};
         int64_t width[] = {channels, values, s.value_heads, s.value_heads};
         products(phase, in, s.width, y, [&](int m, int64_t row, int64_t r, real v) {
             to[m][r * width[m] + row] = v;
-            if (m == 0 && l.tape_inputs) store(l.tape_inputs, s.dtype, r * channels + row, v);
+            if (m == 0 && l.recurrent.log_inputs) store(l.recurrent.log_inputs, s.dtype, r * channels + row, v);
         });
         run(phase, s.b * s.value_heads, [&](int64_t item) { delta_head(l, item / s.value_heads, item % s.value_heads, keys, channels, scratch); });
-        const Linear out[] = {{l.out, {}, s.width}};
+        const Linear out[] = {{l.delta_net.out, {}, s.width}};
         products(phase, out, values, mixed, [&](int, int64_t row, int64_t r, real v) { real& to = x[r * s.width + row]; to = R(to + v); });
     }
 
@@ -318,8 +318,8 @@ template <class real> struct Step {
         convolve(l, i, keys + kh * dk, dk, channels, ks, h % share == 0);
         convolve(l, i, 2 * keys + h * dv, dv, channels, vs, true);
         int64_t at = (i * s.value_heads + h) * dk * dv;
-        load_all(l.memory_before, l.memory_dtype, at, dk * dv, S);
-        real rate = std::exp(load<real>(l.a_log.p, l.a_log.dtype, h)), bias = load<real>(l.dt_bias.p, l.dt_bias.dtype, h);
+        load_all(l.recurrent.before, l.recurrent.dtype, at, dk * dv, S);
+        real rate = std::exp(load<real>(l.delta_net.a_log.p, l.delta_net.a_log.dtype, h)), bias = load<real>(l.delta_net.dt_bias.p, l.delta_net.dt_bias.dtype, h);
         for (int64_t j = 0; j < t; j++) {
             int64_t r = i * t + j;
             real *q = qs + j * dk, *k = ks + j * dk, *v = vs + j * dv;
@@ -340,19 +340,19 @@ template <class real> struct Step {
 #pragma omp simd
                 for (int64_t c = 0; c < dv; c++) { S[e * dv + c] = written(S[e * dv + c], key, u[c]); o[c] += query * S[e * dv + c]; }
             }
-            if (l.tape_u) {
-                memcpy((real*)l.tape_u + (r * s.value_heads + h) * dv, u, dv * sizeof(real));
-                ((real*)l.tape_decay)[r * s.value_heads + h] = decay;
-                if (h % share == 0) memcpy((real*)l.tape_k + (r * s.key_heads + kh) * dk, k, dk * sizeof(real));
+            if (l.recurrent.log_deltas) {
+                memcpy((real*)l.recurrent.log_deltas + (r * s.value_heads + h) * dv, u, dv * sizeof(real));
+                ((real*)l.recurrent.log_decay)[r * s.value_heads + h] = decay;
+                if (h % share == 0) memcpy((real*)l.recurrent.log_keys + (r * s.key_heads + kh) * dk, k, dk * sizeof(real));
             }
             real sum = 0;
             for (int64_t c = 0; c < dv; c++) { o[c] = R(o[c]); sum += o[c] * o[c]; }
             real scale = 1 / std::sqrt(sum / dv + real(s.eps));
             int64_t to = r * s.value_heads * dv + h * dv;
             for (int64_t c = 0; c < dv; c++)
-                mixed[to + c] = R(R(load<real>(l.out_norm.p, l.out_norm.dtype, c) * R(o[c] * scale)) * silu(z[to + c]));
+                mixed[to + c] = R(R(load<real>(l.delta_net.out_norm.p, l.delta_net.out_norm.dtype, c) * R(o[c] * scale)) * silu(z[to + c]));
         }
-        store_all(l.memory_after, l.memory_dtype, at, dk * dv, S);
+        store_all(l.recurrent.after, l.recurrent.dtype, at, dk * dv, S);
     }
 
     // silu of the filter's sum over neighbouring channels, and, if `keep`, the inputs that the next step needs.
@@ -361,9 +361,9 @@ template <class real> struct Step {
         std::vector<real>& in = window;  // (carried + t, count)
         in.resize(rows * count + count * s.taps);
         real* filter = &in[rows * count];
-        for (int64_t j = 0; j < carried; j++) load_all(l.conv_before, s.dtype, (i * carried + j) * channels + first, count, &in[j * count]);
+        for (int64_t j = 0; j < carried; j++) load_all(l.recurrent.conv_before, s.dtype, (i * carried + j) * channels + first, count, &in[j * count]);
         for (int64_t j = 0; j < s.t; j++) memcpy(&in[(carried + j) * count], &qkv[(i * s.t + j) * channels + first], count * sizeof(real));
-        load_all(l.conv.p, l.conv.dtype, first * s.taps, count * s.taps, filter);
+        load_all(l.delta_net.conv.p, l.delta_net.conv.dtype, first * s.taps, count * s.taps, filter);
         for (int64_t j = 0; j < s.t; j++)
             for (int64_t c = 0; c < count; c++) {
                 real sum = 0;
@@ -374,7 +374,7 @@ template <class real> struct Step {
                 out[j * count + c] = R(silu(R(sum)));
             }
         for (int64_t j = 0; keep && j < carried; j++)
-            store_all(l.conv_after, s.dtype, (i * carried + j) * channels + first, count, &in[(s.t + j) * count]);
+            store_all(l.recurrent.conv_after, s.dtype, (i * carried + j) * channels + first, count, &in[(s.t + j) * count]);
     }
     static thread_local std::vector<real> window;
 
@@ -388,8 +388,8 @@ template <class real> struct Step {
     void attention(int64_t& phase, const Layer& l, std::vector<real>& y, std::vector<real>& scratch) {
         int64_t d = s.head_dim, share = s.heads / s.kv_heads;
         normed(y, l.norm_in);
-        const Linear in[] = {{l.q, l.q_bias, s.heads * d}, {l.k, l.k_bias, s.kv_heads * d}, {l.v, l.v_bias, s.kv_heads * d},
-                             {l.gate, l.gate_bias, s.heads * l.gate_rows}};
+        const Linear in[] = {{l.attention.q, l.attention.q_bias, s.heads * d}, {l.attention.k, l.attention.k_bias, s.kv_heads * d}, {l.attention.v, l.attention.v_bias, s.kv_heads * d},
+                             {l.attention.gate, l.attention.gate_bias, s.heads * l.attention.gate_rows}};
         real* to[] = {q.data(), k_new.data(), v_new.data(), gate.data()};
         products(phase, in, s.width, y, [&](int m, int64_t row, int64_t r, real v) { to[m][r * in[m].rows + row] = v; });
         // Norm and rotation of each head; keys and values to their places.
@@ -398,7 +398,7 @@ template <class real> struct Step {
             bool key = h >= s.heads;
             h -= key ? s.heads : 0;
             real* v = key ? &k_new[(r * s.kv_heads + h) * d] : &q[(r * s.heads + h) * d];
-            Mat w = key ? l.k_norm : l.q_norm;
+            Mat w = key ? l.attention.k_norm : l.attention.q_norm;
             if (w.p) rms_norm(v, v, d, w, s.zero_centred);
             rotate(v, r);
             if (key) keep(l, r / s.t, h, position, v, &v_new[(r * s.kv_heads + h) * d]);
@@ -415,10 +415,10 @@ template <class real> struct Step {
             int64_t r = item / s.heads, h = item % s.heads, i = r / s.t, j = r % s.t;
             const real* from = &partial[((i * s.kv_heads + h / share) * pieces) * each + (j * share + h % share) * (d + 2)];
             join(from, each, (past[i] + j) / KEYS + 1, &mixed[item * d]);
-            for (int64_t c = 0; c < d && l.gate_rows; c++)
-                mixed[item * d + c] = R(mixed[item * d + c] * R(sigmoid(gate[item * l.gate_rows + (l.gate_rows > 1 ? c : 0)])));
+            for (int64_t c = 0; c < d && l.attention.gate_rows; c++)
+                mixed[item * d + c] = R(mixed[item * d + c] * R(sigmoid(gate[item * l.attention.gate_rows + (l.attention.gate_rows > 1 ? c : 0)])));
         });
-        const Linear out[] = {{l.o, l.o_bias, s.width}};
+        const Linear out[] = {{l.attention.o, l.attention.o_bias, s.width}};
         products(phase, out, s.heads * d, mixed, [&](int, int64_t row, int64_t r, real v) { real& to = x[r * s.width + row]; to = R(to + v); });
     }
 
@@ -434,15 +434,15 @@ template <class real> struct Step {
 
     // The part that holds a place; `place` becomes its number there.
     static const Part& find(const Layer& l, int64_t& place) {
-        const Part* part = l.parts;
+        const Part* part = l.kv.parts;
         while (place >= part->n) place -= part++->n;
         return *part;
     }
     void keep(const Layer& l, int64_t i, int64_t h, int64_t place, const real* k, const real* v) const {
         const Part& part = find(l, place);
         int64_t d = s.head_dim, at = i * part.row + h * part.head + place * d;
-        if (l.kv_dtype != I8) {
-            for (int64_t c = 0; c < d; c++) { store(part.k, l.kv_dtype, at + c, k[c]); store(part.v, l.kv_dtype, at + c, v[c]); }
+        if (l.kv.dtype != I8) {
+            for (int64_t c = 0; c < d; c++) { store(part.k, l.kv.dtype, at + c, k[c]); store(part.v, l.kv.dtype, at + c, v[c]); }
             return;
         }
         quantise(k, (int8_t*)part.k + at, (float*)part.k_scale + i * part.scale_row + h * part.scale_head + place);
@@ -614,8 +614,8 @@ template <class real> struct Step {
         if (part.n - place >= count) {
             int64_t at = i * part.row + h * part.head + place * d;
             const void* from = key ? part.k : part.v;
-            if (l.kv_dtype == BF16 && std::is_same_v<real, float>) return use((const uint16_t*)from + at);
-            if (l.kv_dtype == (std::is_same_v<real, float> ? F32 : F64) && !bf16) return use((const real*)from + at);
+            if (l.kv.dtype == BF16 && std::is_same_v<real, float>) return use((const uint16_t*)from + at);
+            if (l.kv.dtype == (std::is_same_v<real, float> ? F32 : F64) && !bf16) return use((const real*)from + at);
         }
         for (int64_t done = 0; done < count;) {
             int64_t place = first + done;
@@ -623,14 +623,14 @@ template <class real> struct Step {
             int64_t n = std::min(count - done, part.n - place), at = i * part.row + h * part.head + place * d;
             const void* from = key ? part.k : part.v;
             real* rows = to + done * d;
-            if (l.kv_dtype == I8) {
+            if (l.kv.dtype == I8) {
                 const int8_t* v = (const int8_t*)from + at;
                 const float* scale = (const float*)(key ? part.k_scale : part.v_scale) + i * part.scale_row + h * part.scale_head + place;
                 for (int64_t r = 0; r < n; r++)
                     for (int64_t c = 0; c < d; c++) rows[r * d + c] = R(v[r * d + c] * scale[r]);
             } else {
-                load_all(from, l.kv_dtype, at, n * d, rows);
-                for (int64_t c = 0; c < n * d && bf16 && l.kv_dtype != BF16; c++) rows[c] = R(rows[c]);
+                load_all(from, l.kv.dtype, at, n * d, rows);
+                for (int64_t c = 0; c < n * d && bf16 && l.kv.dtype != BF16; c++) rows[c] = R(rows[c]);
             }
             done += n;
         }
@@ -655,21 +655,21 @@ template <class real> struct Step {
         int64_t shared = l.sparse ? s.shared_inner : s.dense_inner, inner = s.inner, k = s.top_k;
         normed(y, l.norm_post);
         int64_t columns = l.sparse ? k * inner + shared : shared;  // of `hidden`: the chosen experts', then the shared one's
-        const Linear in[] = {{l.router, {}, l.sparse ? s.experts : 0}, {l.shared_weight, {}, l.sparse ? 1 : 0}, {l.shared_gate, {}, shared, l.shared_up}};
+        const Linear in[] = {{l.feed_forward.router, {}, l.sparse ? s.experts : 0}, {l.feed_forward.shared_weight, {}, l.sparse ? 1 : 0}, {l.feed_forward.shared_gate, {}, shared, l.feed_forward.shared_up}};
         products(phase, in, s.width, y, [&](int m, int64_t row, int64_t r, real v) {
             (m == 0 ? logits[r * s.experts + row] : m == 1 ? shared_weight[r] : hidden[(r + 1) * columns - shared + row]) = v;
         });
         if (l.sparse) {
             choose(chosen);
-            int64_t size = share_of(l.experts_in, n * k * inner, 2 * s.width), pieces = (inner + size - 1) / size;
+            int64_t size = share_of(l.feed_forward.experts_in, n * k * inner, 2 * s.width), pieces = (inner + size - 1) / size;
             run(phase, n * k * pieces, [&](int64_t item) {
                 int64_t c = item / pieces, r = c / k, first = item % pieces * size, last = std::min(first + size, inner);
                 int64_t base = chosen[c].expert * 2 * inner + first;
                 real* to = &hidden[r * columns + c % k * inner + first];
-                swiglu(l.experts_in, base, l.experts_in, base + inner, last - first, s.width, &y[r * s.width], [&](int64_t i, real v) { to[i] = v; });
+                swiglu(l.feed_forward.experts_in, base, l.feed_forward.experts_in, base + inner, last - first, s.width, &y[r * s.width], [&](int64_t i, real v) { to[i] = v; });
             });
         }
-        int64_t size = share_of(l.shared_down, s.width, columns);
+        int64_t size = share_of(l.feed_forward.shared_down, s.width, columns);
         run(phase, (s.width + size - 1) / size, [&](int64_t item) {
             int64_t first = item * size, last = std::min(first + size, s.width);
             std::vector<real>& sums = scratch;
@@ -679,13 +679,13 @@ template <class real> struct Step {
                 std::fill(sums.begin(), sums.begin() + size, real(0));
                 for (int64_t c = r * k; l.sparse && c < r * k + k; c++, own += inner) {
                     int64_t base = chosen[c].expert * s.width;
-                    rows(l.experts_out, base + first, base + last, inner, own, [&](int64_t row, real v) {
+                    rows(l.feed_forward.experts_out, base + first, base + last, inner, own, [&](int64_t row, real v) {
                         real& sum = sums[row - base - first];
                         sum = R(sum + R(v) * chosen[c].weight);
                     });
                 }
                 real weight = l.sparse ? R(sigmoid(shared_weight[r])) : 1;
-                rows(l.shared_down, first, last, shared, own, [&](int64_t row, real v) {
+                rows(l.feed_forward.shared_down, first, last, shared, own, [&](int64_t row, real v) {
                     real out = l.sparse ? R(sums[row - first] + R(weight * R(v))) : R(v);
                     real& to = x[r * s.width + row];
                     to = R(to + out);
@@ -715,7 +715,7 @@ template <class real> struct Step {
         }
     }
 
-    void all_layers(const Ends& ends) {
+    void all_layers(const EmbeddingAndHead& ends) {
         std::vector<real> y, scratch;
         std::vector<Choice> chosen;
         int64_t phase = 0;
@@ -738,7 +738,7 @@ template <class real> struct Step {
 
 template <class real> thread_local std::vector<real> Step<real>::window;
 
-template <class real> void step(const Sizes& s, Layer* layers, const Ends& ends, const int64_t* past, const void* const* cos, const void* const* sin, int64_t threads) {
+template <class real> void step(const Sizes& s, Layer* layers, const EmbeddingAndHead& ends, const int64_t* past, const void* const* cos, const void* const* sin, int64_t threads) {
     int64_t n = s.b * s.t, keys = s.key_heads * s.key_dim, values = s.value_heads * s.value_dim, longest = 0;
     for (int64_t i = 0; i < s.b; i++) longest = std::max(longest, past[i] + s.t);
     std::vector<Phase> phases(s.layers * 8 + 1);
@@ -773,7 +773,7 @@ void product(const Mat& w, int64_t rows, int64_t columns, int64_t n, const void*
 }  // namespace
 
 // Tokens to hidden states after the final norm, and to logits after each sequence's last one.
-extern "C" void decode_step(const Sizes* s, Layer* layers, const Ends* ends, const int64_t* past, const void* const* cos,
+extern "C" void decode_step(const Sizes* s, Layer* layers, const EmbeddingAndHead* ends, const int64_t* past, const void* const* cos,
                             const void* const* sin, int64_t threads) {
     s->dtype == F64 ? step<double>(*s, layers, *ends, past, cos, sin, threads) : step<float>(*s, layers, *ends, past, cos, sin, threads);
 }
@@ -804,4 +804,8 @@ extern "C" void replay(const Sizes* s, void* memory, const void* keys, const voi
     s->dtype == F64 ? all((double*)memory) : all((float*)memory);
 }
 
-extern "C" int64_t layer_size() { return sizeof(Layer); }
+extern "C" int64_t structure_size(int64_t which) {
+    const int64_t sizes[] = {sizeof(Mat), sizeof(Part), sizeof(DeltaNet), sizeof(Attention), sizeof(FeedForward),
+                             sizeof(RecurrentState), sizeof(KeysAndValues), sizeof(Layer), sizeof(EmbeddingAndHead), sizeof(Sizes)};
+    return sizes[which];
+}
