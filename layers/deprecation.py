@@ -75,7 +75,7 @@ class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self.moved, self.names = moved, names
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+        self, fullname: str, _path: Sequence[str] | None = None, _target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname not in self.moved:
             return None

@@ -13,9 +13,9 @@ from layers.linear import Linear
 from layers.moe import Experts
 from layers.norm import RMSNorm
 from qwen3next.api import Qwen3Next
-from qwen3next.decoding.cuda_graph import why_not as graph_why_not
-from qwen3next.decoding.guard import decoding_modules, named_backend, watched
-from qwen3next.decoding.plan import like, why_not
+from qwen3next.decoding.observers import named_backend, watched
+from qwen3next.decoding.protocol import decoding_modules, like
+from qwen3next.decoding.why_not import why_not
 from qwen3next.inputs import as_device, as_dtype
 
 LOOKS = "somebody looks inside: hooks, model.expose, a forward put in a module's place, or a mode of torch"
@@ -47,7 +47,7 @@ def explain(
     kind = weight.dtype if dtype is None else as_dtype(dtype)
     rows = {"decode": explain_operation("decode", model.decode_backend, where, kind)}
     runs = rows["decode"].runs
-    reason = {"cpp": why_not, "graph": graph_why_not}[runs](model, where, kind) if runs != "torch" else None
+    reason = None if runs == "torch" else why_not(model, runs, where, kind)
     if reason is None and runs != "torch" and watched(model):
         named = any(map(named_backend, decoding_modules(model)))
         reason = "it is one piece, and a backend of another operation was chosen by name" if named else LOOKS

@@ -159,7 +159,7 @@ ENTRIES = {
     "route": (ops.route, route),
     "replay": (_replay_compiled, replay),
 }
-THROUGH_OTHERS = {"each_once", "layer_size", "decode_step", "linear"}  # combine; nothing; steps of a model
+THROUGH_OTHERS = {"each_once", "structure_size", "decode_step", "linear"}  # combine; nothing; steps of a model
 
 
 def odd(r: Random, x: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ changed. Keys and values are written into the cache's own buffer: where that mov
 """
 
 import warnings
-from typing import TYPE_CHECKING
+import weakref
 
 import torch
 from torch import Tensor
 
-from layers.dispatch.backends import why_not as choose_reason
+from layers.dispatch.backends import why_not as backend_why_not
 from layers.gated_deltanet import DeltaNetState
 from layers.kernels.experts import GATHERED, grouped_serves
 from layers.moe import Experts
@@ -21,33 +21,30 @@ from layers.state.kv_cache import KVState
 from layers.state.static_kv_cache import StaticKV
 from qwen3next.cache.hybrid import HybridCache
 from qwen3next.decoding.guard import Guard
-from qwen3next.decoding.plan import like, unknown_module
-
-if TYPE_CHECKING:
-    from qwen3next.model import Qwen3Next
+from qwen3next.decoding.protocol import Decodable, like
+from qwen3next.decoding.why_not import why_not
 
 WARM_UP = 3  # runs before a capture, in which kernels are compiled and tuned
 
-
-def why_not(model: "Qwen3Next", device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
-    """Why a model's steps cannot be one CUDA graph as it stands, in a sentence without a full stop, or None.
-
-    Args:
-        device, dtype: answer as if it were there and so.
-    """
-    weight = like(model)
-    where, kind = weight.device if device is None else device, weight.dtype if dtype is None else dtype
-    if reason := choose_reason("decode", "graph", where, kind):
-        return reason
-    if reason := unknown_module(model):
-        return reason
-    for name, module in model.blocks.named_modules():
-        if getattr(module, "backend", "auto") != "auto":
-            return f"blocks.{name} has a backend chosen by name"
-    return None
+# By the id of a cache, which is not hashable: a graph is bound to its buffers and goes when the cache goes.
+_graphs: "dict[int, tuple[weakref.ref[HybridCache], GraphStep]]" = {}
 
 
-def _cache_refused(model: "Qwen3Next", cache: HybridCache) -> str | None:
+def graph_of(cache: HybridCache) -> "GraphStep | None":
+    """The graph of a cache's steps, None where there is none. Copies of a cache begin without one."""
+    found = _graphs.get(id(cache))
+    return None if found is None or found[0]() is not cache else found[1]
+
+
+def _set_graph(cache: HybridCache, graph: "GraphStep | None") -> None:
+    if graph is None:
+        _graphs.pop(id(cache), None)
+        return
+    key = id(cache)
+    _graphs[key] = weakref.ref(cache, lambda _gone: _graphs.pop(key, None)), graph
+
+
+def _cache_refused(model: Decodable, cache: HybridCache) -> str | None:
     if cache.history:
         return "the cache notes what each step writes: make it without history"
     if cache.kv_dtype == torch.int8:
@@ -63,7 +60,7 @@ def _cache_refused(model: "Qwen3Next", cache: HybridCache) -> str | None:
 class GraphStep:
     """The step of one cache, one token a row. `prepare`, then `run`, at every step."""
 
-    def __init__(self, model: "Qwen3Next", cache: HybridCache, guard: Guard):
+    def __init__(self, model: Decodable, cache: HybridCache, guard: Guard):
         self.model, self.guard, device = model, guard, cache.tokens.device
         states = [s for s in cache.layers if isinstance(s, DeltaNetState)]
         # All layers' states in two tensors, so that a copy is two kernels.
@@ -76,9 +73,6 @@ class GraphStep:
         self._buffers: list[tuple[Tensor, ...]] = []
         self._kv: list[StaticKV] = []
         self._graph: torch.cuda.CUDAGraph | None = None
-
-    def __deepcopy__(self, _memo: dict) -> None:
-        """A graph is bound to its buffers: a copy of a cache begins without one."""
 
     def prepare(self, cache: HybridCache, segments: Segments) -> None:
         """Hold what the cache holds; captured anew where its buffers moved."""
@@ -162,7 +156,7 @@ class GraphStep:
         self._graph = graph
 
 
-def graph_for(model: "Qwen3Next", segments: Segments, cache: HybridCache) -> GraphStep | None:
+def graph_for(model: Decodable, segments: Segments, cache: HybridCache) -> GraphStep | None:
     """The graph, prepared, by which this step can run, None where it cannot.
 
     Raises: RuntimeError where a graph was asked for by name and cannot run.
@@ -170,27 +164,35 @@ def graph_for(model: "Qwen3Next", segments: Segments, cache: HybridCache) -> Gra
     slot, named, weight = model.decode_slot, model.decode_backend == "graph", like(model)
     if model.decode_backend not in ("auto", "graph") or segments.length != 1 or not segments.plain:
         return None
-    if choose_reason("decode", "graph", weight.device, weight.dtype) and not named:
+    if backend_why_not("decode", "graph", weight.device, weight.dtype) and not named:
         return None
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(weight.device.type):
         return None
     guard = slot.current(model)
     if "graph" not in slot.reasons:
-        slot.reasons["graph"] = why_not(model)
+        slot.reasons["graph"] = why_not(model, "graph")
     looks = "somebody looks inside: model.set_backend('decode', 'auto') lets hooks in" if guard.watched(model) else None
     reason = slot.reasons["graph"] or looks or _cache_refused(model, cache)
     if reason is None:
-        if cache.graph is None or cache.graph.guard is not guard:
-            cache.graph = GraphStep(model, cache, guard)
-        try:
-            cache.graph.prepare(cache, segments)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = slot.reasons["graph"] = f"it could not be captured, as {str(error).splitlines()[0]}"
-            cache.graph = None
-            if not named:
-                warnings.warn(f"Decoding runs without a CUDA graph: {reason}.", stacklevel=4)
+        reason = slot.reasons["graph"] = _prepared(model, segments, cache, guard)
+        if reason is not None and not named:
+            warnings.warn(f"Decoding runs without a CUDA graph: {reason}.", stacklevel=4)
     if reason is not None and named:
         raise RuntimeError(f"The 'graph' backend of decode cannot run here: {reason}.")
-    return cache.graph if reason is None else None
+    return graph_of(cache) if reason is None else None
+
+
+def _prepared(model: Decodable, segments: Segments, cache: HybridCache, guard: Guard) -> str | None:
+    """Prepare the cache's graph for a step, captured anew after a change of the model; or why that failed."""
+    graph = graph_of(cache)
+    if graph is None or graph.guard is not guard:
+        graph = GraphStep(model, cache, guard)
+        _set_graph(cache, graph)
+    try:
+        graph.prepare(cache, segments)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        _set_graph(cache, None)
+        return f"it could not be captured, as {str(error).splitlines()[0]}"
+    return None

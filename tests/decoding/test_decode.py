@@ -15,6 +15,7 @@ from layers.gated_deltanet import DeltaNetState
 from layers.kernels.cpp import build
 from layers.segments import Segments
 from qwen3next.decoding import plan as decode
+from qwen3next.decoding import rotations
 from qwen3next.decoding.plan import MOST_TOKENS
 from qwen3next.inputs import as_ids
 
@@ -68,7 +69,7 @@ def apart(found):
 def test_values_in_fp64(shape):
     """Steps of one and of several tokens, rows of one length and of several, a context that spans several pieces."""
     model = small_model(dtype=torch.float64, **SHAPES[shape])
-    assert decode.why_not(model) is None
+    assert decode.why_not(model, "cpp") is None
     for lengths in ((70,), (9, 9), (3, 40, 1)):
         steps = [t for t in (1, 1, 2, 5, 1) if t * len(lengths) <= MOST_TOKENS]
         assert max(apart(both(model, lengths, steps))) < 1e-12
@@ -513,8 +514,8 @@ def test_rotations_that_others_fetch_meanwhile_stay():
     list(model.prefill(ids, cache, segments=Segments.from_mask(mask)))
     model.step(tokens(1, b=1), model.new_cache(1))
     plan = model.decode_slot.plan
-    for place in range(0, 4096, decode.TABLE):
-        plan.rotation(model, place)  # as a text decoded from its beginning would
+    for place in range(0, 4096, rotations.TABLE):
+        plan.rotations.at(model, place)  # as a text decoded from its beginning would
     for _ in range(3):
         (other,) = cache.fork()
         with torch.no_grad():

@@ -16,9 +16,9 @@ import layers.delta_rule as delta_rule
 import layers.dispatch.backends as backends
 import qwen3next as q
 from layers.segments import Segments
-from qwen3next.decoding import cuda_graph as graph_decode
-from qwen3next.decoding.cuda_graph import GraphStep
+from qwen3next.decoding.cuda_graph import GraphStep, graph_of
 from qwen3next.decoding.guard import Guard
+from qwen3next.decoding.why_not import why_not
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +99,7 @@ def test_forks_snapshots_and_rows_go_on_independently(steps):
     torch.testing.assert_close(model.step(a, cache), expected(ids, a), **close)
     cache.snapshot("here")
     fork = cache.fork()[0]
-    assert fork.graph is None
+    assert graph_of(fork) is None
     for _ in range(2):
         torch.testing.assert_close(model.step(b, cache), expected(ids, a, b), **close)
         torch.testing.assert_close(model.step(c, cache), expected(ids, a, b, c), **close)
@@ -109,7 +109,7 @@ def test_forks_snapshots_and_rows_go_on_independently(steps):
     rows = cache.select([1, 1])
     torch.testing.assert_close(model.step(b[[1, 1]], rows), expected(ids[[1, 1]], a[[1, 1]], b[[1, 1]]), **close)
     again = copy.deepcopy(fork)
-    assert again.graph is None
+    assert graph_of(again) is None
     torch.testing.assert_close(model.step(b, again), expected(ids, a, b), **close)
     assert len(steps) >= 8
 
@@ -140,14 +140,14 @@ def test_changed_weights_are_seen():
     model.set_backend("decode", "graph")
     cache = model.new_cache(max_len=60)
     model.step(tokens(1, b=1), cache)
-    first = cache.graph
+    first = graph_of(cache)
     model.step(tokens(1, b=1), cache)
-    assert cache.graph is first
+    assert graph_of(cache) is first
     model.load_state_dict({k: v * 1.01 for k, v in model.state_dict().items()}, assign=True)
     fresh = model.new_cache(max_len=60)
     model.step(tokens(1, b=1), fresh)  # looked at anew, as another cache came
     model.step(tokens(1, b=1), cache)
-    assert cache.graph is not first
+    assert graph_of(cache) is not first
 
 
 def test_where_somebody_looks_the_modules_run(steps):
@@ -174,10 +174,10 @@ def test_it_says_why_not(monkeypatch):
         with pytest.raises(RuntimeError, match=f"'graph' backend of decode cannot run here: .*{reason}"):
             model.step(tokens(1), model.new_cache(2, **options))
     model.set_backend("attention", "eager")
-    assert "self_attn has a backend chosen by name" in graph_decode.why_not(model)
+    assert "self_attn has a backend chosen by name" in why_not(model, "graph")
     model.blocks[0].mlp.experts = torch.nn.Identity()
     model.blocks[0].mlp.experts.__class__ = type("Odd", (torch.nn.Identity,), {})
-    assert "blocks.0.mlp.experts is a Odd" in graph_decode.why_not(model)
+    assert "blocks.0.mlp.experts is a Odd" in why_not(model, "graph")
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match="it is for CUDA, the tensors are on cpu"):
         small_model().set_backend("decode", "graph")

@@ -28,9 +28,9 @@ ARGUMENTS: dict[str, str] = {
     "decode_step": "ppppppi",
     "linear": "piiippii",
     "replay": "pppppi",
-    "layer_size": "",
+    "structure_size": "i",
 }
-ANSWERS = {"each_once", "route", "layer_size"}
+ANSWERS = {"each_once", "route", "structure_size"}
 
 
 def declare(kernels: ctypes.CDLL) -> ctypes.CDLL:

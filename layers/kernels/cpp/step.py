@@ -1,6 +1,7 @@
-"""What decode.cpp is told, as structures of ctypes, and its functions."""
+"""The arguments of decode.cpp as ctypes structures: field by field those of decode_arguments.h."""
 
 import ctypes
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,33 +12,53 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2, torch.int8: 3}
 
 
 class Mat(ctypes.Structure):
+    """A contiguous weight; null where the model has none."""
+
     _fields_ = [("p", ctypes.c_void_p), ("dtype", ctypes.c_int64)]
 
 
-class Part(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("k", "v", "k_scale", "v_scale")),
-        *((name, ctypes.c_int64) for name in ("n", "row", "head", "scale_row", "scale_head")),
-    ]
-
-
-def _fields(text: str) -> list[tuple[str, Any]]:
-    """Of a C structure: `name` is a matrix, `*name` a pointer, `#name` a whole number."""
+def _fields(text: str, **structures: type[ctypes.Structure]) -> list[tuple[str, Any]]:
+    """Of a C structure: `name` is a matrix, `*name` a pointer, `#name` a whole number; then structures inside it."""
     kinds = {"*": ctypes.c_void_p, "#": ctypes.c_int64}
-    return [(name.lstrip("*#"), kinds.get(name[0], Mat)) for name in text.split()]
+    return [*((name.lstrip("*#"), kinds.get(name[0], Mat)) for name in text.split()), *structures.items()]
+
+
+class Part(ctypes.Structure):
+    _fields_ = _fields("*k *v *k_scale *v_scale #n #row #head #scale_row #scale_head")
+
+
+class DeltaNet(ctypes.Structure):
+    _fields_ = _fields("in_qkv in_z in_b in_a conv a_log dt_bias out_norm out")
+
+
+class Attention(ctypes.Structure):
+    _fields_ = _fields("q q_bias k k_bias v v_bias gate gate_bias o o_bias q_norm k_norm #gate_rows")
+
+
+class FeedForward(ctypes.Structure):
+    _fields_ = _fields("router experts_in experts_out shared_gate shared_up shared_down shared_weight")
+
+
+class RecurrentState(ctypes.Structure):
+    _fields_ = _fields("*conv_before *conv_after *before *after #dtype *log_inputs *log_keys *log_deltas *log_decay")
+
+
+class KeysAndValues(ctypes.Structure):
+    _fields_ = _fields("*parts #count #dtype")
 
 
 class Layer(ctypes.Structure):
     _fields_ = _fields(
-        "#softmax #sparse norm_in norm_post in_qkv in_z in_b in_a conv a_log dt_bias out_norm out "
-        "*conv_before *conv_after *memory_before *memory_after #memory_dtype "
-        "*tape_inputs *tape_k *tape_u *tape_decay "
-        "q q_bias k k_bias v v_bias gate gate_bias o o_bias q_norm k_norm *parts #part_count #kv_dtype #gate_rows "
-        "router experts_in experts_out shared_gate shared_up shared_down shared_weight"
+        "#softmax #sparse norm_in norm_post",
+        delta_net=DeltaNet,
+        attention=Attention,
+        feed_forward=FeedForward,
+        recurrent=RecurrentState,
+        kv=KeysAndValues,
     )
 
 
-class Ends(ctypes.Structure):
+class EmbeddingAndHead(ctypes.Structure):
     _fields_ = _fields("embedding norm head *ids *hidden *logits #vocab")
 
 
@@ -52,8 +73,38 @@ class Sizes(ctypes.Structure):
     ]
 
 
+# In the order of `structure_size` in decode.cpp.
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (
+    Mat, Part, DeltaNet, Attention, FeedForward, RecurrentState, KeysAndValues, Layer, EmbeddingAndHead, Sizes,
+)  # fmt: skip
+
+
+def has_field(path: str) -> bool:
+    """Whether `Layer` or `EmbeddingAndHead` has a matrix at such a path, as "attention.q"."""
+    *outer, name = path.split(".")
+    structures: list[Any] = [Layer, EmbeddingAndHead]
+    for part in outer:
+        structures = [found for s in structures if (found := dict(s._fields_).get(part)) is not None]
+    return any(dict(s._fields_).get(name) is Mat for s in structures)
+
+
+def set_field(structure: ctypes.Structure, path: str, value: object) -> None:
+    """Set what lies at such a path."""
+    *outer, name = path.split(".")
+    for part in outer:
+        structure = getattr(structure, part)
+    setattr(structure, name, value)
+
+
 def kernels() -> ctypes.CDLL:
     """The compiled code. Only where `build.missing()` is None. ctypes checks the number of arguments."""
     found = library()
     assert isinstance(found, ctypes.CDLL)
+    _check_sizes(found)
     return found
+
+
+@cache
+def _check_sizes(found: ctypes.CDLL) -> None:
+    for i, structure in enumerate(STRUCTURES):
+        assert ctypes.sizeof(structure) == found.structure_size(i), structure.__name__

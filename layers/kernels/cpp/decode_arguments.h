@@ -1,0 +1,67 @@
+// The arguments of decode.cpp: field by field those of step.py. All whole numbers are int64, so that nothing is padded.
+#pragma once
+#include <cstdint>
+
+enum Dtype : int64_t { F32, BF16, F64, I8 };
+
+struct Mat {  // a contiguous weight; p is null where the model has none
+    const void* p;
+    int64_t dtype;
+};
+
+struct DeltaNet {
+    Mat in_qkv, in_z, in_b, in_a, conv, a_log, dt_bias, out_norm, out;
+};
+
+struct Attention {
+    Mat q, q_bias, k, k_bias, v, v_bias, gate, gate_bias, o, o_bias, q_norm, k_norm;
+    int64_t gate_rows;  // of the gate's projection, a head: head_dim, 1 or 0
+};
+
+struct FeedForward {  // a mixture of experts with a shared expert, or `shared_*` alone
+    Mat router, experts_in, experts_out, shared_gate, shared_up, shared_down, shared_weight;
+};
+
+struct RecurrentState {     // of a Gated DeltaNet layer, before and after the step
+    const void* conv_before;  // (b, taps - 1, channels) in the model's dtype
+    void* conv_after;
+    const void* before;  // (b, value_heads, key_dim, value_dim)
+    void* after;
+    int64_t dtype;  // of `before` and `after`
+    void *log_inputs, *log_keys, *log_deltas, *log_decay;  // null without an update log
+};
+
+struct Part {  // neighbouring positions of keys and values, (b, kv_heads, n, head_dim), and scales if they are int8
+    void *k, *v, *k_scale, *v_scale;
+    int64_t n, row, head, scale_row, scale_head;  // strides in elements
+};
+
+struct KeysAndValues {  // of a softmax attention layer: all positions, in order
+    const Part* parts;
+    int64_t count, dtype;
+};
+
+struct Layer {
+    int64_t softmax, sparse;  // which mixer and which feed-forward
+    Mat norm_in, norm_post;
+    DeltaNet delta_net;
+    Attention attention;
+    FeedForward feed_forward;
+    RecurrentState recurrent;
+    KeysAndValues kv;
+};
+
+struct EmbeddingAndHead {
+    Mat embedding, norm, head;
+    const int64_t* ids;     // (b, t)
+    void *hidden, *logits;  // (b, t, width), (b, vocab)
+    int64_t vocab;
+};
+
+struct Sizes {
+    int64_t layers, b, t, width, dtype;
+    int64_t heads, kv_heads, head_dim, rotary, zero_centred;
+    int64_t key_heads, value_heads, key_dim, value_dim, taps;
+    int64_t experts, top_k, inner, shared_inner, dense_inner, renormalise;
+    double eps;
+};

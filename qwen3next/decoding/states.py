@@ -1,0 +1,156 @@
+"""What a compiled step reads and writes of a cache: recurrent states, and keys and values.
+
+A recurrent state is shared with forks, snapshots and marks, so that the step writes the next one into new memory. Keys
+and values are written into the buffer that the cache has reserved for them.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from layers.gated_deltanet import DeltaNetState
+from layers.kernels.cpp.operands import address, side_by_side
+from layers.kernels.cpp.step import DTYPES, KeysAndValues, Part, RecurrentState
+from layers.segments import Segments
+from layers.state.kv_cache import KVState
+from qwen3next.cache.hybrid import HybridCache
+from qwen3next.decoding.arguments import Arguments
+from qwen3next.decoding.describe_model import FLOATS
+
+OTHER_CACHE = "The cache was made for a model of other layers or sizes: make one with model.new_cache()."
+
+
+class Written(NamedTuple):
+    """What a step writes for a recurrent layer. It becomes the state once the step has succeeded."""
+
+    state: DeltaNetState
+    conv: Tensor
+    memory: Tensor
+    log: list[Tensor]  # what the update log takes: inputs, keys, deltas, decay; empty without one
+
+    def commit(self) -> None:
+        if self.state.tape is not None:
+            self.state.tape.note(*self.log, compiled=True)
+        self.state.conv, self.state.memory = self.conv, self.memory
+
+
+class States:
+    """Points a model's structures to the states of a cache, call by call."""
+
+    def __init__(self, arguments: Arguments):
+        s, self._dtype = arguments.sizes, arguments.dtype
+        self._layers = [layer.kv if layer.softmax else layer.recurrent for layer in arguments.layers]
+        self._kv_size = s.kv_heads, s.head_dim
+        self._conv_size = s.taps - 1, 2 * s.key_heads * s.key_dim + s.value_heads * s.value_dim
+        self._memory_size = s.value_heads, s.key_dim, s.value_dim
+        self._log_shapes = (s.key_heads, s.key_dim), (s.value_heads, s.value_dim), (s.value_heads,)
+
+    def supports(self, cache: HybridCache) -> bool:
+        """Whether compiled code knows the dtypes of a cache.
+
+        Raises: ValueError for one whose states are of other kinds or sizes than this model's.
+        """
+        if len(cache.layers) != len(self._layers):
+            raise ValueError(OTHER_CACHE)
+        b, known = cache.batch, True
+        conv_size, memory_size = (b, *self._conv_size), (b, *self._memory_size)
+        for state, arguments in zip(cache.layers, self._layers, strict=True):
+            if isinstance(state, KVState):
+                fits = type(arguments) is KeysAndValues and state.size == (b, *self._kv_size)
+                known = known and state.dtype in DTYPES
+            else:
+                sizes = state.conv.shape, state.memory.shape
+                fits = type(arguments) is RecurrentState and sizes == (conv_size, memory_size)
+                known = known and state.conv.dtype == self._dtype and state.memory.dtype in FLOATS
+            if not fits:
+                raise ValueError(OTHER_CACHE)
+        return known
+
+    def point_to(self, cache: HybridCache, segments: Segments) -> tuple[list[Written], list[object]]:
+        """Fill the structures for one call.
+
+        Returns: what the call writes for each recurrent layer, and what must stay alive until it returns.
+        """
+        next_states, written, alive = self._next_states(cache), [], []
+        for state, arguments in zip(cache.layers, self._layers, strict=True):
+            if isinstance(state, KVState):
+                alive.append(_point_to_keys(cast(KeysAndValues, arguments), state, segments))
+            else:
+                conv, memory = next(next_states)
+                before = side_by_side(state.conv), side_by_side(state.memory)
+                alive.append(before)
+                recurrent = cast(RecurrentState, arguments)
+                recurrent.conv_before, recurrent.before = map(address, before)
+                recurrent.conv_after, recurrent.after = conv.data_ptr(), memory.data_ptr()
+                recurrent.dtype = DTYPES[memory.dtype]
+                log = self._log(recurrent, state, segments)
+                written.append(Written(state, conv, memory, log))
+        return written, alive
+
+    def _next_states(self, cache: HybridCache) -> Iterator[tuple[Tensor, Tensor]]:
+        """New memory for the convolution and recurrent state of each layer that has them."""
+        before = [state.memory for state in cache.layers if isinstance(state, DeltaNetState)]
+        if not before:
+            return iter(())
+        b, dtype = cache.batch, before[0].dtype
+        conv = torch.empty(len(before), b, *self._conv_size, dtype=self._dtype).unbind()
+        if any([memory.dtype != dtype for memory in before]):
+            return zip(conv, [memory.new_empty(memory.shape) for memory in before], strict=True)
+        return zip(conv, torch.empty(len(before), b, *self._memory_size, dtype=dtype).unbind(), strict=True)
+
+    def _log(self, arguments: RecurrentState, state: DeltaNetState, segments: Segments) -> list[Tensor]:
+        """Tensors that the step fills for the update log, with the structure pointing to them; none without a log."""
+        if state.tape is None:
+            arguments.log_inputs = arguments.log_keys = arguments.log_deltas = arguments.log_decay = None
+            return []
+        b, t = segments.batch, segments.length
+        exact = torch.float64 if self._dtype == torch.float64 else torch.float32
+        inputs = torch.empty(b, t, self._conv_size[1], dtype=self._dtype)
+        log = [inputs, *(torch.empty(b, t, *shape, dtype=exact) for shape in self._log_shapes)]
+        arguments.log_inputs, arguments.log_keys, arguments.log_deltas, arguments.log_decay = (
+            x.data_ptr() for x in log
+        )
+        return log
+
+
+def _point_to_keys(arguments: KeysAndValues, state: KVState, segments: Segments) -> object:
+    state.reserve(segments)
+    if state.native is None:
+        state.native = Parts(state)
+    parts = cast("Parts", state.native)
+    arguments.parts, arguments.count, arguments.dtype = parts.address, parts.count, DTYPES[state.dtype]
+    return parts
+
+
+class Parts:
+    """A state's keys and values as C++ finds them. Valid while the state has the same buffers; keeps them alive."""
+
+    def __init__(self, state: KVState):
+        self._held = state.parts(0, state.capacity)
+        self._array = (Part * len(self._held))(*(_part(stored, state) for stored in self._held))
+        self.address, self.count = ctypes.addressof(self._array), len(self._array)
+
+    def __deepcopy__(self, _memo: dict) -> None:
+        """Addresses are no use to a copy."""
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+
+def _part(stored: tuple[Tensor, ...], state: KVState) -> Part:
+    k, v, *scales = stored
+    batch, kv_heads, d = state.size
+    n = k.shape[2]
+    part = Part(address(k), address(v), n=n, row=k.stride(0), head=k.stride(1))
+    good = k.shape == v.shape == (batch, kv_heads, n, d) and k.stride() == v.stride() and k.stride()[2:] == (d, 1)
+    if scales:
+        part.k_scale, part.v_scale = map(address, scales)
+        part.scale_row, part.scale_head = scales[0].stride(0), scales[0].stride(1)
+        good = good and all(x.shape == (batch, kv_heads, n, 1) and x.dtype == torch.float32 for x in scales)
+        good = good and scales[0].stride() == scales[1].stride() and scales[0].stride(2) == 1
+    assert good
+    assert k.dtype == v.dtype == state.dtype
+    return part
