@@ -145,7 +145,7 @@ IRRELEVANT = frozenset(_BYSTANDERS.split())
 _NOTE_PREFIXES = ("_", "unsloth_", "transformers_")  # keys that tools write about themselves
 
 
-# Keys of a wrapper config that describe the whole model. Its token ids may differ from those in text_config.
+# Keys of a wrapper config that describe the whole model. Token ids there are not read.
 AROUND = frozenset(("model_type", "vision_config", "bos_token_id", "pad_token_id"))
 EITHER = ("tie_word_embeddings", "quantization_config", "eos_token_id")  # valid at either level
 ROPE = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")  # keys of a RoPE dictionary

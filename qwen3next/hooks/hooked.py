@@ -105,8 +105,8 @@ class Hooked(nn.Module):
                 inside the block; a returned tensor replaces the gradient.
             must_fire: whether it is an error if a point does not fire.
             reset_hooks_end: False leaves the hooks attached until `reset_hooks`.
-        Raises: ValueError, at the start, for a name that matches nothing. RuntimeError if a point does not fire or gets
-            no gradient: each point that was named, or all points of a glob that ends in a wildcard.
+        Raises: ValueError, at the start, for a name that matches nothing. RuntimeError if a named point does not fire
+            or gets no gradient, or if that holds for all points of a glob that ends in a wildcard.
         """
         points, awaited = self.hook_dict, []
         with ExitStack() as stack:
