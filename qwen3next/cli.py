@@ -1,4 +1,4 @@
-"""The `qwen3next` command: the table of its commands, and what their errors become."""
+"""The `qwen3next` command: its subcommands, and how their errors become messages and exit statuses."""
 
 import os
 import sys
@@ -19,7 +19,7 @@ from qwen3next.commands.generate import generate
 from qwen3next.commands.inspect import inspect
 from qwen3next.commands.verify import verify
 
-# A command returns its exit status, or None for 0. Its docstring is its help, the first sentence its line in the table.
+# A command returns its exit status, or None for 0. Its docstring is its help; the first line is its table entry.
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "generate": generate,
     "chat": chat,
@@ -35,15 +35,15 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 DESCRIPTION = f"""The Qwen3-Next architecture at the command line.
 
 A checkpoint (DIR) is a folder with config.json, *.safetensors and tokenizer.json in the released layout.
-A preset is a size without weights: {", ".join(presets.ALL)}.
-`qwen3next COMMAND --help` explains a command's options and has examples."""
+A preset is a configuration without weights: {", ".join(presets.ALL)}.
+`qwen3next COMMAND --help` explains the options of a command and gives examples."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command with these arguments, or the program's. Returns the exit status.
+    """Run the command with these arguments, or with sys.argv if None.
 
-    0 done, 1 where `verify` or `diff` found something, 2 for what the user can mend (a sentence on stderr), 130 after
-    Ctrl-C, 141 after a closed pipe.
+    Returns: the exit status. 0: success; 1: `verify` or `diff` found something; 2: an error, with one sentence on
+        stderr; 130: Ctrl-C; 141: a closed pipe.
     """
     args = sys.argv[1:] if args is None else args
     try:
@@ -51,14 +51,14 @@ def main(args: Sequence[str] | None = None) -> int:
             warnings.showwarning = lambda message, *_: print(f"qwen3next: {message}", file=sys.stderr)
             return _run(args) or 0
     except BrokenPipeError:
-        # Python flushes stdout once more at exit; without this it would complain about the same pipe.
+        # Python flushes stdout again at exit and would print an error for the same closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
     except (ValueError, RuntimeError, OSError) as error:
-        # torch appends pages of native frames to some of its messages; the first line says what happened.
+        # torch appends long native stack traces to some messages; the first line says what happened.
         sentence = (str(error) or repr(error)).splitlines()[0]
         print(f"qwen3next: {sentence}", file=sys.stderr)
         return 2
@@ -68,7 +68,7 @@ def _run(args: Sequence[str]) -> int | None:
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.UseAppendAction)
     if args and args[0] in COMMANDS:
         return tyro.cli(COMMANDS[args[0]], prog=f"qwen3next {args[0]}", args=args[1:], config=config)
-    # No command, or none of ours: tyro has the table for --help and the sentence for a misspelt name.
+    # No command or an unknown one: tyro prints the table for --help, or an error for a misspelt name.
     table: Any = Union[  # noqa: UP007
         tuple(
             Annotated[Any, tyro.conf.subcommand(name=name, constructor=command, description=_summary(command))]

@@ -1,4 +1,4 @@
-"""The one configuration type: what a checkpoint's config.json says, under its own names."""
+"""The configuration type of every model: the fields of a checkpoint's config.json, under their own names."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,21 +18,22 @@ MAY_BE_NONE = (
     "shared_expert_intermediate_size",
     "full_attention_interval",
 )
-MOST_LAYERS, MOST_EXPERTS = 10_000, 100_000  # beyond, a number is a mistake, and counting up to it would hang
+MOST_LAYERS, MOST_EXPERTS = 10_000, 100_000  # a larger number is a mistake; building lists of that length would hang
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Variants):
     """Sizes and choices of a model. Field names are those of the released config.json, defaults Qwen3-Next-80B-A3B's.
 
-    Not in a released config.json: the choices of `Variants`; `attention_gate` and `zero_centred_norms` (which the
-    model_type or flags of other names say); `router_z_loss_coef` and `mtp_loss_coef` (weights of losses in training);
-    `extra` (harmless keys, kept to be written back) and `outer` (what stands around a nested text_config, the vision
-    tower's sizes for instance). `mtp_num_hidden_layers` is set from the tensors when a checkpoint is loaded.
+    These fields are not in a released config.json: the fields of `Variants`; `attention_gate` and `zero_centred_norms`
+    (set there by the model_type or by flags of other names); `router_z_loss_coef` and `mtp_loss_coef` (weights of
+    training losses); `extra` (ignored keys, kept and written back); `outer` (the wrapper config: the keys around a
+    nested text_config, such as the vision tower's sizes). Loading a checkpoint sets `mtp_num_hidden_layers` from its
+    tensors.
     Raises: ValueError, on construction, for sizes that contradict each other.
     """
 
-    model_type: str = "qwen3_next"  # which layout a checkpoint has; the mathematics is in the other fields
+    model_type: str = "qwen3_next"  # selects the checkpoint layout only; the other fields define the mathematics
     vocab_size: int = 151_936
     hidden_size: int = 2048
     intermediate_size: int = 5120
@@ -43,7 +44,7 @@ class ModelConfig(Variants):
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 262_144
     initializer_range: float = 0.02
-    zero_centred_norms: bool = True  # scale 1 + w, multiplied in fp32; else w, multiplied after the cast
+    zero_centred_norms: bool = True  # scale is 1 + w, applied in fp32; if False, w, applied after the cast
 
     num_attention_heads: int = 16
     num_key_value_heads: int = 2
@@ -51,7 +52,7 @@ class ModelConfig(Variants):
     rope_theta: float = 1e7
     partial_rotary_factor: float = 0.25
     rope_scaling: Yarn | None = None
-    attention_gate: str = "elementwise"  # or "headwise", one number a head, "head_shared", or "none"
+    attention_gate: str = "elementwise"  # or "headwise" (one scalar per head), "head_shared", "none"
     use_qk_norm: bool = True
     attention_bias: bool = False  # of q, k, v, o and the gate
 
@@ -93,14 +94,14 @@ class ModelConfig(Variants):
 
     def _check(self) -> None:
         if self.model_type not in FAMILIES:
-            raise ValueError(f"model_type {self.model_type!r} is none of {', '.join(FAMILIES)}.")
+            raise ValueError(f"model_type {self.model_type!r} is not supported: choose one of {', '.join(FAMILIES)}.")
         for f in fields(self):
             value = getattr(self, f.name)
             least = 0 if f.name in MAY_BE_NONE else 1
             if f.type is int and value < least:
                 raise ValueError(f"{f.name} must be at least {least}, got {value}.")
             if f.type is float and not 0 <= value < math.inf:
-                raise ValueError(f"{f.name} must be a number and not negative, got {value}.")
+                raise ValueError(f"{f.name} must be finite and not negative, got {value}.")
         self.check_variants(self.attention_gate)
         for name, most in (("num_hidden_layers", MOST_LAYERS), ("num_experts", MOST_EXPERTS)):
             if getattr(self, name) > most:
@@ -109,11 +110,11 @@ class ModelConfig(Variants):
             raise ValueError("rope_theta must not be 0.")
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
-                f"layer_types names {len(self.layer_types)} layers and num_hidden_layers is {self.num_hidden_layers}: "
+                f"layer_types has {len(self.layer_types)} entries and num_hidden_layers is {self.num_hidden_layers}: "
                 "make them equal, or leave layer_types out."
             )
         if unknown := sorted(set(self.layer_types) - set(LAYER_TYPES)):
-            raise ValueError(f"layer_types has {unknown}: this model knows {' and '.join(LAYER_TYPES)}.")
+            raise ValueError(f"layer_types has unknown types {unknown}: use {' and '.join(LAYER_TYPES)}.")
         for many, few in (
             ("num_attention_heads", "num_key_value_heads"),
             ("linear_num_value_heads", "linear_num_key_heads"),
@@ -122,23 +123,23 @@ class ModelConfig(Variants):
                 raise ValueError(f"{many} ({getattr(self, many)}) must be a multiple of {few} ({getattr(self, few)}).")
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
-                f"num_experts_per_tok is {self.num_experts_per_tok} of {self.num_experts} experts: choose fewer."
+                f"num_experts_per_tok must be 1 to num_experts ({self.num_experts}), got {self.num_experts_per_tok}."
             )
         if not 0 < self.partial_rotary_factor <= 1:
-            raise ValueError(f"partial_rotary_factor must be above 0, 1 at most, got {self.partial_rotary_factor}.")
+            raise ValueError(f"partial_rotary_factor must be above 0 and at most 1, got {self.partial_rotary_factor}.")
         if self.rotary_dim < 2 or self.rotary_dim % 2:
             raise ValueError(
                 f"head_dim {self.head_dim} x partial_rotary_factor {self.partial_rotary_factor} gives "
                 f"{self.rotary_dim} rotated dimensions: make it an even number from 2 to head_dim."
             )
         if self.mtp_num_hidden_layers > 1:
-            raise ValueError("mtp_num_hidden_layers is 0 or 1: Qwen3-Next has one MTP layer, applied repeatedly.")
+            raise ValueError("mtp_num_hidden_layers must be 0 or 1: Qwen3-Next has one MTP layer, applied repeatedly.")
         if bad := [i for i in self.mlp_only_layers if not 0 <= i < self.num_hidden_layers]:
-            raise ValueError(f"mlp_only_layers names layers {bad} of a model with {self.num_hidden_layers}.")
+            raise ValueError(f"mlp_only_layers has layers {bad}, but num_hidden_layers is {self.num_hidden_layers}.")
 
     @property
     def rotary_dim(self) -> int:
-        """Dimensions of a head that RoPE turns."""
+        """Dimensions of a head that RoPE rotates."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     def is_sparse(self, layer: int) -> bool:
@@ -147,56 +148,57 @@ class ModelConfig(Variants):
         return self.num_experts > 0 and chosen
 
     def bytes_per_token(self, kv_bytes: int = 2, *, mtp: bool = False) -> int:
-        """Bytes of KV cache that each token of context adds; of the MTP layer's alone, if `mtp`.
+        """Bytes of KV cache per token of context: in the main model, or in the MTP layer only if `mtp`.
 
-        A single byte a number is int8, which has a scale in fp32 besides, for every token and head.
+        Args:
+            kv_bytes: bytes per element. 1 means int8, which adds one fp32 scale per token and head.
         """
         head = self.head_dim * kv_bytes + (4 if kv_bytes == 1 else 0)
         layers = self.mtp_num_hidden_layers if mtp else self.layer_types.count("full_attention")
         return layers * 2 * self.num_key_value_heads * head
 
     def bytes_per_sequence(self, conv_bytes: int = 2) -> int:
-        """Bytes of recurrent (fp32) and convolution state of one sequence, whatever its length."""
+        """Bytes of recurrent state (fp32) and conv state of one sequence; independent of its length."""
         memory = self.linear_num_value_heads * self.linear_key_head_dim * self.linear_value_head_dim * 4
         conv = self.conv_channels * (self.conv_taps - 1) * conv_bytes
         return self.layer_types.count("linear_attention") * (memory + conv)
 
     @property
     def longest_context(self) -> int:
-        """Tokens that positions were made for: those in training, more with YaRN."""
+        """Longest supported context in tokens: max_position_embeddings, or more with YaRN."""
         yarn = self.rope_scaling
         extended = 0 if yarn is None else int(yarn.factor * yarn.original_max_position_embeddings)
         return max(self.max_position_embeddings, extended)
 
     @property
     def conv_channels(self) -> int:
-        """Channels of a Gated DeltaNet layer's convolution: all q, all k, all v."""
+        """Channels of a Gated DeltaNet layer's convolution: those of q, k and v together."""
         keys = self.linear_num_key_heads * self.linear_key_head_dim
         return 2 * keys + self.linear_num_value_heads * self.linear_value_head_dim
 
     @property
     def conv_taps(self) -> int:
-        """Tokens that a Gated DeltaNet layer's projections see before the memory does: 1 without convolution."""
+        """Kernel size of a Gated DeltaNet layer's causal convolution, in tokens; 1 without convolution."""
         return self.linear_conv_kernel_dim if self.linear_use_conv else 1
 
     @property
     def has_attention_variant(self) -> bool:
-        """Whether softmax layers are otherwise than any released model's."""
+        """Whether the softmax layers differ from those of every released model."""
         return self.attention_gate == "head_shared" or bool(self.chosen("attention_"))
 
     @property
     def has_released_gate(self) -> bool:
-        """Whether there is a gate whose rows stand in q_proj on disk, as in the released models."""
+        """Whether a checkpoint stores the gate's rows inside q_proj, as the released models do."""
         return self.attention_gate in ("elementwise", "headwise") and not self.chosen("attention_gate_")
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
-        """The ids of eos_token_id, which may be none, one or several."""
+        """The ids of eos_token_id: none, one or several."""
         eos = self.eos_token_id
         return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
     def replace(self, **changes: Any) -> "ModelConfig":
-        """A copy with some fields changed. A new num_hidden_layers or interval makes the layer types anew."""
+        """A copy with some fields changed. A new num_hidden_layers or full_attention_interval resets layer_types."""
         if changes.keys() & {"num_hidden_layers", "full_attention_interval"}:
             changes.setdefault("layer_types", ())
         return replace(self, **changes)
@@ -222,14 +224,14 @@ class ModelConfig(Variants):
 
     @classmethod
     def _read(cls, family: Family, text: dict[str, Any], outer: dict[str, Any]) -> "ModelConfig":
-        # Said although it goes without saying: written back as long as it stays true.
+        # Keys that the file gives although the family implies them; `write` repeats them while the value is unchanged.
         spelt = {key: value for key, value in text.items() if key in family.implied and value is not None}
         text = read(family, text)
         known = {f.name: f.type for f in fields(cls) if f.name not in ("extra", "outer", "model_type")}
         if unknown := sorted(k for k, v in text.items() if k not in known and not harmless(k, v)):
             raise ValueError(
-                f"config.json has {', '.join(unknown)}, which this model does not know and so cannot honour. "
-                "Remove what does not matter to the mathematics."
+                f"config.json has unknown keys that may change the computation: {', '.join(unknown)}. "
+                "Remove those that do not change it."
             )
         extra = spelt | {key: text[key] for key in text if key not in known}
         given = {key: v for key, v in text.items() if key in known and v is not None}
@@ -237,7 +239,7 @@ class ModelConfig(Variants):
         return cls(model_type=family.model_type, extra=extra, outer=outer, **given)
 
     def to_dict(self) -> dict[str, Any]:
-        """The contents of a config.json in the released form; `from_dict` reads them back to an equal configuration."""
+        """The contents of a config.json in the released form; `from_dict` turns them into an equal configuration."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("outer", "model_type")}
         text = write(FAMILIES[self.model_type], values)
         if self.rope_scaling is not None:
@@ -251,7 +253,7 @@ class ModelConfig(Variants):
         return {**self.outer, "text_config": text}
 
     def text_only(self) -> "ModelConfig":
-        """The language model alone, where this one stood as text_config beside a vision tower."""
+        """The configuration of the language model alone, without the wrapper config of a vision tower."""
         kept = {key: self.outer[key] for key in ("torch_dtype", "dtype") if key in self.outer}
         return self.replace(outer={}, extra={**kept, **self.extra}) if self.outer else self
 
@@ -261,7 +263,7 @@ class ModelConfig(Variants):
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
         if not path.exists():
-            raise ValueError(f"{path} does not exist: a model folder holds a config.json.")
+            raise ValueError(f"{path} does not exist: give a config.json, or a folder that holds one.")
         values = read_object(path, "a model configuration")
         try:
             return cls.from_dict(values)

@@ -1,4 +1,4 @@
-"""What runs, and why."""
+"""Which implementation of each operation runs, and why."""
 
 import torch
 
@@ -18,7 +18,7 @@ from qwen3next.decoding.protocol import decoding_modules, like
 from qwen3next.decoding.why_not import why_not
 from qwen3next.inputs import as_device, as_dtype
 
-LOOKS = "somebody looks inside: hooks, model.expose, a forward put in a module's place, or a mode of torch"
+LOOKS = "it is blocked by hooks, model.expose, a replaced forward of a module, or a torch mode"
 
 
 class Table(list[Explanation]):
@@ -34,13 +34,13 @@ class Table(list[Explanation]):
 def explain(
     model: Qwen3Next, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
 ) -> Table:
-    """One row an operation: the implementation that runs, why, and what would be faster.
+    """One row per operation: the implementation that runs, why, and what would be faster.
 
     Args:
-        device, dtype: answer as if the model were there and so; None means where and what it is. A model made
-            under `torch.device("meta")`, too large to be allocated, can be asked about in this way.
-    Raises: ValueError for a dtype or device that torch does not know; RuntimeError where a backend that was
-        chosen with `model.set_backend` cannot run.
+        device, dtype: explain the model as if it had this device and dtype; None means its own. With them, a model
+            on the meta device can be explained.
+    Raises: ValueError for an unknown dtype or device; RuntimeError if a backend chosen with `model.set_backend`
+        cannot run.
     """
     weight = like(model)
     where = model.device if device is None else as_device(device)
@@ -50,7 +50,7 @@ def explain(
     reason = None if runs == "torch" else why_not(model, runs, where, kind)
     if reason is None and runs != "torch" and watched(model):
         named = any(map(named_backend, decoding_modules(model)))
-        reason = "it is one piece, and a backend of another operation was chosen by name" if named else LOOKS
+        reason = "it fuses all operations, and a backend of another operation was chosen by name" if named else LOOKS
     if reason is not None:
         rows["decode"] = Explanation("decode", "torch", "the modules, one operation after another", f"{runs}: {reason}")
     rows["cross_entropy"] = explain_operation("cross_entropy", model.cross_entropy_backend, where, kind)
@@ -71,9 +71,9 @@ def explain(
                 "experts", backend_of_experts(module.backend, module.down_proj), where, kind
             )
         elif isinstance(module, OffloadedExperts):
-            faster = "load with experts='memory', or 'int8', where it fits; a larger expert_cache"
-            rows["experts"] = Explanation("experts", "mmap", "read from the files as tokens route to them", faster)
+            faster = "load with experts='memory' or 'int8' if they fit in memory; a larger expert_cache"
+            rows["experts"] = Explanation("experts", "mmap", "read from files when a token is routed to them", faster)
         elif isinstance(module, Int8Experts):
             faster = "for many tokens at once: load with experts='memory'"
-            rows["experts"] = Explanation("experts", "int8", "a byte a weight and a scale an output row", faster)
+            rows["experts"] = Explanation("experts", "int8", "one byte per weight and one scale per output row", faster)
     return Table(rows.values())

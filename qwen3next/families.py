@@ -1,7 +1,7 @@
-"""How each line of released checkpoints spells its config.json.
+"""How the config.json of each model_type maps to `ModelConfig`.
 
-One `ModelConfig` spans them all: a family says which of its fields a config.json of that model_type must give, which it
-leaves unsaid, and which keys of other names mean one of ours.
+A family lists the fields that its config.json must give, the fields that it implies, and the keys of other names that
+stand for a field of `ModelConfig`.
 """
 
 import math
@@ -49,12 +49,12 @@ class Family:
     """One model_type.
 
     Attributes:
-        required: sizes that its config.json must give: the defaults of different readers differ.
-        implied: values of our fields that its config.json does not spell; written only where they differ.
-        fixed: keys that would change the mathematics if they had another value.
-        gate_flags: keys that say by true which `attention_gate` there is.
+        required: sizes that its config.json must give, because the defaults of different readers differ.
+        implied: values of fields that its config.json omits; written only if they differ.
+        fixed: keys and the one supported value of each; another value would change the mathematics.
+        gate_flags: keys that, if true, select an `attention_gate`.
         wrapper: the model_type that holds this one as text_config beside a vision tower.
-        rope_parameters: whether RoPE's numbers are written nested, as transformers 5 does, or beside the others.
+        rope_parameters: whether RoPE's values are written in a nested dictionary, as transformers 5 does.
     """
 
     model_type: str
@@ -68,7 +68,7 @@ class Family:
 
 
 _FIXED_35 = {"mamba_ssm_dtype": "float32", "output_gate_type": "swish", "mtp_use_dedicated_embeddings": False}
-_TRAINING = {"router_z_loss_coef": 0.0, "mtp_loss_coef": 0.1, **RELEASED}  # unsaid in every family
+_TRAINING = {"router_z_loss_coef": 0.0, "mtp_loss_coef": 0.1, **RELEASED}  # implied in every family
 
 FAMILIES = {
     family.model_type: family
@@ -126,7 +126,7 @@ FAMILIES = {
 }
 WRAPPERS = {family.wrapper: family for family in FAMILIES.values() if family.wrapper}
 
-# Keys of released config.json files that do not change the mathematics. They are kept and written back.
+# Ignored keys: they do not change the mathematics. They are kept and written back.
 _BYSTANDERS = """
     architectures transformers_version torch_dtype dtype use_cache output_router_logits output_hidden_states
     output_attentions return_dict return_dict_in_generate chunk_size_feed_forward is_encoder_decoder is_decoder
@@ -142,38 +142,41 @@ _BYSTANDERS = """
     use_sliding_window
 """
 IRRELEVANT = frozenset(_BYSTANDERS.split())
-_NOTE_PREFIXES = ("_", "unsloth_", "transformers_")  # what tools write about themselves
+_NOTE_PREFIXES = ("_", "unsloth_", "transformers_")  # keys that tools write about themselves
 
 
-# What stands around a text_config and is about the whole. Token ids there are for programs that look there.
+# Keys of a wrapper config that describe the whole model. Token ids there are not read.
 AROUND = frozenset(("model_type", "vision_config", "bos_token_id", "pad_token_id"))
-EITHER = ("tie_word_embeddings", "quantization_config", "eos_token_id")  # said at either level
-ROPE = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")  # in a dictionary of RoPE
+EITHER = ("tie_word_embeddings", "quantization_config", "eos_token_id")  # valid at either level
+ROPE = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")  # keys of a RoPE dictionary
 
 
 def harmless(key: str, value: Any) -> bool:
-    """Whether an unknown key cannot change the mathematics: a known bystander, a tool's note, or a thing turned off."""
+    """Whether an unknown key cannot change the mathematics: an ignored key, a tool's note, an empty or false value."""
     off = value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
     return key in IRRELEVANT or key.startswith(_NOTE_PREFIXES) or off
 
 
 def unwrap(values: Mapping[str, Any]) -> tuple[Family, dict[str, Any], dict[str, Any]]:
-    """The family of a config.json, the keys of its text model, and those around it where that is nested."""
+    """Split a config.json into its family, the keys of the text model and those of the wrapper config (may be empty).
+
+    Raises: ValueError for an unsupported model_type, or values that contradict each other.
+    """
     if "model_type" not in values:
-        raise ValueError("config.json has no model_type: this does not look like a model's configuration.")
+        raise ValueError("config.json has no model_type: give a model's configuration.")
     kind = values["model_type"]
     if isinstance(kind, str) and kind in FAMILIES:
         return FAMILIES[kind], {key: value for key, value in values.items() if key != "model_type"}, {}
     if not isinstance(kind, str) or kind not in WRAPPERS:
         known = ", ".join([*FAMILIES, *WRAPPERS])
-        raise ValueError(f"config.json has model_type {kind!r}; supported are {known}.")
+        raise ValueError(f"config.json has model_type {kind!r}, which is not supported: supported are {known}.")
     family, text = WRAPPERS[kind], values.get("text_config")
     if not isinstance(text, Mapping):
         raise ValueError(
-            f"config.json of model_type {kind!r} has no text_config, where the language model's sizes are."
+            f"config.json of model_type {kind!r} has no text_config, which must give the language model's sizes."
         )
     if text.get("model_type", family.model_type) not in (family.model_type, kind):
-        raise ValueError(f"text_config has model_type {text['model_type']!r}, which does not belong into {kind!r}.")
+        raise ValueError(f"text_config has model_type {text['model_type']!r}, which {kind!r} cannot contain.")
     outer = {key: value for key, value in values.items() if key != "text_config"}
     inner = {key: value for key, value in text.items() if key != "model_type"}
     for key in EITHER:
@@ -182,16 +185,18 @@ def unwrap(values: Mapping[str, Any]) -> tuple[Family, dict[str, Any], dict[str,
         if inner.get(key) is None:
             inner[key] = outer[key]
         elif inner[key] != outer[key]:
-            raise ValueError(f"config.json gives {key} twice, {inner[key]} in text_config and {outer[key]} beside it.")
+            raise ValueError(f"config.json gives {key} twice: {inner[key]} in text_config, {outer[key]} outside it.")
     return family, inner, outer
 
 
 def check_beside(outer: Mapping[str, Any], fields: Collection[str], changes: Callable[[str, Any], bool]) -> None:
-    """Raises: ValueError for a key beside text_config that says of the text model what text_config does not.
+    """Refuse keys outside text_config that would change the text model.
 
     Args:
-        fields: of the configuration.
-        changes: whether a key of that value would make another text model.
+        outer: the keys outside text_config.
+        fields: field names of the configuration.
+        changes: whether this key and value would change the text model.
+    Raises: ValueError for such a key, or for an unknown key that may change the computation.
     """
     spelt = {"hidden_act", "qkv_bias", "rope_parameters", "rope_scaling", *ROPE}
     for family in FAMILIES.values():
@@ -201,16 +206,19 @@ def check_beside(outer: Mapping[str, Any], fields: Collection[str], changes: Cal
             continue
         if (key in fields or key in spelt) and key not in IRRELEVANT:
             if changes(key, value):
-                raise ValueError(f"config.json has {key} beside text_config, where it is not read: move it in there.")
+                raise ValueError(f"config.json has {key} outside text_config, where it is not read: move it inside.")
         elif not harmless(key, value):
             raise ValueError(
-                f"config.json has {key} beside text_config, which this model does not know and so cannot honour. "
-                "Remove what does not matter to the mathematics."
+                f"config.json has an unknown key outside text_config that may change the computation: {key}. "
+                "Remove it if it does not."
             )
 
 
 def read(family: Family, values: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a text model's config.json under our names, checked; what is left unsaid is filled in."""
+    """Rename the keys of a text model's config.json to our field names, check them and add the implied ones.
+
+    Raises: ValueError for a missing, unsupported or contradicting key.
+    """
     values = dict(values)
     for key, expected in {"hidden_act": "silu", **family.fixed}.items():
         value = values.pop(key, None)
@@ -219,9 +227,11 @@ def read(family: Family, values: dict[str, Any]) -> dict[str, Any]:
     read_rope(values)
     _read_gate(family, values)
     if family.model_type == "qwen3":
-        if (bias := values.pop("qkv_bias", None)) is not None:  # the study's name, for all four projections
+        if (bias := values.pop("qkv_bias", None)) is not None:  # the study's name for a bias in all four projections
             if values.get("attention_bias") and not bias:
-                raise ValueError(f"config.json has attention_bias {values['attention_bias']} and qkv_bias {bias}.")
+                raise ValueError(
+                    f"config.json has attention_bias {values['attention_bias']} and qkv_bias {bias}: make them equal."
+                )
             values["attention_bias"] = bias
         if values.get("head_dim") is None and isinstance(values.get("hidden_size"), int):
             heads = values.get("num_attention_heads")
@@ -229,28 +239,28 @@ def read(family: Family, values: dict[str, Any]) -> dict[str, Any]:
                 values["head_dim"] = values["hidden_size"] // heads
     kinds = {key: values[key] for key in ("dtype", "torch_dtype") if values.get(key) is not None}
     if len(set(map(str, kinds.values()))) > 1:
-        raise ValueError(f"config.json gives two dtypes, {' and '.join(f'{k} {v}' for k, v in kinds.items())}.")
+        raise ValueError(f"config.json gives two dtypes: {' and '.join(f'{k} {v}' for k, v in kinds.items())}.")
     if missing := [key for key in family.required if values.get(key) is None]:
         raise ValueError(f"config.json lacks {', '.join(missing)}.")
     quantised = values.get("quantization_config")
     if quantised is not None and (not isinstance(quantised, Mapping) or quantised.get("quant_method") != "fp8"):
         method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
-        raise ValueError(f"config.json says the weights are quantised with {method!r}; only 'fp8' blocks are read.")
+        raise ValueError(f"config.json says the weights are quantised with {method!r}; only 'fp8' is supported.")
     return {**family.implied, **{k: v for k, v in values.items() if v is not None or k not in family.implied}}
 
 
 def _read_gate(family: Family, values: dict[str, Any]) -> None:
     given = {flag: values.pop(flag) for flag in family.gate_flags if values.get(flag) is not None}
     if wrong := [flag for flag, value in given.items() if not isinstance(value, bool)]:
-        raise ValueError(f"{wrong[0]} cannot be {given[wrong[0]]!r}.")
+        raise ValueError(f"{wrong[0]} must be true or false, got {given[wrong[0]]!r}.")
     kinds = [family.gate_flags[flag] for flag, value in given.items() if value]
     if len(kinds) > 1:
-        raise ValueError(f"config.json has {' and '.join(given)} both true: an output has one gate.")
+        raise ValueError(f"config.json sets both {' and '.join(given)} to true: set one of them only.")
     if given:
         said = kinds[0] if kinds else "none"
         gate = values.get("attention_gate")
         if gate is not None and gate != said:
-            raise ValueError(f"config.json has attention_gate {gate!r}, and {' and '.join(given)} say {said!r}.")
+            raise ValueError(f"config.json has attention_gate {gate!r}, but {' and '.join(given)} give {said!r}.")
         values["attention_gate"] = said
 
 
@@ -262,35 +272,33 @@ def read_rope(values: dict[str, Any]) -> None:
         if given is None:
             continue
         if not isinstance(given, Mapping):
-            raise ValueError(f"{name} cannot be {given!r}.")
+            raise ValueError(f"{name} must be a dictionary, got {given!r}.")
         given = {key: value for key, value in given.items() if value is not None}
         old, new = given.pop("type", None), given.pop("rope_type", None)
         if old and new and old != new:
-            raise ValueError(f"config.json gives the kind of RoPE twice in {name}, {old!r} and {new!r}.")
+            raise ValueError(f"config.json gives the RoPE type twice in {name}: {old!r} and {new!r}.")
         kind = new or old or "default"
         if kind == "yarn":
             found.append(read_yarn(given, values))
-        elif kind not in ("default", "mrope"):  # mrope: on text, all three of its positions are the token's
+        elif kind not in ("default", "mrope"):  # mrope: on text, its three positions are all the token's position
             raise ValueError(f"config.json asks for {kind!r} RoPE in {name}; supported are 'default' and 'yarn'.")
         for key, value in given.items():
             if key not in ROPE and (key in IRRELEVANT or not harmless(key, value)):
                 raise ValueError(
-                    f"config.json has {key} in {name}, which this model does not know there and so cannot honour."
+                    f"config.json has an unknown key in {name}: {key}. Remove it if it does not change the computation."
                 )
             if values.get(key) is not None and values[key] != value:
-                raise ValueError(f"config.json gives {key} twice, {values[key]} and {value}.")
+                raise ValueError(f"config.json gives {key} twice: {values[key]} and {value}.")
             if key in ROPE:
                 values[key] = value
     if len(found) == 2 and found[0] != found[1]:
-        raise ValueError(
-            f"config.json gives YaRN twice, as {found[0]} in rope_parameters and {found[1]} in rope_scaling."
-        )
+        raise ValueError(f"config.json gives YaRN twice: {found[0]} in rope_parameters, {found[1]} in rope_scaling.")
     if found:
         values["rope_scaling"] = found[0]
 
 
 def read_yarn(given: dict[str, Any], values: Mapping[str, Any]) -> Yarn:
-    """Take YaRN's numbers out of a RoPE dictionary; what is unsaid follows from the rest, as in transformers."""
+    """Remove YaRN's values from a RoPE dictionary and return them; missing ones are derived as in transformers."""
     kinds = {f.name: f.type for f in fields(Yarn)} | {"factor": float, "attention_factor": float}
     taken = {name: given.pop(name) for name in [*kinds, "mscale", "mscale_all_dim"] if given.get(name) is not None}
     longest = values.get("max_position_embeddings")
@@ -310,7 +318,7 @@ def read_yarn(given: dict[str, Any], values: Mapping[str, Any]) -> Yarn:
 
 
 def with_yarn(written: dict[str, Any], yarn: Yarn) -> dict[str, Any]:
-    """A written config.json whose RoPE is extended."""
+    """The contents of a config.json with YaRN added."""
     spelt = {"rope_type": "yarn", **{k: v for k, v in asdict(yarn).items() if v != getattr(Yarn, k, None)}}
     if "rope_parameters" in written:
         return {**written, "rope_parameters": written["rope_parameters"] | spelt}
@@ -318,19 +326,19 @@ def with_yarn(written: dict[str, Any], yarn: Yarn) -> dict[str, Any]:
 
 
 def write(family: Family, values: dict[str, Any]) -> dict[str, Any]:
-    """The reverse of `read`: all our fields, `extra` among them, as that family spells them."""
+    """The reverse of `read`: all fields, including `extra`, under the family's keys."""
     extra = dict(values.pop("extra"))
     values.pop("rope_scaling")  # `with_yarn` adds it
     values = {k: v for k, v in values.items() if k not in family.implied or v != family.implied[k]}
     extra = {k: v for k, v in extra.items() if k not in family.implied or k not in values}
-    # Engines that go by the architecture's name must not take a variant for what they know.
+    # Inference engines choose their code by the architecture's name: a variant needs a name that they do not know.
     variant = values.keys() & RELEASED.keys() or values.get("attention_gate") == "head_shared"
     architecture = f"{family.architecture}Variant" if variant else family.architecture
     extra |= {"architectures": [architecture]} if variant else {}
     written: dict[str, Any] = {"architectures": [architecture], "model_type": family.model_type}
     written |= {"hidden_act": "silu", **family.fixed, **values}
     gate = values.get("attention_gate", family.implied["attention_gate"])
-    elsewhere = any(key.startswith("attention_gate_") for key in values)  # the flags say G1, by sigmoid
+    elsewhere = any(key.startswith("attention_gate_") for key in values)  # the flags imply a sigmoid gate at G1
     if not elsewhere and (gate == "none" or gate in family.gate_flags.values()):
         written |= {flag: gate == kind for flag, kind in family.gate_flags.items()}
         if family.gate_flags:

@@ -1,4 +1,4 @@
-"""What a configuration amounts to: parameters, layers, bytes of context. Nothing is allocated."""
+"""Parameters, layers and bytes of context of a configuration, without allocating the model."""
 
 from dataclasses import dataclass
 
@@ -21,11 +21,11 @@ class Counts:
     """Numbers of parameters.
 
     Attributes:
-        main: the model without MTP. A tied head is the embedding and counts once.
-        mtp: the multi-token prediction layer, which shares embedding and head and counts neither.
-        active: what a token of the main model uses: everything in `main`, of the routed experts only the
-            share top_k / experts. The embedding counts whole, although a token reads one row of it.
-        embedding: the embedding alone; an untied head has as many again, in `main` and `active`.
+        main: the model without the MTP layer. A tied head is counted once, as the embedding.
+        mtp: the MTP layer, without the embedding and head that it shares with the main model.
+        active: parameters that a token of the main model uses: all of `main`, but only the fraction
+            top_k / experts of the routed experts. The whole embedding is counted, although a token reads one row.
+        embedding: the embedding alone. An untied head has the same number, counted in `main` and `active`.
     """
 
     main: int
@@ -35,18 +35,18 @@ class Counts:
 
     @property
     def total(self) -> int:
-        """Main model and MTP layer: what a checkpoint stores."""
+        """Parameters that a checkpoint stores: main model and MTP layer."""
         return self.main + self.mtp
 
 
 def on_meta(config: ModelConfig) -> Qwen3Next:
-    """The model without memory for its parameters: names, shapes and hook points only."""
+    """The model on the meta device: names, shapes and hook points, without allocated parameters."""
     with torch.device("meta"):
         return Qwen3Next(config)
 
 
 def count_parameters(config: ModelConfig) -> Counts:
-    """Count the parameters of a configuration of any size, in seconds and without memory for them."""
+    """Count the parameters of a configuration without allocating them; takes seconds for the largest."""
     return _counts(on_meta(config))
 
 
@@ -57,15 +57,15 @@ def _counts(model: Qwen3Next) -> Counts:
 
 
 def _total_and_active(module: nn.Module, config: ModelConfig) -> tuple[int, int]:
-    """Parameters of a module, and those a token uses; shared ones once."""
+    """Parameters of a module, and those that a token uses; shared parameters are counted once."""
     total = sum(p.numel() for p in module.parameters())
     routed = sum(p.numel() for m in module.modules() if isinstance(m, Experts) for p in m.parameters())
-    # Exact in whole numbers: every expert is as large as the others.
+    # Integer division is exact: all experts have the same size.
     return total, total - routed + routed * config.num_experts_per_tok // max(config.num_experts, 1)
 
 
 def describe(config: ModelConfig) -> Group:
-    """Tables to print with rich: the model, layers by kind, the parameters of each kind, bytes of context."""
+    """Tables to print with rich: the model, the layers by kind, the parameters of each kind, the bytes of context."""
     model = on_meta(config)
     kinds: dict[tuple[str, bool], list[int]] = {}
     for i, mixer in enumerate(config.layer_types):
@@ -74,26 +74,26 @@ def describe(config: ModelConfig) -> Group:
     for (mixer, sparse), layers in kinds.items():
         title = f"parameters of a layer: {_mixer(mixer)}, {'mixture of experts' if sparse else 'dense'}"
         parts.append((title, _parameter_table(model.blocks[layers[0]])))
-    title = "context of one sequence: keys and values in 2 bytes a number, recurrent state in fp32, MTP left out"
+    title = "context of one sequence: KV cache with 2 bytes per element, recurrent state in fp32, without MTP"
     parts.append((title, _context_table(config)))
     return Group(*(line for title, table in parts for line in (f"[bold]{title}[/bold]", table, "")))
 
 
 def hook_lines(config: ModelConfig) -> list[str]:
-    """The model's hook points, one a line: name, shape with this config's numbers, dtype, and what it takes to fire."""
+    """The model's hook points, one per line: name, shape with this config's sizes, dtype, and what makes it fire."""
     rows = [(name, _dims(config, name, p.shape), p.dtype, p.route) for name, p in on_meta(config).hook_dict.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return ["  ".join([*map(str.ljust, row, widths), row[3]]).rstrip() for row in rows]
 
 
 def _dims(config: ModelConfig, name: str, shape: str) -> str:
-    """ "b t h v" with the sizes that do not depend on the input: "b t h=4 v=24"."""
+    """A shape such as "b t h v" with the sizes that do not depend on the input: "b t h=4 v=24"."""
     sizes = hook_sizes(config, name)
     return " ".join(f"{d}={sizes[d]}" if d in sizes else d for d in shape.split())
 
 
 def hook_sizes(config: ModelConfig, name: str) -> dict[str, int]:
-    """The letters of hook points' shapes, as far as the config says them; heads are those of the point's layer."""
+    """The sizes of the letters in a hook point's shape that the config determines; heads are those of its layer."""
     c = config
     sizes = {"width": c.hidden_size, "vocab": c.vocab_size, "e": c.num_experts, "top_k": c.num_experts_per_tok}
     if ".linear_attn." in name:
@@ -158,7 +158,7 @@ def _parameter_table(block: nn.Module) -> Table:
 
 
 def _context_table(config: ModelConfig) -> Table:
-    """The last column is the same model with softmax attention in every layer: what the hybrid saves."""
+    """The last column is for the same model with softmax attention in every layer."""
     table = _table("tokens", "keys and values", "state", "together", "all layers softmax", numbers_from=0)
     softmax = config.replace(layer_types=("full_attention",) * config.num_hidden_layers)
     state = config.bytes_per_sequence()
@@ -173,7 +173,7 @@ def _mixer(kind: str) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """0-2, 4-6, 8: neighbours drawn together, a long list cut in its middle."""
+    """Layer numbers as ranges, such as "0-2, 4-6, 8"; a list of more than four is shortened in the middle."""
     runs: list[list[int]] = []
     for n in numbers:
         if runs and runs[-1][-1] == n - 1:
@@ -185,7 +185,7 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def short(n: int) -> str:
-    """A count with three or four digits: 79.67B, 311.2M, 41.5K."""
+    """A count with a unit: 79.67B, 311.2M, 41.5K."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
         if n >= size:
             return f"{n / size:.2f}{unit}" if unit == "B" else f"{n / size:.1f}{unit}"

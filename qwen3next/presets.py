@@ -1,6 +1,6 @@
-"""Named sizes. Every preset is a function, so that a field can be changed: `presets.tiny(vocab_size=1000)`.
+"""Named configurations. A preset is a function whose arguments change fields: `presets.tiny(vocab_size=1000)`.
 
-Parameter counts leave the MTP layer out; docs/architecture.md has all of them.
+Parameter counts exclude the MTP layer; docs/architecture.md lists all of them.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ _SMALL: dict[str, Any] = {"partial_rotary_factor": 0.25, "rope_theta": 1e4, "max
 
 
 def tiny(**changes: Any) -> ModelConfig:
-    """2.1M parameters, 0.9M active: trains in minutes on two CPU cores. Bytes as tokens."""
+    """2.1M parameters, 0.9M active; trains in minutes on two CPU cores. Tokens are bytes."""
     values = _SMALL | {
         "vocab_size": 257,
         "hidden_size": 128,
@@ -30,7 +30,7 @@ def tiny(**changes: Any) -> ModelConfig:
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 128,
         "shared_expert_intermediate_size": 128,
-        "router_aux_loss_coef": 1e-2,  # with the usual 1e-3, one expert of a layer serves every token after 500 steps
+        "router_aux_loss_coef": 1e-2,  # with 1e-3, one expert of a layer takes every token after 500 steps
         "eos_token_id": 256,
         "tie_word_embeddings": True,
     }
@@ -61,7 +61,7 @@ def small(**changes: Any) -> ModelConfig:
 
 
 def medium(**changes: Any) -> ModelConfig:
-    """122.7M parameters, 34.6M active: the benchmark's size on a CPU."""
+    """122.7M parameters, 34.6M active; the size of the CPU benchmarks."""
     values = _SMALL | {
         "vocab_size": 8192,
         "hidden_size": 512,
@@ -84,7 +84,7 @@ def medium(**changes: Any) -> ModelConfig:
 
 
 def large(**changes: Any) -> ModelConfig:
-    """1.51B parameters, 0.42B active, with the vocabulary and head widths of the released model."""
+    """1.51B parameters, 0.42B active, with the vocabulary and head dimensions of the released model."""
     values: dict[str, Any] = {
         "hidden_size": 1024,
         "intermediate_size": 3072,
@@ -103,7 +103,7 @@ def large(**changes: Any) -> ModelConfig:
 
 
 def qwen3_next_80b_a3b(**changes: Any) -> ModelConfig:
-    """Qwen3-Next-80B-A3B as released: 79.7B parameters, 3.9B active with embedding and head."""
+    """Qwen3-Next-80B-A3B as released: 79.7B parameters, 3.9B active including embedding and head."""
     return ModelConfig(**({"bos_token_id": 151_643, "eos_token_id": 151_645} | changes))
 
 
@@ -146,9 +146,9 @@ ALL = {f.__name__: f for f in (tiny, small, medium, large, *RELEASED)}
 
 
 def named(name: str) -> Callable[..., ModelConfig]:
-    """The preset of that name: one of these, or a row of the gated-attention study, which `study.PRESETS` lists.
+    """The preset of that name: one of `ALL`, or a row of the gated-attention study (`study.PRESETS`).
 
-    Raises: ValueError for a name that is none.
+    Raises: ValueError for an unknown name.
     """
     found = ALL.get(name) or STUDY.get(name)
     if found is None:

@@ -1,4 +1,4 @@
-"""The rows of the gated-attention study (arXiv:2505.06708) as presets: each a choice of fields on top of a baseline.
+"""The rows of the gated-attention study (arXiv:2505.06708) as presets. A row changes some fields of a baseline.
 
 q.presets.named("moe_15b_g1_elementwise")()       # a row of its tables 1, 3 and 6 at the paper's size
 ROWS["g1_elementwise"].of(baseline)               # the same choice on a baseline of another size
@@ -22,10 +22,10 @@ class Row:
     """One row.
 
     Attributes:
-        number: in docs/gated_attention.md, 1 to 25; 0 for what stands in the table of dense models only.
-        what: in words.
-        changes: fields that differ from the baseline's, or a function of the baseline that gives them.
-        added: millions of parameters that the paper prints as added; None where it prints none.
+        number: the row's number in docs/gated_attention.md, 1 to 25; 0 for rows not in that table.
+        what: a description in words.
+        changes: fields that differ from the baseline's, or a function of the baseline that returns them.
+        added: added parameters in millions, as the paper prints them; None if it prints none.
     """
 
     number: int
@@ -34,7 +34,7 @@ class Row:
     added: float | None = None
 
     def of(self, baseline: ModelConfig) -> ModelConfig:
-        """The baseline with this row's choice."""
+        """The baseline with this row's changes."""
         return baseline.replace(**(self.changes(baseline) if callable(self.changes) else self.changes))
 
 
@@ -48,9 +48,9 @@ def _switch(kind: str, experts: int, top_k: int) -> dict[str, str | int]:
 
 
 def _more_experts(c: ModelConfig) -> Changes:
-    """A 32nd more, and half as many again for each token: 132 instead of 128, 12 instead of 8."""
+    """1/32 more experts and 1/2 more experts per token: 132 instead of 128, 12 instead of 8."""
     if not c.num_experts:
-        raise ValueError("A dense model has no experts to add some to: leave the row more_experts out.")
+        raise ValueError("The row more_experts needs a mixture of experts, but this model is dense: choose another.")
     more, top_k = max(c.num_experts // 32, 1), c.num_experts_per_tok
     return {"num_experts": c.num_experts + more, "num_experts_per_tok": top_k + max(top_k // 2, 1)}
 
@@ -86,7 +86,7 @@ ROWS = {
     "sandwich_norm": Row(0, "norms behind mixers and feed-forwards", {"sandwich_norm": True}),
 }
 
-# The ablations of arXiv:2412.06464, and Gated DeltaNet's relatives: on a baseline with Gated DeltaNet layers.
+# The ablations of arXiv:2412.06464 and related architectures, for a baseline with Gated DeltaNet layers.
 LINEAR_ROWS = {
     "gdn": Row(0, "Gated DeltaNet as released", {}),
     "gdn_sigmoid_gate": Row(0, "output gate by sigmoid", {"linear_output_gate": "sigmoid"}),
@@ -101,9 +101,9 @@ LINEAR_ROWS = {
 
 
 def moe_15b(row: str = "baseline", **changes: Any) -> ModelConfig:
-    """The study's mixture of experts, "15B-A2.54B": 24 layers, 128 experts of which 8 serve a token.
+    """The study's mixture of experts, "15B-A2.54B": 24 layers, 128 experts, 8 per token.
 
-    Norms, RoPE base and loss weights are not printed in the paper; here they are Qwen3's and this project's usual ones.
+    The paper does not print norms, RoPE base and loss weights: these are Qwen3's and this project's defaults.
     """
     values: dict[str, Any] = {
         "num_hidden_layers": 24,
@@ -127,9 +127,13 @@ def moe_15b(row: str = "baseline", **changes: Any) -> ModelConfig:
 
 
 def dense_1_7b(row: str = "baseline", *, layers: int = 28, **changes: Any) -> ModelConfig:
-    """The study's dense models of 28 layers, and of 48 narrower ones; gates cost the feed-forward its width."""
+    """The study's dense models: 28 layers, or 48 layers with a smaller hidden size.
+
+    With a gate, the feed-forward is narrowed until the number of parameters equals the baseline's.
+    Raises: ValueError for another number of layers.
+    """
     if layers not in (28, 48):
-        raise ValueError(f"The study has dense models of 28 and of 48 layers, not of {layers}.")
+        raise ValueError(f"layers must be 28 or 48, as in the study's dense models, got {layers}.")
     baseline = ModelConfig(
         model_type="qwen3",
         num_hidden_layers=layers,
@@ -153,24 +157,24 @@ def dense_1_7b(row: str = "baseline", *, layers: int = 28, **changes: Any) -> Mo
 
 
 def count(config: ModelConfig) -> int:
-    """Parameters of a model, from the shapes of its tensors alone."""
+    """Number of parameters, from the shapes of the tensors; nothing is allocated."""
     return sum(math.prod(entry.shape) for entry in entries(config))
 
 
 def matched(config: ModelConfig, *, like: ModelConfig, multiple_of: int = 1) -> ModelConfig:
-    """`config` with feed-forwards narrowed, or widened, until it has as many parameters as `like`.
+    """`config` with the feed-forward size changed so that the number of parameters is closest to that of `like`.
 
-    What is left is at most half of what `multiple_of` hidden units of every feed-forward have.
-    Raises: ValueError where that would leave no feed-forward, or where some layers are dense and some sparse.
+    The remaining difference is at most half the parameters of `multiple_of` hidden units in every feed-forward.
+    Raises: ValueError if no feed-forward would be left, or if some layers are dense and some sparse.
     """
     sparse = {config.is_sparse(i) for i in range(config.num_hidden_layers)}
     if len(sparse) > 1:
-        raise ValueError("Some feed-forwards are dense and some are mixtures: there is no one width to match with.")
+        raise ValueError("Some layers are dense and some are sparse: make all of them dense or all of them sparse.")
     field, number = ("moe_intermediate_size", config.num_experts) if sparse.pop() else ("intermediate_size", 1)
     a_unit = 3 * config.hidden_size * number * (config.num_hidden_layers + config.mtp_num_hidden_layers)
     width = getattr(config, field) - multiple_of * round((count(config) - count(like)) / (a_unit * multiple_of))
     if width < 1:
-        raise ValueError(f"To match the parameters, {field} would have to be {width}: begin with a wider one.")
+        raise ValueError(f"{field} would have to be {width} to match the parameters: start from a larger one.")
     return config.replace(**{field: width})
 
 

@@ -1,6 +1,6 @@
 """The choices of the gated-attention study and of Gated DeltaNet's ablations, as fields of `ModelConfig`.
 
-No released config.json has these keys; at their defaults they say what the released models are, and are not written.
+No released config.json has these keys. The defaults describe the released models and are not written.
 """
 
 from dataclasses import dataclass, fields
@@ -23,11 +23,12 @@ OF_THE_GATE = ("position", "form", "activation", "input")
 
 @dataclass(frozen=True, kw_only=True)
 class Variants:
-    """What may be chosen otherwise than in the released models. `AttentionVariant` and `DeltaNetVariant` explain each.
+    """Choices that no released model makes. `AttentionVariant` and `DeltaNetVariant` explain each field.
 
-    Softmax attention: `attention_gate_*` say where the gate stands, how it acts and what makes its scores;
-    `attention_output_*` what happens to attention's answer before it; `attention_switch*` mix several projections a
-    key head. Gated DeltaNet: `linear_*`. `sandwich_norm` norms what mixers and feed-forwards add to the stream.
+    Softmax attention: `attention_gate_*` set the gate's position, form, activation and input; `attention_output_*`
+    norm or activate attention's output before the gate; `attention_switch*` mix several projections per key head.
+    Gated DeltaNet: `linear_*`. `sandwich_norm` normalises the outputs of mixers and feed-forwards before they are
+    added to the residual stream.
     """
 
     attention_gate_position: str = "G1"
@@ -49,31 +50,35 @@ class Variants:
     linear_negative_eigenvalues: bool = False
 
     def chosen(self, prefix: str = "") -> dict[str, Any]:
-        """The fields here whose name begins so and that differ from the released models."""
+        """The fields of this class whose name starts with `prefix` and whose value differs from the released models."""
         found = {f.name: getattr(self, f.name) for f in fields(Variants) if f.name.startswith(prefix)}
         return {name: value for name, value in found.items() if value != RELEASED[name]}
 
     def check_variants(self, gate: str) -> None:
-        """Raises: ValueError for an unknown choice, or choices that contradict each other or `gate`, attention_gate."""
+        """Check these fields. `gate` is the configuration's attention_gate.
+
+        Raises: ValueError for an unknown choice, or choices that contradict each other or `gate`.
+        """
         if gate not in GRANULARITIES:
-            raise ValueError(f"attention_gate {gate!r} is none of {', '.join(GRANULARITIES)}.")
+            raise ValueError(f"attention_gate {gate!r} is unknown: choose one of {', '.join(GRANULARITIES)}.")
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(known)}.")
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(known)}.")
         idle = [f"attention_gate_{part}" for part in OF_THE_GATE if f"attention_gate_{part}" in self.chosen()]
         if gate == "none" and idle:
             raise ValueError(
-                f"{idle[0]} is {getattr(self, idle[0])!r} and attention_gate 'none': choose a gate, or leave it out."
+                f"{idle[0]} is {getattr(self, idle[0])!r} but attention_gate is 'none': choose a gate, or leave "
+                "that field out."
             )
         if self.attention_gate_position == "G5" and gate != "elementwise":
-            raise ValueError(f"G5 stands behind the output projection, without heads: its gate cannot be {gate!r}.")
+            raise ValueError(f"A gate at G5 has no heads: attention_gate must be 'elementwise', got {gate!r}.")
         experts, top_k = self.attention_switch_experts, self.attention_switch_top_k
         if self.attention_switch == "none" and (experts, top_k) != (1, 1):
-            raise ValueError("attention_switch is 'none', so there is nothing to mix: choose 'v' or 'kv'.")
+            raise ValueError("attention_switch_experts and attention_switch_top_k need attention_switch 'v' or 'kv'.")
         if top_k > experts:
-            raise ValueError(f"attention_switch_top_k is {top_k} of {experts} projections: choose fewer.")
+            raise ValueError(f"attention_switch_top_k is {top_k}, but attention_switch_experts is {experts}: lower it.")
         if self.linear_negative_eigenvalues and not self.linear_delta:
-            raise ValueError("linear_negative_eigenvalues needs linear_delta: without it nothing is erased.")
+            raise ValueError("linear_negative_eigenvalues needs linear_delta: set linear_delta, or leave it out.")
 
 
 RELEASED: dict[str, Any] = {f.name: f.default for f in fields(Variants)}

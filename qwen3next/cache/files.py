@@ -1,4 +1,4 @@
-"""A cache in a file: tensors, tokens and snapshots, and what it takes to know that they belong to a model."""
+"""Save and load a cache: tensors, tokens, snapshots and the fingerprint of the model."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,7 @@ from qwen3next.files.checksummed import read_about, read_sealed, write_sealed
 from qwen3next.files.fingerprint import fingerprint
 
 FORMAT = "qwen3next cache 4"
-# Fields of a configuration that do not change what a cache holds.
+# Fields of a configuration that do not change the contents of a cache.
 _BESIDE = """
     extra outer initializer_range max_position_embeddings mtp_num_hidden_layers rope_scaling router_aux_loss_coef
     router_z_loss_coef mtp_loss_coef bos_token_id eos_token_id pad_token_id
@@ -24,12 +24,12 @@ BESIDE = _BESIDE.split()
 
 
 def identity(model: Any, *, mtp: bool = False) -> str:
-    """Of what makes a cache's contents: dtypes count, the MTP layer only in a cache that has its part."""
+    """The fingerprint of a model for its caches. It includes dtypes, and the MTP layer only if `mtp`."""
     return fingerprint(model, left_out=lambda name: name.startswith("mtp.") and not mtp, beside=BESIDE)
 
 
 class CacheFiles:
-    """`save` and `load` of a cache."""
+    """The methods `save` and `load` of a cache."""
 
     layers: list[State]
     mtp: KVState | None
@@ -48,15 +48,16 @@ class CacheFiles:
         raise NotImplementedError
 
     def save(self, path: str | Path) -> None:
-        """Write this cache and its snapshots as safetensors, whole or not at all; `load` wants the same model.
+        """Write this cache and its snapshots as a safetensors file, atomically. `load` requires the same model.
 
         Keys and values that snapshots share with the cache are written once.
+        Raises: ValueError if the cache's model no longer exists.
         """
         model = None if self.model is None else self.model()
         if model is None:
-            raise ValueError("The model of this cache is gone: save while it is there, so that the file can name it.")
+            raise ValueError("The model of this cache was deleted: save the cache while the model exists.")
         tensors: dict[str, Tensor] = {}
-        numbers: dict[int, int] = {}  # where a part of keys and values lies → its number
+        numbers: dict[int, int] = {}  # address of a part of keys and values → its number
 
         def parts_of(state: KVState, held: int) -> list[tuple[int, int]]:
             found = []
@@ -100,18 +101,22 @@ class CacheFiles:
 
     @classmethod
     def load(cls, path: str | Path, model: Any, *, max_len: int | None = None, history: int = 0) -> Any:
-        """Read a cache that `model` wrote, on its device, with room for `max_len` tokens (the default, if None).
+        """Read a cache that was saved with `model`, onto the model's device.
 
-        Raises: ValueError for a damaged or edited file, or one of another model, dtype or RoPE factor.
+        Args:
+            max_len: tokens that the cache can hold; None means 4096, or the tokens in the file if more.
+            history: as for `model.new_cache`.
+        Raises: ValueError for a damaged or changed file, one of another model, dtype or RoPE factor, or more tokens
+            than `max_len`.
         """
         path = Path(path)
         about = read_about(path, format=FORMAT, kind="a cache")
         if about["fingerprint"] != identity(model, mtp=about["mtp"]):
-            raise ValueError(f"{path} is the cache of another model, or of other weights or another dtype of this one.")
+            raise ValueError(f"{path} is a cache of another model, other weights or another dtype: use its own model.")
         if (about["yarn"] and Yarn(**about["yarn"])) != model.config.rope_scaling:
             raise ValueError(
                 f"{path} was made with RoPE scaling {about['yarn']}, the model has {model.config.rope_scaling}: "
-                "call model.extend_context with the same factor, or fill it anew."
+                "call model.extend_context with the same factor, or create the cache again."
             )
         device = model.device
         tensors = {name: x.to(device) for name, x in read_sealed(path, about).items()}
@@ -120,7 +125,7 @@ class CacheFiles:
         batch = len(marks[""]["lengths"])
         limit = max(held, 4096) if max_len is None else max_len
         if limit < held:
-            raise ValueError(f"{path} holds {held} tokens and max_len is {limit}: make it larger.")
+            raise ValueError(f"{path} holds {held} tokens, but max_len is {limit}: make it larger.")
         kv_dtype = about["kv_dtype"]
         cache = model.new_cache(batch=batch, max_len=limit, kv_dtype=kv_dtype, history=history, mtp=about["mtp"])
         for n, (name, described) in enumerate(marks.items()):

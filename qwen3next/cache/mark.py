@@ -1,4 +1,4 @@
-"""A cache as it was at some point: what snapshots, forks and files hold."""
+"""The snapshot of a cache, used by snapshots, forks and files."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ from qwen3next.cache.rollback_log import State
 
 @dataclass
 class Mark:
-    """A cache as it was at some point. States are shared with the cache, which replaces and never changes them.
+    """A snapshot of a cache. It shares states with the cache, which replaces states and never modifies them in place.
 
     Attributes:
-        tokens: (b, n) the token ids seen, n the longest row's; the others as in HybridCache.
+        tokens: (b, n) the token ids of the cache, n being the longest row's number; others as in HybridCache.
     """
 
     lengths: tuple[int, ...]
@@ -24,7 +24,7 @@ class Mark:
     last_logits: Tensor | None
 
     def storages(self) -> dict[int, int]:
-        """Address and bytes of the memory that this keeps alive, token ids and logits left out."""
+        """Address → bytes of the storages that this keeps alive, without token ids and logits."""
         found: dict[int, int] = {}
         for s in self.layers if self.mtp is None else [*self.layers, self.mtp]:
             if isinstance(s, KVState):

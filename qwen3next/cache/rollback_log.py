@@ -1,4 +1,4 @@
-"""How a cache goes back to a token in its past: kept states, and between them the replay of what was written."""
+"""The rollback log of a cache: kept states, and update logs to replay the tokens between them."""
 
 from collections import deque
 from collections.abc import Collection, Sequence
@@ -12,21 +12,21 @@ from layers.segments import Segments
 from layers.state.kv_cache import KVState
 from layers.state.update_log import Tape
 
-GRID = 64  # tokens: where a long call is cut, so that the cut leaves no trace in its result
+GRID = 64  # tokens: long calls are cut at multiples of this, so that the cut does not change their result
 State = KVState | DeltaNetState
 
 
 @dataclass
 class Stretch:
-    """A state that was kept, and the tokens since then, noted a layer at a time.
+    """A span: a kept state, and the update logs of the tokens after it.
 
     Attributes:
-        lengths: tokens of each row where it begins.
-        tapes: one a Gated DeltaNet layer, in the order of the layers.
-        logits: (b, vocab) where it begins, if known.
-        before: (b, width) hidden state of the token before it, if known.
-        hidden: (b n width) of the tokens noted.
-        rested: row → how many of them are its own, where it rested after those, or was taken back to there.
+        lengths: tokens of each row at the start of the span.
+        tapes: one update log per Gated DeltaNet layer, in the order of the layers.
+        logits: (b, vocab) at the start, if known.
+        before: (b, width) hidden state of the token before the start, if known.
+        hidden: (b n width) hidden states of the recorded tokens.
+        rested: row → number of recorded tokens that belong to it, if the row paused or was rolled back after those.
     """
 
     lengths: tuple[int, ...]
@@ -41,11 +41,11 @@ class Stretch:
         return sum(x.shape[1] for x in self.hidden)
 
     def own(self, row: int) -> int:
-        """How many of the tokens noted are this row's; −1 where not even the beginning is."""
+        """Number of recorded tokens that belong to this row; −1 if not even the start of the span does."""
         return self.rested.get(row, self.noted)
 
     def after(self, counts: Sequence[int]) -> "Point":
-        """The state after so many tokens of each row."""
+        """The state after `counts` recorded tokens of each row."""
         layers = [DeltaNetState(*tape.state_after(counts)) for tape in self.tapes]
         hidden, logits = self.before, None if max(counts) else self.logits
         if max(counts):
@@ -57,7 +57,7 @@ class Stretch:
         return Point(lengths, layers, logits, hidden)
 
     def cut(self, length: int) -> "Stretch":
-        """The same beginning with `length` of its tokens."""
+        """A copy of this span with its first `length` tokens."""
         hidden = [torch.cat(self.hidden, dim=1)[:, :length]] if length else []
         tapes = [tape.cut(length) for tape in self.tapes]
         rested = {row: n for row, n in self.rested.items() if n < length}
@@ -66,7 +66,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Point:
-    """A token in the past, ready to go on from: `layers` holds Gated DeltaNet states in the order of the layers."""
+    """The state after an earlier token: `layers` holds Gated DeltaNet states in the order of the layers."""
 
     lengths: tuple[int, ...]
     layers: list[DeltaNetState]
@@ -75,25 +75,25 @@ class Point:
 
 
 class Journal:
-    """What it takes to take back the last `limit` tokens of a cache, wherever calls began.
+    """The rollback log: can restore a cache to any of its last `limit` tokens, independent of where calls started.
 
-    A call of a few tokens is noted behind the state that was kept last, as long as that is cheaper than keeping another
-    one, and at most `limit` tokens long, which bounds the work of a replay. Of a long call only the end is noted, from
-    a cut on the 64-token grid on, which leaves no trace in its result. Where a call's rows are padded or packed, only
-    its beginning is kept.
+    A short call is appended to the newest span, while that is cheaper than keeping another state and the span has at
+    most `limit` tokens, which bounds the cost of a replay. Of a long call, only the end is recorded, from a cut at a
+    multiple of 64 tokens, which does not change its result. Of a call with padded or packed rows, only the state at its
+    start is kept.
 
     Args:
-        limit: tokens.
+        limit: tokens that can be rolled back.
     """
 
     def __init__(self, limit: int):
         self.limit = limit
         self.stretches: deque[Stretch] = deque()
-        self._open: Stretch | None = None  # notes the call that runs now,
-        self._cut = 0  # from this of its tokens on
+        self._open: Stretch | None = None  # records the current call,
+        self._cut = 0  # from this token of it
 
     def copy(self) -> "Journal":
-        """Another journal of the same past: lists are copied, tensors shared."""
+        """A copy of the rollback log: lists are copied, tensors shared."""
         other = Journal(self.limit)
         other.stretches.extend(stretch.cut(stretch.noted) for stretch in self.stretches)
         return other
@@ -111,10 +111,11 @@ class Journal:
         hidden: Tensor | None,
         resting: Collection[int] = (),
     ) -> None:
-        """Before a call that nothing refuses any more: make its layers note what they write.
+        """Start recording the updates of a call. Call it after the call was validated.
 
         Args:
-            resting: rows that it leaves as they are.
+            logits, hidden: (b, vocab) and (b, width) after the last token before the call, if known.
+            resting: rows that the call does not change.
         """
         states = [s for s in layers if isinstance(s, DeltaNetState)]
         newest = self.stretches[-1] if self.stretches else None
@@ -139,7 +140,7 @@ class Journal:
             state.tape, state.cut = tape, cut
 
     def end(self, layers: Sequence[State], hidden: Tensor) -> None:
-        """After that call; `hidden` is (b t width)."""
+        """Finish recording after the call; `hidden` is its (b t width) hidden states."""
         states = [s for s in layers if isinstance(s, DeltaNetState)]
         tapes, stretch, cut = [s.tape for s in states], self._open, self._cut
         for state in states:
@@ -148,7 +149,7 @@ class Journal:
         if stretch is None:
             return
         whole = [tape for tape in tapes if tape is not None]
-        if len(whole) < len(tapes):  # hooks changed what was written: the call's beginning is known, not its middle
+        if len(whole) < len(tapes):  # hooks changed the updates: only the state at the call's start is known
             stretch.tapes = [tape.cut(stretch.noted) for tape in stretch.tapes]
             if not cut:
                 self._keep(stretch)
@@ -160,7 +161,7 @@ class Journal:
         self._keep(self._shortened(stretch) if cut else stretch)
 
     def abandon(self, layers: Sequence[State]) -> None:
-        """In place of `end`, where the call failed and the layers' states are put back."""
+        """Instead of `end`, if the call failed and the layers' states are restored."""
         stretch, self._open = self._open, None
         if stretch is not None:
             stretch.tapes = [tape.cut(stretch.noted) for tape in stretch.tapes]
@@ -169,7 +170,7 @@ class Journal:
                 state.tape, state.cut = None, 0
 
     def find(self, targets: Sequence[int]) -> Point | None:
-        """The state after so many tokens of each row, and everything after it forgotten; None where it is not known."""
+        """The state after `targets` tokens of each row, or None if it is not known. Drops all records after it."""
         holding = []
         for row, target in enumerate(targets):
             found = [i for i, s in enumerate(self.stretches) if 0 <= target - s.lengths[row] <= s.own(row)]
@@ -186,12 +187,12 @@ class Journal:
         return _gathered([points[i] for i in holding], targets)
 
     def furthest(self, most: int) -> int:
-        """Of a cache of one row: the largest number of tokens, up to `most`, that `find` would know; −1 for none."""
+        """For a cache of one row: the largest number of tokens, up to `most`, that `find` can restore; −1 if none."""
         ends = [min(most, s.lengths[0] + s.own(0)) for s in self.stretches if s.lengths[0] <= most]
         return max(ends, default=-1)
 
     def _forget(self, targets: Sequence[int]) -> None:
-        """Take out what was noted behind so many tokens of each row."""
+        """Drop the records after `targets` tokens of each row."""
         for _ in range(len(self.stretches)):
             stretch = self.stretches.popleft()
             left = [min(target - stretch.lengths[row], stretch.own(row)) for row, target in enumerate(targets)]
@@ -214,14 +215,14 @@ class Journal:
     def _keep(self, stretch: Stretch) -> None:
         if not self.stretches or self.stretches[-1] is not stretch:
             self.stretches.append(stretch)
-        # The oldest goes when the one after it reaches back far enough.
+        # Drop the oldest span if the one after it covers the limit.
         newest = self.stretches[-1]
         first = [length + newest.noted - self.limit for length in newest.lengths]
         while len(self.stretches) > 1 and all(a <= b for a, b in zip(self.stretches[1].lengths, first, strict=True)):
             self.stretches.popleft()
 
     def _shortened(self, stretch: Stretch) -> Stretch:
-        """The same end, begun where the limit reaches."""
+        """A copy of this span with its last `limit` tokens."""
         skip = stretch.noted - self.limit
         hidden = torch.cat(stretch.hidden, dim=1)
         before = hidden[:, skip - 1] if skip else stretch.before
@@ -230,7 +231,7 @@ class Journal:
         return Stretch(lengths, tapes, None, before, [hidden[:, skip:].clone()])
 
     def _most(self, stretch: Stretch) -> int:
-        """Tokens to note behind one kept state: no more than cost what another would."""
+        """Most tokens to record after one kept state: their records may cost no more memory than another state."""
         each = sum(tape.nbytes - tape.conv.nbytes - tape.memory.nbytes for tape in stretch.tapes)
         state = sum(tape.conv.nbytes + tape.memory.nbytes for tape in stretch.tapes)
         cheap = state * stretch.noted // each if each else self.limit
@@ -238,7 +239,7 @@ class Journal:
 
     @staticmethod
     def _reaches(stretch: Stretch, past: Sequence[int], resting: Collection[int]) -> bool:
-        """Whether its last token is the one before the call's first, in every row that goes on."""
+        """Whether the span ends where the call starts, in every row that the call changes."""
         return all(
             row in resting or (begin + stretch.noted == now and stretch.own(row) == stretch.noted)
             for row, (begin, now) in enumerate(zip(stretch.lengths, past, strict=True))
@@ -250,7 +251,7 @@ def _tapes(states: Sequence[DeltaNetState]) -> list[Tape]:
 
 
 def _gathered(points: Sequence[Point], targets: Sequence[int]) -> Point:
-    """One point of several: each row is that of its own."""
+    """Combine points: row r of the result is row r of point r."""
     layers = []
     for states in zip(*(point.layers for point in points), strict=True):
         conv, memory = (
@@ -260,7 +261,7 @@ def _gathered(points: Sequence[Point], targets: Sequence[int]) -> Point:
         layers.append(DeltaNetState(conv, memory))
     known = [x for point in points if (x := point.hidden) is not None]
     hidden = None
-    if known:  # a row without tokens has none
+    if known:  # a row without tokens has no hidden state
         rows = [
             known[0].new_zeros(known[0].shape[1]) if p.hidden is None else p.hidden[r] for r, p in enumerate(points)
         ]

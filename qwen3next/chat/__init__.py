@@ -1,4 +1,4 @@
-"""Conversations: templates, messages, thinking, replies, and questions about a document."""
+"""Chat: templates, messages, thinking, replies, and questions about a document."""
 
 from qwen3next.chat.session import Conversation
 

@@ -1,4 +1,4 @@
-"""A document that is read once and asked many times."""
+"""Questions about a document that is prefilled once."""
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -16,26 +16,27 @@ from qwen3next.generation.generate import stream
 from qwen3next.generation.text import TextStream
 from qwen3next.prefix.store import Prefill, PrefixStore
 
-# Questions that begin unlike each other: what their prompts have in common is the document.
+# Questions that start differently: the common prefix of their prompts is the document.
 PROBES = ("A question", "1", "\u201c", "?")
 
 
 class Document:
-    """A text in front of every question; its keys, values and states are made once and kept in a store.
+    """A text in front of every question. Its KV cache and states are computed once and kept in a prefix store.
 
-    With a chat template a prompt is one user message, the document, an empty line and the question. Without one it is
-    the document and what is asked, as they stand, and the model continues it.
+    With a chat template, a prompt is one user message: the document, an empty line and the question. Without one, it is
+    the document followed by the question, and the model continues this text.
 
     Args:
         text: the document.
-        template: of the checkpoint; None continues plain text.
-        store: where its beginning is kept; None makes one in memory.
+        template: the checkpoint's chat template; None continues plain text.
+        store: the prefix store; None makes one in memory.
         system: the system prompt; None leaves it to the template.
-        variables: what else the template reads, e.g. {"enable_thinking": False}.
-        chunk_size, max_memory: as `model.prefill` takes them.
+        variables: other variables of the template, e.g. {"enable_thinking": False}.
+        chunk_size, max_memory: as for `model.prefill`.
     Attributes:
-        tokens: of the document, with what the template puts before it: what questions have in common.
-        stats: of the last answer.
+        tokens: number of tokens that all prompts start with: the document and the template's text before it.
+        stats: those of the last answer.
+    Raises: ValueError for an empty document, or a system prompt without a template.
     """
 
     def __init__(
@@ -52,9 +53,9 @@ class Document:
         max_memory: int | str | None = None,
     ):
         if not text.strip():
-            raise ValueError("The document is empty: there is nothing to ask about.")
+            raise ValueError("The document is empty: give a text.")
         if template is None and (system is not None or variables):
-            raise ValueError("A system prompt needs a chat template, which this document is read without.")
+            raise ValueError("system and variables need a chat template: give one, or leave them out.")
         self.model, self.tokenizer, self.text, self.template = model, tokenizer, text, template
         model.generation_config.warn()
         self.store = PrefixStore(model) if store is None else store
@@ -66,7 +67,7 @@ class Document:
         self.stats: Stats | None = None
 
     def read(self) -> Prefill:
-        """Make the document's keys, values and states, as far as they are not known; iterate to run it."""
+        """A prefill of the document's tokens that the store does not hold; iterate over it to run it."""
         return self.store.prefill(self._ids, **self._bounds)
 
     def answer(
@@ -79,15 +80,16 @@ class Document:
         top_p: float | None = None,
         seed: int | None = None,
     ) -> Generator[Piece, None, None]:
-        """Yields ("thinking", text) and ("answer", text) as they are made. Questions know nothing of each other.
+        """Yield ("thinking", text) and ("answer", text) as they are generated. Questions are independent.
 
         Args:
-            max_new_tokens, temperature, top_k, top_p: None means what the checkpoint's generation_config.json says;
-                without max_new_tokens, 512.
-        Raises: ValueError for an empty question in a chat, or a prompt that the template refuses.
+            max_new_tokens, temperature, top_k, top_p: None uses the checkpoint's generation_config.json; if that gives
+                no max_new_tokens, 512.
+            seed: for sampling; None uses torch's global generator.
+        Raises: ValueError for an empty question with a template, or a prompt that the template refuses.
         """
         if self.template is not None and not question.strip():
-            raise ValueError("The question is empty: there is nothing to answer.")
+            raise ValueError("The question is empty: give a text.")
         prompt = self._prompt(question)
         ids, began = self._encode(prompt), time.perf_counter()
         g = self.model.generation_config
@@ -143,7 +145,7 @@ class Document:
 
 
 class PlainReader:
-    """As `ReplyReader`, for text that has no markup."""
+    """As `ReplyReader`, for text without markup."""
 
     def __init__(self, tokenizer: Tokenizer, *, stop_tokens: set[int], stop: Sequence[str] = ()):
         self._text, self._stop = TextStream(lambda ids: tokenizer.decode(ids), stop=stop), stop_tokens

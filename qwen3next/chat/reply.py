@@ -1,4 +1,4 @@
-"""A reply: its tokens, as they come, to thinking and answer; what it cost."""
+"""Split the tokens of a reply into thinking and answer as they arrive; statistics of a reply."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from qwen3next.generation.text import TextStream
 
 @dataclass
 class Stats:
-    """What a reply cost.
+    """Token counts and times of a reply.
 
     Attributes:
-        prompt: tokens of the whole conversation as the template writes it.
-        reused: of these, tokens that the cache held from the turns before.
-        new: tokens made, a stop token included.
-        prompt_seconds, seconds: until the first token, and in all.
+        prompt: tokens of the prompt, the whole conversation.
+        reused: tokens of the prompt that the cache already held.
+        new: generated tokens, including a stop token.
+        prompt_seconds, seconds: time until the first token, and in total.
         ended: "stop" by the model, "length" at max_new_tokens or the end of the context, else "interrupted".
     """
 
@@ -31,16 +31,16 @@ class Stats:
 
 
 class ReplyReader:
-    """Gives out what a reply says, and nothing of its markup.
+    """Turns the tokens of a reply into pieces of thinking and answer, without markup.
 
-    Control tokens are left out, but the tags of thinking are read also where they are control tokens.
+    Control tokens are left out, except that the thinking tags are read even if they are control tokens.
 
     Args:
         stop_tokens: ids that end the reply.
-        stop: texts that end it: the end mark, where a tokenizer of bytes spells it, and what the user stops at.
-        opened: the prompt ended with `<think>`.
+        stop: strings that end it: those of the user, and the end mark if the tokenizer has no token for it.
+        opened: whether the prompt ended with `<think>`.
     Attributes:
-        ended: the reply has ended itself.
+        ended: whether a stop token or stop string was reached.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ReplyReader:
         self.ended = False
 
     def push(self, token: int) -> list[Piece]:
-        """What this token completes, possibly nothing."""
+        """The pieces that this token completes, possibly none."""
         if token in self._stop:
             self.ended = True
             return []
@@ -63,7 +63,7 @@ class ReplyReader:
         return self._splitter.push(text)
 
     def finish(self) -> list[Piece]:
-        """The rest, at the end of the reply."""
+        """The remaining pieces, at the end of the reply."""
         return self._splitter.push(self._text.finish()) + self._splitter.finish()
 
     def _decode(self, ids: list[int]) -> str:

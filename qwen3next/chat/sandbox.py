@@ -1,4 +1,4 @@
-"""Where chat templates run: jinja2's sandbox, with the functions and tags that their authors count on."""
+"""The sandbox in which chat templates run: jinja2's, with the functions and tags that templates use."""
 
 import json
 from collections.abc import Callable
@@ -15,13 +15,13 @@ from jinja2.utils import Namespace
 
 
 def environment() -> ImmutableSandboxedEnvironment:
-    """Whitespace, filters, functions and tags as transformers sets them up for chat templates."""
+    """A jinja2 environment with whitespace, filters, functions and tags as transformers sets them up."""
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControls])
     made.filters["tojson"] = _tojson
     functions: dict[str, Callable[..., object]] = {
         "raise_exception": _raise_exception,
         "strftime_now": lambda format: datetime.now().strftime(format),
-        "dict": lambda *args, **kwargs: dict(*args, **kwargs),  # the class would hand out dict.update, which mutates
+        "dict": lambda *args, **kwargs: dict(*args, **kwargs),  # the class would expose dict.update, which mutates
         "namespace": _Namespace,
     }
     made.globals.update(functions)
@@ -35,7 +35,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """jinja2's own filter escapes <, > and & for HTML; models are trained on plain JSON."""
+    """JSON without HTML escapes: jinja2's own filter escapes <, > and &, but models are trained on plain JSON."""
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -44,7 +44,7 @@ def _raise_exception(message: str) -> None:
 
 
 class _Namespace(Namespace):
-    """jinja2's namespace, which templates could otherwise make hand out Python's internals."""
+    """jinja2's namespace without names that begin with _, which could expose Python's internals."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # `self` may be a key
         self, rest = args[0], args[1:]
@@ -60,11 +60,11 @@ class _Namespace(Namespace):
 
 def _public(name: object) -> None:
     if str(name).startswith("_"):
-        raise SecurityError(f"A namespace of a chat template cannot hold {name!r}: names must not begin with _.")
+        raise SecurityError(f"A chat template's namespace has {name!r}: its names must not begin with _.")
 
 
 class _Generation(Extension):
-    """{% generation %} … {% endgeneration %} marks what the assistant says, for training; here it changes nothing."""
+    """{% generation %} … {% endgeneration %} marks the assistant's text for training; here it has no effect."""
 
     tags = {"generation"}  # noqa: RUF012  as in the base class
 

@@ -1,4 +1,4 @@
-"""A conversation with a checkpoint: history, the cache between turns, replies as they are made."""
+"""A conversation with a checkpoint: history, the cache between turns, streamed replies."""
 
 import time
 from collections.abc import Generator, Mapping
@@ -16,9 +16,9 @@ from qwen3next.chat.thinking import OPEN, Piece, ThinkingSplitter
 from qwen3next.generation.generate import stream
 from qwen3next.generation.generation_config import GenerationConfig
 
-SNAPSHOTS = 4  # points between turns that stay; each has the memory of the recurrent states
-HISTORY = 64  # tokens at the end of a reply that are taken back one by one where the next prompt spells them otherwise
-# A reply and a question that begin unlike others: what prompts have in common with them is there whatever is said next.
+SNAPSHOTS = 4  # snapshots kept between turns; each holds a copy of the recurrent states
+HISTORY = 64  # tokens at the end of a reply that can be rolled back if the next prompt tokenizes them differently
+# Replies and questions that start differently: the common prefix of their prompts starts every next prompt.
 PROBES = (("A reply", "A question"), ("1", "?"))
 
 __all__ = ["ChatTemplate", "Conversation", "GenerationConfig", "Stats", "ThinkingSplitter"]
@@ -28,13 +28,14 @@ class Conversation(History):
     """A history, and a model that continues it.
 
     Args:
-        generation: how to sample and where to stop; None is what the model's folder says. A template's
-            eos_token stops as well.
+        generation: how to sample and where to stop; None uses the model's generation_config.json. The template's
+            eos_token always stops a reply.
         system: the system prompt; None leaves it to the template.
-        variables: what else the template reads, e.g. {"enable_thinking": False}.
-        max_context: tokens of prompt and reply together; None means the model's max_position_embeddings.
+        variables: other variables of the template, e.g. {"enable_thinking": False}.
+        max_context: largest number of tokens of prompt and reply; None means the model's max_position_embeddings.
     Attributes:
-        stats: of the last reply.
+        stats: those of the last reply.
+    Raises: ValueError for max_context below 1.
     """
 
     def __init__(
@@ -76,25 +77,26 @@ class Conversation(History):
         top_p: float | None = None,
         seed: int | None = None,
     ) -> Generator[Piece, None, None]:
-        """Answer the user: yields ("thinking", text) and ("answer", text) as they are made.
+        """Reply to a message: yields ("thinking", text) and ("answer", text) as they are generated.
 
-        The exchange joins the history when the reply ends. Close the generator to end it early: what was said so far is
-        kept, and if nothing was, the history stays as it is.
+        The message and the reply are added to the history when the reply ends. Close the generator to stop early: the
+        text so far is added; without any text, the history is unchanged.
 
         Args:
-            max_new_tokens, temperature, top_k, top_p: None means what `generation` says; without max_new_tokens, 2048.
-        Raises: ValueError for a conversation that is too long or that the template refuses; the history stays as it is.
+            max_new_tokens, temperature, top_k, top_p: None uses `generation`; if that gives no max_new_tokens, 2048.
+            seed: for sampling; None uses torch's global generator.
+        Raises: ValueError for a conversation that is too long or that the template refuses; the history is unchanged.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         check_messages(messages)
         prompt = self.template.render(messages, variables=self.variables)
         ids = self._encode(prompt)
         if not ids:
-            raise ValueError("The chat template makes an empty prompt of this conversation.")
+            raise ValueError("The chat template gives an empty prompt for this conversation: check the template.")
         if len(ids) >= self.max_context:
             raise ValueError(
                 f"The conversation has {len(ids)} tokens, which leaves no room for a reply in a context of "
-                f"{self.max_context}: take messages back, or begin anew."
+                f"{self.max_context}: remove messages, or start a new conversation."
             )
         g = self.generation
         most = (g.max_new_tokens or 2048) if max_new_tokens is None else max_new_tokens
@@ -124,7 +126,7 @@ class Conversation(History):
         try:
             for kind, text in self._pieces(messages, cache, ids, reader, stats, options):
                 said[kind] += text
-                # Kept only where no layer is ahead of another: Ctrl-C within a forward leaves no cache behind.
+                # Keep the cache only between forwards: Ctrl-C inside one leaves layers at different positions.
                 self._cache = cache
                 yield kind, text
                 self._cache = None
@@ -149,7 +151,7 @@ class Conversation(History):
             if begin < end:
                 for _ in self.model.prefill(prompt[:, begin:end], cache):
                     pass
-            if end == kept:  # the next prompt can begin here, whatever the template makes of this reply
+            if end == kept:  # the next prompt shares this prefix, however the template writes the reply
                 cache.snapshot(f"turn {len(messages)}")
         for name in list(cache.snapshots)[:-SNAPSHOTS]:
             del cache.snapshots[name]
@@ -168,19 +170,19 @@ class Conversation(History):
         return self.tokenizer.encode(prompt, add_special_tokens=False).ids
 
     def _kept(self, messages: list[Message], ids: list[int]) -> int:
-        """How many tokens of this prompt the next one will begin with: its end may open thinking, or close it."""
+        """Number of tokens of this prompt that the next prompt starts with; a thinking tag at the end may change."""
         kept, now = len(ids), torch.tensor(ids)
         for reply, question in PROBES:
             further = [{"role": "assistant", "content": reply}, {"role": "user", "content": question}]
             try:
                 prompt = self.template.render([*messages, *further], variables=self.variables)
-            except ValueError:  # then there is no next prompt
+            except ValueError:  # the template refuses another message
                 return len(ids)
             kept = min(kept, common_prefix(now, torch.tensor(self._encode(prompt))))
         return kept
 
     def _take_cache(self, ids: list[int]) -> tuple[HybridCache, int]:
-        """The cache of the turns before, taken back to where the prompt leaves it, else a new one; tokens it holds."""
+        """The cache of the last turn, rolled back to the common prefix, or a new one; and the tokens it holds."""
         cache, self._cache = self._cache, None
         held = 0 if cache is None else cache.rewind_to(ids)
         if cache is None or not held:

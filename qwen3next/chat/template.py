@@ -1,4 +1,4 @@
-"""A checkpoint's chat template: messages to the prompt that the model was trained to answer."""
+"""A checkpoint's chat template: renders messages as the prompt that the model was trained on."""
 
 import json
 import re
@@ -11,15 +11,15 @@ from jinja2 import TemplateError, TemplateSyntaxError, meta
 from qwen3next.chat.sandbox import environment
 from qwen3next.files.json_files import read_object
 
-# Templates that take arguments as JSON text themselves say so by asking what they are.
+# Templates that accept arguments as JSON text test the type of the arguments.
 ASKS_ARGUMENTS = re.compile(r"arguments\s+is\s+(not\s+)?(string|mapping)\b")
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names that messages carry their thinking under
+REASONING = ("reasoning_content", "thinking", "reasoning")  # keys under which messages may hold thinking
 
 
 class ChatTemplate:
     """Renders as transformers' `apply_chat_template(..., tokenize=False)` does, without importing transformers.
 
-    A template is a program that comes with a checkpoint: it runs in jinja2's sandbox, on copies of what it is given.
+    A template is a program from the checkpoint: it runs in jinja2's sandbox, on copies of its inputs.
 
     Args:
         source: the template's text.
@@ -41,19 +41,19 @@ class ChatTemplate:
     def load(cls, folder: str | Path) -> "ChatTemplate":
         """The template of a checkpoint's folder: chat_template.jinja, chat_template.json or tokenizer_config.json.
 
-        Raises: ValueError where there is none, or where it is damaged.
+        Raises: ValueError if there is none, or if it is invalid.
         """
         template = cls.find(folder)
         if template is None:
             raise ValueError(
                 f"{folder} has no chat template (chat_template.jinja, chat_template.json, or chat_template in "
-                "tokenizer_config.json): `qwen3next generate` continues plain text."
+                "tokenizer_config.json): add one, or use `qwen3next generate`, which continues plain text."
             )
         return template
 
     @classmethod
     def find(cls, folder: str | Path) -> "ChatTemplate | None":
-        """As `load`, but None where there is none."""
+        """As `load`, but returns None if there is no template."""
         folder = Path(folder)
         config = read_object(folder / "tokenizer_config.json", "a tokenizer's configuration", optional=True)
         try:
@@ -82,12 +82,13 @@ class ChatTemplate:
         """The prompt for these messages.
 
         Args:
-            messages: {"role": ..., "content": ...}, and "reasoning_content" for thinking, "tool_calls" for calls, whose
-                arguments are an object, or its JSON in a string as OpenAI's interface gives it.
+            messages: {"role": ..., "content": ...}; optional are "reasoning_content" (thinking) and "tool_calls", whose
+                arguments are an object, or a JSON string as in OpenAI's API.
             tools: JSON schemas of functions.
-            add_generation_prompt: end where the assistant's next message begins.
-            variables: what else the template reads, e.g. {"enable_thinking": False}.
-        Raises: ValueError, in one sentence, for whatever goes wrong inside the template.
+            documents: documents for templates that read them.
+            add_generation_prompt: end the prompt where the assistant's next message begins.
+            variables: other variables of the template, e.g. {"enable_thinking": False}.
+        Raises: ValueError for values that are not JSON, or any error inside the template.
         """
         given = self.special_tokens | dict(variables or {})
         plain_messages = [_message(m) for m in messages]
@@ -97,33 +98,31 @@ class ChatTemplate:
         try:
             plain = json.loads(json.dumps(given | {"add_generation_prompt": add_generation_prompt}))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"A chat template is given plain JSON values only: {error}.") from error
+            raise ValueError(f"The inputs of a chat template must be plain JSON values: {error}.") from error
         late = [i for i, m in enumerate(plain["messages"]) if i and m.get("role") == "system"]
         try:
             prompt = self._template.render(plain)
-        except Exception as error:  # a template is a program of someone else's and fails as it likes
-            hint = f" (Message {late[0] + 1} is a system message; the first one can be one.)" if late else ""
-            raise ValueError(
-                f"The chat template does not take this conversation: {_first_line(error)}{hint}"
-            ) from error
+        except Exception as error:  # a template is foreign code and can raise anything
+            hint = f" (Message {late[0] + 1} is a system message; only the first message may be one.)" if late else ""
+            raise ValueError(f"The chat template refuses this conversation: {_first_line(error)}{hint}") from error
         for i in late:
             if not all(_stands_in(text, prompt) for text in _texts(plain["messages"][i].get("content"))):
                 raise ValueError(
-                    f"Message {i + 1} has role 'system', and the chat template leaves it out there: put its text into "
-                    "the first message."
+                    f"Message {i + 1} has role 'system', which the chat template ignores at this position: move its "
+                    "text to the first message."
                 )
         return prompt
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Without keys that are None, which templates would print, and with thinking under every name they read."""
+    """Remove keys that are None, which templates would print, and add thinking under every key that templates read."""
     message = {key: value for key, value in message.items() if value is not None}
     thinking = next((message[name] for name in REASONING if name in message), None)
     return message if thinking is None else {"thinking": thinking, **message, "reasoning_content": thinking}
 
 
 def _with_objects(message: dict[str, Any], number: int) -> dict[str, Any]:
-    """With the arguments of calls as objects, where they are JSON in strings: templates would quote them once more."""
+    """Parse tool-call arguments that are JSON strings into objects, which templates would otherwise quote again."""
     calls = message.get("tool_calls")
     if not isinstance(calls, Sequence) or isinstance(calls, str):
         return message
@@ -140,7 +139,7 @@ def _with_objects(message: dict[str, Any], number: int) -> dict[str, Any]:
             except ValueError:
                 raise ValueError(f"{where}, which are not JSON: give an object.") from None
             if not isinstance(arguments, dict):
-                raise ValueError(f"{where}, which are no JSON object: give one, name by name.")
+                raise ValueError(f"{where}, which are not a JSON object: give an object.")
             changed = {**function, "arguments": arguments}
             call = {**call, "function": changed} if "function" in call else changed
         read.append(call)
@@ -154,16 +153,16 @@ def _texts(content: Any) -> list[str]:
 
 
 def _stands_in(text: str, prompt: str) -> bool:
-    """As it is, or as templates write JSON."""
+    """Whether the prompt contains the text, as it is or as a JSON string."""
     return text.strip() in prompt or json.dumps(text.strip(), ensure_ascii=False)[1:-1] in prompt
 
 
 def _default(found: object, folder: Path) -> str:
-    """The one of several named templates that is for plain chats."""
+    """The template, or the one named "default" of a list of named templates."""
     if isinstance(found, list) and all(isinstance(x, dict) for x in found):
         named = {x.get("name"): x.get("template") for x in found}
         if "default" not in named:
-            raise ValueError(f"{folder} has chat templates named {sorted(map(str, named))} and none named 'default'.")
+            raise ValueError(f"{folder} has chat templates named {sorted(map(str, named))}, but none named 'default'.")
         found = named["default"]
     if not isinstance(found, str):
         raise ValueError(f"{folder}: chat_template must be text, or a list of templates with names.")

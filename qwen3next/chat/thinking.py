@@ -1,4 +1,4 @@
-"""Thinking and answer, told apart while a reply is made."""
+"""Separate thinking from the answer in a streamed reply."""
 
 from typing import Literal
 
@@ -10,23 +10,23 @@ Piece = tuple[Kind, str]
 
 
 class ThinkingSplitter:
-    """Divides streamed text at `<think>` and `</think>`, which may come in pieces and are not given out.
+    """Splits streamed text at `<think>` and `</think>`, which may arrive in pieces and are removed.
 
-    A reply thinks at its beginning or not at all: later tags are text, for a model may write about them. Newlines
-    around the tags belong to the markup: those after a tag, and those before the closing one, are left out.
+    Thinking can only be at the start of a reply; later tags are text, because a model may write about them. Newlines
+    after a tag and before the closing tag are removed too.
 
     Args:
-        opened: the prompt ended with `<think>`; a model that repeats it is understood.
+        opened: whether the prompt ended with `<think>`; a model that repeats the tag is handled.
     """
 
     def __init__(self, *, opened: bool = False):
         self._kind: Kind = "thinking" if opened else "answer"
-        self._tag: str | None = OPEN  # the one that may come next
-        self._trim = opened  # newlines at the beginning are markup
+        self._tag: str | None = OPEN  # the tag that may come next
+        self._trim = opened  # remove newlines at the start
         self._held = ""
 
     def push(self, text: str) -> list[Piece]:
-        """What this text decides: pieces of thinking, of answer, or none yet."""
+        """The pieces of thinking or answer that this text completes, possibly none."""
         self._held += text
         if self._tag == OPEN and not self._begin():
             return []
@@ -42,12 +42,12 @@ class ThinkingSplitter:
         return pieces + self._piece(said)
 
     def finish(self) -> list[Piece]:
-        """The rest, where the reply ended before it was decided."""
+        """The remaining text, held back because it could have been part of a tag."""
         rest, self._held = self._held, ""
         return self._piece(rest)
 
     def _begin(self) -> bool:
-        """Whether it is decided how the reply begins; takes the opening tag away."""
+        """Whether it is known if the reply starts with the opening tag; removes the tag."""
         start = self._held.lstrip()
         if len(start) < len(OPEN) and OPEN.startswith(start):
             return False

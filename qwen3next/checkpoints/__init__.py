@@ -1,1 +1,1 @@
-"""Checkpoint folders: read, checked, written, converted, compared."""
+"""Checkpoint folders: read, verify, write, convert and compare them."""

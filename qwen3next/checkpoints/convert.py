@@ -1,4 +1,4 @@
-"""A checkpoint folder rewritten in another arrangement or precision, one tensor in memory at a time."""
+"""Rewrite a checkpoint folder in another layout or dtype, with one tensor in memory at a time."""
 
 import shutil
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ CARRIED = (".json", ".jinja", ".txt", ".md", ".model")  # files that describe a 
 
 
 class Source:
-    """The tensors of an opened folder, as any other arrangement of the same parameters would have them."""
+    """Reads the tensors of an opened folder in any other layout of the same parameters."""
 
     def __init__(self, opened: Opened):
         self.opened = opened
@@ -33,7 +33,7 @@ class Source:
         return self.opened.dtypes[entry.places[0].name]
 
     def tensor(self, entry: Entry, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor of the other arrangement, cast; with None as stored, FP8 weights times their scales in fp32."""
+        """A tensor of the other layout, cast to `dtype`; None keeps the stored dtype, or gives fp32 for FP8 weights."""
         return entry.merge(*(self._piece(place, entry.shape, dtype) for place in entry.places))
 
     def _read(self, entry: Entry, dtype: torch.dtype | None, index: int | None = None) -> Tensor:
@@ -46,11 +46,11 @@ class Source:
             for i, other in enumerate(entry.places):
                 if other == place:
                     return entry.split(self._read(entry, dtype))[i]
-        if place.index:  # one expert of a fused tensor: nothing else of it is read
+        if place.index:  # one expert of a fused tensor: only that expert is read
             expert, rows = place.index
             assert isinstance(expert, int)
             return self._read(filling[0], dtype, expert)[rows]
-        out: Tensor | None = None  # a fused tensor, of `shape`, from single ones
+        out: Tensor | None = None  # a fused tensor of `shape`, from the tensors of single experts
         for entry in filling:
             (part,), (at,) = entry.split(self._read(entry, dtype)), entry.places
             out = torch.empty(shape, dtype=part.dtype) if out is None else out
@@ -70,21 +70,23 @@ def convert(
     max_shard_bytes: int = 5 * 10**9,
     progress: bool = False,
 ) -> ModelConfig:
-    """Rewrite the checkpoint in folder `source` as folder `target`, which may be the same one.
+    """Rewrite the checkpoint in folder `source` as folder `target`, which may be the same folder.
 
-    Weights stored in FP8 are written in the dtype they stand for. Everything else in the folder that describes the
-    model (tokenizer, chat template, generation_config.json, …) is copied.
+    FP8 weights are dequantised to the dtype that config.json gives. Sidecar files (tokenizer, chat template,
+    generation_config.json, …) are copied.
 
     Args:
-        experts: "fused", all of a layer in two tensors, "single", three tensors an expert; None keeps them as they are.
-        dtype: "auto" keeps every tensor's; else linear maps and embeddings are cast, A_log, dt_bias and norms are not.
-        mtp: False drops the multi-token prediction layer.
-        vision: False drops the vision tower of a checkpoint that has one, which makes it a text model.
+        experts: "fused" for two tensors per layer, "single" for three tensors per expert; None keeps the layout.
+        dtype: "auto" keeps the dtype of every tensor. Another dtype applies to linear maps and embeddings; A_log,
+            dt_bias and norms keep theirs.
+        mtp: False drops the MTP layer.
+        vision: False drops the vision tower, if any, so that a text model remains.
+        max_shard_bytes: largest size of a file, unless a single tensor is larger.
     Returns: the configuration that was written.
-    Raises: ValueError for a source that is not in order, before anything is written.
+    Raises: ValueError for an invalid source, before anything is written.
     """
     if experts not in (None, "fused", "single"):
-        raise ValueError(f"experts {experts!r} is neither 'fused' nor 'single'.")
+        raise ValueError(f"experts must be 'fused', 'single' or None, got {experts!r}.")
     cast = None if dtype == "auto" else as_dtype(dtype)
     opened = open_checkpoint(source)
     if cast is None and opened.torn:

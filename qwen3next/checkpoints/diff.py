@@ -1,4 +1,4 @@
-"""Two checkpoints compared tensor by tensor, whatever their arrangement; one tensor of each in memory at a time."""
+"""Compare two checkpoints tensor by tensor, in any layout, with one tensor of each in memory at a time."""
 
 import math
 from collections.abc import Iterator
@@ -13,18 +13,19 @@ from qwen3next.checkpoints.progress import tracked
 from qwen3next.checkpoints.reader import Opened, open_checkpoint
 from qwen3next.checkpoints.state_dict_adapter import entries
 
-PIECE = 2**22  # numbers compared at a time
+PIECE = 2**22  # elements compared at a time
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A tensor in which two checkpoints differ, by its name in the first one's arrangement.
+    """A tensor that differs between two checkpoints.
 
     Attributes:
+        name: its name in the layout of the first checkpoint.
         what: "only in A", "only in B", "shape", "dtype" or "values".
-        detail: shapes or dtypes, in words.
+        detail: the shapes or dtypes as text.
         largest: largest |a − b|.
-        relative: ‖a − b‖ / ‖a‖ (Frobenius), infinite where only one of them is zero or either is not finite.
+        relative: ‖a − b‖ / ‖a‖ (Frobenius); infinite if a is zero or a norm is not finite.
     """
 
     name: str
@@ -35,16 +36,16 @@ class Difference:
 
 
 def diff_config(a: Opened, b: Opened) -> dict[str, tuple[object, object]]:
-    """Keys of config.json that differ, and both values; None where one lacks the key."""
+    """Keys of config.json that differ, with both values; None for a missing key."""
     left, right = a.config.to_dict(), b.config.to_dict()
     keys = [*left, *(key for key in right if key not in left)]
     return {key: (left.get(key), right.get(key)) for key in keys if left.get(key) != right.get(key)}
 
 
 def diff(a: str | Path | Opened, b: str | Path | Opened, *, progress: bool = False) -> Iterator[Difference]:
-    """The tensors that differ. Fused and single experts, FP8 and what it stands for, prefixes are looked through.
+    """Yield the tensors that differ. Layout does not matter: fused or single experts, name prefixes, FP8 (dequantised).
 
-    Raises: ValueError for a folder that is not in order.
+    Raises: ValueError for an invalid checkpoint folder.
     """
     a = a if isinstance(a, Opened) else open_checkpoint(a)
     b = b if isinstance(b, Opened) else open_checkpoint(b)
@@ -67,7 +68,7 @@ def diff(a: str | Path | Opened, b: str | Path | Opened, *, progress: bool = Fal
                     continue
                 largest, size, norm = _gap(x, y)
                 relative = size / norm if norm and math.isfinite(norm) and math.isfinite(size) else math.inf
-                if size:  # also where it is NaN
+                if size:  # true for NaN too
                     yield Difference(name, "values", detail, largest, relative)
                 elif detail:
                     yield Difference(name, "dtype", detail)

@@ -1,4 +1,4 @@
-"""Where a loaded model's routed experts are: in memory, in int8, or in the files until a token needs them."""
+"""Routed experts of a loaded model: in memory, in memory as int8, or on disk until a token needs them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,16 +17,17 @@ PLACES = ("memory", "mmap", "int8")
 
 
 def routed(name: str) -> bool:
-    """Whether a parameter of ours belongs to routed experts."""
+    """Whether a parameter of the model, by name, belongs to routed experts."""
     return ".mlp.experts." in name
 
 
 def replace_experts(model: Any, opened: Opened, place: str, *, dtype: torch.dtype | None, cache: int) -> None:
-    """Put what `place` asks for into a model without memory, instead of its `Experts`.
+    """Replace the `Experts` of a model on the meta device by the module for `place`.
 
     Args:
-        dtype: of experts once they are read; None means as stored.
-        cache: bytes for experts read from the files.
+        place: "int8" or "mmap".
+        dtype: dtype of experts after they are read; None means as stored.
+        cache: bytes of the cache for experts read from the files.
     """
     if place == "mmap":
         model.expert_cache = ExpertCache(cache)
@@ -47,7 +48,7 @@ def replace_experts(model: Any, opened: Opened, place: str, *, dtype: torch.dtyp
 
 
 def fill_int8(model: Any, opened: Opened, entry: Entry) -> None:
-    """Quantise the experts in one tensor of the folder, one expert in memory at a time."""
+    """Quantise the experts in one tensor of the folder, with one expert in memory at a time."""
     (place,) = entry.places
     module_name, _, leaf = place.name.rpartition(".")
     experts = model.get_submodule(module_name)
@@ -73,7 +74,7 @@ def _experts_in(opened: Opened, entry: Entry) -> Iterator[tuple[int, slice, Tens
 
 
 def _expert(place: Place) -> tuple[int, slice]:
-    """The expert whose rows a place is."""
+    """The expert and the rows that a place selects."""
     e, rows = place.index
     assert isinstance(e, int)
     assert isinstance(rows, slice)
@@ -81,9 +82,9 @@ def _expert(place: Place) -> tuple[int, slice]:
 
 
 def reader(opened: Opened, ours: str) -> Read:
-    """What reads one expert of the layer whose parameters begin with `ours` from the folder's files.
+    """A function that reads one expert from the folder's files, for the layer whose parameters start with `ours`.
 
-    A tensor that is stored as it is wanted goes from the file into its place; others through a copy of one expert.
+    A tensor of the wanted dtype is read directly into its target; others are converted through a copy of one expert.
     """
     single: dict[int, list[tuple[str, str, slice]]] = {}
     fused: dict[str, str] = {}

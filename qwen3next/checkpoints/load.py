@@ -1,4 +1,4 @@
-"""A model from a checkpoint folder in a released layout."""
+"""Load a model from a checkpoint folder in a released layout."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -30,10 +30,10 @@ def load_as(
     experts: str,
     expert_cache: str | int,
 ) -> M:
-    """`q.load` for a class of models."""
+    """`q.load` for the model class `kind`; see there for arguments and errors."""
     cast, target = None if dtype == "auto" else as_dtype(dtype), as_device(device)
     if experts not in PLACES:
-        raise ValueError(f"experts {experts!r} is none of {', '.join(PLACES)}.")
+        raise ValueError(f"experts {experts!r} is unknown: choose one of {', '.join(PLACES)}.")
     budget = parse_bytes(expert_cache)
     opened = open_checkpoint(path)
     with ExitStack() as failed:
@@ -55,7 +55,7 @@ def load_as(
                 for place, piece in zip(entry.places, entry.split(opened.read(entry.name)), strict=True):
                     place.of(ours).copy_(piece)
         if experts == "mmap":
-            failed.pop_all()  # experts go on being read
+            failed.pop_all()  # the files stay open, as experts are read later
     model.layout, model.origin = opened.layout, opened.folder
     model.generation_config = generation
     model = model.to(target) if experts == "int8" else model
@@ -65,7 +65,7 @@ def load_as(
 
 
 def _allocate(model: nn.Module, opened: Opened, dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
-    """Give every parameter memory in its dtype; that of the tensors that fill it, unless cast."""
+    """Allocate every parameter in `dtype`, or in the dtype of its stored tensors if None; returns them by name."""
     shared: dict[Tensor, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for leaf, parameter in list(module.named_parameters(recurse=False)):

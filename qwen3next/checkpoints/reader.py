@@ -1,4 +1,4 @@
-"""A checkpoint folder opened: configuration, layout and headers read and checked, no tensor yet."""
+"""Open a checkpoint folder: read and check its configuration, layout and headers; tensors are read later."""
 
 import math
 import warnings
@@ -21,23 +21,23 @@ SINGLE = "model.safetensors"
 QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "LICENSE*")
-BRING = "load with one dtype=, as 'bfloat16', or rewrite the folder with `qwen3next convert --dtype`"
-ENOUGH = 10_000  # missing tensors after which no more are counted: config.json is of another model
+BRING = "load with one dtype, such as dtype='bfloat16', or rewrite the folder with `qwen3next convert --dtype`"
+ENOUGH = 10_000  # stop counting missing tensors here: config.json belongs to another model
 
 
 class Opened:
-    """What a folder holds.
+    """An open checkpoint folder.
 
     Attributes:
-        config: that of the language model alone, its MTP layers as the tensors say.
+        config: the configuration of the language model alone, with MTP layers if the folder has their tensors.
         layout: how the tensors are arranged.
-        stored: where each tensor of the language model lies, by its name on disk; scales of FP8 weights left out.
+        stored: the tensors of the language model, by name on disk, without the scales of FP8 weights.
         scales: the scales of FP8 weights, by the weight's name.
-        vision: the tensors of a vision tower, which a text model leaves out.
-        dtypes: that of each of our parameters, as stored.
-        wanted: what config.json asks for, in the order of the layers.
-        torn: how tensors that fill one parameter differ in dtype, in a sentence; they need a cast.
-        problems: what is wrong, in sentences; where there are any, only `verify` goes on.
+        vision: the tensors of a vision tower, which a text model does not load.
+        dtypes: the stored dtype of each parameter, by the model's names.
+        wanted: the tensors that config.json requires, in the order of the layers.
+        torn: an error message if tensors of one parameter differ in dtype, so that they need a cast; else "".
+        problems: error messages; if there are any, only `verify` continues.
     """
 
     def __init__(self, path: str | Path):
@@ -60,18 +60,18 @@ class Opened:
         self.problems += self._compare()
 
     def notices(self) -> Iterator[str]:
-        """What is left out or missing without harm, in sentences."""
+        """Messages about tensors that are skipped or missing without an error."""
         if self.vision:
             size = sum(stored.nbytes for stored in self.vision.values())
             yield (
-                f"This checkpoint has a vision tower ({len(self.vision)} tensors, {size / 2**30:.2f} GiB): left out, "
-                "this is the language model."
+                f"This checkpoint has a vision tower ({len(self.vision)} tensors, {size / 2**30:.2f} GiB), which is "
+                "left out: only the language model is loaded."
             )
         if self.mtp_promised and not self.config.mtp_num_hidden_layers:
             yield "This checkpoint has no MTP tensors: loaded without multi-token prediction."
 
     def mixed(self) -> str:
-        """What keeps the tensors from running together as they are stored, in a sentence; "" where nothing does."""
+        """An error message if the stored dtypes cannot be computed with together; else ""."""
         if self.torn:
             return self.torn
         kinds = Counter(kind for name, kind in self.dtypes.items() if not stays_exact(name))
@@ -81,12 +81,12 @@ class Opened:
             return ""
         stored = next(e for e in self.wanted if any(place.name == other[0] for place in e.places))
         return (
-            f"{self.stored[stored.name].path}: {stored.name} is {CODES[self.dtypes[other[0]]]} and the weights beside "
-            f"it are {CODES[usual]}, which do not multiply: {BRING}."
+            f"{self.stored[stored.name].path}: {stored.name} is {CODES[self.dtypes[other[0]]]}, but most other "
+            f"weights are {CODES[usual]}: {BRING}."
         )
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype that a tensor is meant to have: as stored, or config.json's where FP8 stands for another."""
+        """The dtype of a tensor after reading: as stored, or for FP8 that of config.json (bfloat16 if it has none)."""
         kind = self.stored[name].dtype
         if kind not in QUANTISED:
             return kind
@@ -94,7 +94,7 @@ class Opened:
         return named if named in FLOATS else torch.bfloat16
 
     def read(self, name: str, index: int | None = None) -> Tensor:
-        """A tensor, or `[index]` of it, in CPU memory; FP8 blocks times their scales, in fp32."""
+        """A tensor, or `[index]` of it, in CPU memory; FP8 weights are dequantised to fp32."""
         weight = self.files.read(self.stored[name], index)
         if weight.dtype not in QUANTISED:
             return weight
@@ -103,19 +103,19 @@ class Opened:
         return dequantise(weight, scale, self.block)
 
     def nbytes(self, name: str, index: int | None = None) -> int:
-        """Bytes that `read` takes from the files, scales included."""
+        """Bytes that `read` reads from the files, including scales."""
         size = self.stored[name].nbytes + (self.scales[name].nbytes if name in self.scales else 0)
         return size if index is None else size // self.stored[name].shape[0]
 
     @property
     def block(self) -> tuple[int, int] | None:
-        """Rows and columns that share a scale in FP8 weights; None: all do."""
+        """Rows and columns of a block of FP8 weights that shares a scale; None for one scale per tensor."""
         size = self._block_size
         return None if size is None else (size[0], size[1])
 
     @property
     def _block_size(self) -> Any:
-        """As config.json has it, right or wrong."""
+        """The value in config.json, not checked yet."""
         return (self.config.extra.get("quantization_config") or {}).get("weight_block_size", (128, 128))
 
     def _headers(self) -> dict[str, Stored]:
@@ -127,7 +127,7 @@ class Opened:
             path = self.folder / file
             if not path.is_file():
                 held = [name for name, f in (where or {}).items() if f == file]
-                self.problems.append(f"{path} is missing and should hold {some(held)}: copy the checkpoint again.")
+                self.problems.append(f"{path} is missing, which should hold {some(held)}: copy the checkpoint again.")
                 continue
             try:
                 header = read_header(path)
@@ -135,16 +135,16 @@ class Opened:
                 self.problems.append(str(error))
                 continue
             if twice := sorted(header.keys() & every.keys()):
-                self.problems.append(f"{path} holds {some(twice)}, and {every[twice[0]].path} does too: remove one.")
+                self.problems.append(f"{path} and {every[twice[0]].path} both hold {some(twice)}: remove one file.")
             every |= header
             if where is not None:
                 absent = [name for name, f in where.items() if f == file and name not in header]
                 if absent:
                     self.problems.append(
-                        f"{path} lacks {some(absent)}, which the index puts there: copy the checkpoint again."
+                        f"{path} lacks {some(absent)}, which the index places in it: copy the checkpoint again."
                     )
                 if unlisted := sorted(header.keys() - where.keys()):
-                    self.problems.append(f"{path} holds {some(unlisted)}, which the index does not list.")
+                    self.problems.append(f"{path} holds {some(unlisted)}, which the index does not list: add it there.")
         return every
 
     def _index(self) -> dict[str, str] | None:
@@ -152,7 +152,7 @@ class Opened:
         if not index.exists():
             if not single.is_file():
                 other = sorted(p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
-                hint = f": {other[0]} is not opened, only safetensors are" if other else ""
+                hint = f": {other[0]} is not supported, convert it to safetensors" if other else ""
                 raise ValueError(f"{self.folder} holds neither {SINGLE} nor {INDEX}{hint}.")
             return None
         where = read_object(index, "a safetensors index").get("weight_map")
@@ -161,13 +161,13 @@ class Opened:
         for name, file in where.items():
             inside = isinstance(file, str) and Path(file).name == file and "\0" not in file
             if not inside or not file.endswith(".safetensors"):
-                raise ValueError(f"{index} puts {name} into {file!r}, which is not a safetensors file of this folder.")
+                raise ValueError(f"{index} places {name} in {file!r}, which is not a safetensors file of this folder.")
         if single.is_file() and SINGLE not in where.values():
-            raise ValueError(f"{self.folder} holds both {SINGLE} and an index of other files: remove what is old.")
+            raise ValueError(f"{self.folder} holds both {SINGLE} and an index of other files: remove the older one.")
         return where
 
     def _compare(self) -> Iterator[str]:
-        """What is missing, left over or of another shape, against config.json."""
+        """Error messages for tensors that are missing, unexpected or of another shape than config.json requires."""
         expected, missing = set(), []
         for entry in entries(self.config, self.layout):
             self.wanted.append(entry)
@@ -180,27 +180,27 @@ class Opened:
                 stored = self.stored[entry.name]
                 yield (
                     f"{stored.path}: {entry.name} has shape {list(stored.shape)}, "
-                    f"config.json asks for {list(entry.shape)}."
+                    f"but config.json requires {list(entry.shape)}."
                 )
         if missing:
-            yield f"{self.folder} lacks {some(missing)}, which config.json asks for."
+            yield f"{self.folder} lacks {some(missing)}, which config.json requires."
         else:
             allowed = expected | ({"lm_head.weight"} if self.config.tie_word_embeddings else set())
             if extra := sorted(self.stored.keys() - allowed):
-                yield f"{self.folder} holds {some(extra)}, which config.json has no place for."
+                yield f"{self.folder} holds {some(extra)}, which config.json does not define."
         yield from self._check_stored()
         self._note_dtypes()
         yield from self._check_tie()
 
     def _note_dtypes(self) -> None:
-        """Tensors that fill one parameter together should agree on its dtype, which becomes `dtypes[parameter]`."""
+        """Set `dtypes`, and `torn` if tensors of one parameter differ in dtype."""
         for entry in self.wanted:
             if (stored := self.stored.get(entry.name)) and stored.dtype in (*QUANTISED, *FLOATS):
                 for place in entry.places:
                     kind = self.dtypes.setdefault(place.name, self.dtype(entry.name))
                     if kind != self.dtype(entry.name) and not self.torn:
                         self.torn = (
-                            f"{stored.path}: {entry.name} is {CODES[self.dtype(entry.name)]} and others that make up "
+                            f"{stored.path}: {entry.name} is {CODES[self.dtype(entry.name)]}, but other tensors of "
                             f"the same parameter are {CODES[kind]}: {BRING}."
                         )
 
@@ -208,23 +208,26 @@ class Opened:
         size = self._block_size
         pair = isinstance(size, (list, tuple)) and len(size) == 2
         if size is not None and not (pair and all(type(n) is int and n > 0 for n in size)):
-            yield f"{self.folder / 'config.json'}: weight_block_size cannot be {size!r}."
+            yield f"{self.folder / 'config.json'}: weight_block_size must be two positive integers, got {size!r}."
             return
         for name, stored in self.stored.items():
             if stored.dtype not in (*QUANTISED, *FLOATS):
                 yield f"{stored.path}: {name} is stored as {CODES[stored.dtype]}, which is not supported."
             if stored.dtype in QUANTISED:
                 if name not in self.scales:
-                    yield f"{stored.path}: {name} is stored in FP8 and {name}_scale_inv, its scales, is missing."
+                    yield f"{stored.path}: {name} is stored in FP8, but its scales {name}_scale_inv are missing."
                 elif self.scales[name].shape not in (shapes := self._scale_shapes(stored.shape)):
                     yield (
                         f"{self.scales[name].path}: {name}_scale_inv has shape {list(self.scales[name].shape)}, "
-                        f"the weight's blocks ask for {list(shapes[0])}."
+                        f"but the weight's blocks require {list(shapes[0])}."
                     )
                 elif self.scales[name].dtype not in (*FLOATS, torch.float8_e8m0fnu):
-                    yield f"{self.scales[name].path}: {name}_scale_inv is stored as {CODES[self.scales[name].dtype]}."
+                    yield (
+                        f"{self.scales[name].path}: {name}_scale_inv is stored as {CODES[self.scales[name].dtype]}, "
+                        "which is not supported."
+                    )
         if lone := sorted(n for n in self.scales if n not in self.stored or self.stored[n].dtype not in QUANTISED):
-            yield f"{self.scales[lone[0]].path} holds {lone[0]}_scale_inv, and {lone[0]} is not stored in FP8."
+            yield f"{self.scales[lone[0]].path} holds {lone[0]}_scale_inv, but {lone[0]} is not stored in FP8."
 
     def _scale_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Shapes that the scales of an FP8 weight may have."""
@@ -237,16 +240,16 @@ class Opened:
         if self.config.tie_word_embeddings and head and embedding and not self.problems:
             if not self.files.equal(head, embedding):
                 yield (
-                    f"{head.path}: lm_head.weight is not the embedding, and config.json says tie_word_embeddings: "
-                    "set it to false there."
+                    f"{head.path}: lm_head.weight differs from the embedding, but config.json has tie_word_embeddings "
+                    "true: set it to false."
                 )
             del self.stored["lm_head.weight"]  # some writers repeat the tied embedding
 
 
 def open_checkpoint(path: str | Path) -> Opened:
-    """Open a folder (or hub id) whose tensors are all there, each in its shape, and nothing else.
+    """Open a folder (or hub id) and check that it holds exactly the tensors that config.json requires.
 
-    Raises: ValueError that names file and tensor for what is not in order.
+    Raises: ValueError that names the file and tensor for a missing, unexpected or invalid one.
     """
     opened = Opened(path)
     if opened.problems:
@@ -258,19 +261,19 @@ def open_checkpoint(path: str | Path) -> Opened:
 
 
 def stays_exact(name: str) -> bool:
-    """Whether a tensor of this name (ours or released) keeps its stored precision in a cast."""
+    """Whether a tensor of this name (the model's or the released one) keeps its stored dtype in a cast."""
     return name.endswith(("A_log", "dt_bias", "norm.weight")) or "_norm_" in name or "layernorm" in name
 
 
 def cast_dtype(name: str, stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
-    """That of a tensor of this name in a model cast to `dtype`: fp64 would raise what it meets to fp64."""
+    """The dtype of a tensor in a model cast to `dtype`. A stored fp64 becomes fp32, or it would promote activations."""
     if not stays_exact(name):
         return dtype
     return torch.float32 if stored == torch.float64 and dtype != torch.float64 else stored
 
 
 def dequantise(weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
-    """weight · scale in fp32, one scale a block of the last two axes (the edge's may be smaller); or one for all."""
+    """weight · scale in fp32; one scale per block of the last two axes (smaller at the edge), or one per tensor."""
     scale = scale.float()
     if block is not None and scale.numel() > 1:
         rows, columns = weight.shape[-2:]
@@ -279,19 +282,20 @@ def dequantise(weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> 
 
 
 def local_folder(path: str | Path) -> Path:
-    """A local folder, downloading a hub id's config and safetensors where the hub can be reached.
+    """The local folder of a checkpoint; a hub id is downloaded.
 
     Args:
-        path: a folder, owner/name on the hub, or owner/name/folder where a hub repository holds several models.
+        path: a folder, owner/name on the hub, or owner/name/folder for a hub repository with several models.
+    Raises: ValueError if it is neither, or cannot be downloaded.
     """
     folder, parts = Path(path), str(path).split("/")
     with usable(path):
         if folder.is_dir():
             return _one_model(folder)
     here = folder.exists() or parts[0].startswith((".", "~"))
-    mistyped = len(parts) > 2 and Path(parts[0]).exists()  # rather than a folder of something on the hub
+    mistyped = len(parts) > 2 and Path(parts[0]).exists()  # a local path, not a folder on the hub
     if here or mistyped or len(parts) < 2 or not all(parts):
-        raise ValueError(f"{path} is not a folder: give one that holds config.json and safetensors, or a hub id.")
+        raise ValueError(f"{path} is not a folder: give a folder with config.json and safetensors, or a hub id.")
     inside = "/".join(parts[2:])
     try:
         from huggingface_hub import snapshot_download
@@ -299,18 +303,18 @@ def local_folder(path: str | Path) -> Path:
         wanted = [f"{inside}/{name}" if inside else name for name in HUB_FILES]
         found = Path(snapshot_download("/".join(parts[:2]), allow_patterns=wanted)) / inside
     except Exception as error:  # no client, no network, no such id: the client raises many kinds
-        raise ValueError(f"{path} is neither a folder here nor to be had from the hub ({error}).") from error
+        raise ValueError(f"{path} is not a folder and could not be downloaded from the hub ({error}).") from error
     if not found.is_dir():
-        raise ValueError(f"{'/'.join(parts[:2])} on the hub holds no folder {inside}: look there for its name.")
+        raise ValueError(f"{'/'.join(parts[:2])} on the hub has no folder {inside}: check its name.")
     return _one_model(found)
 
 
 def _one_model(folder: Path) -> Path:
-    """Raises: ValueError for a folder of several models, that names them."""
+    """Return `folder`. Raises: ValueError that names its models if it holds several in subfolders."""
     if not (folder / "config.json").exists():
         inside = sorted(place.parent.name for place in folder.glob("*/config.json"))
         if inside:
-            raise ValueError(f"{folder} holds no config.json, its folders do: give one of them ({some(inside)}).")
+            raise ValueError(f"{folder} holds no config.json, its subfolders do: give one of them ({some(inside)}).")
     return folder
 
 

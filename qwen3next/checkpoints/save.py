@@ -1,4 +1,4 @@
-"""A model written as a checkpoint folder in the released layout."""
+"""Write a model as a checkpoint folder in the released layout."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from qwen3next.files.atomic import fresh_folder
 from qwen3next.files.tensor_files import write
 from qwen3next.hooks.wrappers import plain_name
 
-# What belongs to a text model beside its weights, and travels with them.
+# Sidecar files of a text model, copied along with its weights.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -44,16 +44,17 @@ def save(
 ) -> None:
     """Write config.json and safetensors in the released layout, which transformers and inference engines read.
 
-    The tokenizer, the chat template and generation_config.json of the folder that the model was loaded from come along;
-    other files of the target folder are kept. The new files are made beside the folder and then take its place by
-    renaming, so that a crash leaves a whole checkpoint: the old one or the new one.
+    Copies the tokenizer, the chat template and generation_config.json from the folder that the model was loaded from,
+    and keeps other files of the target folder. The new folder is written under a temporary name and then renamed, so
+    that a crash leaves a complete checkpoint: the old one or the new one. A head that is no longer tied to the
+    embedding is written as its own tensor.
 
     Args:
         model: a Qwen3Next.
-        max_shard_bytes: a file holds no more, unless a single tensor is larger.
-        layout: how tensors are arranged; None means as the model was loaded, or else as its family was released.
-    Raises: ValueError for a model that the layout cannot hold: adapters, other shapes than its configuration says. A
-        head that is no longer the embedding is written beside it.
+        max_shard_bytes: largest size of a file, unless a single tensor is larger.
+        layout: how tensors are arranged; None means as loaded, or as the model's family was released.
+    Raises: ValueError for a model that the layout cannot store: adapters, or shapes that differ from its
+        configuration.
     """
     folder = Path(folder)
     if missing := [
@@ -65,9 +66,9 @@ def save(
         )
     ours, config = {plain_name(name): x for name, x in model.state_dict().items()}, model.config
     if config.tie_word_embeddings and not _same(ours.get("lm_head.weight"), ours.get("embed_tokens.weight")):
-        config = config.replace(tie_word_embeddings=False)  # a head of its own, whoever gave it one
+        config = config.replace(tie_word_embeddings=False)  # the head was replaced after loading
     found = model.layout or Layout.released(config)
-    layout = layout or Layout(**{**vars(found), "prefix": "model."})  # without a vision tower there is no other prefix
+    layout = layout or Layout(**{**vars(found), "prefix": "model."})  # other prefixes occur only with a vision tower
     wanted = list(entries(config, layout))
     _check_whole(ours, wanted, tied=config.tie_word_embeddings)
     with fresh_folder(folder, replaced=is_weights) as fresh:
@@ -81,12 +82,12 @@ def save(
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None or a.is_meta or b.is_meta:
-        return True  # said by `_check_whole`
+        return True  # `_check_whole` reports it
     return a.data_ptr() == b.data_ptr() or (a.dtype == b.dtype and torch.equal(a, b))
 
 
 def _check_whole(ours: dict[str, Tensor], wanted: list[Entry], *, tied: bool) -> None:
-    """Raises: ValueError where the folder would not hold all that the model computes with."""
+    """Check that the wanted tensors hold all parameters of the model. Raises: ValueError otherwise."""
     places = {place.name for entry in wanted for place in entry.places}
     spare = ours.keys() - places - ({"lm_head.weight"} if tied else set())
     if spare:
@@ -95,25 +96,25 @@ def _check_whole(ours: dict[str, Tensor], wanted: list[Entry], *, tied: bool) ->
             "parametrisations, or save model.state_dict()."
         )
     if missing := sorted(places - ours.keys()):
-        raise ValueError(f"The model has no {some(missing)}, which its configuration asks for.")
+        raise ValueError(f"The model lacks {some(missing)}, which its configuration requires: change model.config.")
     for entry in wanted:
         pieces = [place.of(ours).detach() for place in entry.places]
         if any(piece.is_meta for piece in pieces):
-            raise ValueError(f"{entry.places[0].name} is on the meta device: it holds no numbers to save.")
+            raise ValueError(f"{entry.places[0].name} is on the meta device: give it values before saving.")
         if len({piece.dtype for piece in pieces}) > 1:
             raise ValueError(
-                f"{' and '.join(p.name for p in entry.places)} are one tensor on disk: give them one dtype."
+                f"{' and '.join(p.name for p in entry.places)} form one tensor on disk: give them the same dtype."
             )
         shape = tuple(entry.merge(*(piece.to("meta") for piece in pieces)).shape)
         if shape != entry.shape:
             raise ValueError(
-                f"{entry.places[0].name} makes a tensor of shape {list(shape)} and the configuration asks for "
-                f"{list(entry.shape)}: change model.config as the weights were changed."
+                f"{entry.places[0].name} gives a tensor of shape {list(shape)}, but the configuration requires "
+                f"{list(entry.shape)}: change model.config to match the weights."
             )
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file of a checkpoint folder holds weights or their description, which a new checkpoint replaces."""
+    """Whether a new checkpoint replaces this file: weights, their index or config.json."""
     return name.endswith(".safetensors") or name in ("config.json", INDEX)
 
 
@@ -124,7 +125,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def write_config(folder: Path, values: dict[str, object], dtype: torch.dtype) -> None:
-    """config.json for weights of that dtype, which are not quantised."""
+    """Write config.json for unquantised weights of that dtype."""
     about = ("dtype", "torch_dtype", "quantization_config")
     values = {k: v for k, v in values.items() if k not in about}
     if isinstance(nested := values.get("text_config"), dict):
@@ -136,7 +137,7 @@ def write_config(folder: Path, values: dict[str, object], dtype: torch.dtype) ->
 def write_shards(
     folder: Path, plan: list[tuple[Entry, torch.dtype]], tensors: Iterator[tuple[str, Tensor]], limit: int
 ) -> None:
-    """Write the planned tensors, which come in this order, into as few files as the limit allows, and their index."""
+    """Write tensors, in the order of the plan, into as few files of at most `limit` bytes as possible, and an index."""
     if limit < 1:
         raise ValueError(f"max_shard_bytes must be positive, got {limit}.")
     shards: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]

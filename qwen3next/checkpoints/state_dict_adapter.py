@@ -1,8 +1,7 @@
-"""The tensors of a released checkpoint and the places in our parameters that they fill.
+"""State-dict adapter: maps the tensors of a released checkpoint to the model's parameters and back.
 
-Every released tensor is described by one `Entry`. Reading splits a tensor into pieces, writing merges them; the two
-are inverse to the bit, and serve anything of the parameters' shapes: gradients, moments. A `Layout` says which of the
-released arrangements a folder has; families and versions differ in nothing else.
+One `Entry` describes one released tensor. Reading splits it into pieces, writing merges them; the two are exact
+inverses, and also apply to gradients and optimizer moments. A `Layout` describes how a folder arranges its tensors.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -20,7 +19,7 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Place:
-    """A part of one of our parameters: the whole, or what `index` selects, always a view."""
+    """A model parameter, or the view of it that `index` selects."""
 
     name: str
     index: tuple[int | slice, ...] = ()
@@ -31,7 +30,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Entry:
-    """One released tensor: `split` gives the pieces for `places`, `merge` makes the tensor from them."""
+    """One released tensor: `split` returns the pieces for `places`, `merge` rebuilds the tensor from them."""
 
     name: str
     shape: tuple[int, ...]
@@ -45,12 +44,12 @@ class Layout:
     """How a folder arranges its tensors.
 
     Attributes:
-        prefix: what the names of the language model begin with; beside a vision tower, "model.language_model.".
-        flat_projections: Gated DeltaNet's rows as qkv | z | b | a (Qwen3.5) instead of key head by key head in two
-            tensors (Qwen3-Next).
-        gate_by_group: q_proj's rows are, per key head, its queries and then their gates (the gated-attention study),
-            instead of query and gate per query head.
-        fused_experts, fused_mtp_experts: all experts of a layer in two tensors, instead of three an expert.
+        prefix: prefix of the language model's tensor names; with a vision tower, "model.language_model.".
+        flat_projections: Gated DeltaNet's projections are four tensors qkv, z, b, a (Qwen3.5), instead of two tensors
+            with rows grouped by key head (Qwen3-Next).
+        gate_by_group: the rows of q_proj are, per key head, all queries and then all gates (the gated-attention
+            study), instead of query and gate per query head.
+        fused_experts, fused_mtp_experts: two tensors per layer for all experts, instead of three per expert.
     """
 
     prefix: str = "model."
@@ -61,7 +60,7 @@ class Layout:
 
     @classmethod
     def released(cls, config: ModelConfig) -> "Layout":
-        """The arrangement that the family of this configuration was released in."""
+        """The layout in which the family of this configuration was released."""
         return cls(
             flat_projections=config.model_type in ("qwen3_5_text", "qwen3_5_moe_text")
             or bool(config.chosen("linear_")),
@@ -71,7 +70,7 @@ class Layout:
 
     @classmethod
     def found(cls, config: ModelConfig, names: Collection[str]) -> "Layout":
-        """The arrangement of a folder that holds tensors of these names."""
+        """The layout of a folder with tensors of these names."""
         usual = cls.released(config)
         # ".in_proj_qkv." or ".in_proj_qkvz.", if there is any Gated DeltaNet layer
         flat = {".in_proj_qkv." in name for name in names if ".in_proj_qkv" in name}
@@ -87,7 +86,7 @@ class Layout:
         )
 
 
-PREFIXES = ("model.language_model.", "model.", "")  # the last: a backbone saved without its head
+PREFIXES = ("model.language_model.", "model.", "")  # "": a backbone saved without its head
 VISION = ("model.visual.", "visual.")
 
 
@@ -97,7 +96,7 @@ def _either(fused: list[str], single: list[str], usual: bool, *, mtp: bool) -> b
 
 
 def entries(config: ModelConfig, layout: Layout | None = None) -> Iterator[Entry]:
-    """The tensors of a checkpoint in the given layout (the released one of its family, if None), layer by layer."""
+    """The tensors of a checkpoint, layer by layer, in `layout` (None: the released layout of the family)."""
     c, width = config, config.hidden_size
     layout = Layout.released(config) if layout is None else layout
     prefix = layout.prefix
@@ -147,7 +146,7 @@ def _swiglu(theirs: str, ours: str, width: int, inner: int) -> Iterator[Entry]:
 
 
 def _experts(c: ModelConfig, theirs: str, ours: str, fused: bool) -> Iterator[Entry]:
-    """Gate rows above up rows in one tensor and down in another for all experts; or three tensors an expert."""
+    """Fused: gate rows above up rows in one tensor, down in another, for all experts. Else three tensors per expert."""
     width, inner = c.hidden_size, c.moe_intermediate_size
     if fused:
         yield _whole(f"{theirs}gate_up_proj", f"{ours}gate_up_proj", (c.num_experts, 2 * inner, width))
@@ -194,10 +193,10 @@ def _full_attention(c: ModelConfig, layout: Layout, theirs: str, ours: str) -> I
 def _linear_attention(c: ModelConfig, layout: Layout, theirs: str, ours: str) -> Iterator[Entry]:
     width, groups = c.hidden_size, c.linear_num_key_heads
     k, heads = c.linear_key_head_dim, c.linear_num_value_heads
-    v = c.linear_value_head_dim * heads // groups  # value rows beside one key head
+    v = c.linear_value_head_dim * heads // groups  # value rows per key head
     keys, values, taps = groups * k, groups * v, c.linear_conv_kernel_dim
     channels = 2 * keys + values
-    if layout.flat_projections or c.chosen("linear_"):  # variants lack parts of what others interleave
+    if layout.flat_projections or c.chosen("linear_"):  # variants may lack z or a, so rows are not interleaved
         projections = {"in_proj_qkv": channels, "in_proj_z": values, "in_proj_b": heads, "in_proj_a": heads}
         absent = {"in_proj_z": c.linear_output_gate == "none", "in_proj_a": not c.linear_decay}
         for name, rows in projections.items():
@@ -237,7 +236,7 @@ def _linear_attention(c: ModelConfig, layout: Layout, theirs: str, ours: str) ->
 
 
 def _split_groups(groups: int, parts: tuple[int, ...], x: Tensor) -> tuple[Tensor, ...]:
-    """Rows that repeat a pattern of parts, group by group: each part's rows together."""
+    """Split rows that repeat a pattern of parts in each group into one tensor per part."""
     return tuple(part.flatten(0, 1) for part in x.unflatten(0, (groups, -1)).split(parts, dim=1))
 
 
@@ -255,6 +254,6 @@ def _merge_qkvz(groups: int, parts: tuple[int, ...], qkv: Tensor, z: Tensor) -> 
 
 
 def to_released(config: ModelConfig, ours: Tensors, layout: Layout | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The released names and tensors for our parameters, or for anything of their shapes: gradients, moments."""
+    """The released names and tensors for the model's parameters, or for gradients or moments of the same shapes."""
     for entry in entries(config, layout):
         yield entry.name, entry.merge(*(place.of(ours) for place in entry.places))

@@ -1,4 +1,4 @@
-"""The tensors of a variant that no released checkpoint has: their names below `self_attn.` and their shapes."""
+"""Names (below `self_attn.`) and shapes of the tensors that only variants have."""
 
 from qwen3next.config import ModelConfig
 
@@ -6,9 +6,10 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def attention_tensors(c: ModelConfig) -> Shapes:
-    """What a softmax layer has beside q, k, v, o and their norms. A variant's gate is never a part of q_proj.
+    """The tensors of a softmax layer besides q, k, v, o and their norms.
 
-    So a reader that does not know the variant finds a wrong shape or an unknown name, and cannot go on in silence.
+    A variant's gate is never part of q_proj, so that a reader which does not know the variant fails on a wrong shape or
+    an unknown name.
     """
     rows: dict[str, int] = {}
     shapes: Shapes = {}
@@ -30,7 +31,7 @@ def attention_tensors(c: ModelConfig) -> Shapes:
 
 
 def gate_shape(c: ModelConfig) -> tuple[int, int]:
-    """Groups of a gate, and scores a group."""
+    """Number of groups of a gate, and of scores per group."""
     groups = {"G1": c.num_attention_heads, "G4": c.num_attention_heads, "G5": 1}
     elements = c.hidden_size if c.attention_gate_position == "G5" else c.head_dim
     scores = 1 if c.attention_gate == "headwise" else elements
@@ -38,6 +39,6 @@ def gate_shape(c: ModelConfig) -> tuple[int, int]:
 
 
 def mixed_projections(c: ModelConfig) -> dict[str, int]:
-    """Projections a key head that are mixed into its key and into its value."""
+    """Number of projections per key head that are mixed into its key (k_proj) and into its value (v_proj)."""
     n = c.attention_switch_experts
     return {"k_proj": n if c.attention_switch == "kv" else 1, "v_proj": n}

@@ -1,4 +1,4 @@
-"""Is a checkpoint folder in order? Everything that is wrong with it, without loading the model."""
+"""Check a checkpoint folder and list all problems, without loading the model."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +16,13 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclass
 class Report:
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes:
-        problems: what is wrong, a sentence each; none means the folder loads.
-        notices: what is left out, unused or missing without harm.
-        config: that of the language model, where config.json could be read.
-        tensors, nbytes: of the language model, as stored.
+        problems: one message per problem; if there are none, the folder loads.
+        notices: messages about files and tensors that are skipped, unused or missing without an error.
+        config: the language model's configuration, if config.json could be read.
+        tensors, nbytes: number and bytes of the language model's tensors, as stored.
     """
 
     folder: Path
@@ -37,7 +37,7 @@ def verify(path: str | Path, *, values: bool = False, progress: bool = False) ->
     """Check a folder against its config.json: files, headers, names, shapes, dtypes, tokenizer.
 
     Args:
-        values: also read every tensor, one at a time, and name those with NaN or infinity and those that are all zero.
+        values: also read every tensor, one at a time, and report NaN, infinity and tensors that are all zero.
     """
     report = Report(local_folder(path))
     try:
@@ -65,13 +65,13 @@ def _check_values(opened: Opened, report: Report, progress: bool) -> None:
         if bad := int((~torch.isfinite(tensor)).sum()):
             report.problems.append(f"{opened.stored[name].path}: {name} holds {bad} values that are not finite.")
         elif tensor.ndim > 1 and not tensor.any():
-            report.notices.append(f"{name} is zero everywhere: was it ever written?")
+            report.notices.append(f"{name} is zero everywhere: check that it was written.")
 
 
 def _check_tokenizer(opened: Opened, report: Report) -> None:
     path = opened.folder / "tokenizer.json"
     if not path.is_file():
-        report.notices.append("There is no tokenizer.json: the model works on token ids only.")
+        report.notices.append("There is no tokenizer.json: the model can be used with token ids only.")
         return
     try:
         largest = max(Tokenizer.from_file(str(path)).get_vocab().values(), default=0)
@@ -80,8 +80,8 @@ def _check_tokenizer(opened: Opened, report: Report) -> None:
         return
     if largest >= opened.config.vocab_size:
         report.problems.append(
-            f"{path} has ids up to {largest}, config.json a vocab_size of {opened.config.vocab_size}: "
-            "it belongs to another model."
+            f"{path} has ids up to {largest}, but config.json has vocab_size {opened.config.vocab_size}: "
+            "use this model's tokenizer."
         )
 
 
@@ -94,13 +94,13 @@ def _check_other_files(report: Report) -> None:
             except ValueError as error:
                 report.problems.append(str(error))
     if pickles := sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES):
-        report.notices.append(f"{some(pickles)}: pickles could run code and are never opened.")
+        report.notices.append(f"{some(pickles)}: not opened, because pickles could run code.")
     listed = set()
     if (folder / INDEX).is_file():
         try:
             index = read_object(folder / INDEX, "a safetensors index")
             listed = {str(file) for file in (index.get("weight_map") or {}).values()}
         except (ValueError, AttributeError):
-            return  # said already
+            return  # already reported
         if unused := sorted(p.name for p in folder.glob("*.safetensors") if p.name not in listed):
-            report.notices.append(f"{some(unused)}: not in the index, so not read.")
+            report.notices.append(f"{some(unused)}: not read, because the index does not list it.")

@@ -1,1 +1,1 @@
-"""The commands of `qwen3next`, a module each; `qwen3next.cli` has their table."""
+"""The commands of `qwen3next`, one module each; `qwen3next.cli` lists them."""

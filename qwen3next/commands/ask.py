@@ -1,4 +1,4 @@
-"""`qwen3next ask`: read a document once, then answer questions about it, now and later."""
+"""`qwen3next ask`: read a document once and answer questions about it."""
 
 import os
 import sys
@@ -45,47 +45,46 @@ def ask(
     expert_cache: str = "2GiB",
     quiet: bool = False,
 ) -> None:
-    """Read a document once, keep what it takes to go on from there, and answer questions about it, now and later.
+    """Read a document once, keep its cache, and answer questions about it, now and later.
 
-    With the checkpoint's chat template the document and a question are one message; without one, or with --plain, the
-    text is continued as it stands. What was read is kept on disk: asking again, also in another process or after a
-    crash, begins at the end of the document. Without --question, each line of stdin is one.
+    With the checkpoint's chat template, the document and a question form one message. Without a template, or with
+    --plain, the model continues the plain text. The cache is kept on disk, so that later questions, also from another
+    process or after a crash, start at the end of the document. Without --question, each line of stdin is a question.
 
     $ qwen3next ask DIR --file BOOK.txt --question "Who is the narrator?"
     $ qwen3next ask DIR --file BOOK.txt < questions.txt > answers.txt
     $ qwen3next ask DIR --file BOOK.txt --store none
 
     Args:
-        folder: checkpoint: config.json, *.safetensors, tokenizer.json.
-        file: UTF-8 text to read.
-        question: what to ask; may be repeated. Each is asked about the document alone.
-        plain: continue the text and do not use a chat template.
-        system: system prompt. Without it, the template's own if it has one.
-        max_new_tokens: tokens of an answer at most, thinking included. Without it, what generation_config.json says,
-            else 512.
-        temperature: 0 takes the most likely token each time. Without it, what generation_config.json says, else 0.
-        top_k: draw among so many most likely tokens; 0 means all. Without it, as above, else 0.
-        top_p: draw among the most likely tokens that together have this probability. Without it, as above, else 1.
-        seed: for a temperature above 0; the same seed gives the same answers on one machine.
-        store: folder for what was read; auto is qwen3next/prefixes in the user's cache folder, none keeps nothing.
-        memory: for what was read, in memory.
-        disk: for what was read, on disk, of all documents of this checkpoint.
-        chunk_size: tokens read at a time.
-        max_memory: for reading, weights left out, as 8GiB; makes chunks smaller where they would take more.
-        kv_dtype: of keys and values; auto is the model's.
-        context_factor: stretch the context by YaRN, for documents longer than the model was trained for.
-        device: auto (CUDA where there is one), cpu, cuda, cuda:1, ...
-        dtype: auto keeps each tensor as stored.
-        experts: memory; int8, in a byte a weight; mmap, read from the files as tokens need them.
-        expert_cache: memory for experts that were read from the files.
-        quiet: write nothing to stderr but errors.
+        folder: checkpoint folder with config.json, *.safetensors and tokenizer.json.
+        file: document, UTF-8 text.
+        question: question to answer; may be repeated. Questions are independent of each other.
+        plain: continue plain text without a chat template.
+        system: system prompt. Default: that of the template, if any.
+        max_new_tokens: most tokens of an answer, including thinking. Default: generation_config.json, else 512.
+        temperature: 0 always takes the most likely token. Default: generation_config.json, else 0.
+        top_k: sample from the k most likely tokens; 0 means all. Default: generation_config.json, else 0.
+        top_p: sample from the most likely tokens with this total probability. Default: generation_config.json, else 1.
+        seed: seed for a temperature above 0; the same seed gives the same answers on one machine.
+        store: folder for document caches. auto: qwen3next/prefixes in the user's cache folder; none: keep nothing.
+        memory: budget for document caches in memory.
+        disk: budget for document caches on disk, for all documents of this checkpoint.
+        chunk_size: tokens per forward when reading.
+        max_memory: limit for reading, without weights, such as 8GiB; chunks are made smaller to stay below it.
+        kv_dtype: dtype of the KV cache; auto is the model's dtype.
+        context_factor: extend the context by this factor with YaRN, for documents longer than the trained context.
+        device: auto (CUDA if available), cpu, cuda, cuda:1, ...
+        dtype: auto keeps the stored dtype of each tensor.
+        experts: memory; int8 (one byte per weight); mmap (read from the files when tokens need them).
+        expert_cache: memory for experts read from the files.
+        quiet: write only errors to stderr.
     """
     try:
         text = file.read_text("utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{file} is not UTF-8 text.") from None
     if any(not one.strip() for one in question):
-        raise ValueError("--question is empty: there is nothing to answer.")
+        raise ValueError("--question is empty: give a text.")
     tokenizer, template = open_tokenizer(folder), None if plain else ChatTemplate.find(folder)
     model = open_model(folder, device=device, dtype=dtype, experts=experts, cache=expert_cache, quiet=quiet)
     if context_factor != 1:
@@ -144,7 +143,7 @@ def _read(document: Document, *, quiet: bool) -> None:
         for done, _ in run:
             bar.update(task, completed=done)
     if not quiet:
-        known = f"{run.matched_tokens:,} of them known. {run.reason}".rstrip()
+        known = f"{run.matched_tokens:,} of them cached. {run.reason}".rstrip()
         note(f"The document has {document.tokens:,} tokens, {known} Read in {time.perf_counter() - began:.1f} s.")
 
 
@@ -174,5 +173,5 @@ def _print(document: Document, pieces: Iterator[Piece], *, quiet: bool) -> None:
     if not quiet and stats is not None:
         steps, seconds = stats.new - 1, stats.seconds - stats.prompt_seconds
         rate = f", {steps / seconds:.1f} tok/s" if steps > 0 and seconds > 0 else ""
-        prompt = f"{stats.prompt:,} prompt tokens, {stats.reused:,} of them known, in {stats.prompt_seconds:.2f} s"
+        prompt = f"{stats.prompt:,} prompt tokens, {stats.reused:,} of them cached, in {stats.prompt_seconds:.2f} s"
         note(f"{prompt}; {stats.new} new{rate}")

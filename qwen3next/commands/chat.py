@@ -1,4 +1,4 @@
-"""`qwen3next chat`: talk to a checkpoint through its own chat template."""
+"""`qwen3next chat`: chat with a checkpoint through its chat template."""
 
 import sys
 from collections.abc import Generator
@@ -28,36 +28,36 @@ def chat(
     expert_cache: str = "2GiB",
     quiet: bool = False,
 ) -> None:
-    """Talk to a checkpoint through its own chat template; replies appear as they are made.
+    """Chat with a checkpoint through its chat template; replies are streamed.
 
-    On a terminal, /help lists what can be typed beside messages; Ctrl-C stops a reply, Ctrl-D leaves. Otherwise each
-    line of stdin is a message. Replies go to stdout, everything else to stderr.
+    On a terminal, /help lists the commands, Ctrl-C stops a reply and Ctrl-D exits. Otherwise each line of stdin is a
+    message. Replies go to stdout, everything else to stderr.
 
     $ qwen3next chat DIR
     $ qwen3next chat DIR --message "What is a delta rule?" --thinking hide
     $ qwen3next chat DIR --quiet < questions.txt > answers.txt
 
     Args:
-        folder: checkpoint: config.json, *.safetensors, tokenizer.json, and a chat template.
-        message: ask this only and leave.
-        system: system prompt. Without it, the template's own if it has one.
-        think: on or off, for templates with enable_thinking; auto is what the template does by itself.
-        thinking: show it, dimmed on a terminal and between <think> tags elsewhere, or hide it.
-        max_new_tokens: tokens of a reply at most, thinking included. Without it, as below, else 2048.
-        max_context: tokens of the whole conversation at most. Without it, the model's max_position_embeddings.
-        temperature: 0 takes the most likely token each time. Without it, what generation_config.json says, else 0.
-        top_k: draw among so many most likely tokens; 0 means all. Without it, as above, else 0.
-        top_p: draw among the most likely tokens that together have this probability. Without it, as above, else 1.
-        seed: for a temperature above 0; the same seed gives the same conversation on one machine.
-        device: auto (CUDA where there is one), cpu, cuda, cuda:1, ...
-        dtype: auto keeps each tensor as stored.
-        experts: memory; int8, in a byte a weight; mmap, read from the files as tokens need them.
-        expert_cache: memory for experts that were read from the files.
-        quiet: write nothing to stderr but errors and, on a terminal, the prompt.
+        folder: checkpoint folder with config.json, *.safetensors, tokenizer.json and a chat template.
+        message: reply to this message only and exit.
+        system: system prompt. Default: that of the template, if any.
+        think: on or off, for templates with enable_thinking; auto leaves it to the template.
+        thinking: show it (dimmed on a terminal, between <think> tags elsewhere) or hide it.
+        max_new_tokens: most tokens of a reply, including thinking. Default: generation_config.json, else 2048.
+        max_context: most tokens of the whole conversation. Default: the model's max_position_embeddings.
+        temperature: 0 always takes the most likely token. Default: generation_config.json, else 0.
+        top_k: sample from the k most likely tokens; 0 means all. Default: generation_config.json, else 0.
+        top_p: sample from the most likely tokens with this total probability. Default: generation_config.json, else 1.
+        seed: seed for a temperature above 0; the same seed gives the same conversation on one machine.
+        device: auto (CUDA if available), cpu, cuda, cuda:1, ...
+        dtype: auto keeps the stored dtype of each tensor.
+        experts: memory; int8 (one byte per weight); mmap (read from the files when tokens need them).
+        expert_cache: memory for experts read from the files.
+        quiet: write only errors to stderr, and the prompt on a terminal.
     """
     if message is not None and not message.strip():
-        raise ValueError("--message is empty: there is nothing to answer.")
-    # What is small is read first: its mistakes should not cost the time that the weights take.
+        raise ValueError("--message is empty: give a text.")
+    # Read small files first, so that their errors appear before the weights are loaded.
     tokenizer = open_tokenizer(folder)
     template, generation = ChatTemplate.load(folder), GenerationConfig.load(folder)
     if think != "auto" and "enable_thinking" not in template.reads:
@@ -79,7 +79,7 @@ def chat(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            # Another one for each reply, and the same ones whenever the conversation is held again.
+            # A different seed for each reply, but the same seeds when the conversation is repeated.
             seed=None if seed is None else seed + len(conversation.messages),
         )
 

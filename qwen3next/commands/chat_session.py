@@ -1,4 +1,4 @@
-"""What happens between two prompts of `qwen3next chat`."""
+"""The interactive loop of `qwen3next chat`."""
 
 import sys
 from collections.abc import Callable, Generator
@@ -9,22 +9,22 @@ from qwen3next.chat.thinking import Piece
 from qwen3next.commands.interrupt import patient_ctrl_c
 from qwen3next.commands.screen import Screen, note
 
-HELP = '''/reset         forget the conversation, but not the system prompt
-/undo          take back the last message and its reply
-/system TEXT   another system prompt; without TEXT, none
+HELP = '''/reset         remove all messages except the system prompt
+/undo          remove the last message and its reply
+/system TEXT   replace the system prompt; without TEXT, remove it
 /save FILE     write the conversation as JSON
 /load FILE     continue the conversation of a file
-/exit          leave; so does Ctrl-D
-Everything else is a message. One of several lines stands between """ and """; Ctrl-C stops a reply.'''
+/exit          exit, like Ctrl-D
+Everything else is a message. Put a message of several lines between """ and """. Ctrl-C stops a reply.'''
 
 
 class Session:
-    """Reads messages and commands from stdin, prints replies.
+    """Reads messages and commands from stdin and prints replies.
 
-    On a terminal an error is a sentence and the conversation goes on; in a script the first one ends it.
+    On a terminal, an error is printed and the conversation continues; otherwise the first error is raised.
 
     Args:
-        reply: answers a message, with the options of the command line.
+        reply: replies to a message, with the options of the command line.
     """
 
     def __init__(
@@ -48,29 +48,29 @@ class Session:
         }
 
     def run(self) -> None:
-        """Until /exit or the end of input."""
+        """Run until /exit or the end of input."""
         if self.interactive:
             with suppress(ImportError):
-                import readline  # noqa: F401  gives input() arrow keys and a history
-            self._say("/help lists commands, Ctrl-C stops a reply, Ctrl-D leaves.")
+                import readline  # noqa: F401  adds arrow keys and a history to input()
+            self._say("/help lists commands, Ctrl-C stops a reply, Ctrl-D exits.")
         interrupted = False
         while True:
             try:
                 if interrupted:
                     interrupted = False
-                    print(file=sys.stderr)  # the line that was begun is forgotten
+                    print(file=sys.stderr)  # end the interrupted line
                 line = self._read(">>> ")
                 if line.rstrip() == "/exit":
                     return
                 self._obey(line)
             except EOFError:
                 if self.interactive:
-                    print(file=sys.stderr)  # the prompt's line is still open
+                    print(file=sys.stderr)  # end the prompt's line
                 return
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise
-                interrupted = True  # and no more is done here, where another Ctrl-C would end the session
+                interrupted = True  # do nothing else here: another Ctrl-C would end the session
             except BrokenPipeError:
                 raise
             except (ValueError, RuntimeError, OSError) as error:
@@ -79,7 +79,7 @@ class Session:
                 print((str(error) or repr(error)).splitlines()[0], file=sys.stderr)
 
     def ask(self, text: str) -> None:
-        """Print the reply to one message. Ctrl-C on a terminal stops it, and what was said is kept."""
+        """Print the reply to one message. On a terminal, Ctrl-C stops the reply and keeps the text so far."""
         screen, before = Screen(show_thinking=self._show_thinking), self.conversation.messages
         reply = self._reply(text)
         try:
@@ -103,7 +103,7 @@ class Session:
         if line.startswith("/"):
             name, _, rest = line.partition(" ")
             if name not in self._commands:
-                raise ValueError(f"There is no command {name}: /help lists them; a message may begin with a space.")
+                raise ValueError(f"There is no command {name}: type /help for a list, or start a message with a space.")
             self._commands[name](rest.strip())
             if name != "/help":
                 self._say(f"Messages in the conversation: {len(self.conversation.messages)}")
@@ -119,13 +119,13 @@ class Session:
             try:
                 lines.append(self._read("... "))
             except EOFError:
-                raise ValueError('The message that """ begins was not ended by another """.') from None
+                raise ValueError('The message that starts with """ has no end: end it with """.') from None
         return "\n".join(lines).rstrip().removesuffix('"""').strip("\n")
 
     def _read(self, prompt: str) -> str:
         if self.interactive and sys.stdout.isatty():
             return input(prompt)
-        if self.interactive:  # stdout goes to a file, where a prompt has no place
+        if self.interactive:  # stdout is a file: print the prompt to stderr
             print(prompt, end="", file=sys.stderr, flush=True)
         try:
             line = sys.stdin.readline()
@@ -139,9 +139,9 @@ class Session:
         stats = self.conversation.stats
         assert stats is not None
         if not kept:
-            self._say("Stopped before the first word: the message is not kept.")
+            self._say("Stopped before the first word: the message was not added.")
             return
-        # The first token belongs to the prompt's forward; the speed is that of the steps after it.
+        # The prompt's forward makes the first token; the rate counts the steps after it.
         steps, seconds = stats.new - 1, stats.seconds - stats.prompt_seconds
         rate = f", {steps / seconds:.1f} tok/s" if steps > 0 and seconds > 0 else ""
         why = {"stop": "", "length": ", cut at the limit", "interrupted": ", stopped"}[stats.ended]
@@ -155,5 +155,5 @@ class Session:
 
 def _named(file: str, command: str) -> str:
     if not file:
-        raise ValueError(f"{command} needs the name of a file.")
+        raise ValueError(f"{command} needs a file name: add it after the command.")
     return file

@@ -1,4 +1,4 @@
-"""What commands share: types of their arguments, opening a checkpoint, printing tables."""
+"""Helpers of the commands: argument types, opening a checkpoint, printing tables."""
 
 import sys
 from pathlib import Path
@@ -22,38 +22,38 @@ Target = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR|PRESET"
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
-    """The folder's tokenizer.json. Raises: ValueError that says what is missing."""
+    """The folder's tokenizer, without truncation and padding. Raises: ValueError if it is missing or invalid."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: give one that holds config.json, safetensors and tokenizer.json.")
+        raise ValueError(f"{folder} is not a folder: give one with config.json, safetensors and tokenizer.json.")
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: copy the tokenizer.json that the model was trained with there.")
+        raise ValueError(f"{path} does not exist: copy the model's tokenizer.json there.")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path} is not a tokenizer ({error}).") from error
-    # Left over from training in some files; a prompt is neither cut nor filled up.
+    # Some files still have the truncation and padding of training.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def open_model(folder: Path, *, device: str, dtype: Dtype, experts: ExpertPlace, cache: str, quiet: bool) -> Qwen3Next:
-    """The folder's model, with a bar on a terminal. Raises: ValueError for a device that is not here."""
+    """The folder's model, loaded with a progress bar on a terminal. Raises: ValueError for an unavailable device."""
     target = as_device(device)
     if target.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("torch finds no CUDA device here: choose --device cpu.")
+        raise ValueError("torch finds no CUDA device: choose --device cpu.")
     progress = not quiet and sys.stderr.isatty()
     return load(folder, dtype=dtype, device=target, progress=progress, experts=experts, expert_cache=cache)
 
 
 def say_reads(model: Qwen3Next) -> None:
-    """On stderr, what was read from the files for the tokens so far, where experts stay there."""
+    """Print to stderr how much was read from the files so far, if experts are on disk."""
     if model.expert_cache is not None:
         report = model.expert_cache.report
         print(
             f"experts: {report.hit_rate:.0%} found in the cache, {binary(int(report.bytes_per_token))} read "
-            f"a token, {binary(model.expert_cache.nbytes)} of cache in use",
+            f"per token, {binary(model.expert_cache.nbytes)} of cache in use",
             file=sys.stderr,
         )
 
@@ -65,11 +65,11 @@ def config_of(target: str) -> ModelConfig:
     try:
         return presets.named(target)()
     except ValueError as error:
-        raise ValueError(f"{target!r} is neither a folder nor a config.json here. {error}") from None
+        raise ValueError(f"{target!r} is neither a folder nor a config.json. {error}") from None
 
 
 def show(renderable: object) -> None:
-    """Print through plain stdout, so that a closed pipe is met here and not inside rich."""
+    """Print with rich through plain stdout, so that a closed pipe raises here and not inside rich."""
     console = Console() if sys.stdout.isatty() else Console(width=150)
     with console.capture() as capture:
         console.print(renderable)

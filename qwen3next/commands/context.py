@@ -1,4 +1,4 @@
-"""`qwen3next context`: what a context costs in memory."""
+"""`qwen3next context`: the memory that a context takes."""
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -11,16 +11,16 @@ KV_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 def context(target: Target, tokens: tuple[str, ...] = (), batch: int = 1, mtp: bool = False) -> None:
-    """Say how much memory a context takes: keys and values, recurrent state, and both in the dtypes there are.
+    """Print how much memory a context takes: KV cache in each dtype, recurrent state, and both together.
 
     $ qwen3next context qwen3_next_80b_a3b --tokens 256k
     $ qwen3next context DIR --tokens 32k --tokens 1M --batch 8
 
     Args:
         target: checkpoint folder, config.json, or name of a preset.
-        tokens: length of the context, as 4096, 32k (times 1024) or 1M; may be repeated.
-        batch: sequences.
-        mtp: with what the MTP layer remembers.
+        tokens: length of the context, such as 4096, 32k (times 1024) or 1M; may be repeated.
+        batch: number of sequences.
+        mtp: include the MTP layer's KV cache.
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}.")
@@ -39,15 +39,15 @@ def context(target: Target, tokens: tuple[str, ...] = (), batch: int = 1, mtp: b
         table.add_row(f"{length:,}", *map(binary, (state, *kv.values(), state + kv["bfloat16"])))
     show(table)
     if config.longest_context:
-        print(f"positions reach {config.longest_context:,} tokens" + (" with YaRN" if config.rope_scaling else ""))
+        print(f"longest context: {config.longest_context:,} tokens" + (" with YaRN" if config.rope_scaling else ""))
 
 
 def parse_tokens(text: str) -> int:
-    """4096, 32k or 1M; k is 1024. Raises: ValueError for anything else."""
+    """A number of tokens from "4096", "32k" or "1M"; k is 1024, M is 1024². Raises: ValueError for anything else."""
     digits, unit = text[:-1], text[-1:].lower()
     if not unit.isalpha():
         digits, unit = text, ""
     scale = {"": 1, "k": 1024, "m": 1024**2}.get(unit)
     if scale is None or not digits.isdigit() or not int(digits):
-        raise ValueError(f"{text!r} is no number of tokens: write it as 4096, 32k or 1M.")
+        raise ValueError(f"{text!r} is not a number of tokens: write it as 4096, 32k or 1M.")
     return int(digits) * scale

@@ -1,4 +1,4 @@
-"""`qwen3next convert`: a checkpoint in another arrangement or precision."""
+"""`qwen3next convert`: rewrite a checkpoint in another layout or dtype."""
 
 import sys
 from pathlib import Path
@@ -25,22 +25,22 @@ def convert(
 ) -> None:
     """Rewrite a checkpoint: experts fused or single, another dtype, FP8 to bf16, with or without MTP and vision tower.
 
-    One tensor is in memory at a time. OUT appears when it is whole, and may be DIR itself. Tokenizer, chat template and
-    other describing files are copied.
+    One tensor is in memory at a time. OUT is written atomically and may be DIR itself. Sidecar files, such as the
+    tokenizer and the chat template, are copied.
 
     $ qwen3next convert Qwen3.5-35B-A3B-FP8 Qwen3.5-35B-A3B-bf16
     $ qwen3next convert DIR OUT --experts single --dtype bfloat16
     $ qwen3next convert DIR OUT --drop-mtp --drop-vision
 
     Args:
-        source: checkpoint: config.json and *.safetensors.
-        target: folder to write, or to replace.
-        experts: fused is two tensors a layer, single is three an expert.
-        dtype: auto keeps each tensor's, FP8 becomes the dtype it stands for; A_log, dt_bias and norms keep theirs.
-        drop_mtp: leave out the multi-token prediction layer.
-        drop_vision: leave out the vision tower, which makes a text model.
-        shard_gb: files hold no more than so many 10^9 bytes.
-        quiet: show no bar.
+        source: checkpoint folder with config.json and *.safetensors.
+        target: folder to write or replace.
+        experts: fused (two tensors per layer), single (three tensors per expert) or keep.
+        dtype: auto keeps the dtype of each tensor and dequantises FP8; A_log, dt_bias and norms always keep theirs.
+        drop_mtp: leave out the MTP layer.
+        drop_vision: leave out the vision tower, so that a text model remains.
+        shard_gb: largest size of a file, in 10^9 bytes.
+        quiet: show no progress bar.
     """
     config = convert_folder(
         source,

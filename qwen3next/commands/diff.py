@@ -1,4 +1,4 @@
-"""`qwen3next diff`: two checkpoints, tensor by tensor."""
+"""`qwen3next diff`: compare two checkpoints tensor by tensor."""
 
 import sys
 from pathlib import Path
@@ -14,14 +14,14 @@ from qwen3next.checkpoints.reader import open_checkpoint
 from qwen3next.commands.common import Folder, show
 
 Second = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR2")]
-# Keys that say how a file was written, not what the model is.
+# Keys that describe how the files were written, not the model.
 ABOUT_FILES = ("torch_dtype", "dtype", "quantization_config", "transformers_version", "architectures")
 
 
 def diff(a: Folder, b: Second, limit: int = 40, quiet: bool = False) -> int:
-    """Compare two checkpoints tensor by tensor, whatever their arrangement: fused or single experts, FP8, prefixes.
+    """Compare two checkpoints tensor by tensor, in any layout: fused or single experts, FP8, name prefixes.
 
-    Ends with status 0 where all tensors are equal, 1 where some are not.
+    Exit status: 0 if all tensors are equal, 1 if not.
 
     $ qwen3next diff DIR DIR2
     $ qwen3next diff base finetuned --limit 0      # all of them
@@ -29,8 +29,8 @@ def diff(a: Folder, b: Second, limit: int = 40, quiet: bool = False) -> int:
     Args:
         a: checkpoint A.
         b: checkpoint B.
-        limit: show so many differences, largest first; 0 shows all.
-        quiet: show no bar.
+        limit: most differences to show, largest first; 0 shows all.
+        quiet: show no progress bar.
     """
     left, right = open_checkpoint(a), open_checkpoint(b)
     for key, (x, y) in diff_config(left, right).items():
@@ -49,5 +49,5 @@ def diff(a: Folder, b: Second, limit: int = 40, quiet: bool = False) -> int:
         table.add_row(d.name, d.what, *numbers, d.detail)
     show(table)
     left_out = f", {len(found) - limit} not shown" if limit and len(found) > limit else ""
-    print(f"{len(found)} of {len(left.wanted)} tensors of A, or beside them in B, differ{left_out}", flush=True)
+    print(f"{len(found)} tensors differ (A has {len(left.wanted)}){left_out}", flush=True)
     return 1

@@ -10,17 +10,17 @@ from qwen3next.inspect import on_meta
 
 
 def explain(target: Target, device: str = "auto", dtype: Dtype = "auto") -> None:
-    """Say for each operation which implementation would run, why, and what would be faster.
+    """Print for each operation which implementation would run, why, and what would be faster.
 
-    The answer is about this installation; the model is not loaded and needs no memory.
+    The result describes this installation. The model is not loaded.
 
     $ qwen3next explain DIR
     $ qwen3next explain qwen3_next_80b_a3b --device cuda
 
     Args:
         target: checkpoint folder, config.json, or name of a preset.
-        device: auto (CUDA where there is one), cpu, cuda, ...
-        dtype: auto is what config.json names, else float32.
+        device: auto (CUDA if available), cpu, cuda, ...
+        dtype: auto is the dtype in config.json, else float32.
     """
     config = config_of(target)
     named = config.extra.get("dtype") or config.extra.get("torch_dtype") or "float32"

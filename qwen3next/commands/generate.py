@@ -28,30 +28,30 @@ def generate(
     expert_cache: str = "2GiB",
     quiet: bool = False,
 ) -> None:
-    """Continue a prompt; the text appears as it is made, and the speed on stderr at the end.
+    """Continue a prompt; the text is streamed, and the speed is printed to stderr at the end.
 
-    The prompt is continued as it stands: for a chat model, write its chat markup into it.
+    The prompt is used without a chat template: for a chat model, write the chat markup into it.
 
     $ qwen3next generate DIR --prompt "def fibonacci(n):"
     $ qwen3next generate DIR --file story.txt --temperature 0.8
     $ cat story.txt | qwen3next generate DIR --quiet > more.txt
 
     Args:
-        folder: checkpoint: config.json, *.safetensors, tokenizer.json.
-        prompt: text to continue. Without it and --file, stdin is read to its end.
-        file: UTF-8 file whose text is continued.
-        max_new_tokens: tokens to make at most.
-        temperature: 0 takes the most likely token each time; larger is more varied.
-        top_k: draw among so many most likely tokens; 0 means all.
-        top_p: draw among the most likely tokens that together have this probability.
-        seed: for a temperature above 0; the same seed gives the same text on one machine.
-        stop: end before this string, beside the checkpoint's stop_strings; may be repeated.
-        stop_tokens: end after this token id, beside the model's end-of-text; may be repeated.
-        device: auto (CUDA where there is one), cpu, cuda, cuda:1, ...
-        dtype: auto keeps each tensor as stored.
-        experts: memory; int8, in a byte a weight; mmap, read from the files as tokens need them.
-        expert_cache: memory for experts that were read from the files.
-        quiet: write nothing to stderr but errors.
+        folder: checkpoint folder with config.json, *.safetensors and tokenizer.json.
+        prompt: text to continue. Without --prompt and --file, stdin is read to its end.
+        file: UTF-8 file with the text to continue.
+        max_new_tokens: most tokens to generate.
+        temperature: 0 always takes the most likely token; larger values are more varied.
+        top_k: sample from the k most likely tokens; 0 means all.
+        top_p: sample from the most likely tokens with this total probability.
+        seed: seed for a temperature above 0; the same seed gives the same text on one machine.
+        stop: end before this string, in addition to the checkpoint's stop_strings; may be repeated.
+        stop_tokens: end after this token id, in addition to the model's end-of-text; may be repeated.
+        device: auto (CUDA if available), cpu, cuda, cuda:1, ...
+        dtype: auto keeps the stored dtype of each tensor.
+        experts: memory; int8 (one byte per weight); mmap (read from the files when tokens need them).
+        expert_cache: memory for experts read from the files.
+        quiet: write only errors to stderr.
     """
     text = _read_prompt(prompt, file)
     tokenizer = open_tokenizer(folder)
@@ -78,7 +78,7 @@ def generate(
     now = time.perf_counter()
     print(output.finish(), flush=True)
     if not quiet:
-        # The first token belongs to the prompt's forward; the speed is that of the steps after it.
+        # The prompt's forward makes the first token; the rate counts the steps after it.
         rate = f", {(made - 1) / (now - first):.1f} tok/s" if made > 1 else ""
         print(
             f"{len(ids)} prompt tokens in {first - began:.2f} s, {made} new in {now - began:.2f} s{rate} "
@@ -98,5 +98,5 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     except UnicodeDecodeError:
         raise ValueError(f"{file or 'stdin'} is not UTF-8 text.") from None
     if not text:
-        raise ValueError("The prompt is empty: there is nothing to continue.")
+        raise ValueError("The prompt is empty: give a text to continue.")
     return text

@@ -1,4 +1,4 @@
-"""`qwen3next inspect`: what a configuration amounts to."""
+"""`qwen3next inspect`: parameters, layers and shapes of a configuration."""
 
 from qwen3next.commands.common import Target, config_of, show
 from qwen3next.inspect import describe, hook_lines
@@ -7,7 +7,7 @@ from qwen3next.inspect import describe, hook_lines
 def inspect(target: Target, hooks: bool = False) -> None:
     """Describe a model: parameters, layers, shapes, bytes of context. Reads config.json only; takes seconds.
 
-    The configuration of a released checkpoint does not say whether it has an MTP layer; one is counted.
+    A released config.json does not tell whether the checkpoint has an MTP layer: one is counted.
 
     $ qwen3next inspect qwen3_next_80b_a3b
     $ qwen3next inspect DIR
@@ -15,7 +15,7 @@ def inspect(target: Target, hooks: bool = False) -> None:
 
     Args:
         target: checkpoint folder, config.json, or name of a preset.
-        hooks: print the model's hook points instead, one a line: name, shape, dtype, what it takes to fire.
+        hooks: print the model's hook points instead, one per line: name, shape, dtype, what makes it fire.
     """
     config = config_of(target)
     if hooks:

@@ -1,4 +1,4 @@
-"""Ctrl-C that waits for the token which is being made."""
+"""Handling of Ctrl-C that waits for the end of the current token."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -8,10 +8,10 @@ from types import FrameType
 
 @contextmanager
 def patient_ctrl_c(may_wait: Callable[[], bool]) -> Iterator[list[int]]:
-    """Note the first Ctrl-C in the list that is handed out, to be asked between tokens; a second one raises.
+    """Yield a list to which the first Ctrl-C adds an item, to be checked between tokens; a second Ctrl-C raises.
 
-    Most of the time a forward is running. Stopped there, layers would be at different places and the cache of the whole
-    conversation would be lost. Where `may_wait` says no, as before a long prompt's first token, the first one raises.
+    An interrupt inside a forward leaves layers at different positions, and the cache of the conversation would be lost.
+    If `may_wait` returns False, as before the first token of a long prompt, the first Ctrl-C raises.
     """
     noted: list[int] = []
 

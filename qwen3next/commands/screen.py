@@ -1,26 +1,26 @@
-"""A reply as it is printed, and notes beside it."""
+"""Printing of replies to stdout and of notes to stderr."""
 
 import sys
 
 from qwen3next.chat.thinking import CLOSE, OPEN, Kind
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-# A model may write what a terminal obeys: all control characters but newline and tab become visible.
+# A model may write control sequences: replace all control characters except newline and tab.
 HARMLESS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 
 def note(text: str) -> None:
-    """A line on stderr, dimmed on a terminal."""
+    """Print a line to stderr, dimmed on a terminal."""
     print(f"{DIM}{text}{PLAIN}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
 
 class Screen:
-    """Prints the pieces of one reply to stdout: thinking dimmed on a terminal, in its tags elsewhere."""
+    """Prints the pieces of one reply to stdout; thinking is dimmed on a terminal, and between its tags elsewhere."""
 
     def __init__(self, *, show_thinking: bool):
         self._terminal, self._show = sys.stdout.isatty(), show_thinking
         self._kind: Kind | None = None
-        self._fresh = True  # the cursor stands at the beginning of a line
+        self._fresh = True  # the cursor is at the start of a line
 
     def write(self, kind: Kind, text: str) -> None:
         if kind == "thinking" and not self._show:
@@ -36,7 +36,7 @@ class Screen:
         self._fresh = text.endswith("\n")
 
     def end(self) -> None:
-        """Leave the cursor at the beginning of a line, in plain colours."""
+        """Move the cursor to the start of a line and reset the colours."""
         self._leave()
         if self._kind is not None and not self._fresh:
             self._print("\n")

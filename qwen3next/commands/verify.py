@@ -1,4 +1,4 @@
-"""`qwen3next verify`: is a checkpoint folder in order?"""
+"""`qwen3next verify`: check a checkpoint folder."""
 
 import sys
 
@@ -8,17 +8,17 @@ from qwen3next.files.sizes import binary
 
 
 def verify(folder: Folder, values: bool = False, quiet: bool = False) -> int:
-    """Check a checkpoint folder against its config.json without loading it; say everything that is wrong.
+    """Check a checkpoint folder against its config.json without loading it; print all problems.
 
-    Ends with status 0 where it is in order, 1 where it is not.
+    Exit status: 0 if it is valid, 1 if not.
 
     $ qwen3next verify DIR
     $ qwen3next verify DIR --values      # also reads all weights: NaN, infinity, zeros
 
     Args:
-        folder: checkpoint: config.json, *.safetensors, tokenizer.json.
-        values: read every tensor too and name those that hold NaN or infinity, or nothing but zeros.
-        quiet: print problems only, and no bar.
+        folder: checkpoint folder with config.json, *.safetensors and tokenizer.json.
+        values: also read every tensor and report NaN, infinity and tensors that are all zero.
+        quiet: print problems only, and no progress bar.
     """
     report = verify_folder(folder, values=values, progress=values and not quiet and sys.stderr.isatty())
     for problem in report.problems:
@@ -29,5 +29,5 @@ def verify(folder: Folder, values: bool = False, quiet: bool = False) -> int:
         if report.config is not None and not report.problems:
             mtp = "with MTP" if report.config.mtp_num_hidden_layers else "without MTP"
             size = f"{report.tensors} tensors, {binary(report.nbytes)}"
-            print(f"in order: {report.config.model_type}, {mtp}, {size}", flush=True)
+            print(f"valid: {report.config.model_type}, {mtp}, {size}", flush=True)
     return 1 if report.problems else 0

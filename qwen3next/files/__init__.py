@@ -1,1 +1,1 @@
-"""Files on disk: written whole or not at all, checksummed, read without copies."""
+"""Files on disk: atomic writes, checksums, partial reads of safetensors."""

@@ -1,4 +1,4 @@
-"""Folders and files that change all at once or not at all."""
+"""Atomic writes of files and folders."""
 
 import ctypes
 import errno
@@ -15,7 +15,7 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 
 @contextmanager
 def usable(path: str | Path) -> Iterator[None]:
-    """Around what uses a name for the first time. Raises: ValueError where there can be no file or folder of it."""
+    """Wrap the first use of a path. Raises: ValueError if no file or folder can have it."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -27,12 +27,14 @@ def usable(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def fresh_folder(folder: Path, *, replaced: Callable[[str], bool]) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its place when the block ends well, and is gone when it does not.
+    """Yield a temporary folder that replaces `folder` if the block succeeds, and is deleted if it fails.
 
-    It begins with the old one's files, but for those whose name is `replaced`.
+    Args:
+        replaced: whether a file of the old folder, by name, is left out of the copy that the new folder starts with.
+    Raises: ValueError if `folder` cannot be a folder to write into.
     """
     if folder.name in ("", ".."):
-        raise ValueError(f"{str(folder)!r} has no name of its own: give the folder to write into by its name.")
+        raise ValueError(f"{str(folder)!r} does not name a folder: give the path of the folder to write.")
     with usable(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.exists() and not folder.is_dir():
@@ -51,14 +53,17 @@ def fresh_folder(folder: Path, *, replaced: Callable[[str], bool]) -> Iterator[P
 
 @contextmanager
 def fresh_file(path: Path) -> Iterator[Path]:
-    """A new file beside `path` that takes its place when the block ends well, and is gone when it does not."""
+    """Yield a temporary path that replaces `path` if the block succeeds, and is deleted if it fails.
+
+    Raises: ValueError if `path` cannot be a file to write.
+    """
     with usable(path):
         if not path.name or path.is_dir():
             raise ValueError(f"{str(path)!r} is a folder: give a file to write.")
         path.parent.stat()
         with suppress(FileNotFoundError):
             path.lstat()
-    fresh = path.with_name(f".{path.name[:60]}-{uuid4().hex[:12]}")  # other threads may write the same one
+    fresh = path.with_name(f".{path.name[:60]}-{uuid4().hex[:12]}")  # unique: other threads may write the same file
     try:
         yield fresh
         fresh.replace(path)
@@ -67,11 +72,11 @@ def fresh_file(path: Path) -> Iterator[Path]:
 
 
 def _take_place(fresh: Path, folder: Path) -> None:
-    """Rename, so that `folder` is the new one and `fresh`, if it still is, the old one."""
+    """Rename `fresh` to `folder`. `fresh`, if it still exists, is then the old folder."""
     if not folder.exists():
         fresh.rename(folder)
     elif not _exchange(fresh, folder):
-        # Where a file system cannot exchange: between these two renames the old folder has another name.
+        # Without an exchange, `folder` does not exist between these two renames.
         old = folder.with_name(f".{folder.name}-old-{uuid4().hex[:12]}")
         folder.rename(old)
         fresh.rename(folder)
@@ -79,7 +84,7 @@ def _take_place(fresh: Path, folder: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swap two names in one step; False where kernel or file system cannot (all but Linux)."""
+    """Swap two names atomically; False if the kernel or file system cannot (only Linux can)."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):

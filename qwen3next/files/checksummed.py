@@ -1,4 +1,4 @@
-"""safetensors files that describe themselves and notice it where they were cut short or changed."""
+"""safetensors files with a description and checksums, which detect truncated or changed files."""
 
 import hashlib
 import json
@@ -19,10 +19,10 @@ def sum_of(x: Tensor) -> str:
 
 
 def write_sealed(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write tensors and their description, under a temporary name that is then renamed.
+    """Write tensors and their description atomically.
 
     Args:
-        about: whatever JSON holds, with a "format" for `read_about` to know it by.
+        about: the description, as JSON values, with the key "format" that `read_about` checks.
     """
     tensors = {name: x.detach().contiguous() for name, x in tensors.items()}
     text = json.dumps({**about, "sums": {name: sum_of(x) for name, x in tensors.items()}})
@@ -33,9 +33,12 @@ def write_sealed(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
 
 
 def read_about(path: Path, *, format: str, kind: str) -> dict[str, Any]:
-    """The description of a file; its tensors are not read.
+    """Read the description of a file, without its tensors.
 
-    Raises: ValueError for a file that is damaged, changed, or no `kind` ("a cache") of this format.
+    Args:
+        format: the expected value of "format".
+        kind: what the file should be, for the message, such as "a cache".
+    Raises: ValueError for a file that is damaged, changed, or of another format.
     """
     read_header(path)
     text = read_metadata(path).get("about", "null")
@@ -45,20 +48,20 @@ def read_about(path: Path, *, format: str, kind: str) -> dict[str, Any]:
     except ValueError:
         known = False
     if not known:
-        raise ValueError(f"{path} is not {kind} of this version: fill it anew.")
+        raise ValueError(f"{path} is not {kind} of this version: create it again.")
     if read_metadata(path).get("seal") != hashlib.sha256(text.encode()).hexdigest():
-        raise ValueError(f"{path} has been changed since it was written (its description): fill it anew.")
+        raise ValueError(f"{path} was changed after it was written (its description): create it again.")
     return about
 
 
 def read_sealed(path: Path, about: Mapping[str, Any], *, only: str | None = None) -> dict[str, Tensor]:
-    """Its tensors, or the one of that name, on the CPU. Raises: ValueError for any that is not what was written."""
+    """The file's tensors, or the one named `only`, on the CPU. Raises: ValueError if a checksum does not match."""
     stored, found = read_header(path), {}
     if stored.keys() != about["sums"].keys():
-        raise ValueError(f"{path} has been changed since it was written (its tensors): fill it anew.")
+        raise ValueError(f"{path} was changed after it was written (its tensors): create it again.")
     with Files() as files:
         for name in stored if only is None else (only,):
             found[name] = files.read(stored[name])
             if about["sums"][name] != sum_of(found[name]):
-                raise ValueError(f"{path} has been changed since it was written ({name}): fill it anew.")
+                raise ValueError(f"{path} was changed after it was written ({name}): create it again.")
     return found

@@ -1,4 +1,4 @@
-"""What a file that belongs to a model names it by."""
+"""Fingerprints of models, by which a file that belongs to a model identifies it."""
 
 import hashlib
 import json
@@ -16,26 +16,26 @@ from torch import Tensor
 from qwen3next.files.atomic import fresh_file
 from qwen3next.files.tensor_files import memory_of
 
-PIECE = 2**26  # bytes that are summed at a time, each piece in a thread
-NUMBERS = 64  # of a tensor, looked at to notice a change that torch was not told of
-KEPT_FROM = 2**31  # bytes of a model whose sums are worth a file beside it
+PIECE = 2**26  # bytes hashed at a time, each piece in a thread
+NUMBERS = 64  # elements compared per tensor, to detect changes that torch's version counter misses
+KEPT_FROM = 2**31  # smallest model, in bytes, whose sums are stored in a file
 SUMS = ".qwen3next-sums"
 
 
 @dataclass
 class Seen:
-    """A tensor's sum, and what it was like when it was taken: where it lay, its version, some of its numbers."""
+    """A tensor's sums, and its state when they were computed: address, version, layout and some of its elements."""
 
     mark: tuple[object, ...]
     some: bytes
-    sums: dict[bool, str] = field(default_factory=dict)  # of its bytes as they are, and rounded to bf16
+    sums: dict[bool, str] = field(default_factory=dict)  # by `rounded`: of the bytes as they are, or rounded to bf16
 
 
 class WeightSums:
-    """sha256 of each of a model's tensors, over all of its bytes, taken anew where the tensor has changed.
+    """sha256 of all bytes of each of a model's tensors, computed again when the tensor has changed.
 
-    A change is noticed by torch's version counter, by the address, and else by 64 numbers of the tensor: what writes
-    single numbers behind torch's back (`p.data[3] = 1`) is not.
+    Changes are detected by torch's version counter, by the address, and by 64 elements of the tensor. A write of single
+    elements that bypasses the version counter (`p.data[3] = 1`) is not detected.
     """
 
     def __init__(self) -> None:
@@ -52,13 +52,17 @@ class WeightSums:
         return WeightSums, ()
 
     def loaded(self, folder: Path, tensors: dict[str, Tensor], cast: str) -> None:
-        """Note that these tensors hold what the folder's files do: their sums can be kept there for other processes."""
+        """Record that these tensors equal the folder's files, so that their sums can be stored there and reused.
+
+        Args:
+            cast: how the tensors were cast when loaded; stored sums are valid for the same value only.
+        """
         self._folder, self._files = folder, files_as_they_are(folder)
         self._key = f"{self._files} {cast}"
         self._loaded = {name: _mark(x) for name, x in tensors.items()}
 
     def of(self, tensors: dict[str, Tensor], *, rounded: bool) -> dict[str, str]:
-        """The sum of each; `rounded` to bf16, it is the same in fp32 and in bf16."""
+        """The sum of each tensor. With `rounded`, values are rounded to bf16, so fp32 and bf16 give equal sums."""
         with self._lock:
             return self._of(tensors, rounded=rounded)
 
@@ -90,7 +94,7 @@ class WeightSums:
         return {}
 
     def _write(self, kept: dict[str, str], found: dict[str, str], tensors: dict[str, Tensor], *, rounded: bool) -> None:
-        """Keep the sums of what is as it was loaded, where that saves seconds and the folder can be written to."""
+        """Store the sums of unchanged tensors, if the model is large enough and the folder is writable."""
         untouched = {name: x for name, x in tensors.items() if self._loaded.get(name, _UNKNOWN) == _mark(x)}
         if self._folder is None or sum(x.nbytes for x in untouched.values()) < KEPT_FROM:
             return
@@ -106,7 +110,7 @@ _UNKNOWN = (object(),)
 def _mark(x: Tensor) -> tuple[object, ...]:
     try:
         return (x.data_ptr(), x._version, x.dtype, tuple(x.shape), x.stride())
-    except RuntimeError:  # made in inference mode: torch does not count its changes
+    except RuntimeError:  # made in inference mode: torch has no version counter for it
         return _UNKNOWN
 
 
@@ -116,7 +120,7 @@ def _some(x: Tensor) -> bytes:
 
 
 def _sums(tensors: dict[str, Tensor], *, rounded: bool) -> Iterator[tuple[str, str]]:
-    """Each tensor's sum: of the sums of its pieces, which are taken in parallel."""
+    """Each tensor's sum: the hash of the hashes of its pieces, computed in parallel."""
 
     def pieces(x: Tensor) -> list[Tensor]:
         flat = x.detach().reshape(-1)
@@ -127,13 +131,13 @@ def _sums(tensors: dict[str, Tensor], *, rounded: bool) -> Iterator[tuple[str, s
         return hashlib.sha256(memory_of(some.cpu().contiguous())).digest()
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        sums = {name: threads.map(digest, pieces(x)) for name, x in tensors.items()}  # all of them at once
+        sums = {name: threads.map(digest, pieces(x)) for name, x in tensors.items()}  # submits all pieces
         for name, parts in sums.items():
             yield name, hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def files_as_they_are(folder: Path) -> str:
-    """Name, size and time of change of a folder's weights and configuration, as one sum."""
+    """One hash of the name, size and modification time of a folder's weights and JSON files."""
     found = []
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
         with suppress(OSError):
@@ -149,12 +153,12 @@ def fingerprint(
     beside: Collection[str] = ("extra", "outer"),
     any_dtype: bool = False,
 ) -> str:
-    """sha256 of the configuration, and of name, dtype, shape and all bytes of every tensor.
+    """sha256 of the configuration and of the name, dtype, shape and all bytes of every tensor.
 
     Args:
-        left_out: tensors that do not matter to the file, by name.
-        beside: fields of the configuration that do not.
-        any_dtype: a model is the same in fp32 and in bf16; numbers are rounded to bf16 then.
+        left_out: whether to ignore a tensor, by name.
+        beside: fields of the configuration to ignore.
+        any_dtype: ignore dtypes and round values to bf16, so that a model is the same in fp32 and in bf16.
     """
     config = {f.name: getattr(model.config, f.name) for f in fields(model.config) if f.name not in beside}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=_plain).encode())

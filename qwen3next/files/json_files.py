@@ -1,4 +1,4 @@
-"""JSON as it comes from elsewhere: read strictly, values checked against the types of fields."""
+"""Strict reading of JSON files, and checks of values against the types of dataclass fields."""
 
 import json
 import math
@@ -9,11 +9,11 @@ from typing import Any
 from qwen3next.files.atomic import fresh_file
 
 LISTS: dict[Any, type] = {Sequence[str]: str, Sequence[int]: int, int | Sequence[int] | None: int}
-LARGEST = 2**40  # no size of a model is larger; numbers beyond would overflow somewhere, and not in a sentence
+LARGEST = 2**40  # no size of a model is larger; larger numbers would overflow later with an unclear error
 
 
 def parse(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises: ValueError for what is none, or gives a key twice: readers differ on those."""
+    """The value of a JSON text. Raises: ValueError for invalid JSON, or for a repeated key, which readers differ on."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -29,19 +29,19 @@ def parse(text: str | bytes) -> Any:
 
 
 def read(path: Path, what: str) -> Any:
-    """The value in a JSON file. Raises: ValueError that names the file and `what` it should have been."""
+    """The value in a JSON file. Raises: ValueError that names the file and `what` it should be."""
     try:
         return parse(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: it should be {what}.") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): it should be {what}.") from error
-    except ValueError as error:  # broken JSON and broken UTF-8 are kinds of it
+    except ValueError as error:  # includes invalid JSON and invalid UTF-8
         raise ValueError(f"{path} is not {what}: {error}.") from error
 
 
 def read_object(path: Path, what: str, *, optional: bool = False) -> dict[str, Any]:
-    """The JSON object in a file; an empty one where an `optional` file is not there. Raises as `read`."""
+    """The JSON object in a file; empty if the file is `optional` and missing. Raises: as `read`."""
     if optional and not path.is_file():
         return {}
     value = read(path, what)
@@ -51,9 +51,9 @@ def read_object(path: Path, what: str, *, optional: bool = False) -> dict[str, A
 
 
 def typed(name: str, kind: Any, value: Any) -> Any:
-    """A value as its field's type; JSON writes 1e7 as 10000000, and lists for tuples.
+    """Convert a JSON value to its field's type: an integer to float, a list to a tuple.
 
-    Raises: ValueError for a value of another type, or a number that is not finite or beyond any model's size.
+    Raises: ValueError for a value of another type, or a number that is not finite or larger than `LARGEST`.
     """
     whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
     if kind in (bool, str) and isinstance(value, kind):
@@ -71,6 +71,6 @@ def typed(name: str, kind: Any, value: Any) -> Any:
 
 
 def write(path: Path, values: object) -> None:
-    """Write under a temporary name and rename, so that the file is never seen half-written."""
+    """Write values as JSON, atomically."""
     with fresh_file(path) as fresh:
         fresh.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

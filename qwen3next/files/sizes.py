@@ -1,4 +1,4 @@
-"""Bytes in words and back."""
+"""Conversion between numbers of bytes and text."""
 
 import re
 
@@ -10,7 +10,7 @@ def parse_bytes(size: str | int) -> int:
     """Bytes from "2GiB", "500MB" or a number. Raises: ValueError for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", str(size).strip())
     if found is None or found[2].upper() not in UNITS:
-        raise ValueError(f"{size!r} is no size: write it as 2GiB, 500MB or a number of bytes.")
+        raise ValueError(f"{size!r} is not a size: write it as 2GiB, 500MB or a number of bytes.")
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 

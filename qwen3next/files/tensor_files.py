@@ -1,8 +1,9 @@
-"""safetensors files read and written a range at a time.
+"""Reading and writing of safetensors files, one tensor or part of a tensor at a time.
 
-The library maps a whole file and writes from a dictionary of tensors. Here tensors are read into memory that is already
-there, one or a part of one at a time, so that resident memory stays that of what was asked for, and a file that shrinks
-while it is read is an error and not a signal. The format: a header's length in 8 bytes, the header in JSON, the data.
+The safetensors library maps whole files into memory and writes from a dictionary of tensors. Here a tensor, or a part
+of it, is read with pread into memory that the caller may provide. So resident memory does not exceed what was
+requested, and a file that shrinks during a read raises an error instead of a signal.
+Format: the header's length in 8 bytes, the header in JSON, the data.
 """
 
 import json
@@ -42,7 +43,7 @@ LONGEST_HEADER = 100_000_000  # the format's own limit
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: its file, the place of its first byte there, dtype and shape."""
+    """A tensor in a file: the file, the offset of its first byte, dtype and shape."""
 
     path: Path
     begin: int
@@ -55,10 +56,10 @@ class Stored:
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file, by name; its data is not read.
+    """The tensors of a safetensors file, by name, without their data.
 
-    Raises: ValueError that names the file, and the tensor where there is one, for anything that is not in order: a
-        file cut short or continued, tensors that overlap or leave gaps, sizes that do not fit shapes.
+    Raises: ValueError that names the file, and the tensor if any, for an invalid file: truncated or extended, with
+        tensors that overlap or leave gaps, or with sizes that do not fit the shapes.
     """
     try:
         with path.open("rb") as file:
@@ -67,8 +68,8 @@ def read_header(path: Path) -> dict[str, Stored]:
             length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
             if not 2 <= length <= min(size - 8, LONGEST_HEADER):
                 if first[:1] == b"\x80" or first[:2] == b"PK":
-                    raise ValueError("it is a pickle, which is not opened since it could run code")
-                raise ValueError(f"its {size} bytes are too few for the header that it announces")
+                    raise ValueError("it is a pickle, which is not opened because it could run code")
+                raise ValueError(f"its {size} bytes are too few for its header")
             header = parse(file.read(length))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
@@ -89,8 +90,8 @@ def read_header(path: Path) -> dict[str, Stored]:
     for begin, end, name in sorted(ends):
         if begin != expected:
             raise ValueError(
-                f"{path} is damaged or cut short ({name} begins at byte {begin} of the data where {expected} "
-                "are taken): copy it again."
+                f"{path} is damaged or cut short ({name} begins at byte {begin} of the data, not at "
+                f"{expected}): copy it again."
             )
         expected = end
     if 8 + length + expected != size:
@@ -102,7 +103,7 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The strings that a file, whose header was read, says about itself."""
+    """The metadata strings of a safetensors file. Call `read_header` first: it checks the file."""
     with path.open("rb") as file:
         header = parse(file.read(struct.unpack("<Q", file.read(8))[0]))
     found = header.get("__metadata__")
@@ -111,30 +112,32 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def _entry(entry: object) -> tuple[torch.dtype, tuple[int, ...], int, int]:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError("its header entry does not say dtype, shape and data_offsets")
+        raise ValueError("its header entry must have dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        raise ValueError(f"stored as {code}, which is not supported")
+        raise ValueError(f"its dtype {code} is not supported")
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
-            raise ValueError(f"{numbers} are not sizes")
+            raise ValueError(f"{numbers} are not non-negative integers")
     dtype = DTYPES[code]
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{offsets} is not the room that {code} of shape {shape} takes")
+        raise ValueError(f"data_offsets {offsets} do not fit {code} of shape {shape}")
     return dtype, tuple(shape), offsets[0], offsets[1]
 
 
 class Files:
-    """Reads from several files, which stay open: one that is replaced meanwhile is still read as it was."""
+    """Reads from several files and keeps them open, so that a file replaced meanwhile is still read as it was."""
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
         self._lock = threading.Lock()  # experts are read by several threads
 
     def read(self, stored: Stored, index: int | None = None, *, into: Tensor | None = None) -> Tensor:
-        """A stored tensor, or `[index]` of it, in CPU memory; `into`, where given, is contiguous and is filled.
+        """Read a stored tensor, or `[index]` of it, into CPU memory.
 
-        Raises: ValueError where the file has become shorter or unreadable.
+        Args:
+            into: a contiguous tensor of that shape and dtype to fill; None allocates one.
+        Raises: ValueError if the file has become shorter or unreadable.
         """
         shape, begin = stored.shape, stored.begin
         if index is not None:
@@ -147,7 +150,7 @@ class Files:
         return out
 
     def equal(self, a: Stored, b: Stored) -> bool:
-        """Whether two stored tensors have the same dtype, shape and bytes; compared a piece at a time."""
+        """Whether two stored tensors have equal dtype, shape and bytes. Compares one piece at a time."""
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return False
         left, right = bytearray(min(a.nbytes, PIECE)), bytearray(min(a.nbytes, PIECE))
@@ -168,7 +171,7 @@ class Files:
             while done < len(target):
                 count = os.preadv(self._open[path], [target[done:]], begin + done)
                 if not count:
-                    raise ValueError(f"{path} has become shorter while it was read: copy it again.")
+                    raise ValueError(f"{path} became shorter while it was read: copy it again.")
                 done += count
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
@@ -196,14 +199,20 @@ def write(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file of the planned tensors, which come in this order, one in memory at a time."""
+    """Write a safetensors file with one tensor in memory at a time.
+
+    Args:
+        plan: name, dtype and shape of each tensor, in the order of `tensors`.
+        tensors: name and tensor, in the same order.
+        metadata: strings to store in the header.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, dtype, shape in plan:
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data begins at a multiple of 8, which some readers want
+    text += b" " * (-len(text) % 8)  # data begins at a multiple of 8: some readers need it
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for (name, dtype, shape), (got, tensor) in zip(plan, tensors, strict=True):
@@ -214,5 +223,5 @@ def write(
 
 
 def memory_of(x: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor; numpy has no bfloat16."""
+    """The bytes of a contiguous CPU tensor, without a copy. Viewed as uint8, because numpy has no bfloat16."""
     return memoryview(x.detach().view(-1).view(torch.uint8).numpy().data)

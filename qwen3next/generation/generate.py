@@ -1,4 +1,4 @@
-"""Continue token sequences: greedy or sampled, in batches of unequal length, token by token."""
+"""Generation of tokens: greedy or sampled, in batches of unequal length, streamed."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -24,14 +24,15 @@ def sample(
     rules: SamplingRules | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw one token id a row from (b, vocab) logits: (b,).
+    """Sample one token id per row from (b, vocab) logits. Returns: (b,) ids.
 
     Args:
-        temperature: 0 takes the most likely token; larger is more varied.
-        top_k: keep only so many most likely tokens; 0 keeps all.
-        top_p: keep only the most likely tokens that together reach this probability, at least one.
-        rules: of these, min_p, typical_p, epsilon_cutoff and eta_cutoff; the others need the text: see `stream`.
-    Raises: ValueError for values outside their ranges, and for logits that are no numbers.
+        temperature: 0 takes the most likely token; larger values are more varied.
+        top_k: keep only the k most likely tokens; 0 keeps all.
+        top_p: keep only the most likely tokens whose total probability reaches this value, at least one.
+        rules: applies min_p, typical_p, epsilon_cutoff and eta_cutoff only; `stream` applies the others.
+        generator: random generator; None uses torch's global one.
+    Raises: ValueError for values outside their ranges, for NaN or infinity, and if no token is left.
     """
     if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
@@ -42,14 +43,14 @@ def sample(
     most = logits.amax(-1, keepdim=True)
     if not bool(most.isfinite().all()):
         raise ValueError(
-            "No token is left to draw: the rules, or a hook, leave out all of them."
+            "No token is left to sample: the rules or a hook exclude all tokens, so relax them."
             if bool((most == -torch.inf).any())
-            else "The logits hold NaN or infinity, so no token is the likeliest: look for NaN in the weights "
-            "(qwen3next verify --values) and in hooks; float16 overflows where bfloat16 and float32 do not."
+            else "The logits hold NaN or infinity: check the weights (qwen3next verify --values) and hooks for NaN, "
+            "and use bfloat16 or float32 if float16 overflows."
         )
     if temperature == 0:
         return logits.argmax(-1)
-    # Distances from the largest: a small temperature cannot make them overflow but to −∞, which is its limit.
+    # Subtract the maximum: at a small temperature, scores can then overflow only to −∞, which is the correct limit.
     scores = (logits - most).float() / max(temperature, 1e-30)
     ordered, ids = scores.sort(dim=-1, descending=True, stable=True)
     if top_k:
@@ -79,18 +80,21 @@ def stream(
     seed: int | None = None,
     fwd_hooks: Hooks = (),
 ) -> Iterator[Tensor]:
-    """Yield the next token of every row, (b,), as it is made; −1 in rows that have stopped already.
+    """Yield the next token of every row, (b,), as it is generated; −1 in rows that have stopped.
 
     Args:
-        input_ids: (b, t) prompts; the whole text also where `cache` holds a beginning of it already.
+        input_ids: (b, t) prompts; the whole text, even if `cache` already holds a prefix of it.
         segments: `Segments.from_mask(mask)` for prompts padded to equal length, on either side.
-        cache: continue from this one, which is extended; None makes one of the right size.
-        rules: penalties, tokens that must not come, and the like.
+        cache: continue from this cache, which is extended; None makes one of the right size.
+        max_new_tokens: most tokens to generate per row.
+        temperature, top_k, top_p: as in `sample`.
+        rules: penalties, excluded tokens and other rules.
         stop_tokens: ids that end a row (yielded, then −1); None means `model.stop_tokens`.
-        seed: for sampling; equal seeds give equal tokens on one machine. None takes torch's global generator.
-        fwd_hooks: as `model.hooks` takes them, for the prompt and every step; `hook.ctx["position"]` is the absolute
-            position of the first token of what a hook gets.
-    Raises: ValueError for a prompt that is not what the cache holds, or does not fit it; for hooks as `model.hooks`.
+        seed: for sampling; equal seeds give equal tokens on one machine. None uses torch's global generator.
+        fwd_hooks: as for `model.hooks`, for the prompt and every step; `hook.ctx["position"]` is the absolute position
+            of the first token in the hooked tensor.
+    Raises: ValueError for a prompt that does not start with the cache's tokens, or does not fit the cache; for hooks as
+        `model.hooks`.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
@@ -132,7 +136,7 @@ def stream(
 
 
 def _texts(input_ids: Tensor, segments: Segments) -> list[list[int]]:
-    """The tokens of each prompt."""
+    """The token ids of each prompt."""
     found: list[list[int]] = [[] for _ in range(segments.sequences)]
     for run in segments.runs:
         found[run.sequence] = input_ids[run.row, run.begin : run.end].tolist()
@@ -140,7 +144,7 @@ def _texts(input_ids: Tensor, segments: Segments) -> list[list[int]]:
 
 
 def _run_prompt(model: Prefilling, input_ids: Tensor, segments: Segments, cache: HybridCache) -> Tensor:
-    """Run what the cache does not hold yet; logits (b, vocab) after each prompt's last token."""
+    """Run the tokens that the cache does not hold; returns logits (b, vocab) after each prompt's last token."""
     if any(cache.lengths):
         input_ids, segments = _rest(input_ids, segments, cache)
     if input_ids.numel():
@@ -152,12 +156,12 @@ def _run_prompt(model: Prefilling, input_ids: Tensor, segments: Segments, cache:
 
 
 def _rest(input_ids: Tensor, segments: Segments, cache: HybridCache) -> tuple[Tensor, Segments]:
-    """The columns behind what the cache holds of every prompt, without the tokens that it holds.
+    """The ids and segments of the tokens that the cache does not hold, without columns that it holds completely.
 
-    Raises: ValueError for prompts that do not begin with what it holds.
+    Raises: ValueError for prompts that do not start with the cache's tokens.
     """
     if segments.sequences != cache.batch:
-        raise ValueError(f"The cache holds {cache.batch} sequences and {segments.sequences} prompts are given.")
+        raise ValueError(f"There are {segments.sequences} prompts, but the cache holds {cache.batch} sequences.")
     held, number = torch.tensor(cache.lengths, device=input_ids.device), segments.document_ids
     if number is None:
         number = torch.arange(cache.batch, device=input_ids.device)[:, None].expand_as(input_ids)
@@ -168,8 +172,8 @@ def _rest(input_ids: Tensor, segments: Segments, cache: HybridCache) -> tuple[Te
     if wrong:
         where = f"Row {min(wrong)} of the cache" if cache.batch > 1 else "The cache"
         raise ValueError(
-            f"{where} holds {cache.lengths[min(wrong)]} tokens that the prompt does not begin "
-            "with: give the whole text, or start from a new cache."
+            f"{where} holds {cache.lengths[min(wrong)]} tokens that the prompt does not start "
+            "with: give the whole text, or use a new cache."
         )
     new = segments.mask & ~known
     if not bool(new.any()):
@@ -180,9 +184,12 @@ def _rest(input_ids: Tensor, segments: Segments, cache: HybridCache) -> tuple[Te
 
 
 def generate(model: Prefilling, input_ids: Tensor, **options: object) -> Tensor:
-    """Prompts and their continuations, (b, t + new); rows that stop early are filled with their last token.
+    """Prompts and their continuations, (b, t + new); rows that stop early repeat their last token.
 
-    Options are those of `stream`.
+    Args:
+        input_ids: (b, t) prompts.
+        options: the options of `stream`.
+    Raises: as `stream`.
     """
     steps = list(stream(model, input_ids, **options))  # type: ignore[arg-type]
     new = torch.stack(steps, dim=1)

@@ -1,4 +1,4 @@
-"""How a checkpoint's authors want it sampled: its generation_config.json."""
+"""Reading of generation_config.json, a checkpoint's default sampling options."""
 
 import math
 import warnings
@@ -10,7 +10,7 @@ from typing import Any
 from qwen3next.files.json_files import read_object
 from qwen3next.generation.sampling_rules import SamplingRules, are_ids, is_whole, wrong
 
-# What transformers applies and nothing here does, with values that ask for nothing.
+# Options of transformers that are not implemented here, with the values that have no effect.
 NOT_APPLIED: dict[str, tuple[object, ...]] = {
     "constraints": (),
     "dola_layers": (),
@@ -32,7 +32,7 @@ NOT_APPLIED: dict[str, tuple[object, ...]] = {
     "top_h": (),
     "watermarking_config": (),
 }
-# What does not change the text, or only that of searches that are named above.
+# Options that do not change the text, or only together with an option above.
 _BESIDE = """
     assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind bos_token_id
     cache_config cache_implementation chat_format compile_config continuous_batching_config decoder_start_token_id
@@ -49,14 +49,14 @@ RULES = tuple(f.name for f in fields(SamplingRules))
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """Options of `stream` under its names. As they stand here: greedy, until the config's eos_token_id.
+    """Options of `stream`, under its names. The defaults are greedy, until the config's eos_token_id.
 
     Attributes:
         stop_tokens: ids that end a reply; None means config.json's eos_token_id.
-        stop_strings: texts that end a reply and are not part of it.
-        max_new_tokens: tokens of a reply at most, unless its caller says; None leaves it to the program.
-        rules: penalties, tokens that must not come, and the like.
-        ignored: what a file asks for and is not applied here, in words.
+        stop_strings: strings that end a reply and are not part of it.
+        max_new_tokens: most tokens of a reply, unless the caller sets it; None leaves it to the program.
+        rules: penalties, excluded tokens and other rules.
+        ignored: a message that lists the file's options that are not implemented; "" if there are none.
     """
 
     temperature: float = 0.0
@@ -70,10 +70,10 @@ class GenerationConfig:
 
     @classmethod
     def load(cls, folder: str | Path, *, quiet: bool = False) -> "GenerationConfig":
-        """Read a folder's generation_config.json, where there is one.
+        """Read a folder's generation_config.json; the defaults if it has none.
 
-        Without do_sample it is greedy whatever the temperature, as in transformers. Warns, unless
-        `quiet`, of what is not applied here.
+        Without do_sample, the temperature is 0, as in transformers. Warns of options that are not implemented, unless
+        `quiet`.
         Raises: ValueError for a value of another type or outside its range.
         """
         path = Path(folder) / "generation_config.json"
@@ -85,14 +85,14 @@ class GenerationConfig:
         for key, right, rule in (
             ("do_sample", isinstance(do_sample, bool), "true or false"),
             ("temperature", _number(temperature) and 0 <= temperature < math.inf, "a number from 0"),
-            ("top_k", is_whole(top_k), "a whole number from 0"),
-            ("top_p", _number(top_p) and 0 < top_p <= 1, "a number above 0, 1 at most"),
+            ("top_k", is_whole(top_k), "an integer from 0"),
+            ("top_p", _number(top_p) and 0 < top_p <= 1, "a number above 0 and at most 1"),
             ("eos_token_id", are_ids(stops), "a token id or a list of them"),
-            ("stop_strings", all(isinstance(text, str) and text for text in texts), "a text or a list of them"),
-            ("max_new_tokens", is_whole(most) and most > 0, "a whole number from 1"),
+            ("stop_strings", all(isinstance(text, str) and text for text in texts), "a string or a list of them"),
+            ("max_new_tokens", is_whole(most) and most > 0, "an integer from 1"),
         ):
             if not right:
-                raise ValueError(f"{path} has {key} {values[key]!r}: make it {rule}.")
+                raise ValueError(f"{path}: {key} must be {rule}, got {values[key]!r}.")
         if problem := wrong(values):
             raise ValueError(f"{path}: {problem}")
         config = cls(
@@ -110,7 +110,7 @@ class GenerationConfig:
         return config
 
     def warn(self) -> None:
-        """Say what is not applied, if anything."""
+        """Warn of options that are not implemented, if there are any."""
         if self.ignored:
             warnings.warn(self.ignored, stacklevel=3)
 
@@ -124,7 +124,7 @@ def _ignored(path: Path, values: Mapping[str, Any]) -> str:
             asked.append(f"{key} {value}")
     if not asked:
         return ""
-    return f"{path} asks for {', '.join(asked)}, which {'is' if len(asked) == 1 else 'are'} not applied here."
+    return f"{path} sets {', '.join(asked)}, which {'is' if len(asked) == 1 else 'are'} not supported and ignored."
 
 
 def _listed(value: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What a generation_config.json asks of logits beside temperature, top_k and top_p."""
+"""The sampling options of a generation_config.json besides temperature, top_k and top_p."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,21 +12,21 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingRules:
-    """Rules that change which token is drawn. Names, arithmetic and order are those of transformers' processors.
+    """Rules that change which token is sampled. Names, arithmetic and order are those of transformers' processors.
 
     Attributes:
-        repetition_penalty: logits of tokens that stand in the text, the prompt included, are divided by it where they
-            are positive and multiplied where they are not.
-        presence_penalty, frequency_penalty: taken off the logit of a token that was generated, once and for each time;
-            the prompt does not count. As OpenAI and vLLM have them.
-        no_repeat_ngram_size: no so many tokens stand twice in a text; 0 allows all.
+        repetition_penalty: positive logits of tokens in the text, including the prompt, are divided by it; others are
+            multiplied by it.
+        presence_penalty, frequency_penalty: subtracted from the logit of a generated token, once and once per
+            occurrence; the prompt does not count. As in OpenAI's API and vLLM.
+        no_repeat_ngram_size: no n-gram of this size occurs twice in a text; 0 allows all.
         bad_words_ids: sequences of tokens that are never completed.
-        min_length, min_new_tokens: stop tokens are left out until the text, or the new part of it, has so many tokens.
-        suppress_tokens, begin_suppress_tokens: never drawn, or not as the first new token.
-        min_p: tokens are left out whose probability is below so much of the largest. This and the following apply
+        min_length, min_new_tokens: stop tokens are excluded until the text, or its new part, has this many tokens.
+        suppress_tokens, begin_suppress_tokens: tokens never sampled, or not as the first new token.
+        min_p: excludes tokens whose probability is below this fraction of the largest. This and the following apply
             after temperature, top_k and top_p, and not at temperature 0.
-        typical_p: only tokens whose surprise is nearest to the mean are kept, until they have this probability.
-        epsilon_cutoff, eta_cutoff: tokens below this probability are left out; for eta, less where all are improbable.
+        typical_p: keeps the tokens whose surprise is nearest to the entropy, up to this total probability.
+        epsilon_cutoff, eta_cutoff: exclude tokens below this probability; eta's threshold is lower at high entropy.
     Raises: ValueError, on construction, for a value outside its range.
     """
 
@@ -47,30 +47,30 @@ class SamplingRules:
     def __post_init__(self) -> None:
         if problem := wrong(vars(self)):
             raise ValueError(problem)
-        for name in ("suppress_tokens", "begin_suppress_tokens"):  # equal rules are equal, whatever held the ids
+        for name in ("suppress_tokens", "begin_suppress_tokens"):  # so that rules with equal ids compare equal
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "bad_words_ids", tuple(map(tuple, self.bad_words_ids)))
 
     @property
     def reads_text(self) -> bool:
-        """Whether `apply` depends on the tokens before."""
+        """Whether `apply` depends on the previous tokens."""
         return self != SamplingRules(**{name: getattr(self, name) for name in WITHOUT_TEXT})
 
     def check(self, vocab_size: int) -> None:
-        """Raises: ValueError for a token that a model of so many tokens does not have."""
+        """Check token ids against the vocabulary. Raises: ValueError for one outside 0 to vocab_size - 1."""
         for name in ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"):
             ids = getattr(self, name) if name != "bad_words_ids" else [i for word in self.bad_words_ids for i in word]
             if ids and max(ids) >= vocab_size:
-                raise ValueError(f"{name} has token {max(ids)}; this model knows 0 to {vocab_size - 1}.")
+                raise ValueError(f"{name} has token {max(ids)}: this model's ids are 0 to {vocab_size - 1}.")
 
     def apply(
         self, logits: Float[Tensor, "b vocab"], texts: Sequence[Sequence[int]], new: int, stops: Sequence[int]
     ) -> Float[Tensor, "b vocab"]:
-        """Logits under these rules; those given are left as they are.
+        """Apply the rules that depend on the text. Returns new logits (b, vocab); the input is not modified.
 
         Args:
-            texts: the tokens of each row, prompt first; they may be empty where `reads_text` is false.
-            new: how many of them, at the end, were generated.
+            texts: the tokens of each row, prompt first; may be empty if `reads_text` is False.
+            new: number of generated tokens at the end of each text.
             stops: tokens that end a text.
         """
         logits = logits.clone()
@@ -85,7 +85,11 @@ class SamplingRules:
         return logits
 
     def keep(self, scores: Float[Tensor, "b vocab"]) -> Float[Tensor, "b vocab"]:
-        """Scores, divided by the temperature, with what is too improbable at −∞; the likeliest always stays."""
+        """Set the scores of improbable tokens to −∞; the most likely token is always kept.
+
+        Args:
+            scores: logits divided by the temperature.
+        """
         most = scores.amax(-1, keepdim=True)
         if self.min_p:
             p = scores.softmax(-1)
@@ -110,14 +114,14 @@ class SamplingRules:
             row[ids] -= self.presence_penalty + self.frequency_penalty * times.to(row.dtype)
 
     def _completing(self, text: Sequence[int], stops: Sequence[int]) -> list[int]:
-        """Tokens that would complete what must not be."""
+        """Tokens that would complete a repeated n-gram or a bad word."""
         text, found = list(text), []
         if n := self.no_repeat_ngram_size:
             end = text[len(text) - n + 1 :] if n > 1 else []
             if len(text) >= n:
                 found = [text[i + n - 1] for i in range(len(text) - n + 1) if text[i : i + n - 1] == end]
         for word in self.bad_words_ids:
-            if len(word) == 1 and word[0] in stops:  # would never end
+            if len(word) == 1 and word[0] in stops:  # else the text would never end
                 continue
             before = list(word[:-1])
             if not before or text[-len(before) :] == before:
@@ -126,8 +130,8 @@ class SamplingRules:
 
 
 def wrong(rules: Mapping[str, Any]) -> str:
-    """What is wrong with these values of fields, in a sentence; "" where nothing is."""
-    whole, share, above = "a whole number from 0", "a number from 0 to 1", "a number above 0"
+    """An error message for the first invalid value of these fields, or ""."""
+    whole, share, above = "an integer from 0", "a number from 0 to 1", "a number above 0"
     for name, kind, fits, rule in (
         ("repetition_penalty", _number, lambda x: x > 0, above),
         ("presence_penalty", _number, None, "a number"),
@@ -139,12 +143,12 @@ def wrong(rules: Mapping[str, Any]) -> str:
         ("suppress_tokens", are_ids, None, "a list of token ids"),
         ("begin_suppress_tokens", are_ids, None, "a list of token ids"),
         ("min_p", _number, lambda x: 0 <= x <= 1, share),
-        ("typical_p", _number, lambda x: 0 < x <= 1, f"{above}, 1 at most"),
-        ("epsilon_cutoff", _number, lambda x: 0 <= x < 1, f"{share}, 1 left out"),
-        ("eta_cutoff", _number, lambda x: 0 <= x < 1, f"{share}, 1 left out"),
+        ("typical_p", _number, lambda x: 0 < x <= 1, f"{above} and at most 1"),
+        ("epsilon_cutoff", _number, lambda x: 0 <= x < 1, f"{share}, 1 excluded"),
+        ("eta_cutoff", _number, lambda x: 0 <= x < 1, f"{share}, 1 excluded"),
     ):
         if name in rules and not (kind(rules[name]) and (fits is None or fits(rules[name]))):
-            return f"{name} is {rules[name]!r}: make it {rule}."
+            return f"{name} must be {rule}, got {rules[name]!r}."
     return ""
 
 
@@ -160,7 +164,7 @@ WITHOUT_TEXT = (
 
 
 def _entropy(scores: Tensor) -> Tensor:
-    """(b, 1) nats; a token without probability has no part in it."""
+    """Entropy (b, 1) in nats; tokens with probability 0 add nothing."""
     log_p = scores.log_softmax(-1)
     return -(log_p * log_p.exp()).nansum(-1, keepdim=True)
 

@@ -1,37 +1,39 @@
-"""Text from tokens as they come: whole characters only, and nothing of a stop string."""
+"""Streaming of text from tokens: complete characters only, without stop strings."""
 
 from collections.abc import Callable, Sequence
 
-INCOMPLETE = "\ufffd"  # what decoders put where bytes are no character, or none yet
-WINDOW = 64  # tokens after which the past is forgotten, so that a step's cost does not grow
+INCOMPLETE = "\ufffd"  # decoders return it for invalid or incomplete bytes
+WINDOW = 64  # tokens after which older ones are dropped, so that a step's cost does not grow
 
 
 class TextStream:
-    """Turns token ids, one at a time, into text that can be printed at once.
+    """Converts token ids, one at a time, into text that can be printed immediately.
 
-    A character may take several byte tokens; it is given out when it is whole. Bytes that are no character
-    whatever follows are given out as U+FFFD, and so is a character that is incomplete at the end. Text that may begin
-    a stop string waits until that is decided.
+    A character may take several byte tokens; it is returned when it is complete. Invalid bytes, and a character that is
+    incomplete at the end, are returned as U+FFFD. Text that may be the start of a stop string is held back until this
+    is known.
 
     Args:
-        decode: text of a list of token ids, U+FFFD for broken bytes.
+        decode: returns the text of a list of token ids, with U+FFFD for invalid bytes.
         stop: strings that end the text and are not part of it.
+    Attributes:
+        stopped: whether a stop string was found.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], *, stop: Sequence[str] = ()):
         self._decode, self._stop = decode, [s for s in stop if s]
         self._ids: list[int] = []
-        self._given = 0  # characters of the window's text that have left it
+        self._given = 0  # characters of the window's text already returned
         self._waiting = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text that this token completes, possibly none. Nothing after a stop string."""
+        """The text that this token completes, possibly "". Always "" after a stop string."""
         if self.stopped:
             return ""
         self._ids.append(token)
         text = self._decode(self._ids)
-        # Only the last sequence of bytes can still become a character: one U+FFFD, however many bytes it has.
+        # Only the last byte sequence can still become a character; it is one U+FFFD, whatever its length.
         whole = text.removesuffix(INCOMPLETE)
         self._waiting += whole[self._given :]
         self._given = max(self._given, len(whole))
@@ -41,7 +43,7 @@ class TextStream:
         return self._release()
 
     def finish(self) -> str:
-        """The rest, at the end of generation: what has been given out is then what decoding at once gives."""
+        """The remaining text, at the end of generation. All returned text equals a decode of all tokens at once."""
         if self.stopped:
             return ""
         self._waiting += self._decode(self._ids)[self._given :] if self._ids else ""
@@ -64,5 +66,5 @@ class TextStream:
 
 
 def overlap(text: str, stop: str) -> int:
-    """Length of the longest end of the text that a stop string begins with."""
+    """Length of the longest suffix of the text that is a proper prefix of the stop string."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

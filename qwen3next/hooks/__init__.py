@@ -1,4 +1,4 @@
-"""Hooks on named tensors: names, recording, materialised states, wrapped modules."""
+"""Hooks on named tensors: names, recording, materialised states, module wrappers."""
 
 from qwen3next.hooks.hooked import Hooked
 

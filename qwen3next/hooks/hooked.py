@@ -1,4 +1,4 @@
-"""Read or replace inner tensors by name."""
+"""Read or replace intermediate tensors by name."""
 
 import inspect
 import re
@@ -31,22 +31,22 @@ class Hooked(nn.Module):
         return {plain_name(name): module for name, module in self.named_modules() if isinstance(module, HookPoint)}
 
     def name_hooks(self) -> None:
-        """Tell every point its name and layer, and give all one dict in which a call says where it stands."""
+        """Set the name and layer of every point, and share one dict among them that holds a call's position."""
         self.hook_call: dict[str, Any] = {"position": 0}
         for module in self.modules():
-            # Found there, a point costs a third of what torch's look-up of submodules takes (docs/hooks.md).
+            # An instance attribute takes a third of the time of torch's look-up of submodules (docs/hooks.md).
             module.__dict__.update({n: child for n, child in module.named_children() if isinstance(child, HookPoint)})
         for name, point in self.hook_dict.items():
             point.name, point.call, point.ctx = name, self.hook_call, {"layer": _layer(name)}
             point.route = point.route.replace("LAYER", str(_layer(name)))
-            if name.startswith("mtp."):  # whose layers cannot be exposed one by one
+            if name.startswith("mtp."):  # MTP layers cannot be materialised one by one
                 before = f" after {point.route.split(' or ')[0]}" if point.route else ""
                 point.route = f"model.loss(input_ids){before}"
 
     def match_hooks(self, names: Filter) -> list[str]:
-        """Names that a glob, a list of globs or a predicate chooses; TransformerLens' names are known too.
+        """Names of the points that match a glob, a list of globs or a predicate; TransformerLens' names work too.
 
-        Raises: ValueError where none is chosen.
+        Raises: ValueError if nothing matches.
         """
         chosen = {name for choice in self._choose(names) for name in choice.names}
         return [name for name in self.hook_dict if name in chosen]
@@ -56,23 +56,23 @@ class Hooked(nn.Module):
         return choose(names, known, aliases(known))
 
     def expose(self, *, state: Mapping[int, Sequence[int]] | None = None, pattern: Sequence[int] = ()) -> ExitStack:
-        """Choose what is made only on request, in place of what was chosen before; nothing given chooses nothing.
+        """Materialize tensors that are computed only on request. Replaces the previous choice; no arguments clear it.
 
         Args:
-            state: absolute positions by Gated DeltaNet layer; `linear_attn.hook_state` fires with the memory after each
-                of them, (b h k v), `hook.ctx["position"]` saying which. A patch acts on all later tokens.
-            pattern: layers whose `hook_pattern` fires. A Gated DeltaNet layer then makes its output as A v, where
-                editing A[t, s] changes what t reads from s and nothing else; a softmax layer runs "eager".
-        Returns: a context manager, for `with`, that puts back at its end what was exposed before.
-        Raises: ValueError for a layer that is not there or has no state, and for negative positions.
+            state: absolute positions by Gated DeltaNet layer; `linear_attn.hook_state` fires with the recurrent state
+                (b h k v) after each, and `hook.ctx["position"]` gives the position. A patch acts on all later tokens.
+            pattern: layers whose `hook_pattern` fires. A Gated DeltaNet layer then computes its output as A v, where
+                editing A[t, s] changes only what t reads from s; a softmax layer runs "eager".
+        Returns: a context manager that restores the previous choice at the end of a `with` block.
+        Raises: ValueError for a layer that does not exist or has no state, and for negative positions.
         """
         return expose(list(self.get_submodule("blocks").children()), state, pattern)
 
     def add_hook(self, names: Filter, fn: Hook, dir: str = "fwd", is_permanent: bool = False) -> None:
         """Attach `fn` until `reset_hooks`; a permanent one stays until `reset_hooks(including_permanent=True)`.
 
-        Raises: ValueError for a name that matches nothing. Nobody looks whether it fires, but a forward that passes by
-            a point whose tensor it does not make raises RuntimeError.
+        Firing is not checked, except that a forward which skips the point's tensor raises RuntimeError.
+        Raises: ValueError for a name that matches nothing.
         """
         points = self.hook_dict
         for choice in self._choose(names):
@@ -80,9 +80,9 @@ class Hooked(nn.Module):
                 _attach(points[name], fn, dir, set(), optional=not choice.each, permanent=is_permanent)
 
     def reset_hooks(self, including_permanent: bool = False) -> None:
-        """Detach what `add_hook`, `hooks` and `run_with_hooks` attached, and empty every `hook.ctx`.
+        """Detach the hooks that `add_hook`, `hooks` and `run_with_hooks` attached, and reset every `hook.ctx`.
 
-        Hooks that were registered with torch's own methods stay: their handles remove them.
+        Hooks registered with torch's own methods stay; remove them by their handles.
         """
         gone = (False, True) if including_permanent else (False,)
         for name, point in self.hook_dict.items():
@@ -98,15 +98,15 @@ class Hooked(nn.Module):
         must_fire: bool = True,
         reset_hooks_end: bool = True,
     ) -> Iterator[None]:
-        """Attach `fn(tensor, hook)` for the time of the block; what it returns, if anything, replaces the tensor.
+        """Attach `fn(tensor, hook)` during a `with` block; a returned tensor replaces the hooked one.
 
         Args:
-            bwd_hooks: `fn(grad, hook)` gets the gradient of what the point gives, in backward passes through calls that
-                are made inside the block; what it returns replaces the gradient.
-            must_fire: whether a point that stays silent is an error.
-            reset_hooks_end: False leaves the hooks attached, until `reset_hooks`.
-        Raises: ValueError for a name that matches nothing, at once; RuntimeError for a point that does not fire, or
-            lets no gradient through: one that was named, or every one that a glob ending in a wildcard chose.
+            bwd_hooks: `fn(grad, hook)` gets the gradient of the point's tensor, in backward passes through calls made
+                inside the block; a returned tensor replaces the gradient.
+            must_fire: whether it is an error if a point does not fire.
+            reset_hooks_end: False leaves the hooks attached until `reset_hooks`.
+        Raises: ValueError, at the start, for a name that matches nothing. RuntimeError if a named point does not fire
+            or gets no gradient, or if that holds for all points of a glob that ends in a wildcard.
         """
         points, awaited = self.hook_dict, []
         with ExitStack() as stack:
@@ -124,8 +124,8 @@ class Hooked(nn.Module):
         silent = sorted(set().union(*(choice.silent(heard) for choice, heard in awaited))) if must_fire else []
         if silent:
             told = [f"{name} did not fire: {points[name].remedy}" for name in silent[:3]]
-            more = [f"nor did {len(silent) - 3} more"] if len(silent) > 3 else []
-            raise RuntimeError("; ".join(told + more) + ". Nothing was read or changed there.")
+            more = [f"and {len(silent) - 3} more did not fire"] if len(silent) > 3 else []
+            raise RuntimeError("; ".join(told + more) + ". Their tensors were not read or changed.")
 
     def run_with_hooks(
         self,
@@ -136,10 +136,10 @@ class Hooked(nn.Module):
         stop_at_layer: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """A forward with hooks attached for its time; other arguments are forward's.
+        """Run forward with hooks attached during the call; other arguments are those of forward.
 
-        Backward hooks act in every backward pass through this call, also in one that runs later.
-        `stop_at_layer` gives the residual stream before that block instead, see `residual`.
+        Backward hooks act in every backward pass through this call, including later ones. With `stop_at_layer`, returns
+        the residual stream (b t width) before that block instead, see `residual`.
         """
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end=reset_hooks_end):
             return self._called(*args, stop_at_layer=stop_at_layer, **kwargs)
@@ -154,27 +154,29 @@ class Hooked(nn.Module):
         incl_bwd: bool | Metric = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
-        """Logits, and the chosen inner tensors by name as an ActivationCache; other arguments are forward's.
+        """Run forward and return logits and the chosen tensors by name as an ActivationCache.
 
-        What fires once a token comes joined, (b t …), and states of several positions stacked, (b positions h k v).
+        Other arguments are those of forward. A point that fires once per token gives one tensor (b t …); states at
+        several positions are stacked, (b positions h k v).
 
         Args:
-            names_filter: as in `match_hooks`. With one that ends in a wildcard, silent points are left out.
-            pos_slice: tokens of this call to keep: a number, numbers, or a slice.
-            stop_at_layer: give the residual stream before this block instead of logits; negative counts from the end.
-            device: where to put what is kept; None leaves it where it is.
-            incl_bwd: keep gradients as well, as NAME_grad: of the mean next-token loss (True), or of a function that
-                makes one number of the logits. Parameters get none.
-        Raises: as `hooks`.
+            names_filter: as in `match_hooks`. A glob that ends in a wildcard leaves out points that do not fire.
+            pos_slice: tokens of this call to keep: an index, indices, or a slice.
+            stop_at_layer: return the residual stream (b t width) before this block instead of logits; negative counts
+                from the end.
+            device: device for the kept tensors; None leaves them where they are.
+            incl_bwd: also keep gradients, as NAME_grad: of the mean next-token loss (True), or of a function from
+                logits to a scalar. Parameters get no gradients.
+        Raises: as `hooks`; ValueError for segments with gaps, or `incl_bwd=True` with `stop_at_layer`.
         """
         if incl_bwd is True and stop_at_layer is not None:
-            raise ValueError("Without logits there is no loss: give incl_bwd a function of the residual stream.")
+            raise ValueError("stop_at_layer gives no logits: set incl_bwd to a function of the residual stream.")
         given = inspect.signature(self.forward).bind_partial(*args, **kwargs).arguments
         cache, segments = given.get("cache"), given.get("segments")
         if segments is not None and segments.gapped:
             raise ValueError(
-                "Tokens are absent within a row, and what is kept would not stand in its columns: give the ids and "
-                "segments that segments.closed(ids) returns."
+                "A row has gaps between its tokens, so kept tensors would not align with the columns of input_ids: "
+                "give the ids and segments that segments.closed(ids) returns."
             )
         continued = cache is not None and any(cache.lengths)
         recording = Recording(pos_slice, device, with_gradients=bool(incl_bwd))
@@ -206,7 +208,7 @@ def _layer(name: str) -> int | None:
 def _attach(
     point: HookPoint, fn: Hook, direction: str, heard: set[str], *, optional: bool, permanent: bool = False
 ) -> Callable[[], None]:
-    """Register `fn`, which notes in `heard` that the point was passed; returns what takes it away again."""
+    """Register `fn` and add the point's name to `heard` when it fires; returns a function that removes it."""
 
     def forward(module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
         assert isinstance(module, HookPoint)
@@ -219,7 +221,7 @@ def _attach(
             heard.add(module.name)
         elif not optional:
             raise RuntimeError(
-                f"No gradient passes {module.name}: run without torch.no_grad(), and hook integers forward only."
+                f"{module.name} gets no gradient: run without torch.no_grad(), and use forward hooks for integers."
             )
 
     def backward(module: nn.Module, gradients: Any) -> tuple[Tensor] | None:

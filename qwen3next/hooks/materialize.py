@@ -1,4 +1,4 @@
-"""Choose what is made only on request: states at chosen positions, attention as an explicit matrix."""
+"""Materialize tensors that are computed only on request: recurrent states and attention matrices."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -12,14 +12,14 @@ Mixer = GatedDeltaNet | GatedAttention
 
 
 def expose(blocks: Sequence[nn.Module], state: Mapping[int, Sequence[int]] | None, pattern: Sequence[int]) -> ExitStack:
-    """See `Hooked.expose`. Nothing changes where the request is refused."""
+    """See `Hooked.expose`. If it raises, nothing has changed."""
     mixers: list[Mixer] = [m for b in blocks for m in b.modules() if isinstance(m, (GatedDeltaNet, GatedAttention))]
     positions = {_layer(layer, mixers): chosen for layer, chosen in (state or {}).items()}
     for layer, chosen in positions.items():
         if not isinstance(mixers[layer], GatedDeltaNet):
-            raise ValueError(f"Layer {layer} is softmax attention and has no state: expose its pattern.")
+            raise ValueError(f"Layer {layer} is softmax attention and has no recurrent state: expose its pattern.")
         if any(isinstance(p, bool) or not isinstance(p, int) or p < 0 for p in chosen):
-            raise ValueError(f"Positions are counted from the text's beginning, from 0: layer {layer} got {chosen}.")
+            raise ValueError(f"Positions must be integers from 0, the start of the text: layer {layer} got {chosen}.")
     matrices = {_layer(layer, mixers) for layer in pattern}
     restore = ExitStack()
     for layer, mixer in enumerate(mixers):
@@ -37,7 +37,7 @@ def _layer(layer: int, mixers: Sequence[Mixer]) -> int:
 
 
 def _setter(mixer: Mixer) -> Callable[[], None]:
-    """What puts the present choice back."""
+    """A function that restores the present choice."""
     pattern = mixer.exposed_pattern
     positions = mixer.exposed_positions if isinstance(mixer, GatedDeltaNet) else ()
 

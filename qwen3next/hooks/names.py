@@ -1,4 +1,4 @@
-"""Which hook points a filter means: by our names and by TransformerLens'."""
+"""Match filters against hook points, by this project's names and by TransformerLens' names."""
 
 import fnmatch
 import re
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 Filter = str | Sequence[str] | Callable[[str], bool]
 
-# TransformerLens' name below a block → ours; `attn` is the block's token mixer, whichever it has.
+# TransformerLens' name below a block → ours; `attn` is the block's token mixer of either kind.
 IN_A_SOFTMAX_BLOCK = {
-    "attn.hook_q": "self_attn.hook_q_pre",  # there q and k are what the projections give, before their norms
+    "attn.hook_q": "self_attn.hook_q_pre",  # TransformerLens' q and k are outputs of the projections, before norms
     "attn.hook_k": "self_attn.hook_k_pre",
     "attn.hook_v": "self_attn.hook_v",
     "attn.hook_rot_q": "self_attn.hook_rot_q",
     "attn.hook_rot_k": "self_attn.hook_rot_k",
     "attn.hook_attn_scores": "self_attn.hook_scores",
     "attn.hook_pattern": "self_attn.hook_pattern",
-    "attn.hook_z": "self_attn.hook_gated",  # what the output projection reads, so with the gate in it
+    "attn.hook_z": "self_attn.hook_gated",  # the input of the output projection, so gated
 }
 IN_A_GDN_BLOCK = {
     "attn.hook_q": "linear_attn.hook_q",
@@ -49,7 +49,7 @@ OUTSIDE = {
 
 
 def aliases(known: Iterable[str]) -> dict[str, str]:
-    """TransformerLens' names for the points of a model → ours; only those whose point is there."""
+    """TransformerLens' names → ours, for the points that the model has."""
     known = set(known)
     found = {theirs: ours for theirs, ours in OUTSIDE.items() if ours in known}
     for block in sorted({match[0] for name in known if (match := re.match(r"(mtp\.)?blocks\.\d+\.", name))}):
@@ -60,12 +60,12 @@ def aliases(known: Iterable[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The points that one filter chose, and what their silence means.
+    """The points that one filter matched, and which of them must fire.
 
     Attributes:
-        names: ours, in the order of the model.
-        awaited: those that should fire.
-        each: whether all of the awaited must; else one is enough.
+        names: this project's names, in the order of the model.
+        awaited: the points that should fire.
+        each: whether all awaited points must fire; else one is enough.
     """
 
     names: tuple[str, ...]
@@ -73,16 +73,16 @@ class Chosen:
     each: bool
 
     def silent(self, heard: set[str]) -> set[str]:
-        """Points that should have fired and did not."""
+        """Points that should have fired and did not, given the names that fired."""
         return set(self.awaited - heard) if self.each or not self.awaited & heard else set()
 
 
 def choose(names: Filter, known: Sequence[str], alias: Mapping[str, str]) -> list[Chosen]:
-    """One choice for each glob, or one for a predicate; a name of ours goes before one of TransformerLens'.
+    """One `Chosen` per glob, or one for a predicate; this project's names take precedence over TransformerLens'.
 
-    A glob that ends in a wildcard takes what there is. Any other names points, and each of them has to fire. A forward
-    does not run the MTP head: its points are awaited only where nothing else is asked for.
-    Raises: ValueError where nothing matches.
+    Of a glob that ends in a wildcard, one match must fire; of any other glob, every match. Forward does not run the MTP
+    head, so its points must fire only if the filter matches nothing else.
+    Raises: ValueError if nothing matches.
     """
     if callable(names):
         theirs = {ours for name, ours in alias.items() if names(name)}

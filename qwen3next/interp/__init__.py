@@ -1,4 +1,4 @@
-"""Taking the model apart: one forward's tensors and what follows from them, steering, activations on disk."""
+"""Interpretability: the tensors of one forward and analyses of them, steering, activations on disk."""
 
 from qwen3next.interp.activation_cache import ActivationCache
 from qwen3next.interp.activation_rows import ActivationRows

@@ -1,4 +1,4 @@
-"""One forward taken apart: what each part of the model wrote into the residual stream, and what the memories held.
+"""Analyse one forward: contributions to the residual stream, and recurrent states.
 
 _, acts = model.run_with_cache(ids)
 cache = ActivationCache(acts, model)
@@ -19,15 +19,17 @@ from qwen3next.interp.residual import ResidualStream
 
 
 class ActivationCache(ResidualStream):
-    """The tensors of one forward by name, and what follows from them.
+    """The tensors of one forward by name, and analyses of them.
 
-    Names, slices, devices, files: `CachedPoints`. Residual stream, heads, logits: `ResidualStream`. Memories: here.
+    `CachedPoints` has names, slices, devices and files; `ResidualStream` has the residual stream, heads and logits.
+    This class adds recurrent states.
     """
 
     def stack_activation(self, name: str, layers: Sequence[int] | None = None) -> tuple[Tensor, list[int]]:
-        """One point of every layer that has it, stacked, and which layers those are.
+        """Stack one point over all layers that have it.
 
-        Layers of the other kind are left out. Raises: ValueError where both kinds have such a point, of other shapes.
+        Returns: a tensor (layers, …) and the indices of those layers.
+        Raises: ValueError if no layer has the point, or if its shape differs between layers.
         """
         found = []
         for i in range(self.layers) if layers is None else [i % self.layers for i in layers]:
@@ -36,24 +38,26 @@ class ActivationCache(ResidualStream):
             except KeyError:
                 continue
         if not found:
-            raise ValueError(f"No block has a point {name}: model.hook_dict lists them all.")
+            raise ValueError(f"No block has a hook point {name}: choose one from model.hook_dict.")
         tensors = self.need([full for _, full in found], [full.replace(f".{i}.", ".*.", 1) for i, full in found[:1]])
         if len({x.shape for x in tensors}) > 1:
-            raise ValueError(f"{name} differs in shape between layers: say linear_attn.{name} or self_attn.{name}.")
+            raise ValueError(f"{name} differs in shape between layers: give linear_attn.{name} or self_attn.{name}.")
         return torch.stack(tensors), [i for i, _ in found]
 
     def implicit_attention(self, layer: int) -> Float[Tensor, "b h t s"]:
-        """The matrix A of a Gated DeltaNet layer: its output is A v, where no memory came before the first token."""
+        """The matrix A of a Gated DeltaNet layer: its output is A v if the recurrent state was zero at the start."""
         q, k, log_decay, beta = self._memory_points(layer, "q", "k", "log_decay", "beta")
         return implicit_attention(q, k, log_decay, beta, segments=self.segments, rule=self._memory(layer).rule)
 
     def state(
         self, layer: int, pos: int | Sequence[int], *, before: Float[Tensor, "b h k v"] | None = None
     ) -> Float[Tensor, "b h k v"] | Float[Tensor, "b p h k v"]:
-        """A Gated DeltaNet layer's memory after token `pos`, or after each of several, rebuilt from what was written.
+        """A Gated DeltaNet layer's recurrent state after token `pos`, or after each of several, recomputed from k, v.
 
         Args:
-            before: the memory before the first token here: where the forward continued a cache, or tokens are cut off.
+            before: the state before the first token here; needed if the forward continued a cache or tokens were
+                sliced off.
+        Raises: ValueError if it is needed and missing, or for a softmax layer.
         """
         k, v, log_decay, beta = self._written_points(layer, before)
         places = [p + k.shape[1] if p < 0 else p for p in ([pos] if isinstance(pos, int) else pos)]
@@ -62,7 +66,10 @@ class ActivationCache(ResidualStream):
         return states[:, 0] if isinstance(pos, int) else states
 
     def ledger(self, layer: int, *, before: Float[Tensor, "b h k v"] | None = None) -> Ledger:
-        """What each head of a Gated DeltaNet layer keeps, recalls, erases and writes, token by token."""
+        """Per token and head of a Gated DeltaNet layer: decay, β, and norms of the value recalled, erased and written.
+
+        Args, Raises: as `state`.
+        """
         rule = self._memory(layer).rule
         k, v, log_decay, beta = (at_least_fp32(x) for x in self._written_points(layer, before))
         answer = recalled(k, v, log_decay, beta, state=before, segments=self.segments, rule=rule)
@@ -75,7 +82,7 @@ class ActivationCache(ResidualStream):
     def _written_points(self, layer: int, before: Tensor | None) -> list[Tensor]:
         found = self._memory_points(layer, "k", "v", "log_decay", "beta")
         if before is None and not self.from_start:
-            raise ValueError("Tokens came before these, sliced off or in a cache: give `before`, the memory they left.")
+            raise ValueError("Earlier tokens were sliced off or are in a cache: give `before`, the state after them.")
         return found
 
     def _memory(self, layer: int) -> GatedDeltaNet:
@@ -83,12 +90,12 @@ class ActivationCache(ResidualStream):
         if not isinstance(mixer, GatedDeltaNet):
             kinds = self.model.config.layer_types
             chosen = [i for i, kind in enumerate(kinds) if kind == "linear_attention"]
-            raise ValueError(f"Block {layer} is softmax attention and has no memory: choose one of {chosen}.")
+            raise ValueError(f"Block {layer} is softmax attention and has no recurrent state: choose one of {chosen}.")
         return mixer
 
     def _memory_points(self, layer: int, *names: str) -> list[Tensor]:
         self._memory(layer)
         if not self.gapless:
-            raise ValueError("Some tokens were left out, and memory builds on all: keep a run of neighbours.")
+            raise ValueError("Some tokens were left out, and a recurrent state needs all: keep a contiguous range.")
         prefix = f"blocks.{layer % self.layers}.linear_attn.hook_"
         return self.need([prefix + name for name in names], [prefix + name for name in names])

@@ -1,4 +1,4 @@
-"""Reads what `stream_activations` wrote: any range of rows, from the shards that hold it, and nothing more."""
+"""Read ranges of rows that `stream_activations` wrote, from the shards that hold them only."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,12 +14,12 @@ from qwen3next.interp.stream import INDEX
 
 
 class ActivationRows:
-    """The rows of a folder, numbered in the order in which they lie there.
+    """The rows of a folder, numbered in their order on disk.
 
-    `len(rows)` counts them; `rows.columns` names the points, and token, position and row, with shape and dtype. A
-    folder that is still being written serves as far as it goes.
+    `len(rows)` is their number. `rows.columns` maps the points, and token, position and row, to shape and dtype. A
+    folder that is still being written gives the rows written so far.
 
-    Raises: ValueError where there is no index, or a shard is missing or damaged.
+    Raises: ValueError if there is no index, or a shard is missing or damaged.
     """
 
     def __init__(self, folder: str | Path):
@@ -35,11 +35,11 @@ class ActivationRows:
         return self.ends[-1] if self.ends else 0
 
     def read(self, name: str, begin: int, end: int) -> Tensor:
-        """Rows begin to end − 1 of one column."""
+        """Rows `begin` to `end` − 1 of one column. Raises: ValueError for an unknown column or missing rows."""
         if name not in self.columns:
-            raise ValueError(f"{self.folder} has no {name}: it holds {', '.join(self.columns)}.")
+            raise ValueError(f"{self.folder} has no column {name}: choose one of {', '.join(self.columns)}.")
         if not 0 <= begin < end <= len(self):
-            raise ValueError(f"{self.folder} has rows 0 to {len(self) - 1}: {begin} to {end - 1} are not all there.")
+            raise ValueError(f"{self.folder} has rows 0 to {len(self) - 1}, not {begin} to {end - 1}: choose fewer.")
         parts = []
         for header, last in zip(self._headers, self.ends, strict=True):
             stored = header[name]
@@ -58,11 +58,11 @@ class ActivationRows:
         end: int | None = None,
         seed: int | None = None,
     ) -> Iterator[dict[str, Tensor]]:
-        """Columns in batches of `size` rows, the last maybe smaller, from `begin` up to `end`.
+        """Yield the columns in batches of `size` rows from `begin` up to `end`; the last batch may be smaller.
 
         Args:
-            names: of columns; None means all.
-            seed: draws the order of the batches; rows within one stay neighbours, so write shuffled.
+            names: columns to read; None means all.
+            seed: shuffles the order of the batches, not the rows inside one: shuffle those when writing.
         """
         end = len(self) if end is None else end
         starts = torch.arange(begin, end, size)
@@ -73,6 +73,6 @@ class ActivationRows:
 
 
 def _rows(stored: Stored, begin: int, end: int) -> Stored:
-    """A part of a stored tensor along its first axis."""
+    """A slice of a stored tensor along its first axis."""
     row = stored.nbytes // stored.shape[0]
     return replace(stored, begin=stored.begin + begin * row, shape=(end - begin, *stored.shape[1:]))

@@ -1,4 +1,4 @@
-"""The bookkeeping of a Gated DeltaNet layer's memory, as numbers a token and a head."""
+"""Per-token, per-head statistics of the updates to a Gated DeltaNet layer's recurrent state."""
 
 import math
 from dataclasses import dataclass
@@ -13,15 +13,17 @@ Series = Float[Tensor, "b t h"]
 
 @dataclass(frozen=True)
 class Ledger:
-    """One layer's memory over one forward. Keys have length 1, so the norm of a value is that of the memory's change.
+    """The updates to one layer's recurrent state S in one forward.
+
+    Keys have norm 1, so the norm of a written value equals the norm of the change of S.
 
     Attributes:
-        layer: which block.
-        log_decay: g_t = ln α_t, of the share of memory kept before anything is read.
-        beta: β_t, the strength of the write.
-        recalled: ‖α_t S_{t−1}ᵀ k_t‖, what the memory held for this key (hook_erased).
-        erased: β_t times that, what is taken out.
-        written: ‖u_t‖, the new value less what was erased: how far the memory moves.
+        layer: index of the block.
+        log_decay: g_t = ln α_t, natural log of the decay, which is applied before the read.
+        beta: β_t, the write strength.
+        recalled: ‖α_t S_{t−1}ᵀ k_t‖, norm of the value that the state holds for this key (hook_erased).
+        erased: β_t times that, the part that is removed.
+        written: ‖u_t‖, norm of the new value minus the erased one: the size of the change of S.
         mask: (b, t) True for real tokens.
     """
 
@@ -35,16 +37,16 @@ class Ledger:
 
     @property
     def decay(self) -> Series:
-        """α_t, the share of memory kept."""
+        """α_t, the fraction of the state that is kept."""
         return self.log_decay.exp()
 
     @property
     def half_life(self) -> Series:
-        """ln 2 / −g: tokens after which half of the memory would be left if every decay were this one."""
+        """ln 2 / −g: tokens after which half of the state would be left if every decay were equal to this one."""
         return -math.log(2) / self.log_decay
 
     def summary(self) -> dict[str, Float[Tensor, "h"]]:
-        """Means over real tokens, a head; of the half-life the one that belongs to the mean log decay."""
+        """Means per head over real tokens. The half-life is computed from the mean log decay."""
 
         def mean(x: Tensor) -> Tensor:
             return x[self.mask].mean(0)
@@ -53,9 +55,9 @@ class Ledger:
         return {**means, "half_life": -math.log(2) / mean(self.log_decay)}
 
     def __rich__(self) -> Table:
-        """`rich.print(ledger)` shows the summary, a head a row."""
+        """The summary as a table for `rich.print(ledger)`, one row per head."""
         table = Table(
-            title=f"memory of block {self.layer}, means over {int(self.mask.sum())} tokens",
+            title=f"recurrent state of block {self.layer}, means over {int(self.mask.sum())} tokens",
             title_justify="left",
             box=SIMPLE_HEAD,
         )

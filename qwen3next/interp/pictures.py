@@ -1,6 +1,7 @@
-"""Pictures of one forward: attention maps, a memory's ledger, a logit lens. matplotlib is imported when one is drawn.
+"""Figures of one forward: attention maps, the ledger of a recurrent state, a logit lens.
 
-Each function returns a matplotlib Figure: `figure.savefig("map.png")`, or the last line of a notebook's cell.
+Each function returns a matplotlib Figure: save it with `figure.savefig("map.png")`, or show it in a notebook.
+matplotlib is imported when a figure is drawn.
 """
 
 import re
@@ -17,18 +18,23 @@ from qwen3next.interp.residual import Lens
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_LABELS = 40  # along an axis; more are thinned out
+MOST_LABELS = 40  # per axis; of more, only every n-th is shown
 GRID = {"alpha": 0.25, "linewidth": 0.6}
 
 
 def draw_attention(
     maps: Mapping[str, Float[Tensor, "t s"]], *, tokens: Sequence[str] | None = None, columns: int | None = None
 ) -> "Figure":
-    """Attention maps by title, side by side or in so many columns: one head's each, a Gated DeltaNet head's as
-    `implicit_attention` gives it.
+    """Draw attention maps with their titles, one head each; for a Gated DeltaNet head, from `implicit_attention`.
 
-    A map with negative entries gets diverging colours around zero, others run from white; each its own scale. The
-    scale ends at the 99.5th percentile of the entries below the diagonal or on it, so that one peak hides nothing.
+    Each map has its own scale. A map with negative entries gets diverging colours around zero, others start at white.
+    The scale ends at the 99.5th percentile of the entries on or below the diagonal, so that one large entry does not
+    hide the rest.
+
+    Args:
+        maps: (t, s) matrices by title.
+        tokens: texts for the axes.
+        columns: number of columns; None puts all maps in one row.
     """
     columns = min(columns or len(maps), len(maps))
     rows = -(-len(maps) // columns)
@@ -59,7 +65,13 @@ def draw_attention(
 def draw_ledger(
     ledger: Ledger, *, row: int = 0, heads: Sequence[int] | None = None, tokens: Sequence[str] | None = None
 ) -> "Figure":
-    """Four series over the tokens of one row, a line a head: half-life, write strength, what is erased and written."""
+    """Draw four series over the tokens of one row: half-life, write strength, norms erased and written.
+
+    Args:
+        row: row of the batch.
+        heads: heads to draw, one line each; None draws all.
+        tokens: texts for the axis.
+    """
     figure = _figure(width=9.0, height=7.2)
     real = ledger.mask[row].cpu()
     count = int(real.sum())
@@ -84,14 +96,20 @@ def draw_ledger(
     panels[0].legend(ncols=8, frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
     panels[3].set_xlabel("token")
     _name_tokens(panels[3].xaxis, count, tokens, rotation=90)
-    figure.suptitle(f"memory of block {ledger.layer}")
+    figure.suptitle(f"recurrent state of block {ledger.layer}")
     return figure
 
 
 def draw_lens(
     lens: Lens, *, decode: Callable[[int], str] = str, row: int = 0, tokens: Sequence[str] | None = None
 ) -> "Figure":
-    """The likeliest next token at each depth (up) and place (right), coloured by its probability."""
+    """Draw the most likely next token at each depth (upward) and position (rightward), coloured by its probability.
+
+    Args:
+        decode: text of a token id.
+        row: row of the batch.
+        tokens: texts for the axis.
+    """
     ids, probability = lens.ids[:, row, :, 0].cpu(), lens.log_probs[:, row, :, 0].detach().float().exp().cpu()
     depth, places = ids.shape
     figure = _figure(width=1.8 + 0.55 * places, height=1.6 + 0.32 * depth)
@@ -104,7 +122,7 @@ def draw_lens(
             text = _shown(decode(int(ids[y, x])))
             axes.text(x, y, text[:8], ha="center", va="center", fontsize=7, color=colour, parse_math=False)
     axes.set_yticks(range(depth), lens.labels, fontsize=8)
-    axes.set(xlabel="token read", ylabel="residual stream", title="likeliest next token, by depth")
+    axes.set(xlabel="token read", ylabel="residual stream", title="most likely next token, by depth")
     _name_tokens(axes.xaxis, places, tokens, rotation=90)
     return figure
 
@@ -113,12 +131,12 @@ def _figure(*, width: float, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install matplotlib.") from error
+        raise ImportError("Figures need matplotlib: pip install matplotlib.") from error
     return Figure(figsize=(width, height), dpi=120, layout="constrained")  # no pyplot: no window, no global state
 
 
 def _name_tokens(axis: Any, count: int, tokens: Sequence[str] | None, *, rotation: float = 0) -> None:
-    """Tokens as tick labels, every n-th where there are many; numbers without them."""
+    """Set tokens as tick labels, only every n-th if there are many; without tokens, leave the numbers."""
     if tokens is None:
         return
     places = range(0, count, -(-count // MOST_LABELS))
@@ -127,6 +145,6 @@ def _name_tokens(axis: Any, count: int, tokens: Sequence[str] | None, *, rotatio
 
 
 def _shown(text: str) -> str:
-    """White space that can be seen; an indentation as its length."""
+    """Text with visible white space; an indentation is shown by its length."""
     text = text.replace("\n", "⏎").replace("\t", "→").replace(" ", "·")
     return re.sub("·{4,}", lambda run: f"·×{len(run[0])}", text) or "∅"

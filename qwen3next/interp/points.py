@@ -1,6 +1,7 @@
-"""What one forward left at the hook points: found by name, sliced, moved, and kept in a file.
+"""The recorded tensors of one forward: access by short names, slice, move, save and load.
 
-Shapes: b batch, t tokens, s keys. The batch comes first; time is second, but third in scores and patterns (b h t s).
+Shapes: b batch, t tokens, s keys. Batch is the first axis; tokens are the second, but the third in scores and patterns
+(b h t s).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,13 +18,13 @@ from qwen3next.files.fingerprint import fingerprint
 from qwen3next.files.tensor_files import Files, read_header, read_metadata, write
 
 Index = int | slice | Sequence[int]
-DOCUMENT_IDS = "segments.document_ids"  # in a file, beside the points
+DOCUMENT_IDS = "segments.document_ids"  # name in a file, besides the points
 
 
 class NotCachedError(KeyError):
-    """A point was not kept; says which names_filter keeps it."""
+    """A point was not recorded; the message gives the names_filter that records it."""
 
-    def __str__(self) -> str:  # KeyError's own would put the sentence in quotation marks
+    def __str__(self) -> str:  # KeyError would put the message in quotation marks
         return str(self.args[0])
 
 
@@ -33,23 +34,24 @@ Kind = TypeVar("Kind", bound="CachedPoints")
 class CachedPoints(Mapping[str, Tensor]):
     """Tensors by point name, with the model they came from.
 
-    `cache["blocks.3.hook_resid_post"]`, or short `cache["resid_post", 3]`; `cache["beta", 0]` finds
-    blocks.0.linear_attn.hook_beta, and `cache["linear_attn.q", 0]` says which of several is meant.
+    `cache["blocks.3.hook_resid_post"]`, or short `cache["resid_post", 3]`. `cache["beta", 0]` finds
+    blocks.0.linear_attn.hook_beta; `cache["linear_attn.q", 0]` selects one of several points of that name.
 
     Args:
-        acts: what `model.run_with_cache` gave. Not copied.
-        model: whose points they are.
-        segments: what that forward was given, where rows are packed or padded.
+        acts: the tensors from `model.run_with_cache`. Not copied.
+        model: the model that made them.
+        segments: the segments given to that forward, if rows are packed or padded.
+    Raises: ValueError for a name that the model does not have.
     """
 
     def __init__(self, acts: Mapping[str, Tensor], model: Any, *, segments: Segments | None = None):
         unknown = sorted({name.removesuffix("_grad") for name in acts} - model.hook_dict.keys())
         if unknown:
-            raise ValueError(f"This model has no point {unknown[0]}: give the model that the tensors came from.")
+            raise ValueError(f"This model has no hook point {unknown[0]}: give the model that the tensors came from.")
         self.acts, self.model = dict(acts), model
         self.segments: Segments | None = getattr(acts, "segments", None) if segments is None else segments
         self.alias: Mapping[str, str] = getattr(acts, "alias", {})  # TransformerLens' names
-        # Whether memory was empty before the first token here, and whether the tokens here are neighbours.
+        # Whether recurrent states were zero before the first token here, and whether the tokens are consecutive.
         self.from_start: bool = getattr(acts, "from_start", True)
         self.gapless: bool = getattr(acts, "gapless", True)
 
@@ -57,7 +59,7 @@ class CachedPoints(Mapping[str, Tensor]):
         name = self.alias.get(name, name) if isinstance(name, str) else name
         full = name if isinstance(name, str) and name in self.acts else self.full_name(name)
         if full not in self.acts:
-            raise NotCachedError(f"{full} was not kept: run_with_cache(…, names_filter={full!r}) keeps it.")
+            raise NotCachedError(f"{full} was not recorded: call run_with_cache(…, names_filter={full!r}).")
         return self.acts[full]
 
     def __iter__(self) -> Iterator[str]:
@@ -71,7 +73,7 @@ class CachedPoints(Mapping[str, Tensor]):
         return f"{type(self).__name__}({len(self)} points, {size / 2**20:.1f} MiB)"
 
     def full_name(self, name: str | tuple[str, int]) -> str:
-        """The model's name for a point given in full or in short. Raises: NotCachedError (a KeyError) for none."""
+        """The full name of a point given by its full or short name. Raises: NotCachedError (a KeyError) if unknown."""
         short, layer = (name, None) if isinstance(name, str) else name
         if short.endswith("_grad"):
             short = short.removesuffix("_grad")
@@ -84,17 +86,17 @@ class CachedPoints(Mapping[str, Tensor]):
             if full == where + wanted or (where and full.startswith(where) and full.endswith(f".{wanted}")):
                 return full
         place = "outside the blocks" if layer is None else f"in block {layer}"
-        raise NotCachedError(f"There is no point {short} {place}: model.hook_dict lists them all.")
+        raise NotCachedError(f"There is no hook point {short} {place}: choose one from model.hook_dict.")
 
     def need(self, names: Sequence[str], names_filter: Sequence[str]) -> list[Tensor]:
-        """Several points at once. Raises: NotCachedError that says which filter keeps them all."""
+        """Several points by full name. Raises: NotCachedError that gives the filter which records them all."""
         if any(name not in self.acts for name in names):
-            raise NotCachedError(f"Points are missing for this: run_with_cache(…, {names_filter=}) keeps them.")
+            raise NotCachedError(f"Points that this needs were not recorded: call run_with_cache(…, {names_filter=}).")
         return [self.acts[name] for name in names]
 
     @property
     def layers(self) -> int:
-        """Blocks of the model."""
+        """Number of blocks of the model."""
         return self.model.config.num_hidden_layers
 
     def _like(self: Kind, acts: Mapping[str, Tensor], segments: Segments | None) -> Kind:
@@ -113,9 +115,10 @@ class CachedPoints(Mapping[str, Tensor]):
         return self._like({n: x.to(target) for n, x in self.acts.items()}, segments)
 
     def slice(self: Kind, batch: Index | None = None, pos: Index | None = None) -> Kind:
-        """Some rows, some tokens. A number keeps its axis, of length 1; keys in patterns, and states, all stay.
+        """Select rows and tokens. An integer keeps its axis, with length 1.
 
-        hook_logits is left out where `logits_to_keep` made it shorter than the rest.
+        Key axes of patterns, and states, are not sliced. hook_logits is dropped if `logits_to_keep` made it shorter
+        than the other tensors.
         """
         rows, places = as_index(batch), as_index(pos)
         axes = {name: self._time_axis(name) for name in self.acts}
@@ -135,12 +138,12 @@ class CachedPoints(Mapping[str, Tensor]):
         return other
 
     def _time_axis(self, name: str) -> int:
-        """Where a point has its tokens; 0 where it has none, as states at chosen positions."""
+        """The token axis of a point; 0 if it has none, such as states at chosen positions."""
         dims = self.model.hook_dict[name.removesuffix("_grad")].shape.split()
-        return dims.index("t") if "t" in dims else int(dims[1] == "1")  # once a token, and joined
+        return dims.index("t") if "t" in dims else int(dims[1] == "1")  # fires once per token, and is concatenated
 
     def save(self, path: str | Path) -> None:
-        """Write all points into one safetensors file: whole, or not at all."""
+        """Write all points into one safetensors file, atomically."""
         path, tensors = Path(path), dict(self.acts)
         if self.segments is not None and self.segments.document_ids is not None:
             tensors[DOCUMENT_IDS] = self.segments.document_ids
@@ -151,7 +154,7 @@ class CachedPoints(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls: type[Kind], path: str | Path, model: Any) -> Kind:
-        """Read what `save` wrote, into CPU memory.
+        """Read a file that `save` wrote, into CPU memory.
 
         Raises: ValueError for a damaged file, or one of another model.
         """
@@ -159,7 +162,7 @@ class CachedPoints(Mapping[str, Tensor]):
         header = read_header(path)
         metadata = read_metadata(path)
         if metadata.get("model") != identity(model):
-            raise ValueError(f"{path} was saved with another model: load the checkpoint that it was made with.")
+            raise ValueError(f"{path} was saved with another model: load the checkpoint that it was saved with.")
         with Files() as files:
             acts = {name: files.read(stored) for name, stored in header.items()}
         ids = acts.pop(DOCUMENT_IDS, None)
@@ -169,12 +172,12 @@ class CachedPoints(Mapping[str, Tensor]):
 
 
 def identity(model: Any) -> str:
-    """A checkpoint's name for files of activations: one in fp32 and in bf16; routed experts may be anywhere."""
+    """A model's fingerprint for files of activations: equal in fp32 and bf16, and independent of routed experts."""
     return fingerprint(model, left_out=lambda name: ".experts." in name, any_dtype=True)
 
 
 def as_index(index: Index | None) -> slice | list[int]:
-    """For one axis, which stays."""
+    """An index for one axis that keeps the axis."""
     if isinstance(index, int):
         return [index]
     return slice(None) if index is None else index if isinstance(index, slice) else list(index)

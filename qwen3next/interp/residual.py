@@ -1,7 +1,7 @@
-"""The residual stream taken apart: who wrote into it, and what that does to the logits.
+"""Decompose the residual stream into the contributions of its components, and attribute logits to them.
 
-Shapes: b batch, t tokens, c components, h heads. Sums hold in exact arithmetic; in floating point to its rounding
-(fp64: 1e-12), since the model adds in another order. bf16 is summed up in fp32.
+Shapes: b batch, t tokens, c components, h heads. Sums are equal up to rounding (fp64: 1e-12), as the model adds in
+another order. bf16 is summed in fp32.
 """
 
 from collections.abc import Sequence
@@ -21,16 +21,16 @@ from qwen3next.interp.points import CachedPoints, Index, as_index
 Components = Float[Tensor, "c b t width"]
 Labelled = Components | tuple[Components, list[str]]
 RESIDUAL_FILTER = ["hook_embed", "blocks.*.hook_attn_out", "blocks.*.hook_mlp_out"]
-LENS_PIECE = 256  # tokens whose logits are there at a time
+LENS_PIECE = 256  # tokens whose logits are in memory at a time
 
 
 class Lens(NamedTuple):
-    """What the model would predict from the residual stream at each depth.
+    """Next-token predictions from the residual stream at each depth.
 
     Attributes:
-        labels: (c,) of the depths.
+        labels: (c,) names of the depths.
         ids: (c b t k) the k most likely next tokens.
-        log_probs: (c b t k) theirs, in nats.
+        log_probs: (c b t k) their log-probabilities, in nats.
     """
 
     labels: list[str]
@@ -39,7 +39,7 @@ class Lens(NamedTuple):
 
 
 class ResidualStream(CachedPoints):
-    """What follows from the points along the residual stream."""
+    """Analyses of the points along the residual stream."""
 
     def decompose_resid(
         self,
@@ -50,17 +50,18 @@ class ResidualStream(CachedPoints):
         pos_slice: Index | None = None,
         return_labels: bool = False,
     ) -> Labelled:
-        """Embedding and what every mixer and feed-forward added: they sum to the residual stream that `layer` reads.
+        """The embedding and the output of every mixer and feed-forward; they sum to the residual stream at `layer`.
 
         Args:
-            layer: whose input; None or the number of layers for the final residual stream.
-            mlp_input: up to the input of that layer's feed-forward, its mixer included.
-            mode: "all", or "attn" or "mlp" for the embedding and that kind of part only.
+            layer: the layer whose input is decomposed; None or the number of layers for the final residual stream.
+            mlp_input: decompose the input of that layer's feed-forward, which includes its mixer's output.
+            mode: "all", or "attn" or "mlp" for the embedding and one kind of component only.
             pos_slice: only these tokens.
-            return_labels: also the names of the components.
+            return_labels: also return the names of the components.
+        Raises: ValueError for an unknown mode or layer.
         """
         if mode not in ("all", "attn", "mlp"):
-            raise ValueError(f"There is no mode {mode!r}: choose all, attn or mlp.")
+            raise ValueError(f"mode {mode!r} is unknown: choose all, attn or mlp.")
         end = self._depth(layer)
         names, labels = ["hook_embed"], ["embed"]
         for i in range(min(end + mlp_input, self.layers)):
@@ -81,11 +82,11 @@ class ResidualStream(CachedPoints):
         pos_slice: Index | None = None,
         return_labels: bool = False,
     ) -> Labelled:
-        """The residual stream before each layer up to `layer`, that one's input the last; None: to the very end.
+        """The residual stream before each layer up to and including `layer`; None: up to the final residual stream.
 
         Args:
             incl_mid: also between mixer and feed-forward.
-            apply_ln: each as the final norm would see it by itself: what a logit lens reads.
+            apply_ln: apply the final norm to each, as a logit lens does.
         """
         names, labels, end = [], [], self._depth(layer)
         for i in range(end + 1):
@@ -101,9 +102,9 @@ class ResidualStream(CachedPoints):
     def apply_ln_to_stack(
         self, stack: Components, layer: int | None = None, *, mlp_input: bool = False, pos_slice: Index | None = None
     ) -> Components:
-        """Components as the norm before `layer` (None: the final norm) scaled their sum in this forward.
+        """Scale components as the norm before `layer` (None: the final norm) scaled their sum in this forward.
 
-        The scale of that forward is frozen, so the norm is linear, and the results sum to what it gave out.
+        The scale of that forward is frozen, so the norm is linear, and the results sum to its output.
         """
         i = self._depth(layer)
         norm: RMSNorm = self.model.norm
@@ -123,14 +124,14 @@ class ResidualStream(CachedPoints):
         *,
         pos_slice: Index | None = None,
     ) -> Float[Tensor, "c b t"]:
-        """What each component adds to the logit of `tokens`, or to its lead over `incorrect_tokens`.
+        """The contribution of each component to the logit of `tokens`, or to its difference from `incorrect_tokens`.
 
-        The final norm's scale is frozen and the head has no bias: over all components of `decompose_resid()` they sum
-        to the logit.
+        The final norm's scale is frozen and the head has no bias, so the contributions of all components of
+        `decompose_resid()` sum to the logit.
 
         Args:
-            components: of the same tokens as `pos_slice` picks.
-            tokens: one id for all, or ids that broadcast to (b t): (b 1) for one a row.
+            components: components for the tokens that `pos_slice` selects.
+            tokens: one id for all, or ids that broadcast to (b t): (b 1) for one per row.
         """
 
         def rows(ids: int | Tensor) -> Tensor:
@@ -142,11 +143,11 @@ class ResidualStream(CachedPoints):
     def stack_head_results(
         self, layer: int = -1, *, pos_slice: Index | None = None, return_labels: bool = False
     ) -> Labelled:
-        """What every head adds to the residual stream, gate included, Gated DeltaNet heads too.
+        """The contribution of every head to the residual stream, after the gate, also of Gated DeltaNet heads.
 
         Args:
-            layer: of this layer, where the heads sum to its hook_attn_out (less o_proj's bias, if it has one);
-                -1 for all layers, one after the other.
+            layer: one layer, whose heads sum to its hook_attn_out (without o_proj's bias, if any); -1 for all layers.
+        Raises: ValueError for a layer that norms or gates the sum of its heads.
         """
         chosen = range(self.layers) if layer == -1 else [layer]
         results, labels = [], []
@@ -154,7 +155,8 @@ class ResidualStream(CachedPoints):
             mixer = self._mixer(i)
             if self._block(i).sandwich or getattr(mixer, "position", "") == "G5":
                 raise ValueError(
-                    f"Block {i} norms or gates the sum of its heads, so what a head adds by itself is not defined."
+                    f"Block {i} norms or gates the sum of its heads, so a single head's contribution is not defined: "
+                    "choose another layer."
                 )
             name = self.full_name(("gated", i))
             gated = at_least_fp32(self.need([name], ["blocks.*.hook_gated"])[0][:, as_index(pos_slice)])
@@ -167,7 +169,7 @@ class ResidualStream(CachedPoints):
 
     @torch.no_grad()
     def logit_lens(self, *, top: int = 1, incl_mid: bool = False, pos_slice: Index | None = None) -> Lens:
-        """The `top` most likely next tokens at each depth. Logits are there for a few tokens at a time only."""
+        """The `top` most likely next tokens at each depth. Only the logits of a few tokens are in memory at a time."""
         stack, labels = self.accumulated_resid(incl_mid=incl_mid, pos_slice=pos_slice, return_labels=True)
         flat, ids, log_probs = stack.flatten(0, 2), [], []
         for x in flat.split(LENS_PIECE):
@@ -204,17 +206,17 @@ class ResidualStream(CachedPoints):
 
 
 def _matrix(module: nn.Module) -> Tensor:
-    """The weight of a linear map that is nothing else. Raises: ValueError for one that an adapter surrounds."""
+    """The weight of a plain linear layer. Raises: ValueError for one with an adapter, or without values."""
     weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
     if weight is None or weight.device.type == "meta":
         raise ValueError(
-            f"A {type(module).__name__} has no weight at hand by which its parts could be told: merge its adapters "
-            "into a linear map, and keep it in memory."
+            f"A {type(module).__name__} has no weight to compute contributions from: merge its adapters into a plain "
+            "linear layer, and keep it in memory."
         )
     return weight.detach()
 
 
 def _scale(norm: RMSNorm, x: Tensor) -> Tensor:
-    """What the norm multiplies x by, in fp32 or better; weights without gradient, they are not what is studied."""
+    """The factor by which the norm multiplies x, in at least fp32. The norm's weight gets no gradient."""
     x, weight = at_least_fp32(x), at_least_fp32(norm.weight.detach()).to(x.device)
     return torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * (weight + (1.0 if norm.zero_centred else 0.0))

@@ -1,4 +1,4 @@
-"""Steering: push the residual stream, or a memory, in a direction while the model generates."""
+"""Steering: add a direction to the residual stream, or to a recurrent state, while the model generates."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,17 +15,18 @@ from qwen3next.hooks.names import Filter
 
 @contextmanager
 def steer(model: Any, names: Filter, vector: Float[Tensor, "width"], *, strength: float = 1.0) -> Iterator[None]:
-    """Add strength · vector at points of shape (b t width), to every token: prompts and generated ones alike.
+    """Add strength · vector at points of shape (b t width), for every prompt and generated token.
 
         with steer(model, "blocks.3.hook_resid_post", direction, strength=4.0):
             q.generate(model, ids)
 
-    Raises: ValueError for a point of another width; as `model.hooks` for points that do not exist or never fire.
+    Raises: ValueError for a point whose last axis has another size; as `model.hooks` for points that do not exist or
+        do not fire.
     """
 
     def push(x: Tensor, hook: HookPoint) -> Tensor:
         if x.shape[-1:] != vector.shape:
-            raise ValueError(f"{hook.name} has width {x.shape[-1]}, the vector {len(vector)}: choose a point it fits.")
+            raise ValueError(f"{hook.name} has size {x.shape[-1]}, the vector {len(vector)}: make them equal.")
         return x + (strength * vector).to(x)
 
     with model.hooks([(names, push)]):
@@ -41,23 +42,23 @@ def steer_state(
     *,
     strength: float = 1.0,
 ) -> Iterator[None]:
-    """Add strength · change to a Gated DeltaNet layer's memory in `cache` before every call, prompt and steps alike.
+    """Add strength · change to a Gated DeltaNet layer's recurrent state in `cache` before every call, prompt or step.
 
         cache = model.new_cache(max_len=200)
         with steer_state(model, cache, 0, other.state(0, -1) - mine.state(0, -1)):
             q.generate(model, ids, cache=cache)
 
-    What was added decays as all memory does, and is corrected by later writes, so a constant push settles at a level.
-    Raises: ValueError for a layer without a memory, or a change of another shape.
+    The state decays and later writes correct it, so the effect of a constant change converges.
+    Raises: ValueError for a layer without a recurrent state, or a change of another shape.
     """
     state = cache.layers[layer]
     if not isinstance(state, DeltaNetState):
-        raise ValueError(f"Block {layer} is softmax attention and has no memory: choose a Gated DeltaNet block.")
+        raise ValueError(f"Block {layer} is softmax attention and has no recurrent state: choose another block.")
     memory = state.memory
     if change.shape[1:] != memory.shape[1:] or change.shape[0] not in (1, len(memory)):
-        raise ValueError(f"The memory is {tuple(memory.shape)} and the change {tuple(change.shape)}: make them equal.")
+        raise ValueError(f"The state is {tuple(memory.shape)} and the change {tuple(change.shape)}: make them equal.")
 
-    def push(_x: Tensor, _hook: HookPoint) -> None:  # the block's first point: its memory is read after it
+    def push(_x: Tensor, _hook: HookPoint) -> None:  # fires before the block reads its state
         state.memory = state.memory + (strength * change).to(state.memory)
 
     with model.hooks([(f"blocks.{layer % len(cache.layers)}.hook_resid_pre", push)]):

@@ -1,13 +1,13 @@
-"""Activations of many tokens on disk, in constant memory, for dictionary learning.
+"""Write activations of many tokens to disk in constant memory, for dictionary learning.
 
     for done, total in stream_activations(model, batches, "acts", "blocks.0.hook_attn_out", rows=1_000_000): ...
     rows = ActivationRows("acts")
     for batch in rows.batches(4096): batch["blocks.0.hook_attn_out"], batch["token"]
 
-A row is one real token. Shards are safetensors files of a fixed number of rows; index.json says which ones are there,
-and is written after them: a process killed at any moment leaves whole shards, and running it again goes on behind them.
-Shuffling permutes a block of shards at a time, by a seed and the block's number, so a block half written is made again
-in the same order and only its missing shards are added.
+A row is one real token. Shards are safetensors files with a fixed number of rows. index.json lists the shards and is
+written after each, so that a process killed at any moment leaves complete shards, and a new run continues after them.
+Shuffling permutes one block of shards at a time, by the seed and the block's number. So a block that was partly written
+is computed again in the same order, and only its missing shards are added.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ from qwen3next.hooks.names import Filter
 from qwen3next.interp.points import identity
 
 INDEX = "index.json"
-COLUMNS = ("token", "position", "row")  # beside the points: token id, place in its sequence, number in the stream
-OTHER_TOKENS = "give the same batches from the start, or another folder."
+COLUMNS = ("token", "position", "row")  # besides the points: token id, position in its sequence, number of the row
+OTHER_TOKENS = "give the same batches from the start, or choose another folder."
 Batches = Iterable[Tensor | tuple[Tensor, Segments]]
 
 
@@ -44,23 +44,28 @@ def stream_activations(
     seed: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[int, int | None]]:
-    """Run the model over batches of token ids and write chosen points; yields (rows done, rows wanted) as it goes.
+    """Run the model over batches of token ids and write chosen points to disk.
 
-    Nothing happens unless the result is iterated over. The model runs no further than the last chosen point.
+    This is a generator: it runs while iterated over, and yields (rows done, rows wanted). Each forward stops after the
+    last chosen point.
 
     Args:
-        batches: (b, t) ids, or those with their segments; padding makes no rows. To go on after an interruption give
-            the same ones again from the start: what is done is passed over without running the model.
+        batches: (b, t) ids, or tuples of ids and segments; padding gives no rows. To continue after an interruption,
+            give the same batches from the start: finished rows are skipped without running the model.
         names: points with a value for each token, as for `run_with_cache`.
-        rows: stop after so many; None runs to the end of the batches.
-        shuffle_shards: shuffle within so many shards, which are held in memory; 0 keeps the order of the tokens.
-        dtype: of the floating-point numbers on disk; None keeps the model's.
-    Raises: ValueError for a folder with other contents, or batches that are not those it began with.
+        rows: stop after this number of rows; None runs to the end of the batches.
+        rows_per_shard: rows in each file.
+        shuffle_shards: shuffle within this number of shards, which are held in memory; 0 keeps the tokens' order.
+        seed: for the shuffle.
+        dtype: dtype of floating-point values on disk; None keeps the model's.
+    Raises: ValueError for a folder with other settings, or batches that differ from those of an earlier run.
     """
     folder, chosen = Path(folder), model.match_hooks(names)
     block_rows = rows_per_shard * max(shuffle_shards, 1)
     if rows_per_shard < 1 or shuffle_shards < 0:
-        raise ValueError(f"rows_per_shard ({rows_per_shard}) must be positive, shuffle_shards ({shuffle_shards}) too.")
+        raise ValueError(
+            f"rows_per_shard ({rows_per_shard}) must be positive, shuffle_shards ({shuffle_shards}) 0 or more."
+        )
     settings = {
         "model": identity(model),
         "names": chosen,
@@ -75,7 +80,7 @@ def stream_activations(
         yield index["rows"], rows
         return
 
-    done = index["rows"] // block_rows * block_rows  # begin with the block that is not whole
+    done = index["rows"] // block_rows * block_rows  # start with the first incomplete block
     digest, seen, filled = hashlib.sha256(), 0, 0
     buffer: dict[str, Tensor] = {}
     for batch in batches:
@@ -87,7 +92,7 @@ def stream_activations(
         digest.update(tokens[:begin].numpy().tobytes())
         if begin < end:
             if seen + begin == done and not filled and digest.hexdigest() != index["digest"]:
-                raise ValueError(f"{folder} was begun with other tokens: {OTHER_TOKENS}")
+                raise ValueError(f"{folder} was started with other tokens: {OTHER_TOKENS}")
             values = _run(model, ids, segments, chosen, dtype)
             values |= {"token": tokens, "position": segments.positions[segments.mask].cpu()}
             values["row"] = torch.arange(seen, seen + len(tokens))
@@ -107,7 +112,7 @@ def stream_activations(
         if rows is not None and seen >= rows:
             break
     if seen < index["rows"]:
-        raise ValueError(f"{folder} holds {index['rows']} rows and these batches have {seen}: {OTHER_TOKENS}")
+        raise ValueError(f"{folder} holds {index['rows']} rows, but these batches have {seen}: {OTHER_TOKENS}")
     if filled:
         rest = {name: x[:filled] for name, x in buffer.items()}
         _write_block(folder, index, rest, done // block_rows, digest.hexdigest())
@@ -117,9 +122,9 @@ def stream_activations(
 
 
 def _open(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The folder's index, or a new one. Raises: ValueError where it was begun with other settings."""
+    """The folder's index, or a new one. Raises: ValueError if it was started with other settings."""
     folder.mkdir(parents=True, exist_ok=True)
-    for half in [*folder.glob(f".{INDEX}-*"), *folder.glob(".*.safetensors-*")]:  # of a process that was killed
+    for half in [*folder.glob(f".{INDEX}-*"), *folder.glob(".*.safetensors-*")]:  # left by a killed process
         half.unlink(missing_ok=True)
     if not (folder / INDEX).exists():
         empty = hashlib.sha256().hexdigest()
@@ -128,21 +133,21 @@ def _open(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     differing = [name for name in settings if index["settings"].get(name) != settings[name]]
     if differing:
         raise ValueError(
-            f"{folder} was begun with {differing[0]} {index['settings'].get(differing[0])}, not "
+            f"{folder} was started with {differing[0]} {index['settings'].get(differing[0])}, not "
             f"{settings[differing[0]]}: choose another folder, or delete this one."
         )
     return index
 
 
 class _EnoughError(Exception):
-    """The last chosen point has been seen: what comes after it need not run."""
+    """Stops a forward after the last chosen point."""
 
 
 @torch.no_grad()
 def _run(
     model: Any, ids: Tensor, segments: Segments, names: Sequence[str], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """The points' values at real tokens, in CPU memory."""
+    """The points' values at real tokens (rows, …), in CPU memory."""
     found: dict[str, Tensor] = {}
 
     def keep(x: Tensor, hook: HookPoint) -> None:
@@ -162,7 +167,7 @@ def _run(
 
 
 def _write_block(folder: Path, index: dict[str, Any], block: dict[str, Tensor], number: int, digest: str) -> None:
-    """Write a block's shards that are not there yet, and after each the index. `digest` covers all rows to its end."""
+    """Write the missing shards of a block, and the index after each. `digest` covers all rows up to the block's end."""
     settings, (first, *_) = index["settings"], block.values()
     order = torch.arange(len(first))
     if settings["shuffle_shards"]:
@@ -171,7 +176,7 @@ def _write_block(folder: Path, index: dict[str, Any], block: dict[str, Tensor], 
     shards = order.split(settings["rows_per_shard"])
     there = index["shards"][number * max(settings["shuffle_shards"], 1) :]
     if [shard["rows"] for shard in there] != [len(picked) for picked in shards[: len(there)]]:
-        raise ValueError(f"{folder} ended with fewer tokens before: {OTHER_TOKENS}")
+        raise ValueError(f"{folder} was finished with fewer tokens before: {OTHER_TOKENS}")
     for i, picked in enumerate(shards[len(there) :], start=len(there)):
         path = folder / f"{len(index['shards']):06}.safetensors"
         plan = [(name, x.dtype, (len(picked), *x.shape[1:])) for name, x in block.items()]
@@ -181,7 +186,7 @@ def _write_block(folder: Path, index: dict[str, Any], block: dict[str, Tensor], 
         index["shards"].append({"file": path.name, "rows": len(picked)})
         index["rows"] += len(picked)
         if i + 1 == len(shards) and len(first) == settings["rows_per_shard"] * max(settings["shuffle_shards"], 1):
-            index["digest"] = digest  # always that of the whole blocks: a resumed run begins behind them
+            index["digest"] = digest  # covers complete blocks only: a resumed run starts after them
         json_files.write(folder / INDEX, index)
 
 

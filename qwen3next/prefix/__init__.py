@@ -1,1 +1,1 @@
-"""Caches of prompts' beginnings, kept in memory and on disk."""
+"""Prefix caching: reuse the caches of prompt prefixes, in memory and on disk."""

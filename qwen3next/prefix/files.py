@@ -1,4 +1,4 @@
-"""Nodes of a prefix store as files: one each, whole or not at all, named by the tokens that lead to its end."""
+"""Files of a prefix store: one per node, written atomically, named by a hash of all tokens up to the node's end."""
 
 import hashlib
 import os
@@ -20,11 +20,11 @@ FORMAT = "qwen3next prefix 1"
 
 
 class PrefixFolder:
-    """The files of one model's store. Damaged ones are taken for missing: they are deleted where they are met.
+    """The files of one model's store. Damaged files are treated as missing and deleted when found.
 
     Args:
-        folder: made where it is missing; other stores of the same model may use it at the same time.
-        budget: bytes; the files used longest ago go first.
+        folder: created if missing; several stores of the same model may use it at the same time.
+        budget: bytes; the least recently used files are deleted first.
     """
 
     def __init__(self, folder: Path, budget: int):
@@ -33,7 +33,7 @@ class PrefixFolder:
             folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, node: Node) -> None:
-        """Write a node that is in memory and make room for it, unless it and what it stands on exceed the budget."""
+        """Write a node that is in memory and make room for it; skipped if it and its ancestors exceed the budget."""
         assert node.piece is not None
         assert node.parent is not None
         tensors = {"tokens": node.tokens}
@@ -60,7 +60,7 @@ class PrefixFolder:
             path.unlink(missing_ok=True)
 
     def read(self, node: Node, device: torch.device) -> tuple[Piece, End | None] | None:
-        """What a node's file holds; None where another store has deleted it, or cut it in two.
+        """Read a node's file: keys and values, and the state if any; None if another store deleted or split it.
 
         Raises: ValueError for a damaged file.
         """
@@ -72,7 +72,7 @@ class PrefixFolder:
             return None
         tensors = read_sealed(node.file, about)
         if not torch.equal(tensors.pop("tokens"), node.tokens):
-            raise ValueError(f"{node.file} holds other tokens than it did.")
+            raise ValueError(f"{node.file} holds other tokens than when it was first read.")
         tensors = {name: x.to(device) for name, x in tensors.items()}
         piece: Piece = []
         states: list[tuple[Tensor, Tensor]] = []
@@ -84,14 +84,14 @@ class PrefixFolder:
         return piece, End(states, tensors["hidden"], tensors.get("logits")) if about["ends"] else None
 
     def touch(self, node: Node) -> None:
-        """Note that a node was used, for whoever makes room next."""
+        """Update the modification times of a node's files, by which `make_room` finds the least recently used."""
         for one in node.path:
             if one.file is not None:
                 with suppress(OSError):
                     os.utime(one.file)
 
     def scan(self, *, left_out: Collection[str]) -> list[tuple[Path, dict[str, Any], Tensor]]:
-        """Path, description and own tokens of every file but those of these names, from the beginning of texts on."""
+        """Path, description and own tokens of every file except those named in `left_out`; parents come first."""
         found = []
         for path in self.folder.glob("*.safetensors"):
             if path.stem in left_out:
@@ -104,7 +104,11 @@ class PrefixFolder:
         return sorted(found, key=lambda entry: entry[1]["begin"])
 
     def make_room(self, *, kept: set[Path]) -> bool:
-        """Delete what was used longest ago, ends of texts first, until the budget holds; False if it cannot hold."""
+        """Delete the least recently used files, leaves first, until the budget holds; False if it cannot hold.
+
+        Args:
+            kept: files that are not deleted.
+        """
         sizes = {}
         for path in self.folder.glob("*.safetensors"):
             with suppress(OSError):

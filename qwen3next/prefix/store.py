@@ -1,4 +1,4 @@
-"""Beginnings of texts that are prefilled once and gone on from many times, within a budget, in memory and on disk."""
+"""A prefix store: prefixes of prompts are prefilled once and reused, within a budget, in memory and on disk."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,17 +17,17 @@ from qwen3next.generation.prefill import GRID
 from qwen3next.prefix.files import PrefixFolder
 from qwen3next.prefix.tree import End, Node, Piece, cut_out, keys_and_values, places
 
-SPACING = 4096  # tokens between states that are kept, the blocks in which attention reads
+SPACING = 4096  # tokens between kept states; equals the block size of attention
 
 
 @dataclass(frozen=True)
 class Match:
-    """How much of a prompt is known.
+    """How much of a prompt is stored.
 
     Attributes:
-        matched_tokens: need not be run again.
-        shared_tokens: stand at the beginning of a stored text as well; beyond the matched ones there is no state.
-        reason: why not more, in a sentence; "" where all of it is known.
+        matched_tokens: tokens that need not run again.
+        shared_tokens: tokens of the longest common prefix with a stored text; there is no state after the matched ones.
+        reason: why no more tokens match, in one sentence; "" if all match.
     """
 
     matched_tokens: int
@@ -36,20 +36,20 @@ class Match:
 
 
 class PrefixStore:
-    """Prompts' keys, values and states by their tokens: what a new prompt begins with is not run again.
+    """Stores keys, values and states of prompts by their tokens, so that a stored prefix of a new prompt is not run.
 
-    States are kept every `spacing` tokens, where texts part, where prompts end and where the caller says. Keys and
-    values are shared with the caches that come from here, and never copied for them. When the budget is used up, what
-    was gone on from longest ago goes first: a state in the middle of a text by itself, keys and values from the end.
+    A state is kept every `spacing` tokens, where texts diverge, at the end of prompts and where the caller asks. Caches
+    from the store share its keys and values without copies. If the budget is exceeded, the least recently used part is
+    freed: a state inside a text, or keys and values at its end.
 
     Args:
-        model: whose caches these are; made anew after `extend_context` and when weights change.
-        budget: bytes in memory, as "2GiB".
-        folder: keep everything on disk as well, for other processes and later ones; None keeps nothing there.
-        disk_budget: bytes there.
-        kv_dtype, state_dtype, mtp: as `model.new_cache` takes them.
+        model: the model of the caches. Make a new store after `extend_context` or a change of weights.
+        budget: bytes in memory, such as "2GiB".
+        folder: also keep everything on disk, for other and later processes; None keeps nothing on disk.
+        disk_budget: bytes on disk.
+        kv_dtype, state_dtype, mtp: as for `model.new_cache`.
         spacing: tokens, a multiple of 64.
-    Raises: ValueError for a budget in which no state of this model fits.
+    Raises: ValueError for another spacing, or a budget that cannot hold one state of this model.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class PrefixStore:
         like = self._new_cache(max_len=1)
         if self.budget < like.nbytes():
             raise ValueError(
-                f"A budget of {binary(self.budget)} has no room for one state of this model, {binary(like.nbytes())}, "
-                "and the keys and values that go with it: make it larger."
+                f"A budget of {binary(self.budget)} cannot hold one state of this model ({binary(like.nbytes())}) with "
+                "its keys and values: make it larger."
             )
         self.files = None
         if folder is not None:
@@ -85,15 +85,15 @@ class PrefixStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory: keys and values, states, last logits."""
+        """Bytes in memory of keys and values, states and last logits."""
         return sum(node.nbytes for node in self.root.below())
 
     def __len__(self) -> int:
-        """States from which a prompt can be gone on, in memory or on disk."""
+        """Number of states from which a prompt can continue, in memory or on disk."""
         return sum(node.ends for node in self.root.below())
 
     def match(self, ids: Tensor) -> Match:
-        """How much of a prompt, (t,) or (1, t), is known, and why not more."""
+        """How much of a prompt, (t,) or (1, t), is stored, and why no more."""
         return self._look(self._ids(ids))[1]
 
     def prefill(
@@ -106,17 +106,18 @@ class PrefixStore:
         points: Sequence[int] = (),
         history: int = 0,
     ) -> "Prefill":
-        """A cache of this prompt, (t,) or (1, t), of which only what is not known yet is run, as it is iterated over.
+        """A prefill of this prompt, (t,) or (1, t), that runs only the tokens that are not stored, while iterated over.
 
             run = store.prefill(ids)
             for done, total in run: ...
             q.generate(model, ids, cache=run.cache)
 
         Args:
-            max_len: tokens that the cache is to hold; None leaves room for 4096 more.
-            chunk_size, max_memory: as `model.prefill` takes them.
-            points: tokens after which to keep a state, because other prompts will go on from there.
-            history: as `model.new_cache` takes it.
+            max_len: tokens that the cache can hold; None means 4096 more than the prompt.
+            chunk_size, max_memory: as for `model.prefill`.
+            points: numbers of tokens after which to keep a state, where other prompts will diverge.
+            history: as for `model.new_cache`.
+        Raises: ValueError for a prompt of another shape or longer than `max_len`, or if the RoPE scaling has changed.
         """
         ids = self._ids(ids)
         run = Prefill(
@@ -126,19 +127,19 @@ class PrefixStore:
         return run
 
     def add(self, cache: HybridCache) -> None:
-        """Keep a cache as it stands. Its keys and values are shared with it from now on.
+        """Store a cache of one row. The store and the cache share keys and values afterwards.
 
-        What the budget has no room for is left out, and `match` says so.
-        Raises: ValueError for a cache of several rows, or one that was made otherwise than this store's.
+        Tokens that exceed the budget are not stored; `match` gives the reason.
+        Raises: ValueError for a cache of several rows, or one of another model or with other options.
         """
         self._check_scaling()
         if cache.batch != 1:
-            raise ValueError(f"A store keeps one sequence at a time: select one of the cache's {cache.batch} rows.")
+            raise ValueError(f"The cache has {cache.batch} rows, but a store takes one sequence: select one row.")
         like = self._new_cache(max_len=1)
         if any(
             getattr(cache, name) != getattr(like, name) for name in ("config", "yarn", "kv_dtype", "state_dtype")
         ) or (cache.mtp is None) != (like.mtp is None):
-            raise ValueError("The cache was made for another model, or with other options than this store has.")
+            raise ValueError("The cache has another model or other options than this store: make it with the store's.")
         if not cache.lengths[0]:
             return
         assert cache.hidden is not None
@@ -146,7 +147,7 @@ class PrefixStore:
         node, partial, shared = self.root.follow(ids)
         if partial is not None:
             if not self._attach(partial):
-                return self.add(cache)  # it is gone: look again
+                return self.add(cache)  # its file is gone: search again
             node = partial.split(shared, mtp=self._mtp)
             self._write(node)
             self._write(partial)
@@ -166,7 +167,7 @@ class PrefixStore:
                 return self.add(cache)
             node.finish, node.ends = finish, True
             self._write(node)
-        if node.piece is not None:  # what both have is there once
+        if node.piece is not None:  # share keys and values with the cache
             for (state, begin, _), stored in zip(places(cache, node.begin, node.end), node.piece, strict=True):
                 state.hold((*state.parts(0, begin), stored))
         self._use(node)
@@ -174,7 +175,7 @@ class PrefixStore:
         return None
 
     def clear(self) -> None:
-        """Forget what is in memory; files stay."""
+        """Free everything in memory; files stay."""
         self.root = Node(torch.empty(0, dtype=torch.long))
         self._scan()
 
@@ -188,15 +189,15 @@ class PrefixStore:
         if ids.ndim == 2 and ids.shape[0] == 1:
             ids = ids[0]
         if ids.ndim != 1 or not len(ids):
-            raise ValueError(f"A prompt is one sequence of at least one token, not of shape {tuple(ids.shape)}.")
+            raise ValueError(f"A prompt must be one sequence of at least one token, got shape {tuple(ids.shape)}.")
         return ids.cpu()
 
     def _check_scaling(self) -> None:
         if self.model.config.rope_scaling != self._yarn:
-            raise ValueError("The model's RoPE scaling has changed since this store was made: make a new one.")
+            raise ValueError("The model's RoPE scaling has changed since this store was made: make a new store.")
 
     def _look(self, ids: Tensor) -> tuple[Node, Match]:
-        """The last node with a state on the way of these tokens, and what that means."""
+        """The last node with a state along these tokens, and the match that it gives."""
         node, partial, shared = self.root.follow(ids)
         best = node
         while not best.ends and best.parent is not None:
@@ -205,19 +206,19 @@ class PrefixStore:
         if matched == len(ids):
             reason = ""
         elif shared > matched:
-            reason = f"Tokens {matched} to {shared} are stored, but no state after any of them."
+            reason = f"Tokens {matched} to {shared} are stored, but without a state after any of them."
         elif not shared:
-            reason = "Nothing is stored that begins like this." if self.root.children else "Nothing is stored yet."
+            reason = "No stored text starts like this." if self.root.children else "Nothing is stored yet."
         elif node.full:
-            reason = f"The budget of {binary(self.budget)} had no room for what came after."
+            reason = f"The budget of {binary(self.budget)} had no room for the tokens after that."
         elif partial is None and not node.children:
-            reason = "What is stored ends there."
+            reason = "The stored text ends there."
         else:
-            reason = "What is stored goes on otherwise from there."
+            reason = "The stored texts continue differently from there."
         return best, Match(matched, shared, reason)
 
     def _open(self, node: Node, *, max_len: int, history: int) -> HybridCache | None:
-        """A cache that stands after a node's last token; None where files on the way are gone or damaged."""
+        """A cache that ends at a node's last token; None if files of the node or its ancestors are gone or damaged."""
         cache = self._new_cache(max_len=max_len, history=history)
         if node is self.root:
             return cache
@@ -243,9 +244,9 @@ class PrefixStore:
         return cache
 
     def _load(self, node: Node, *, finish: bool) -> tuple[Piece, End | None] | None:
-        """A node's keys and values, and its state if `finish` asks; None where its file is gone or damaged.
+        """A node's keys and values, and its state if `finish`; None if its file is gone or damaged.
 
-        The node, and what is stored behind it, is forgotten then.
+        In that case the node and its descendants are removed from the tree.
         """
         if node.piece is not None and (node.finish is not None or not (finish and node.ends)):
             return node.piece, node.finish
@@ -255,15 +256,15 @@ class PrefixStore:
             try:
                 found = self.files.read(node, self.model.device)
             except ValueError as error:
-                warnings.warn(f"A stored beginning cannot be used and is forgotten: {error}", stacklevel=5)
+                warnings.warn(f"A stored prefix cannot be used and is removed: {error}", stacklevel=5)
                 node.file.unlink(missing_ok=True)
         if found is None:
             node.parent.children.remove(node)
-            self._scan()  # other stores may have written what takes its place
+            self._scan()  # other stores may have written a replacement
         return found
 
     def _attach(self, node: Node) -> bool:
-        """Have all of a node in memory, whatever the budget; False where it is gone."""
+        """Load all of a node into memory, regardless of the budget; False if its file is gone."""
         found = self._load(node, finish=True)
         if found is not None:
             node.piece, node.finish = found
@@ -280,7 +281,7 @@ class PrefixStore:
             self.files.write(node)
 
     def _scan(self) -> None:
-        """Know what the folder holds, without reading it."""
+        """Add nodes for the files in the folder; reads their descriptions and tokens only."""
         if self.files is None:
             return
         known = {node.file.stem: node for node in self.root.below() if node.file is not None} | {"": self.root}
@@ -292,22 +293,22 @@ class PrefixStore:
                 known[path.stem] = node
 
     def _make_room(self, needed: int, node: Node) -> bool:
-        """Free memory for so many bytes behind `node`; False, and nothing is freed, where that is impossible."""
+        """Free memory for `needed` bytes after `node`; returns False, and frees nothing, if that is impossible."""
         own = set(node.path)
         if sum(one.nbytes - (0 if one.finish is None else one.finish.nbytes) for one in own) + needed > self.budget:
             return False
         while self.nbytes + needed > self.budget:
-            if not self._drop_oldest(kept=own):  # then states on the way to `node`, from the beginning on
+            if not self._drop_oldest(kept=own):  # then states of `node` and its ancestors, first ones first
                 self._drop(next(one for one in node.path if one.finish is not None), whole=False)
         return True
 
     def _trim(self) -> None:
-        """Bring what is in memory under the budget."""
+        """Free memory until the budget holds."""
         while self.nbytes > self.budget and self._drop_oldest(kept=set()):
             pass
 
     def _drop_oldest(self, *, kept: set[Node]) -> bool:
-        """Free the state, or the end of a text, that was gone on from longest ago; False where there is none."""
+        """Free the least recently used state or end of a text; False if there is none."""
         free = [one for one in self.root.below() if one.nbytes and one not in kept]
         ends = [one for one in free if not any(other.nbytes for other in one.below()[1:])]
         candidates = {one for one in free if one.finish is not None} | set(ends)
@@ -318,7 +319,7 @@ class PrefixStore:
         return True
 
     def _drop(self, node: Node, *, whole: bool) -> None:
-        """Take a node's state out of memory, or all of it; what has no file is forgotten."""
+        """Free a node's state, or all of the node if `whole`; without a file, it is removed from the tree."""
         node.finish = None
         node.piece = None if whole else node.piece
         if node.file is not None:
@@ -330,12 +331,12 @@ class PrefixStore:
 
 
 class Prefill:
-    """A prompt on its way into a cache; iterating runs it and yields (tokens done, tokens in all).
+    """The prefill of a prompt; iterating over it runs the prompt and yields (tokens done, tokens in total).
 
     Attributes:
-        cache: holds the matched tokens at first, and all of them at the end.
+        cache: holds the matched tokens at the start, and all tokens at the end.
         matched_tokens, reason: as in `Match`.
-        chunk_size, max_memory: as `model.prefill` takes them.
+        chunk_size, max_memory: as for `model.prefill`.
     """
 
     def __init__(
@@ -348,7 +349,7 @@ class Prefill:
         history: int,
     ):
         if max_len < len(ids):
-            raise ValueError(f"The prompt has {len(ids)} tokens and max_len is {max_len}: make it larger.")
+            raise ValueError(f"The prompt has {len(ids)} tokens, but max_len is {max_len}: make it larger.")
         cache = None
         while cache is None:
             node, match = store._look(ids)
@@ -357,7 +358,7 @@ class Prefill:
         self._store, self._ids = store, ids
         self.chunk_size: int = 4096
         self.max_memory: int | str | None = None
-        branch = match.shared_tokens // GRID * GRID  # where this text leaves another: a third may as well
+        branch = match.shared_tokens // GRID * GRID  # this text diverges here: later ones may too
         wanted = {*range(store.spacing, len(ids), store.spacing), branch, *points, len(ids)}
         self._stops = sorted(n for n in wanted if self.matched_tokens < n <= len(ids))
 

@@ -1,4 +1,4 @@
-"""Texts that begin alike, as a tree: each node is a run of tokens with its keys and values, and may keep a state."""
+"""A prefix tree of texts. Each node is a span of tokens with its keys and values, and may hold a state."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,14 +9,14 @@ from torch import Tensor
 from layers.state.kv_cache import KVState, Stored
 from qwen3next.cache.hybrid import HybridCache, common_prefix
 
-Piece = list[Stored]  # of each layer with keys and values, the MTP layer last
+Piece = list[Stored]  # keys and values per softmax layer, the MTP layer last
 
 
 @dataclass
 class End:
-    """What it takes beside keys and values to go on after a node's last token."""
+    """The state after a node's last token, which continuing needs besides keys and values."""
 
-    states: list[tuple[Tensor, Tensor]]  # of each Gated DeltaNet layer: convolution, memory
+    states: list[tuple[Tensor, Tensor]]  # per Gated DeltaNet layer: conv state, recurrent state
     hidden: Tensor
     logits: Tensor | None
 
@@ -28,15 +28,15 @@ class End:
 
 @dataclass(eq=False)
 class Node:
-    """Tokens `begin` up to `end` of texts that agree so far.
+    """Tokens `begin` up to `end` of texts with a common prefix.
 
     Attributes:
         tokens: (end − begin,) on the CPU.
-        piece, finish: None where they are only in `file`, or `finish` where no state is kept.
-        file: where the node was written.
-        ends: whether a state is kept, here or in the file.
-        full: the budget refused what came after.
-        used: when it was last gone on from, by the store's clock.
+        piece, finish: keys and values, and the state; None if they are only in `file`, or if no state is kept.
+        file: the node's file, if written.
+        ends: whether a state is kept, in memory or in the file.
+        full: whether the budget had no room for the tokens after this node.
+        used: when the node was last used, by the store's clock.
     """
 
     tokens: Tensor
@@ -56,7 +56,7 @@ class Node:
 
     @property
     def path(self) -> list["Node"]:
-        """From the first tokens to these."""
+        """The nodes from the start of the text to this one, without the root."""
         found: list[Node] = []
         node: Node | None = self
         while node is not None and node.parent is not None:
@@ -66,7 +66,7 @@ class Node:
 
     @property
     def text(self) -> Tensor:
-        """All tokens from the beginning."""
+        """All tokens from the start of the text to the end of this node."""
         return torch.cat([self.tokens[:0], *(node.tokens for node in self.path)])
 
     @property
@@ -76,10 +76,10 @@ class Node:
         return piece + (0 if self.finish is None else self.finish.nbytes)
 
     def follow(self, ids: Tensor) -> "tuple[Node, Node | None, int]":
-        """Along these tokens from here, the root.
+        """Follow these tokens from the root, which this node must be.
 
-        Returns: the last node that lies in them whole, the one that begins like what comes after, and how many tokens
-            agree in all.
+        Returns: the last node that matches completely, the child of it that matches partly (or None), and the number of
+            matching tokens in total.
         """
         node, depth = self, 0
         while True:
@@ -90,14 +90,14 @@ class Node:
             node, depth = child, depth + count
 
     def below(self) -> list["Node"]:
-        """This node and all after it."""
+        """This node and all its descendants."""
         return [self, *(node for child in self.children for node in child.below())]
 
     def split(self, at: int, *, mtp: bool) -> "Node":
-        """Cut in two before token `at`; returns the upper part, which takes this node's place and keeps no state.
+        """Split before token `at`; returns the upper part, which takes this node's place and has no state.
 
         Args:
-            mtp: whether the last layer of `piece` is MTP's.
+            mtp: whether the last layer of `piece` is the MTP layer.
         """
         assert self.parent is not None
         assert self.piece is not None
@@ -117,18 +117,18 @@ class Node:
 
 
 def keys_and_values(cache: HybridCache) -> list[KVState]:
-    """Of each layer that has any, MTP last."""
+    """The KV states of the softmax layers, the MTP layer last."""
     softmax = [s for s in cache.layers if isinstance(s, KVState)]
     return softmax if cache.mtp is None else [*softmax, cache.mtp]
 
 
 def places(cache: HybridCache, begin: int, end: int) -> list[tuple[KVState, int, int]]:
-    """Where the keys and values of these tokens stand; MTP's are a place behind, as each waits for the next token."""
+    """The KV states and positions of these tokens. MTP's are one position behind, as each needs the next token."""
     return [
         (s, max(begin - 1, 0), max(end - 1, 0)) if s is cache.mtp else (s, begin, end) for s in keys_and_values(cache)
     ]
 
 
 def cut_out(cache: HybridCache, begin: int, end: int) -> Piece:
-    """Keys and values of these tokens of a cache, in memory of their own."""
+    """A copy of the keys and values of these tokens of a cache."""
     return [s.copy(a, b) for s, a, b in places(cache, begin, end)]

@@ -56,7 +56,7 @@ def cold(folder, question, *, plain=False, system=None):
 
 def known(err):
     """Tokens known of the document and of each question."""
-    return [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) of them known", err)]
+    return [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) of them cached", err)]
 
 
 def test_a_document_is_read_once_and_for_all(ask, folder):
@@ -98,11 +98,11 @@ def test_without_a_template_the_text_goes_on(ask, folder):
     ("args", "sentence"),
     [
         (("--question", " "), "--question is empty"),
-        (("--question", "x", "--memory", "1kB"), "no room for one state"),
-        (("--question", "x", "--memory", "much"), "is no size"),
+        (("--question", "x", "--memory", "1kB"), "cannot hold one state"),
+        (("--question", "x", "--memory", "much"), "is not a size"),
         (("--question", "x", "--chunk-size", 0), "chunk_size must be at least 1"),
         (("--question", "x", "--context-factor", 0.5), "must be at least 1"),
-        (("--question", "x", "--plain", "--system", "y"), "needs a chat template"),
+        (("--question", "x", "--plain", "--system", "y"), "system and variables need a chat template"),
     ],
 )
 def test_bad_options_get_a_sentence(ask, args, sentence):

@@ -203,7 +203,7 @@ def test_a_conversation_beyond_the_context(ascii64):
     assert chat.stats.ended == "length"
     assert chat.stats.prompt + chat.stats.new == 40
     before = chat.messages
-    with pytest.raises(ValueError, match=r"has \d+ tokens, .* a context of 40: take messages back"):
+    with pytest.raises(ValueError, match=r"has \d+ tokens, .* a context of 40: remove messages"):
         chat.reply("Hi")
     assert chat.messages is before
     assert talk(model, coder).max_context == model.config.max_position_embeddings
@@ -214,8 +214,8 @@ def test_a_conversation_beyond_the_context(ascii64):
 @pytest.mark.parametrize(
     "template, text, sentence",
     [
-        ("{{ raise_exception('no') }}", "x", "does not take this conversation: no"),
-        ("{# nothing #}", "x", "makes an empty prompt"),
+        ("{{ raise_exception('no') }}", "x", "refuses this conversation: no"),
+        ("{# nothing #}", "x", "gives an empty prompt"),
         (PLAIN, [{"type": "image", "image": "x.png"}], "Message 1 has a part of type 'image'"),
     ],
 )

@@ -113,12 +113,12 @@ def test_ctrl_c_waits_for_the_token_once(monkeypatch):
         (["--max-context=9"], "hello\nnever", "tokens, which leaves no room"),
         (["--max-context=0"], "", "max_context must be at least 1"),
         (["--max-new-tokens=0"], "x\nnever", "max_new_tokens must be at least 1"),
-        ([], "/undo\nnever", "no message to take back"),
+        ([], "/undo\nnever", "no message to remove"),
         ([], "/undoo\nnever", "There is no command /undoo"),
-        ([], "/save\nnever", "/save needs the name of a file"),
+        ([], "/save\nnever", "/save needs a file name"),
         ([], "/save nowhere/chat.json\nnever", "nowhere"),
         ([], "/load nowhere.json\nnever", "nowhere.json does not exist"),
-        ([], '"""a\nb', "was not ended"),
+        ([], '"""a\nb', 'starts with """ has no end'),
     ],
 )
 def test_the_first_error_ends_a_script(chat, args, stdin, sentence):
@@ -137,7 +137,7 @@ def test_a_folder_without_template(tmp_path, capsys):
     assert err.startswith("qwen3next: ")
     assert err.endswith(
         "has no chat template (chat_template.jinja, chat_template.json, or chat_template in "
-        "tokenizer_config.json): `qwen3next generate` continues plain text.\n"
+        "tokenizer_config.json): add one, or use `qwen3next generate`, which continues plain text.\n"
     )
 
 

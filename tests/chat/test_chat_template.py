@@ -69,7 +69,7 @@ def test_equals_transformers(name, chat, options):
             ours.render(CHATS[chat], **options)
         return
     if name == "thinking" and chat == "calls":
-        with pytest.raises(ValueError, match="does not take this conversation"):
+        with pytest.raises(ValueError, match="refuses this conversation"):
             ours.render(CHATS[chat], **options)
         return
     assert ours.render(CHATS[chat], **options) == theirs(TEMPLATES[name], CHATS[chat], **options)
@@ -97,14 +97,14 @@ def test_details_equal_transformers(source):
     [
         ("{% for m in messages %}", "broken at line 1"),
         ("\n{{ messages[0 }}", "broken at line 2"),
-        ("{{ raise_exception('Roles\\nmust alternate') }}", "does not take this conversation: Roles"),
-        ("{{ messages.append(1) }}", "is unsafe|does not take"),
+        ("{{ raise_exception('Roles\\nmust alternate') }}", "refuses this conversation: Roles"),
+        ("{{ messages.append(1) }}", "is unsafe|refuses this"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
-        ("{{ dict.update(messages[0], role='x') }}", "does not take"),
+        ("{{ dict.update(messages[0], role='x') }}", "refuses this conversation"),
         ("{% set n = namespace(__init__=1) %}", "must not begin with _"),
         ("{% set n = namespace() %}{% set n._x = 1 %}", "must not begin with _"),
         ("{{ range(999999999) | list }}", "Range too big"),
-        ("{{ 1 + messages[0].content }}", "does not take"),
+        ("{{ 1 + messages[0].content }}", "refuses this conversation"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ 1 / 0 }}", "division by zero"),
     ],
@@ -167,9 +167,9 @@ def test_special_tokens_are_texts_or_objects(tmp_path):
 @pytest.mark.parametrize(
     "files, sentence",
     [
-        ({}, "has no chat template .* `qwen3next generate` continues plain text"),
+        ({}, "has no chat template .*: add one, or use `qwen3next generate`, which continues plain text"),
         ({"tokenizer_config": {"chat_template": None}}, "has no chat template"),
-        ({"tokenizer_config": {"chat_template": [{"name": "rag", "template": "x"}]}}, r"named \['rag'\] and none"),
+        ({"tokenizer_config": {"chat_template": [{"name": "rag", "template": "x"}]}}, r"named \['rag'\], but none"),
         ({"tokenizer_config": {"chat_template": 3}}, "must be text"),
         ({"tokenizer_config": "{"}, "is not a tokenizer"),
         ({"tokenizer_config": []}, "must hold a JSON object"),
@@ -223,7 +223,7 @@ def test_a_template_that_reads_json_text_gets_it_as_it_is():
         assert ChatTemplate(ASKS).render(called(arguments)) == theirs(ASKS, called(arguments))
 
 
-@pytest.mark.parametrize("arguments, sentence", [("{", "which are not JSON"), ("[1]", "which are no JSON object")])
+@pytest.mark.parametrize("arguments, sentence", [("{", "which are not JSON"), ("[1]", "which are not a JSON object")])
 def test_arguments_that_are_none(arguments, sentence):
     with pytest.raises(ValueError, match=r"Message 2 has tool_calls\[0\] with arguments .*" + sentence):
         ChatTemplate(ITEMS).render(called(arguments))
@@ -244,9 +244,7 @@ def test_late_and_several_system_messages():
     drops = drops.replace("<|im_end|>\n{% endfor", "<|im_end|>\n{% endif %}{% endfor")
     assert "One." in ChatTemplate(drops).render(LATE[::2])
     for messages, number in ((LATE[:3], 2), (LATE[2:], 2)):
-        with pytest.raises(
-            ValueError, match=f"Message {number} has role 'system', and the chat template leaves it out"
-        ):
+        with pytest.raises(ValueError, match=f"Message {number} has role 'system', which the chat template ignores"):
             ChatTemplate(drops).render(messages)
     refuses = (
         "{% if messages[1:] | selectattr('role', 'equalto', 'system') | list %}{{ raise_exception('no') }}{% endif %}"

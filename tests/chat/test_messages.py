@@ -34,7 +34,7 @@ def test_undo_takes_back_the_last_exchange():
     assert h.messages == [{"role": "system", "content": "s"}, *EXCHANGE]
     h.undo()
     assert h.messages == [{"role": "system", "content": "s"}]
-    with pytest.raises(ValueError, match="no message to take back"):
+    with pytest.raises(ValueError, match="no message to remove"):
         h.undo()
 
 
@@ -64,7 +64,7 @@ def text(*parts):
 
 @pytest.mark.parametrize("kind", ["image", "image_url", "video", "audio"])
 def test_pictures_and_sounds_are_refused(kind):
-    with pytest.raises(ValueError, match=f"Message 1 has a part of type '{kind}': this is a text model"):
+    with pytest.raises(ValueError, match=f"Message 1 has a part of type '{kind}': this model reads text only"):
         check_messages(text({"type": "text", "text": "What is this?"}, {"type": kind, kind: "x.png"}))
 
 
@@ -72,8 +72,8 @@ def test_pictures_and_sounds_are_refused(kind):
     "values, sentence",
     [
         ({"messages": []}, "must hold a JSON list"),
-        (["hello"], "Message 1 is not of the form"),
-        ([*EXCHANGE, {"content": "x"}], "Message 3 is not of the form"),
+        (["hello"], "Message 1 must have the form"),
+        ([*EXCHANGE, {"content": "x"}], "Message 3 must have the form"),
         ([{"role": "user"}], "Message 1 has no content"),
         ([{"role": "user", "content": 3}], "Message 1 has no content"),
         (text("x"), "part of type 'str'"),

@@ -142,7 +142,7 @@ NAME = "model.layers.0.linear_attn.out_proj.weight"
         (lambda t: t.update({NAME: torch.zeros(64, 96, dtype=torch.int8)}), "stored as I8"),
         (
             lambda t: t.update({"model.layers.0.mlp.experts.1.up_proj.weight": torch.zeros(32, 64).half()}),
-            "F16 and others that make up the same parameter are F32",
+            "F16, but other tensors of the same parameter are F32",
         ),
     ],
 )
@@ -181,7 +181,7 @@ def test_index_must_stay_inside_the_folder(folder):
         (where | {NAME: "../elsewhere.safetensors"}, "not a safetensors file of this folder"),
         (where | {NAME: "/etc/passwd"}, "not a safetensors file of this folder"),
         (where | {NAME: "pytorch_model.bin"}, "not a safetensors file of this folder"),
-        (where | {NAME: "model-00002.safetensors"}, "is missing and should hold"),
+        (where | {NAME: "model-00002.safetensors"}, "is missing, which should hold"),
         (where | {"model.unknown": "model.safetensors"}, "lacks|holds"),
         ({n: f for n, f in where.items() if n != NAME}, "lacks|holds|index"),
     ):
@@ -205,7 +205,7 @@ def test_not_a_folder(tmp_path):
 
 def test_a_folder_of_several_models_is_named(tmp_path, folder):
     shutil.copytree(folder, tmp_path / "several" / "1B_baseline")
-    with pytest.raises(ValueError, match=r"several holds no config\.json, its folders do: .*\(1B_baseline\)"):
+    with pytest.raises(ValueError, match=r"several holds no config\.json, its subfolders do: .*\(1B_baseline\)"):
         q.load(tmp_path / "several")
 
 
@@ -227,12 +227,14 @@ def test_hub_ids_may_name_a_folder(tmp_path, folder, monkeypatch):
     assert asked.pop()[0] == "owner/name"
     q.load(Path("owner/name/1B_baseline"))
     assert "1B_baseline/*.safetensors" in asked.pop()[1]
-    with pytest.raises(ValueError, match="its folders do"):
+    with pytest.raises(ValueError, match="its subfolders do"):
         q.load("owner/name")
     assert "*.safetensors" in asked.pop()[1]
-    with pytest.raises(ValueError, match="owner/name on the hub holds no folder 1B_other"):
+    with pytest.raises(ValueError, match="owner/name on the hub has no folder 1B_other"):
         q.load("owner/name/1B_other")
-    with pytest.raises(ValueError, match=r"neither a folder here nor to be had from the hub \(no such repository\)"):
+    with pytest.raises(
+        ValueError, match=r"is not a folder and could not be downloaded from the hub \(no such repository\)"
+    ):
         q.load("owner/another/1B_other")
     asked.clear()
     for mistyped in ("snapshot/1B_baseline/wrong", "./owner/name", "one", "owner//name"):
@@ -330,8 +332,8 @@ def emptied(model):
         (normed, "no place for lm_head.parametrizations"),
         (added, "no place for extra.bias"),
         (buffered, "no place for scale"),
-        (resized, r"embed_tokens.weight makes a tensor of shape \[99, 64\]"),
-        (half_cast, "are one tensor on disk: give them one dtype"),
+        (resized, r"embed_tokens.weight gives a tensor of shape \[99, 64\]"),
+        (half_cast, "form one tensor on disk: give them the same dtype"),
         (emptied, "is on the meta device"),
     ],
 )

@@ -113,11 +113,11 @@ def test_copies_and_refusals(folder, tmp_path):
         with pytest.raises(ValueError, match="does not hold the released weights"):
             model.save_pretrained(tmp_path / "out")
         assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="experts 'disk' is none of memory, mmap, int8"):
+    with pytest.raises(ValueError, match="experts 'disk' is unknown: choose one of memory, mmap, int8"):
         q.load(folder, experts="disk")
     with pytest.raises(ValueError, match="hold no expert"):
         q.load(folder, experts="mmap", expert_cache=100)
-    with pytest.raises(ValueError, match="'much' is no size"):
+    with pytest.raises(ValueError, match="'much' is not a size"):
         q.load(folder, experts="mmap", expert_cache="much")
 
 
@@ -139,5 +139,5 @@ def test_a_file_that_shrinks_is_a_sentence(folder):
     for file in folder.glob("*.safetensors"):
         with file.open("r+b") as f:
             f.truncate(100)
-    with pytest.raises(ValueError, match="has become shorter"), torch.no_grad():
+    with pytest.raises(ValueError, match="became shorter"), torch.no_grad():
         lazy(tokens(9))

@@ -109,9 +109,9 @@ def test_explain(folder, capsys):
 @pytest.mark.parametrize(
     "args, sentence",
     [
-        (["inspect", "nowhere"], "'nowhere' is neither a folder nor a config.json here. There is no preset"),
+        (["inspect", "nowhere"], "'nowhere' is neither a folder nor a config.json. There is no preset"),
         (["inspect", "{tmp}"], "config.json does not exist"),
-        (["explain", "tiny", "--device", "gpu"], "'gpu' is no device"),
+        (["explain", "tiny", "--device", "gpu"], "'gpu' is not a device"),
         (["generate", "nowhere", "--prompt", "x"], "nowhere is not a folder"),
         (["generate", "{tmp}", "--prompt", "x"], "tokenizer.json does not exist"),
         (["generate", "{folder}", "--prompt", ""], "qwen3next: The prompt is empty"),
@@ -221,6 +221,6 @@ def test_context(capsys):
     assert "262,144" in out
     assert "6.07 GiB" in out
     assert "4,096" in out
-    assert "positions reach 262,144 tokens" in out
+    assert "longest context: 262,144 tokens" in out
     assert cli.main(["context", "tiny", "--tokens", "many"]) == 2
-    assert "'many' is no number of tokens" in capsys.readouterr().err
+    assert "'many' is not a number of tokens" in capsys.readouterr().err

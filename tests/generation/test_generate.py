@@ -121,7 +121,7 @@ def test_bad_options(model, options, sentence):
 def test_a_cache_of_other_text_is_refused(model):
     cache = model.new_cache(max_len=20)
     list(model.prefill(ids(1, 5), cache))
-    with pytest.raises(ValueError, match="does not begin with"):
+    with pytest.raises(ValueError, match="does not start with"):
         q.generate(model, ids(1, 8, seed=1), cache=cache, max_new_tokens=2)
     with pytest.raises(ValueError, match="do not fit"):
         q.generate(model, ids(1, 5), cache=cache, max_new_tokens=30)
@@ -182,7 +182,7 @@ def test_a_text_that_a_row_does_not_begin_with_is_named(model):
     other = ids(2, 8)
     other[:, :5] = ids(2, 5)
     other[1, 3] += 1
-    with pytest.raises(ValueError, match="Row 1 of the cache holds 5 tokens that the prompt does not begin with"):
+    with pytest.raises(ValueError, match="Row 1 of the cache holds 5 tokens that the prompt does not start with"):
         q.generate(model, other % 97, cache=cache, max_new_tokens=2)
     with pytest.raises(ValueError, match="holds 2 sequences and 3 prompts"):
         q.generate(model, ids(3, 8), cache=cache, max_new_tokens=2)

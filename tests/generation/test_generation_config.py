@@ -44,7 +44,7 @@ def test_values(tmp_path, values, expected):
 
 def test_what_is_not_applied_is_said(tmp_path):
     write(tmp_path, {"num_beams": 4, "an_invention": [1], "use_cache": True, "num_return_sequences": 1})
-    with pytest.warns(UserWarning, match=r"asks for num_beams 4, an_invention \[1\], which are not applied here"):
+    with pytest.warns(UserWarning, match=r"sets num_beams 4, an_invention \[1\], which are not supported and ignored"):
         GenerationConfig.load(tmp_path)
     config = GenerationConfig.load(tmp_path, quiet=True)
     with pytest.warns(UserWarning, match="num_beams 4"):
@@ -57,26 +57,26 @@ def test_every_key_of_transformers_is_applied_named_or_without_effect(tmp_path):
     assert not [key for key in keys if (key in (*RULES, *OWN)) + (key in NOT_APPLIED) + (key in BESIDE) != 1]
     for key in NOT_APPLIED:
         write(tmp_path, {key: 7})
-        with pytest.warns(UserWarning, match=f"{key} 7, which is not applied"):
+        with pytest.warns(UserWarning, match=f"{key} 7, which is not supported"):
             GenerationConfig.load(tmp_path)
     for key in RULES:
         write(tmp_path, {key: "x"})
-        with pytest.raises(ValueError, match=f"generation_config.json: {key} is 'x': make it"):
+        with pytest.raises(ValueError, match=f"generation_config.json: {key} must be .*, got 'x'"):
             GenerationConfig.load(tmp_path)
 
 
 @pytest.mark.parametrize(
     "values, sentence",
     [
-        ({"temperature": "hot"}, "temperature 'hot': make it a number from 0"),
-        ({"temperature": -1}, "temperature -1"),
-        ({"top_k": 1.5}, "top_k 1.5: make it a whole number"),
-        ({"top_p": 0}, "top_p 0"),
+        ({"temperature": "hot"}, "temperature must be a number from 0, got 'hot'"),
+        ({"temperature": -1}, "temperature must be a number from 0, got -1"),
+        ({"top_k": 1.5}, "top_k must be an integer from 0, got 1.5"),
+        ({"top_p": 0}, "top_p must be a number above 0 and at most 1, got 0"),
         ({"eos_token_id": ["<end>"]}, "a token id or a list of them"),
-        ({"eos_token_id": True}, "eos_token_id True"),
-        ({"do_sample": "yes"}, "do_sample 'yes': make it true or false"),
-        ({"stop_strings": [""]}, "a text or a list of them"),
-        ({"max_new_tokens": 0}, "a whole number from 1"),
+        ({"eos_token_id": True}, "eos_token_id must be .*, got True"),
+        ({"do_sample": "yes"}, "do_sample must be true or false, got 'yes'"),
+        ({"stop_strings": [""]}, "a string or a list of them"),
+        ({"max_new_tokens": 0}, "an integer from 1"),
         ([], "must hold a JSON object"),
     ],
 )

@@ -115,9 +115,9 @@ def test_a_stop_waits_for_min_new_tokens():
     later = q.generate(model, ids, stop_tokens=stop, max_new_tokens=9, rules=SamplingRules(min_new_tokens=4))
     assert later.shape[1] >= 13
     assert stop[0] not in later[0, 8:12]
-    with pytest.raises(ValueError, match="suppress_tokens has token 97; this model knows 0 to 96"):
+    with pytest.raises(ValueError, match="suppress_tokens has token 97: this model's ids are 0 to 96"):
         q.generate(model, ids, rules=SamplingRules(suppress_tokens=[97]))
-    with pytest.raises(ValueError, match="No token is left to draw"):
+    with pytest.raises(ValueError, match="No token is left to sample"):
         q.generate(model, ids, rules=SamplingRules(suppress_tokens=range(97)))
 
 

@@ -274,10 +274,10 @@ def test_what_is_exposed_is_put_back(model):
 @pytest.mark.parametrize(
     ("request_", "sentence"),
     [
-        ({"state": {3: [0]}}, "softmax attention and has no state"),
+        ({"state": {3: [0]}}, "softmax attention and has no recurrent state"),
         ({"state": {4: [0]}}, "no layer 4"),
         ({"pattern": [-5]}, "no layer -5"),
-        ({"state": {0: [-1]}}, "counted from the text's beginning"),
+        ({"state": {0: [-1]}}, "must be integers from 0, the start of the text"),
     ],
 )
 def test_what_cannot_be_exposed_is_refused_and_nothing_changes(model, request_, sentence):

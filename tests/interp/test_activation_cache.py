@@ -31,7 +31,7 @@ def test_names_in_full_and_in_short(cache):
     assert cache["embed"] is cache["hook_embed"]
     assert ("beta", 3) not in cache
     assert dict(cache).keys() == cache.acts.keys()
-    with pytest.raises(NotCachedError, match="no point beta in block 3"):
+    with pytest.raises(NotCachedError, match="no hook point beta in block 3"):
         cache["beta", 3]
 
 
@@ -124,7 +124,7 @@ def test_what_the_forward_was_given_by_position_counts():
     assert acts.segments is segments
     assert torch.equal(acts.ledger(0).mask, segments.mask)
     _, acts = model.run_with_cache(IDS, segments, pos_slice=slice(60, None))
-    with pytest.raises(ValueError, match="keep a run of neighbours"):
+    with pytest.raises(ValueError, match="keep a contiguous range"):
         acts.ledger(0)
 
 
@@ -186,7 +186,7 @@ def test_slices_are_the_same_as_a_smaller_forward(cache):
     tail = cache.slice(pos=slice(40, None))
     torch.testing.assert_close(tail.state(1, -1, before=cache.state(1, 39)), cache.state(1, -1), **EXACT)
     torch.testing.assert_close(tail.implicit_attention(1), cache.implicit_attention(1)[:, :, 40:, 40:], **EXACT)
-    with pytest.raises(ValueError, match="keep a run of neighbours"):
+    with pytest.raises(ValueError, match="keep a contiguous range"):
         cache.slice(pos=[0, 2]).implicit_attention(1)
 
 
@@ -254,7 +254,7 @@ def test_what_is_missing_is_said_with_the_filter_that_keeps_it():
         cache.state(0, 3)
     with pytest.raises(ValueError, match=r"choose one of \[0, 1, 2\]"):
         cache.implicit_attention(3)
-    with pytest.raises(ValueError, match="no point blocks"):
+    with pytest.raises(ValueError, match="no hook point blocks"):
         ActivationCache({"blocks.7.hook_resid_mid": IDS}, model)
 
 

@@ -66,7 +66,10 @@ def test_what_does_not_fit_is_refused(model64):
     with pytest.raises(RuntimeError, match="did not fire"), steer(model64, "hook_embed", torch.ones(64)):
         pass
     cache = model64.new_cache(batch=2, max_len=3)
-    with pytest.raises(ValueError, match="no memory"), steer_state(model64, cache, 3, torch.ones(1, 4, 16, 24)):
+    with (
+        pytest.raises(ValueError, match="has no recurrent state"),
+        steer_state(model64, cache, 3, torch.ones(1, 4, 16, 24)),
+    ):
         pass
     with pytest.raises(ValueError, match="make them equal"), steer_state(model64, cache, 0, torch.ones(1, 4, 24, 16)):
         pass

@@ -72,7 +72,7 @@ def test_ranges_and_batches(model, tmp_path):
     assert sorted(x for batch in drawn for x in batch) == list(range(43))
     with pytest.raises(ValueError, match="rows 0 to 42"):
         read.read("token", 40, 44)
-    with pytest.raises(ValueError, match="has no beta: it holds blocks"):
+    with pytest.raises(ValueError, match="has no column beta: choose one of blocks"):
         read.read("beta", 0, 1)
 
 
@@ -148,11 +148,11 @@ def test_other_batches_settings_and_points_are_refused(model, tmp_path):
     steps = begin()
     next(steps), next(steps)
     steps.close()
-    with pytest.raises(ValueError, match="begun with other tokens"):
+    with pytest.raises(ValueError, match="started with other tokens"):
         list(begin(seed=1))
     with pytest.raises(ValueError, match="these batches have 16"):
         list(begin(count=1))
-    with pytest.raises(ValueError, match="begun with rows_per_shard 16, not 8"):
+    with pytest.raises(ValueError, match="started with rows_per_shard 16, not 8"):
         list(begin(rows_per_shard=8))
     (tmp_path / "index.json").write_text("{")
     with pytest.raises(ValueError, match="is not an index of activations"):
@@ -165,7 +165,7 @@ def test_a_stream_that_has_grown_is_refused_where_its_end_was_written(model, tmp
     index = json_files.read_object(tmp_path / "index.json", "")
     json_files.write(tmp_path / "index.json", index | {"complete": False})  # killed one step before
     more = [*batches(), *batches_plain()]
-    with pytest.raises(ValueError, match="ended with fewer tokens before"):
+    with pytest.raises(ValueError, match="finished with fewer tokens before"):
         list(stream_activations(model, more, tmp_path, NAMES, rows_per_shard=5))
 
 

@@ -92,6 +92,7 @@ def test_a_merged_embedding_is_named(tmp_path):
     tensors = load_file(path)
     save_file(tensors | {"model.embed_tokens.weight": tensors["model.embed_tokens.weight"].float()}, path)
     with pytest.raises(
-        ValueError, match=r"embed_tokens.weight is F32 and .* are BF16, .*load with one dtype=, as 'bfloat16'"
+        ValueError,
+        match=r"embed_tokens.weight is F32, but .* are BF16: .*load with one dtype, such as dtype='bfloat16'",
     ):
         q.load(tmp_path)

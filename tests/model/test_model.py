@@ -223,9 +223,9 @@ def test_labels_mask_targets(model64):
 @pytest.mark.parametrize(
     ("labels", "sentence"),
     [
-        (torch.full((1, 10), 97), "labels hold 97: give ids of 0 to 96, or -100"),
-        (torch.full((1, 10), -1), "labels hold -1: give ids of 0 to 96, or -100"),
-        (torch.zeros(1, 9, dtype=torch.long), r"labels are \(1, 9\) and input_ids \(1, 10\): align them"),
+        (torch.full((1, 10), 97), "labels contain 97: use ids of 0 to 96, or -100"),
+        (torch.full((1, 10), -1), "labels contain -1: use ids of 0 to 96, or -100"),
+        (torch.zeros(1, 9, dtype=torch.long), r"labels have shape \(1, 9\) and input_ids \(1, 10\): make them equal"),
         (torch.zeros(10, dtype=torch.long), r"labels must be integers of shape \(b, t\), got int64 of shape \(10,\)"),
         (torch.zeros(1, 10), r"labels must be integers of shape \(b, t\), got float32"),
     ],
@@ -300,8 +300,8 @@ def test_the_80b_preset_builds_on_meta():
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda m: m(torch.tensor([[97]])), "another tokenizer"),
-        (lambda m: m(torch.tensor([[-1]])), "another tokenizer"),
+        (lambda m: m(torch.tensor([[97]])), "encode the text with this model's tokenizer"),
+        (lambda m: m(torch.tensor([[-1]])), "encode the text with this model's tokenizer"),
         (lambda m: m(torch.zeros(1, 0, dtype=torch.long)), "shape"),
         (lambda m: m(ids(2, 3), segments=Segments.from_lengths([[3]])), "segments describe"),
         (lambda m: m(ids(2, 3), cache=m.new_cache(batch=1)), "made for 1 sequences and 2"),
@@ -311,7 +311,7 @@ def test_the_80b_preset_builds_on_meta():
             "made for 1 sequences and 2",
         ),
         (lambda m: m.new_cache(max_len=0), "at least one"),
-        (lambda m: m.new_cache(kv_dtype="int3"), "cannot be kept in 'int3': choose .* or int8"),
+        (lambda m: m.new_cache(kv_dtype="int3"), "'int3' is not a supported KV cache dtype: choose .* or int8"),
         (lambda m: m.set_backend("attention", "magic"), "no backend"),
         (lambda m: m.set_backend("magic", "auto"), "no operation"),
     ],

@@ -43,7 +43,7 @@ def test_what_is_known_is_not_run_again(model):
     first = fill(store, join(document, one), points=[200])
     assert (first.matched_tokens, first.reason) == (0, "Nothing is stored yet.")
     second = store.prefill(join(document, other))
-    assert (second.matched_tokens, second.reason) == (200, "What is stored goes on otherwise from there.")
+    assert (second.matched_tokens, second.reason) == (200, "The stored texts continue differently from there.")
     assert list(second) == [(213, 213)]
     again = store.prefill(join(document, one))
     assert (again.matched_tokens, again.reason) == (210, "")
@@ -53,8 +53,8 @@ def test_what_is_known_is_not_run_again(model):
         expected = q.generate(model, join(document, text), max_new_tokens=5)
         assert torch.equal(q.generate(model, join(document, text), cache=run.cache, max_new_tokens=5), expected)
     ends = store.match(join(document, one, other))
-    assert (ends.matched_tokens, ends.reason) == (210, "What is stored ends there.")
-    assert store.match(other).reason == "Nothing is stored that begins like this."
+    assert (ends.matched_tokens, ends.reason) == (210, "The stored text ends there.")
+    assert store.match(other).reason == "No stored text starts like this."
 
 
 def test_a_state_is_kept_where_texts_part(model):
@@ -63,12 +63,12 @@ def test_a_state_is_kept_where_texts_part(model):
     shared, tails = tokens(150, b=1), [tokens(n, b=1) for n in (20, 31, 42)]
     runs = [fill(store, join(shared, tail)) for tail in tails]
     assert [run.matched_tokens for run in runs] == [0, 0, 128]
-    assert runs[1].reason == "Tokens 0 to 150 are stored, but no state after any of them."
+    assert runs[1].reason == "Tokens 0 to 150 are stored, but without a state after any of them."
     for run, tail in zip(runs, tails, strict=True):
         check(model, run, join(shared, tail))
     inside = store.match(shared[:, :140])
     assert (inside.matched_tokens, inside.shared_tokens) == (128, 140)
-    assert inside.reason == "Tokens 128 to 140 are stored, but no state after any of them."
+    assert inside.reason == "Tokens 128 to 140 are stored, but without a state after any of them."
 
 
 def test_conversations_go_on_where_they_ended(model):
@@ -131,12 +131,12 @@ def test_a_prompt_beyond_the_budget_keeps_its_beginning_and_says_so(model):
     check(model, fill(store, ids), ids)
     found = store.match(ids)
     assert 0 < found.matched_tokens <= 300
-    assert re.fullmatch(r"The budget of .* had no room for what came after\.", found.reason)
+    assert re.fullmatch(r"The budget of .* had no room for the tokens after that\.", found.reason)
     check(model, fill(store, ids), ids)
 
 
 def test_bad_input_is_refused_in_a_sentence(model, tmp_path):
-    with pytest.raises(ValueError, match="no room for one state"):
+    with pytest.raises(ValueError, match="cannot hold one state"):
         q.PrefixStore(model, budget=100)
     with pytest.raises(ValueError, match="multiple of 64"):
         q.PrefixStore(model, spacing=100)
@@ -147,7 +147,7 @@ def test_bad_input_is_refused_in_a_sentence(model, tmp_path):
         store.prefill(torch.zeros(1, 0, dtype=torch.long))
     with pytest.raises(ValueError, match="max_len is 3"):
         store.prefill(tokens(5, b=1), max_len=3)
-    with pytest.raises(ValueError, match="select one of the cache's 2 rows"):
+    with pytest.raises(ValueError, match="The cache has 2 rows, but a store takes one sequence"):
         store.add(model.new_cache(batch=2))
     for options in ({"kv_dtype": "float32"}, {"state_dtype": "bfloat16"}, {"mtp": True}):
         cache = model.new_cache(**options)
@@ -157,7 +157,7 @@ def test_bad_input_is_refused_in_a_sentence(model, tmp_path):
     other = small_model(dtype=torch.float64, num_hidden_layers=2, layer_types=("linear_attention", "full_attention"))
     store = q.PrefixStore(other)
     other.extend_context(2.0)
-    with pytest.raises(ValueError, match="make a new one"):
+    with pytest.raises(ValueError, match="make a new store"):
         store.match(tokens(5, b=1))
 
 
@@ -210,7 +210,7 @@ def test_damaged_files_are_forgotten_and_said(model, tmp_path, damage):
         run = fill(store, ids)
     else:
         path.write_bytes(damaged[damage])
-        with pytest.warns(UserWarning, match="is forgotten"):
+        with pytest.warns(UserWarning, match="is removed"):
             run = fill(store, ids)
     assert run.matched_tokens == 128
     check(model, run, ids)

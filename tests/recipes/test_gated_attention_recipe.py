@@ -147,7 +147,7 @@ def test_tasks_go_seed_by_seed_and_all_leaves_out_what_does_not_fit(tmp_path):
     arms = [t.arm for t in every]
     assert "g1_elementwise" in arms
     assert "switch_kv_8_top8" not in arms  # its projections alone are more than the feed-forwards
-    with pytest.raises(ValueError, match="switch_kv_8_top8: To match the parameters"):
+    with pytest.raises(ValueError, match=r"switch_kv_8_top8: .* would have to be .* to match the parameters"):
         toy_tasks(tmp_path, ("switch_kv_8_top8",), size=replace(LM, baseline=lambda _: nano(65)))
     with pytest.raises(ValueError, match="GiB for weights"):
         refuse_what_does_not_fit(tasks, 10**9, "cpu")

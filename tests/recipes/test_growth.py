@@ -94,12 +94,12 @@ def test_a_process_of_its_own():
     "changes, sentence",
     [
         ({"preset": "giant"}, "no preset 'giant': choose tiny"),
-        ({"lengths": ("4x",)}, "'4x' is no number of tokens: write it as"),
-        ({"lengths": ("0",)}, "'0' is no number of tokens"),
+        ({"lengths": ("4x",)}, "'4x' is not a number of tokens: write it as"),
+        ({"lengths": ("0",)}, "'0' is not a number of tokens"),
         ({"lengths": ()}, "at least one length"),
         ({"dtype": "float16"}, "'float16' cannot be measured"),
         ({"decode": 0}, "must be at least 1"),
-        ({"once_from": "soon"}, "'soon' is no number of tokens"),
+        ({"once_from": "soon"}, "'soon' is not a number of tokens"),
     ],
 )
 def test_bad_options_get_a_sentence(changes, sentence):

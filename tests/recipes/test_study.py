@@ -96,7 +96,7 @@ def test_sizes_are_the_papers():
             assert gated.intermediate_size < baseline.intermediate_size
     extra = count(dense_1_7b("sandwich_norm", layers=48)) - count(dense_1_7b(layers=48))
     assert extra == 48 * 2 * 1536
-    with pytest.raises(ValueError, match="28 and of 48"):
+    with pytest.raises(ValueError, match=r"must be 28 or 48, .* got 30"):
         dense_1_7b(layers=30)
 
 
@@ -107,9 +107,9 @@ def test_matched_narrows_experts_in_steps_and_says_when_it_cannot():
     assert abs(count(gated) - count(base)) <= 2 * 3 * 64 * 8 * 4
     with pytest.raises(ValueError, match="would have to be"):
         matched(base.replace(num_attention_heads=40), like=base)
-    with pytest.raises(ValueError, match="dense and some are mixtures"):
+    with pytest.raises(ValueError, match="dense and some are sparse"):
         matched(base.replace(mlp_only_layers=(0,)), like=base)
-    with pytest.raises(ValueError, match="no experts to add"):
+    with pytest.raises(ValueError, match="needs a mixture of experts"):
         ROWS["more_experts"].of(base.replace(num_experts=0))
 
 
@@ -153,20 +153,23 @@ def test_flags_of_a_family_are_not_used_for_what_they_do_not_mean(family):
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"attention_gate": "both"}, "'both' is none of elementwise, headwise, none, head_shared"),
-        ({"attention_gate_position": "G6"}, "'G6' is none of G1, G2, G3, G4, G5"),
-        ({"attention_gate_form": "divided"}, "is none of multiplicative, additive"),
-        ({"attention_gate_activation": "relu"}, "is none of sigmoid, silu, identity, ns_sigmoid"),
-        ({"attention_gate_input": "query"}, "is none of hidden, constant"),
-        ({"attention_output_activation": "relu"}, "is none of none, silu"),
-        ({"attention_switch": "q"}, "is none of none, v, kv"),
-        ({"linear_output_gate": "relu"}, "is none of silu, sigmoid, none"),
-        ({"attention_gate": "none", "attention_gate_position": "G2"}, "'G2' and attention_gate 'none'"),
-        ({"attention_gate": "none", "attention_gate_input": "constant"}, "choose a gate, or leave it out"),
-        ({"attention_gate": "headwise", "attention_gate_position": "G5"}, "cannot be 'headwise'"),
-        ({"attention_gate": "head_shared", "attention_gate_position": "G5"}, "cannot be 'head_shared'"),
-        ({"attention_switch_experts": 4}, "nothing to mix"),
-        ({"attention_switch": "v", "attention_switch_experts": 2, "attention_switch_top_k": 3}, "3 of 2 projections"),
+        ({"attention_gate": "both"}, "'both' is unknown: choose one of elementwise, headwise, none, head_shared"),
+        ({"attention_gate_position": "G6"}, "'G6' is unknown: choose one of G1, G2, G3, G4, G5"),
+        ({"attention_gate_form": "divided"}, "is unknown: choose one of multiplicative, additive"),
+        ({"attention_gate_activation": "relu"}, "is unknown: choose one of sigmoid, silu, identity, ns_sigmoid"),
+        ({"attention_gate_input": "query"}, "is unknown: choose one of hidden, constant"),
+        ({"attention_output_activation": "relu"}, "is unknown: choose one of none, silu"),
+        ({"attention_switch": "q"}, "is unknown: choose one of none, v, kv"),
+        ({"linear_output_gate": "relu"}, "is unknown: choose one of silu, sigmoid, none"),
+        ({"attention_gate": "none", "attention_gate_position": "G2"}, "'G2' but attention_gate is 'none'"),
+        ({"attention_gate": "none", "attention_gate_input": "constant"}, "choose a gate, or leave that field out"),
+        ({"attention_gate": "headwise", "attention_gate_position": "G5"}, "must be 'elementwise', got 'headwise'"),
+        (
+            {"attention_gate": "head_shared", "attention_gate_position": "G5"},
+            "must be 'elementwise', got 'head_shared'",
+        ),
+        ({"attention_switch_experts": 4}, "need attention_switch 'v' or 'kv'"),
+        ({"attention_switch": "v", "attention_switch_experts": 2, "attention_switch_top_k": 3}, "3, but .* is 2"),
         ({"attention_switch": "v", "attention_switch_experts": 0}, "at least 1"),
         ({"linear_negative_eigenvalues": True, "linear_delta": False}, "needs linear_delta"),
     ],
