@@ -73,7 +73,7 @@ def test_bad_options_get_a_sentence(tmp_path):
         main(Options(preset="giant"))
     with pytest.raises(ValueError, match="'float16' cannot be measured"):
         main(Options(dtypes=("float16",)))
-    with pytest.raises(ValueError, match="no Python file"):
+    with pytest.raises(ValueError, match="is not a Python file"):
         main(Options(peer=tmp_path / "none.py"))
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(ValueError, match="does not define make"):

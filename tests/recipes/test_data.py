@@ -418,7 +418,7 @@ def test_killed_while_moving_in_leaves_no_mixture(corpus, shards, monkeypatch, m
         build_shards(corpus, byte_tokenizer(), shards, progress=False)
     monkeypatch.setattr(os, "replace", real)
     if moved < 5:
-        with pytest.raises(ValueError, match=r"There are no shards in .*: build_shards writes them"):
+        with pytest.raises(ValueError, match=r"There are no shards in .*: write them with build_shards"):
             PackedWindows(shards, "train", window=16)
     meta = build_shards(corpus, byte_tokenizer(), shards, progress=False)
     assert sum(meta.documents.values()) == 41

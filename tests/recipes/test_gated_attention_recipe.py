@@ -211,7 +211,7 @@ def test_a_finished_run_is_not_repeated_and_another_is_refused(tmp_path, monkeyp
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
     (task,) = toy_tasks(tmp_path)
     task.settings.out.mkdir(parents=True)
-    with study_run.alone_in(task.settings.out), pytest.raises(ValueError, match="Another process is at work"):
+    with study_run.alone_in(task.settings.out), pytest.raises(ValueError, match="Another process uses"):
         train(task)
 
 
@@ -488,12 +488,12 @@ def test_checkpoints_are_named_as_shortly_as_tells_them_apart(tmp_path):
     [
         (("toy", "--arms", "g9"), "There is no arm 'g9' here: choose baseline, "),
         (("toy", "--budget", "5"), "budget is '5'"),
-        (("toy", "--budget", "1s", "--jobs", "1"), "too few to say anything"),
+        (("toy", "--budget", "1s", "--jobs", "1"), "too few for a result"),
         (("toy", "--jobs", "0"), "jobs is 0: give 1 or more."),
         (("lm", "--data", "/nowhere"), "There is nothing at /nowhere"),
         (("lm", "--model", "moe"), "has no moe model: choose dense, hybrid."),
-        (("ladder", "--precisions", "fp8", "--dry-run"), "'fp8' is no precision"),
-        (("ladder", "--rates", "-1", "--dry-run"), "-1 is no precision or rate"),
+        (("ladder", "--precisions", "fp8", "--dry-run"), "'fp8' is not a precision"),
+        (("ladder", "--rates", "-1", "--dry-run"), "-1 is not a precision or rate"),
         (("report",), "There are no finished runs"),
         (("report", "--checkpoint", "{out}"), "No tokenizer at"),
     ],

@@ -439,10 +439,10 @@ def test_a_second_signal_interrupts_at_once():
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"lr": 1.0}, r"started with the setting lr = 0\.004, now it is 1\.0: resume with what it had"),
+        ({"lr": 1.0}, r"started with the setting lr = 0\.004, now it is 1\.0: resume with the old value"),
         ({"window": 16}, "setting window = 32, now it is 16"),
         ({"data": "stdlib"}, "setting data"),
-        ({"resume": False}, "already holds a run: add --resume to go on with it, or choose another --out"),
+        ({"resume": False}, "already holds a run: add --resume to continue it, or choose another --out"),
         ({"out": Path("nowhere")}, "There is no run to resume in nowhere: leave --resume out"),
     ],
 )
@@ -474,7 +474,7 @@ def test_a_damaged_state_is_named(settings, tmp_path):
     pretrain.train(run, console=quiet())
     path = newest(run.out / "checkpoints")
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"step-00000002\.safetensors is damaged .* takes the state before it"):
+    with pytest.raises(ValueError, match=r"step-00000002\.safetensors is damaged .* resume from the state before it"):
         pretrain.train(replace(run, resume=True), console=quiet())
     path.unlink()
     pretrain.train(replace(run, resume=True), console=quiet())
@@ -541,7 +541,7 @@ def test_gradients_that_are_not_finite_are_skipped_then_stop(settings, tmp_path,
 
     monkeypatch.setattr(pretrain, "accumulate_gradients", poisoned)
     console = quiet()
-    with pytest.raises(FloatingPointError, match="Step 15: 10 gradients in a row were not finite"):
+    with pytest.raises(FloatingPointError, match="Step 15: 10 consecutive gradients were not finite"):
         pretrain.train(run, console=console)
     assert "Step 3: the gradient is not finite; the step is skipped." in console.file.getvalue()
     assert torch.equal(seen[3], seen[2])
@@ -651,7 +651,7 @@ def test_a_run_goes_on_where_a_step_has_nothing_to_predict(settings, tmp_path):
     empty = [row["step"] for row in rows if not row["targets"]]
     assert 0 < len(empty) < 24
     assert [row["step"] for row in rows if row["skipped"]] == empty
-    assert f"Step {empty[0]}: no token has a next one" in console.file.getvalue()
+    assert f"Step {empty[0]} is skipped, because no token has a next token" in console.file.getvalue()
 
 
 def characters(folder):
