@@ -55,7 +55,7 @@ def cold(folder, question, *, plain=False, system=None):
 
 
 def known(err):
-    """Reused tokens of the document and of each question."""
+    """Tokens known of the document and of each question."""
     return [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) of them known", err)]
 
 

@@ -66,7 +66,7 @@ def apart(found):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_in_fp64(shape):
-    """Steps of one and of several tokens, rows of equal and unequal lengths, a context of several pieces."""
+    """Steps of one and of several tokens, rows of one length and of several, a context that spans several pieces."""
     model = small_model(dtype=torch.float64, **SHAPES[shape])
     assert decode.why_not(model) is None
     for lengths in ((70,), (9, 9), (3, 40, 1)):
@@ -514,7 +514,7 @@ def test_rotations_that_others_fetch_meanwhile_stay():
     model.step(tokens(1, b=1), model.new_cache(1))
     plan = model.decode_slot.plan
     for place in range(0, 4096, decode.TABLE):
-        plan.rotation(model, place)  # as when decoding a text from its start
+        plan.rotation(model, place)  # as a text decoded from its beginning would
     for _ in range(3):
         (other,) = cache.fork()
         with torch.no_grad():
