@@ -3,7 +3,7 @@ PYTHON ?= python3
 
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.qwen3next-installed
-# One thread a worker: two torch workers that each take every core are slower than one.
+# One thread per worker: two torch workers that each use all cores are slower than one.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
@@ -12,7 +12,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# torch goes first and alone: unpinned, pip may choose a build that pulls gigabytes of CUDA libraries.
+# torch is installed first and separately: without the pin, pip may choose a build with gigabytes of CUDA libraries.
 $(READY): pyproject.toml constraints.txt
 	@test -x $(RUN) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "qwen3next needs Python 3.11 or newer and '$(PYTHON)' is none: name one with 'make PYTHON=/path/to/python3.11 ...'."; exit 1; }
@@ -21,22 +21,22 @@ $(READY): pyproject.toml constraints.txt
 	$(RUN) -m pip install -c constraints.txt -e ".[dev]"
 	@touch $@
 
-demo: $(READY) ## train a tiny model on this machine and look inside it
+demo: $(READY) ## train a tiny model on this machine and inspect it
 	$(RUN) -m recipes.demo
 
-test: $(READY) ## the tests that need neither a GPU nor patience
+test: $(READY) ## the tests that need no GPU, without the slow ones
 	$(ONE_THREAD) $(RUN) -m pytest -n 2
 
-# How a processor is chosen, and what that bounds: layers/kernels/cpp/cpu.py.
+# layers/kernels/cpp/cpu.py explains the choice of a processor and its limits.
 CPU ?= native
 PRECISION ?= auto
 TESTS ?= tests
 FORCED = $(ONE_THREAD) QWEN3NEXT_CPU=$(1) QWEN3NEXT_PRECISION=$(2) $(RUN) -m pytest -n 2 $(TESTS)
 
-test-cpu: $(READY) ## the tests as on a lesser or another CPU: make test-cpu CPU=avx2 PRECISION=bf16
+test-cpu: $(READY) ## the tests with another CPU's instructions: make test-cpu CPU=avx2 PRECISION=bf16
 	$(call FORCED,$(CPU),$(PRECISION))
 
-test-cpus: $(READY) ## the tests as on each CPU that this one can stand for; results in test-cpus.txt
+test-cpus: $(READY) ## the tests with each instruction set that this CPU supports; results in test-cpus.txt
 	@: > test-cpus.txt; failed=0; \
 	cpus=$$($(RUN) -c "from layers.kernels.cpp.cpu import possible; print(*possible())") || exit 1; \
 	for choice in $$cpus native/fp32 native/bf16; do \
@@ -48,7 +48,7 @@ test-cpus: $(READY) ## the tests as on each CPU that this one can stand for; res
 test-slow: $(READY) ## the slow tests
 	$(ONE_THREAD) $(RUN) -m pytest -n 2 -m "slow and not gpu"
 
-# The sanitizers' libraries have to be there before Python is; CALLS and SEED choose how much and what is called.
+# The sanitizers' libraries must be loaded before Python. CALLS is the number of calls, SEED selects them.
 CALLS := 1000000
 SEED := 0
 SANITIZED = LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
@@ -59,10 +59,10 @@ test-sanitize: $(READY) ## wrong arguments to every compiled function, under Add
 test-gpu: $(READY) ## the tests that need a CUDA device
 	$(RUN) -m pytest -m gpu
 
-gpu-check: $(READY) ## what only an NVIDIA GPU can tell: parity, speed, memory, in ten minutes
+gpu-check: $(READY) ## check parity, speed and memory on an NVIDIA GPU, in ten minutes
 	$(RUN) -m recipes.gpu_check
 
-# An environment of its own: where transformers finds FLA's kernels it binds them, GPU or not.
+# A separate environment: transformers uses FLA's kernels wherever they are installed, with or without a GPU.
 KERNELS := .venv-kernels
 $(KERNELS)/.installed: pyproject.toml constraints.txt
 	test -x $(KERNELS)/bin/python || $(PYTHON) -m venv $(KERNELS)
@@ -74,7 +74,7 @@ $(KERNELS)/.installed: pyproject.toml constraints.txt
 test-kernels: $(KERNELS)/.installed ## flash-linear-attention's kernels in Triton's interpreter, without a GPU
 	$(ONE_THREAD) TRITON_INTERPRET=1 FLA_FLASH_QLA=0 $(KERNELS)/bin/python -m pytest tests/kernels
 
-# Packages that the tests compare with and that bring a hundred others: an environment of their own as well.
+# Also a separate environment: these packages, only needed for comparison, have about a hundred dependencies.
 PACKAGES := .venv-packages
 $(PACKAGES)/.installed: pyproject.toml constraints.txt
 	test -x $(PACKAGES)/bin/python || $(PYTHON) -m venv $(PACKAGES)
@@ -83,24 +83,24 @@ $(PACKAGES)/.installed: pyproject.toml constraints.txt
 	$(PACKAGES)/bin/python -m pip install transformer-lens==4.3.0 nnsight==0.8.1
 	@touch $@
 
-test-packages: $(PACKAGES)/.installed ## hooks beside the real TransformerLens and nnsight
+test-packages: $(PACKAGES)/.installed ## compare hooks with TransformerLens and nnsight
 	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(PACKAGES)/bin/python -m pytest tests/hooks/test_hook_packages.py
 
-lint: $(READY) types ## style and types
+lint: $(READY) types ## check style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
 types: $(READY)
 	$(RUN) -m mypy layers qwen3next recipes
 
-format: $(READY) ## put every file into the one format
+format: $(READY) ## format all files
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
 wheel: $(READY) ## build dist/*.whl
 	$(RUN) -m build --wheel
 
-bench: $(READY) ## time the hot paths on this machine
+bench: $(READY) ## run the benchmark on this machine
 	$(RUN) -m recipes.benchmark
 
 # Not part of `dev`: the tests check links and anchors without these packages.
@@ -109,11 +109,11 @@ $(DOCS): $(READY)
 	$(RUN) -m pip install -c constraints.txt -e ".[docs]"
 	@touch $@
 
-docs: $(DOCS) ## build the pages and the API reference into site/; a warning fails
+docs: $(DOCS) ## build the pages and the API reference into site/; fails on a warning
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 	@echo "Open site/index.html."
 
-clean: ## remove what building and testing left; the environment stays
+clean: ## remove files of builds and tests; keeps the environment
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	rm -f test-cpus.txt test-cpus.log
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

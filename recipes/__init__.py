@@ -2,7 +2,7 @@
 
 import os
 
-# torch's threads wait for each other by spinning for milliseconds. Where something else runs on the same cores, they
-# spin while the one they wait for is not running: training was 5 to 7 times slower. A short spin costs an idle machine
-# little. Read once, when torch is first imported.
+# torch's threads spin for milliseconds while they wait for each other. If another process uses the same cores, they
+# spin while the thread that they wait for is descheduled: training was 5 to 7 times slower. A short spin costs little
+# on an idle machine. torch reads the variable once, at its first import.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")

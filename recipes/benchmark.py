@@ -1,13 +1,14 @@
-"""How fast is it beside others, on the same weights, in the same run, and how close to what the machine can do?
+"""Compare the speed with transformers, on the same weights in the same run, and with the limits of the machine.
 
-    python -m recipes.benchmark                 everything, fp32 and bf16; some twelve minutes on 2 cores
+    python -m recipes.benchmark                 everything, fp32 and bf16; about twelve minutes on 2 cores
     python -m recipes.benchmark --quick         short lengths, under two minutes
-    python -m recipes.benchmark --only decode   the rows whose name holds one of these words
-    python -m recipes.benchmark --peer my.py    a third implementation beside both, see docs/benchmarks.md
+    python -m recipes.benchmark --only decode   the rows whose name contains one of these words
+    python -m recipes.benchmark --peer my.py    adds a third implementation, see docs/benchmarks.md
 
-Repetitions are interleaved (ours, theirs, ours, ...), so that a machine that slows down slows both; a row gives the
-median of the pairwise ratios and their range. `of the limit` is the time that the row's work would take at the rate of
-matrix products and of reading measured in this run, over ours. Logits of both are compared before anything is timed.
+Repetitions are interleaved (ours, theirs, ours, ...), so that a slowdown of the machine affects both. A row gives the
+median and the range of the pairwise ratios. `of the limit` is the least time for the row's work, divided by our time;
+the least time follows from the rates of matrix products and of memory reads, measured in this run. The logits of both
+implementations are compared before timing starts.
 """
 
 import importlib.util
@@ -47,21 +48,21 @@ class Options:
     """What to measure.
 
     Attributes:
-        preset: size of the model (random weights, without MTP, which transformers lacks).
-        dtypes: of weights and arithmetic; training in bfloat16 is autocast over fp32 weights.
-        prefill: prompts, as batch x tokens.
+        preset: model size (random weights, without MTP, which transformers does not implement).
+        dtypes: dtypes of weights and arithmetic; training in bfloat16 uses autocast over fp32 weights.
+        prefill: prompts, as BATCHxTOKENS.
         decode: batch sizes of single-token steps.
-        decode_after: tokens of context before them; `steps` are timed at once.
-        train: sequences x tokens of a training step.
-        question: tokens of a document, and of a question about it that was read before.
-        operators: tokens for the delta rule and the experts alone.
-        repetitions: of each measurement, after one that warms up.
-        only: rows whose name holds one of these words; all if left out.
-        peer: a Python file with a third implementation.
+        decode_after: tokens of context before the decoding steps; `steps` of them are timed together.
+        train: training steps, as SEQUENCESxTOKENS.
+        question: tokens of a document that is already in the cache, and of a question about it.
+        operators: tokens for the delta rule alone and the experts alone.
+        repetitions: repetitions of each measurement, after one warm-up.
+        only: measure only rows whose name contains one of these words; default all.
+        peer: Python file with a third implementation.
         device: "cpu", "cuda" or "auto".
-        seed: of weights and tokens.
-        out: a name without ending for .json, .md and .png; none if left out.
-        quick: short lengths and few repetitions.
+        seed: random seed of weights and tokens.
+        out: path without suffix, for a .json, a .md and a .png file; default writes none.
+        quick: use short lengths and few repetitions.
     """
 
     preset: str = "medium"
@@ -87,10 +88,10 @@ QUICK = {"prefill": ("1x512",), "decode_after": 256, "train": ("2x256",), "quest
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison with one peer. Times are medians of seconds; ratios are theirs / ours, median and range of pairs.
+    """One comparison with one peer. Times are median seconds; ratios are theirs / ours, median and range over pairs.
 
-    `limit` is the least time by products and reading; 0 where neither was counted. `memory` and `peer_memory` are bytes
-    that a run takes at most beside what is there before it; −1 where that cannot be known.
+    `limit` is the least time in seconds for products and reads, 0 if neither was counted. `memory` and `peer_memory`
+    are the peak bytes of a run above the level before it, −1 if unknown.
     """
 
     dtype: str
@@ -108,12 +109,12 @@ class Row:
 
 
 def compare(case: Case, repetitions: int, *, dtype: str, limit: float) -> list[Row]:
-    """Time the sides of a case in turn."""
+    """Time the sides of a case alternately."""
     times: dict[str, list[float]] = {name: [] for name in case.sides}
     for n in range(repetitions + 1):
         for name, run in case.sides.items():
             took = seconds_of(run)
-            if n:  # the first one warms up
+            if n:  # the first run is a warm-up
                 times[name].append(took)
     memory = {name: _memory(run) for name, run in case.sides.items()}
     ours, *peers = times
@@ -135,9 +136,9 @@ def _memory(run: Callable[[], object]) -> int:
 
 
 def models(options: Options, folder: Path, dtype: str) -> Models:
-    """The same random weights in both implementations, checked for equal logits.
+    """Load the same random weights into both implementations and check that their logits are equal.
 
-    Raises: RuntimeError where they disagree.
+    Raises: RuntimeError if the logits differ.
     """
     from transformers import Qwen3NextForCausalLM
     from transformers.utils import logging
@@ -154,13 +155,13 @@ def models(options: Options, folder: Path, dtype: str) -> Models:
     with torch.no_grad():
         a, b = ours(ids).logits.float(), theirs(ids).logits.float()
     apart = ((a - b).square().mean().sqrt() / b.std()).item()
-    if apart > (1e-4 if dtype == "float32" else 0.3):  # in bf16 rounding sends some tokens to other experts
-        raise RuntimeError(f"The two models disagree by {apart:.0%} on the same weights: nothing to compare.")
+    if apart > (1e-4 if dtype == "float32" else 0.3):  # bf16 rounding changes the experts of some tokens
+        raise RuntimeError(f"The logits of the two models differ by {apart:.0%}: fix that before timing.")
     return found
 
 
 def plan(options: Options, dtype: str, found: Models, exact: Models) -> Iterator[Callable[[], Case]]:
-    """The cases, each made when its turn comes; `exact` has fp32 weights, for training."""
+    """The cases, each created just before it runs; `exact` has fp32 weights, for training."""
 
     def sizes(texts: tuple[str, ...]) -> list[tuple[int, int]]:
         return [(int(b), int(t)) for b, _, t in (text.partition("x") for text in texts)]
@@ -175,13 +176,13 @@ def plan(options: Options, dtype: str, found: Models, exact: Models) -> Iterator
         yield partial(cases.train, exact, b, t, autocast=dtype != "float32")
     yield partial(cases.experts, found, options.operators[0])
     for t in options.operators:
-        heads = (4, 8) if t > 4096 else (16, 32)  # transformers' backward with more would not fit
+        heads = (4, 8) if t > 4096 else (16, 32)  # transformers' backward pass needs too much memory with more heads
         for backward in (False, True):
             yield partial(cases.delta_rule, t, heads=heads, dim=128, backward=backward, like=like)
 
 
 def measure(options: Options) -> tuple[list[Row], dict[str, float]]:
-    """All rows, with progress, and what the machine can do."""
+    """All rows, and the measured limits of the machine; shows progress."""
     make = q.presets.ALL.get(options.preset)
     if make is None:
         raise ValueError(f"There is no preset {options.preset!r}: choose {', '.join(q.presets.ALL)}.")
@@ -212,10 +213,10 @@ def measure(options: Options) -> tuple[list[Row], dict[str, float]]:
 
 
 def _load(path: Path) -> Any:
-    """`make` of a peer's file."""
+    """The function `make` of a peer's file."""
     spec = importlib.util.spec_from_file_location("benchmark_peer", path)
     if not path.is_file() or spec is None or spec.loader is None:
-        raise ValueError(f"{path} is no Python file: give one that defines make(folder, dtype, device).")
+        raise ValueError(f"{path} is not a Python file: give one that defines make(folder, dtype, device).")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(getattr(module, "make", None)):
@@ -224,7 +225,7 @@ def _load(path: Path) -> Any:
 
 
 def cells(row: Row) -> list[str]:
-    """A row of the table."""
+    """The cells of a table row."""
     speeds = (f"{row.tokens / seconds:,.0f}" if row.tokens / seconds >= 100 else f"{row.tokens / seconds:.1f}"
               for seconds in (row.ours, row.theirs))  # fmt: skip
     share = f"{row.limit / row.ours:.0%}" if row.limit else "-"
@@ -237,7 +238,7 @@ COLUMNS = ("dtype", "what", "tok/s", "peer tok/s", "peer", "ratio", "range", "of
 
 
 def as_markdown(rows: list[Row], options: Options, where: dict[str, str], can: dict[str, float]) -> str:
-    """The table with its conditions."""
+    """The Markdown table, below its conditions and limits."""
     lines = [f"Preset {options.preset}, without MTP. " + "; ".join(f"{k}: {v}" for k, v in where.items()), ""]
     lines += [_limits(can), "", f"| {' | '.join(COLUMNS)} |", "|---|---|--:|--:|---|--:|---|--:|--:|--:|"]
     for row in rows:
@@ -252,7 +253,7 @@ def _limits(can: dict[str, float]) -> str:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Bars of the ratios, with their ranges."""
+    """Draw the ratios as bars, with their ranges."""
     import matplotlib
 
     matplotlib.use("agg")

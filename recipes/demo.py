@@ -1,9 +1,9 @@
-"""Train a tiny Qwen3-Next on this machine in minutes, and look at what it learnt: `make demo`.
+"""Train a tiny Qwen3-Next on this machine in minutes, and inspect what it learnt: `make demo`.
 
     python -m recipes.demo
 
-Text is this Python's own standard library, so nothing is downloaded. Writes loss.png, samples.md, report.md and the run
-itself into demo/. Interrupted, it goes on where it stopped; finished, it starts anew.
+Trains on the source of Python's standard library, so nothing is downloaded. Writes loss.png, samples.md, report.md and
+the run itself into demo/. An interrupted run is resumed; after a finished run a new one starts.
 """
 
 import os
@@ -31,15 +31,15 @@ from recipes.training.tokenizer import load_tokenizer, write_atomically
 
 @dataclass(frozen=True)
 class Demo:
-    """Train a tiny Qwen3-Next on this machine in minutes, and look at what it learnt.
+    """Train a tiny Qwen3-Next on this machine in minutes, and inspect what it learnt.
 
     Attributes:
-        minutes: of training and measuring; reading text before and continuing prompts after come on top.
+        minutes: time for training and measuring; reading the text and continuing the prompts take extra time.
         out: folder for the pictures, the samples and the run.
         data: "stdlib", a folder, a glob or a file.
-        preset: a name out of qwen3next.presets, or a config.json.
+        preset: name of a preset in qwen3next.presets, or a config.json.
         tokenizer: "bytes", "bpe:N" or a tokenizer.json.
-        prompts: held-out documents to continue.
+        prompts: number of held-out documents to continue.
     """
 
     minutes: float = 4.0
@@ -52,7 +52,7 @@ class Demo:
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out document's beginning and how it goes on: in truth, greedily and drawn."""
+    """The beginning of a held-out document, and its continuations: the true one, a greedy and a sampled one."""
 
     document: str
     prompt: str
@@ -72,7 +72,7 @@ def run(demo: Demo, *, console: Console | None = None) -> Result:
     if unfinished and comparable(recorded(folder)) == comparable(settings):
         result = train(recorded(folder), console=console)
     else:
-        if (folder / "settings.json").exists():  # a run's folder, and none that only has its name
+        if (folder / "settings.json").exists():  # delete only a folder that holds a run
             shutil.rmtree(folder)
         result = train(settings, console=console)
 
@@ -108,10 +108,10 @@ def run(demo: Demo, *, console: Console | None = None) -> Result:
 def continue_documents(
     model: q.Qwen3Next, tokenizer: Tokenizer, held_out: ValidationBatches, *, count: int, context: int = 160
 ) -> list[Sample]:
-    """Continue `count` held-out documents from their middles: 64 tokens, greedily and at temperature 0.8.
+    """Continue `count` held-out documents from their middle by 64 tokens, greedily and at temperature 0.8.
 
     Args:
-        context: tokens of prompt, shortened to end with a line.
+        context: most tokens of the prompt, which is cut at the end of a line.
     """
     lengths = [int(held_out.starts[d + 1] - held_out.starts[d]) for d in held_out.documents]
     long_enough = [d for d in held_out.documents if lengths[d] > 2 * context + 128] or list(held_out.documents)
@@ -139,7 +139,7 @@ def _new(ids: Tensor, prompt: list[int]) -> list[int]:
 
 @torch.no_grad()
 def expert_load(model: q.Qwen3Next, held_out: ValidationBatches) -> Tensor:
-    """(layers, e) share of choices by expert on part of the held-out text, even being 1; the MTP layer is the last."""
+    """Expert load on part of the held-out text, (layers, e), as a multiple of the even share; MTP's layer is last."""
     shares, targets = [], []
     for batch in held_out.part(4096):
         losses = model.loss(batch.input_ids, segments=Segments.from_document_ids(batch.document_ids))
@@ -150,13 +150,13 @@ def expert_load(model: q.Qwen3Next, held_out: ValidationBatches) -> Tensor:
 
 
 def passed(rows: list[Row], bar: float) -> str:
-    """When the held-out measure went below a bar, as minutes of training."""
+    """The time of training after which the held-out bits per byte were below `bar`, in words."""
     below = [r["elapsed"] for r in rows if r.get("val_bits_per_byte", bar) < bar]
     return f"after {below[0] / 60:.1f} minutes" if below else "not within this run"
 
 
 def machine() -> str:
-    """Processor, cores, memory, versions and commit, as far as the system tells."""
+    """Processor, cores, memory, versions and commit, as far as they can be read."""
     name = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
         names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
@@ -197,8 +197,8 @@ def write_report(
     """report.md.
 
     Args:
-        bars: gzip's and xz's bits per byte on the part of the text that is measured during training.
-        load: as `expert_load` gives it.
+        bars: bits per byte of gzip and xz on the part of the held-out text that is measured during training.
+        load: result of `expert_load`, (layers, e).
     """
     gzip, xz = bars
     lines = [
@@ -208,7 +208,7 @@ def write_report(
         f"- Model: preset {settings.preset}, {result.parameters:,} parameters, {result.precision}",
         f"- Settings: {', '.join(f'{name} {value}' for name, value in sorted(comparable(settings).items()))}",
         f"- Trained: {result.steps:,} steps, {result.tokens:,} tokens in {clock(result.seconds)} "
-        f"({result.tokens_per_second:,.0f} tokens/s, looks at held-out text included)",
+        f"({result.tokens_per_second:,.0f} tokens/s, validation included)",
         f"- Peak memory of the process: {result.peak_memory / 2**20:,.0f} MiB",
         f"- Passed gzip -9 {passed(rows, gzip)} ({gzip:.3f} on the part of the held-out text that is measured during "
         f"training), xz -9 {passed(rows, xz)} ({xz:.3f})",

@@ -1,12 +1,12 @@
-"""The gated-attention study (arXiv:2505.06708) at a scale that you have: arms, seeds, claims with their signs.
+"""Rerun the gated-attention study (arXiv:2505.06708) at a small scale: arms, seeds, and its claims with their signs.
 
     python -m recipes.gated_attention toy --budget 40m
     python -m recipes.gated_attention lm --budget 75m --seeds 0 1 2
     python -m recipes.gated_attention report
     python -m recipes.gated_attention report --checkpoint DIR DIR
 
-Each run is an arm and a seed. What is finished is kept; the same command goes on after Ctrl-C, a crash or a kill, with
-exactly the losses it would have had. docs/gated_attention.md explains arms, figures and what to expect.
+A run is one arm with one seed. Finished runs are kept. After Ctrl-C, a crash or a kill, the same command continues with
+exactly the losses of an uninterrupted run. docs/gated_attention.md explains arms, figures and expected results.
 """
 
 import os
@@ -38,18 +38,18 @@ PROGRAM = "python -m recipes.gated_attention"
 
 @dataclass(frozen=True)
 class Options:
-    """What all experiments share.
+    """Options that all experiments share.
 
     Attributes:
         preset: "cpu" for a laptop, "gpu" for one large GPU, "paper" for the paper's own sizes.
-        arms: which; those of the preset, if none are named. "all" names all that the model has.
-        seeds: of order and weights; the preset's, if none are given.
-        budget: wall-clock time for all that is named here, such as 20m; decides once how many steps each run has.
-        jobs: runs at a time; as many as there are CPU cores, and one on a GPU.
+        arms: arms to run; default those of the preset. "all" runs every arm of the model.
+        seeds: random seeds of data order and weights; default those of the preset.
+        budget: wall-clock time for all these runs, such as 20m; sets the number of steps of each run, once.
+        jobs: runs at a time; default the number of CPU cores, and 1 on a GPU.
         out: folder for runs, text and report.
         device: "auto", "cpu" or "cuda".
-        compiled: train with torch.compile, which takes minutes to begin and pays on a GPU.
-        dry_run: only say what would run.
+        compiled: train with torch.compile, which takes minutes to start and pays off on a GPU.
+        dry_run: only print what would run.
     """
 
     preset: Literal["cpu", "gpu", "paper"] = "cpu"
@@ -65,15 +65,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Toy(Options):
-    """Bigram-backcopy in one layer: sinks, drained values and gates, a minute or two a run."""
+    """Bigram-backcopy in one layer: attention sinks, small values at the sink, and gates; one to two minutes a run."""
 
 
 @dataclass(frozen=True)
 class WithText(Options):
-    """What experiments on text share.
+    """Options that experiments on text share.
 
     Attributes:
-        data: "stdlib" (this Python's standard library), a folder, a glob or a file.
+        data: "stdlib" (the source of Python's standard library), a folder, a glob or a file.
     """
 
     data: str = "stdlib"
@@ -81,10 +81,10 @@ class WithText(Options):
 
 @dataclass(frozen=True)
 class Lm(WithText):
-    """One small language model an arm, at equal parameters, measured while it trains.
+    """Train one small language model for each arm, at equal parameters, and measure it during training.
 
     Attributes:
-        model: "dense" or "moe" for softmax attention everywhere; "hybrid" for Gated DeltaNet's own choices.
+        model: "dense" or "moe" for softmax attention in every layer; "hybrid" for the variants of Gated DeltaNet.
     """
 
     model: Literal["dense", "moe", "hybrid"] = "dense"
@@ -92,11 +92,11 @@ class Lm(WithText):
 
 @dataclass(frozen=True)
 class Ladder(WithText):
-    """Learning rates from once to eight times, on a deep and narrow model: loss, spikes, divergence.
+    """Train a deep and narrow model at one to eight times the learning rate: loss, spikes, divergence.
 
     Attributes:
-        rates: multiples of the preset's rate.
-        precisions: of training: fp32, bf16.
+        rates: multiples of the preset's learning rate.
+        precisions: precisions of training: fp32, bf16.
     """
 
     rates: tuple[float, ...] = ()
@@ -105,23 +105,23 @@ class Ladder(WithText):
 
 @dataclass(frozen=True)
 class Extrapolate(WithText):
-    """Extend finished `lm` runs to longer windows, then by YaRN beyond: loss by position."""
+    """Extend finished `lm` runs to longer windows, and further with YaRN: loss by position."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Pictures, the table of claims, one JSON; or the study's figures of checkpoints.
+    """Write pictures, the table of claims and one JSON file; or measure the study's figures of checkpoints.
 
     Attributes:
-        out: the folder of the runs.
-        also: results.json of other reports, whose runs are told with those here: seeds of another machine.
-        checkpoint: checkpoints to measure, instead of the runs: folders, or on the hub owner/name or owner/name/folder.
-        data: text to measure it on.
-        window: its windows, in tokens.
-        sequences: how many.
-        prompt: whose attention is drawn; a few lines of Python, if empty.
+        out: folder of the runs.
+        also: results.json of other reports, whose runs are added, such as other seeds from another machine.
+        checkpoint: checkpoints to measure instead of the runs: folders, or hub names such as owner/name/folder.
+        data: text to measure checkpoints on.
+        window: tokens in a window of that text.
+        sequences: number of windows.
+        prompt: prompt whose attention is drawn; default a few lines of Python.
         device: "auto", "cpu" or "cuda".
-        experts: where a checkpoint's routed experts are: "memory", "int8", or "mmap" for models larger than memory.
+        experts: how routed experts are held: "memory", "int8", or "mmap" for models larger than memory.
     """
 
     out: Path = OUT
@@ -136,7 +136,7 @@ class Report:
 
 
 def experiment(options: Options, console: Console) -> None:
-    """Run one of the experiments. Raises: ValueError for what cannot run; Stopped after a signal."""
+    """Run one experiment. Raises: ValueError for options that cannot run; Stopped after a signal."""
     on_gpu = pick_device(options.device).type == "cuda"
     jobs = (1 if on_gpu else os.cpu_count() or 1) if options.jobs is None else options.jobs
     if jobs < 1:
@@ -187,7 +187,7 @@ def experiment(options: Options, console: Console) -> None:
 
 
 def extend(options: Extrapolate, tasks: list[Task], jobs: int, console: Console) -> None:
-    """The finished runs of these tasks, extended and measured."""
+    """Extend the finished runs of these tasks, and measure them."""
     numbers = PRESETS[options.preset].extension
     folder = options.out / "extension"
     extended = [

@@ -1,11 +1,11 @@
-"""Everything that only a GPU can tell, in ten minutes: are its kernels right, and how fast are they?
+"""Check what needs a GPU, in ten minutes: whether the kernels are correct, and how fast they are.
 
     make gpu-check                                         on a machine with an NVIDIA GPU
-    python -m recipes.gpu_check --out results              into that folder, else $OUT, else docs/benchmarks
-    python -m recipes.gpu_check --quick --device cpu       the program itself, on tiny sizes
+    python -m recipes.gpu_check --out results              writes into that folder; default $OUT, else docs/benchmarks
+    python -m recipes.gpu_check --quick --device cpu       runs the program at tiny sizes, without a GPU
 
-DATE-GPU.json and .md are written anew after every row, each whole or not at all. A section has a time of its own, at
-whose end the next one begins; what fails is a row that says so.
+DATE-GPU.json and DATE-GPU.md are replaced atomically after every row. Each section has a time limit, after which the
+next one starts. A failure is reported as a row.
 """
 
 import os
@@ -42,13 +42,13 @@ class Options:
     """What to check.
 
     Attributes:
-        out: folder for the results; $OUT, else docs/benchmarks, if left out.
+        out: folder for the results; default $OUT, else docs/benchmarks.
         device: "cuda", or "cpu" to try the program.
-        preset: size of the model (random weights, bf16).
-        seconds: for everything; sections share it.
-        only: sections whose name holds one of these words; all if left out.
-        quick: tiny sizes.
-        seed: of weights and tokens.
+        preset: model size (random weights, bf16).
+        seconds: time for all sections together.
+        only: run only sections whose name contains one of these words; default all.
+        quick: use tiny sizes.
+        seed: random seed of weights and tokens.
     """
 
     out: Path | None = None
@@ -61,12 +61,12 @@ class Options:
 
 
 class OutOfTime(Exception):
-    """A section's time is over."""
+    """The time limit of a section has passed."""
 
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime in the block when it takes longer, as soon as Python runs again (Unix, main thread)."""
+    """Raise OutOfTime in the block after `seconds`, at the next Python instruction (Unix, main thread)."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -84,7 +84,7 @@ def at_most(seconds: float) -> Iterator[None]:
 
 
 class Bench:
-    """A model of the preset, made once, and what the device can do."""
+    """A model of the preset, created once, and the measured limits of the device."""
 
     def __init__(self, options: Options):
         self.options, self.device = options, torch.device(options.device)
@@ -101,7 +101,7 @@ class Bench:
 
     @property
     def can(self) -> dict[str, float]:
-        """Bytes read and bf16 operations a second."""
+        """Bytes read per second and bf16 floating-point operations per second."""
         if not self._can:
             rate = matmul_rate(torch.bfloat16, self.device)
             self._can = {"read_bytes_per_second": read_bandwidth(self.device), "bfloat16_flops_per_second": rate}
@@ -113,7 +113,7 @@ class Bench:
 
 
 def check_device(bench: Bench) -> Rows:
-    """What it is, which releases are there, what it can do, what runs on it."""
+    """The device, the installed packages, its measured limits, and the implementation of each operation."""
     versions = {}
     for package in (*PACKAGES, "transformers"):
         try:
@@ -134,7 +134,7 @@ def check_parity(bench: Bench) -> Rows:
 
 
 def check_prefill(bench: Bench) -> Rows:
-    """Long prompts in chunks, with the memory that they take."""
+    """Long prompts in chunks, with their peak memory."""
     lengths = (256, 2048) if bench.options.quick else (8192, 131072)
     for t in lengths:
         ids, cache = bench.ids(1, t), bench.model.new_cache(max_len=t)
@@ -156,7 +156,7 @@ def check_prefill(bench: Bench) -> Rows:
 
 
 def check_decode(bench: Bench) -> Rows:
-    """Single tokens, by each way to decode: the share of the bandwidth at which weights and cache are read."""
+    """Single-token steps with each decode backend: read rate of weights and cache as a share of the bandwidth."""
     steps, before = (4, 64) if bench.options.quick else (64, 4096)
     names = ("graph", "torch") if bench.device.type == "cuda" else ("cpp", "torch")
     for backend in names:
@@ -172,7 +172,7 @@ def check_decode(bench: Bench) -> Rows:
                 bench.model.step(token, cache)
                 synchronize()
                 times.append(time.perf_counter() - began)
-            seconds = median(times[8:])  # the first ones compile, tune and capture
+            seconds = median(times[8:])  # the first steps compile, tune and capture
             nbytes = active_weight_bytes(bench.config, 2) + cache.nbytes()
             yield row | {
                 "ms": 1e3 * seconds,
@@ -186,7 +186,7 @@ def check_decode(bench: Bench) -> Rows:
 
 
 def check_train(bench: Bench) -> Rows:
-    """Loss and gradients in bf16; operations a second as a share of those of a large product (MFU)."""
+    """Loss and gradients in bf16; MFU: operations per second as a share of those of a large matrix product."""
     sizes, repetitions = (((1, 64),), 2) if bench.options.quick else (((4, 2048), (16, 2048)), 5)
     for b, t in sizes:
         ids, times = bench.ids(b, t), []
@@ -206,7 +206,7 @@ def check_train(bench: Bench) -> Rows:
 
 
 def check_benchmark(bench: Bench) -> Rows:
-    """The rows of recipes.benchmark, beside transformers on the same weights."""
+    """The rows of recipes.benchmark: comparison with transformers on the same weights."""
     o = bench.options
     options = benchmark.Options(
         preset=o.preset,
@@ -236,7 +236,7 @@ def check_benchmark(bench: Bench) -> Rows:
                 yield asdict(row)
 
 
-# In order of what would be missed most, with the share of all seconds of each.
+# The most important first, each with its share of the total time.
 SECTIONS: dict[str, tuple[Callable[[Bench], Rows], float]] = {
     "device": (check_device, 0.1),
     "parity": (check_parity, 0.3),
@@ -248,7 +248,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], Rows], float]] = {
 
 
 def as_markdown(rows: list[dict[str, Any]], where: dict[str, str]) -> str:
-    """A list of rows a section."""
+    """The report in Markdown, with a list of rows for each section."""
     lines = ["; ".join(f"{k}: {v}" for k, v in where.items())]
     for section in dict.fromkeys(row["section"] for row in rows):
         lines += ["", f"## {section}", ""]
@@ -263,14 +263,14 @@ def _shown(value: Any) -> str:
 
 
 def main(options: Options) -> list[dict[str, Any]]:
-    """Run the sections; print and write every row as it comes.
+    """Run the sections; print and write each row as soon as it is measured.
 
-    Raises: ValueError where there is no such device, or no such preset.
+    Raises: ValueError for a device or a preset that does not exist.
     """
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "gpu-check needs an NVIDIA GPU and a torch built for CUDA, and finds none here: "
-            "--quick --device cpu tries the program itself."
+            "gpu-check needs an NVIDIA GPU and a torch built for CUDA, and there is none here: "
+            "try the program without a GPU with --quick --device cpu."
         )
     if options.preset not in q.presets.ALL:
         raise ValueError(f"There is no preset {options.preset!r}: choose {', '.join(q.presets.ALL)}.")
@@ -294,7 +294,7 @@ def main(options: Options) -> list[dict[str, Any]]:
             with at_most(min(share * options.seconds, options.seconds - (time.perf_counter() - began))):
                 for row in section(bench):
                     note(name, row)
-        except Exception as error:  # a finding: the other sections still run
+        except Exception as error:  # reported as a row, so that the other sections still run
             first = (str(error).splitlines() or [""])[0]
             note(name, {"what": "stopped", "failed": f"{type(error).__name__}: {first}"})
     return rows

@@ -1,14 +1,14 @@
-"""What a longer context costs: a hybrid, an attention-only and a Gated-DeltaNet-only model of one size, and theory.
+"""Measure the cost of context length for a hybrid, an attention-only and a Gated-DeltaNet-only model of equal size.
 
     python -m recipes.growth                              1k to 128k tokens of context; see docs/performance.md
-    python -m recipes.growth --quick                      1k and 4k, within a minute
+    python -m recipes.growth --quick                      1k and 4k tokens, within a minute
     python -m recipes.growth --lengths 1k 8k --dtype bfloat16 --out docs/benchmarks/2026-11-26-growth
 
-At each length the models take turns, each in a process of its own, so that peak memory is its own. Beside what is
-measured stands what theory asks: a prefill's floating-point operations at the rate of a large matrix product, and for
-decoding the weights and the cache at the bandwidth of reading. Both rates are measured before and after every turn: the
-tables compare with those, the lines of the picture have the medians of the run. Where weights fit into the processor's
-caches, decoding may beat its line.
+At each length the models run alternately, each in a separate process, so that peak memory is measured for each. The
+measurements are compared with theory: for prefill, the floating-point operations at the rate of a large matrix product;
+for decoding, the bytes of weights and cache at the read bandwidth. Both rates are measured before and after each
+process. The tables use these rates; the lines in the picture use their medians over the run. If the weights fit into
+the processor's caches, decoding can be faster than its line.
 """
 
 import json
@@ -44,7 +44,7 @@ from recipes.measure.work import bytes_by_operation, forward_flops
 from recipes.pretrain import exit_status
 
 MIXERS = {"hybrid": (), "attention": ("full_attention",), "Gated DeltaNet": ("linear_attention",)}
-TWICE_UP_TO = 16_384  # tokens: the first prefill makes code and tables for its shapes, which longer ones do not feel
+TWICE_UP_TO = 16_384  # tokens: the first prefill also builds code and tables, which costs little at larger lengths
 WARM = 192  # tokens
 
 
@@ -53,17 +53,17 @@ class Options:
     """What to measure.
 
     Attributes:
-        preset: size of the models (random weights, without MTP).
-        lengths: tokens of context, as 1k or 128k.
-        dtype: of weights, keys and values: float32 or bfloat16.
+        preset: model size (random weights, without MTP).
+        lengths: tokens of context, such as 1k or 128k.
+        dtype: dtype of weights, keys and values: float32 or bfloat16.
         decode: tokens decoded at each length.
-        rounds: times that the models take turns at a length; a time is the median, memory the most.
-        once_from: tokens from which there is a single round.
-        chunk_size: of prefill.
-        most_seconds: a model that takes longer at some length is stopped and left out from there on.
-        seed: of weights and tokens.
-        out: a name without ending for .json, .md and .png; none if left out.
-        quick: 1k and 4k, one round.
+        rounds: repetitions at each length; times are medians, memory is the maximum.
+        once_from: tokens of context from which there is only one round.
+        chunk_size: tokens in a chunk of prefill.
+        most_seconds: a model that takes longer than this is stopped and left out at larger lengths.
+        seed: random seed of weights and tokens.
+        out: path without suffix, for a .json, a .md and a .png file; default writes none.
+        quick: use 1k and 4k tokens and one round.
     """
 
     preset: str = "small"
@@ -80,10 +80,10 @@ class Options:
 
 
 def configs(preset: str, longest: int) -> dict[str, q.ModelConfig]:
-    """The three models, whose feed-forwards that every token passes are made wider or narrower until sizes are equal.
+    """The three models, with the feed-forward that every token passes resized until their sizes are equal.
 
-    Parameters, all and active ones, then differ by no more than rounding to 16 columns.
-    Raises: ValueError for an unknown preset, or one whose feed-forwards are too narrow to make up for the mixers.
+    Total and active parameters are equal up to the rounding of the feed-forward size to 16 columns.
+    Raises: ValueError for an unknown preset, or one whose feed-forwards are too narrow to compensate the mixers.
     """
     make = q.presets.ALL.get(preset)
     if make is None:
@@ -96,13 +96,13 @@ def configs(preset: str, longest: int) -> dict[str, q.ModelConfig]:
         missing = size - count_parameters(config).main
         wider = columns + round(missing / (3 * base.hidden_size * base.num_hidden_layers) / 16) * 16
         if wider < 16:
-            raise ValueError(f"The feed-forwards of {preset} are too narrow for models of one size: take another.")
+            raise ValueError(f"{preset} has feed-forwards too narrow for models of one size: choose another.")
         made[name] = config.replace(**{field: wider})
     return made
 
 
 def worker(job: dict[str, Any]) -> dict[str, Any]:
-    """One model at one length, in a process of its own: times in seconds, memory in bytes."""
+    """Measure one model at one length, in a separate process: times in seconds, memory in bytes."""
     n, new = job["tokens"], job["decode"]
     torch.manual_seed(job["seed"])
     config = configs(job["preset"], n + new)[job["model"]]
@@ -128,7 +128,7 @@ def worker(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Models, what the machine can do, and a row for each length and model; with progress."""
+    """Models, measured limits of the machine, and a row for each length and model; shows progress."""
     lengths = sorted({parse_tokens(text) for text in options.lengths})
     if not lengths:
         raise ValueError("Give at least one length, as --lengths 1k 16k.")
@@ -180,7 +180,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def least(work: dict[str, Any], can: dict[str, Any]) -> dict[str, float]:
-    """Seconds that a row's prefill and step take at such rates."""
+    """Least seconds of a row's prefill and decoding step at the given rates."""
     return {"prefill": work["flops"] / can["flops_per_second"], "decode": work["nbytes"] / can["read_bytes_per_second"]}
 
 
@@ -211,7 +211,7 @@ TABLES: dict[str, Show] = {
 
 
 def cells(found: dict[str, Any], show: Show) -> list[list[str]]:
-    """Lengths down, models across."""
+    """Tables with a row for each length and a column for each model."""
     lengths = dict.fromkeys(row["tokens"] for row in found["rows"])
     at = {(row["tokens"], row["model"]): row for row in found["rows"]}
     return [
@@ -221,7 +221,7 @@ def cells(found: dict[str, Any], show: Show) -> list[list[str]]:
 
 
 def conditions(found: dict[str, Any], options: Options) -> list[str]:
-    """What was run and what the machine can do, in sentences."""
+    """The conditions of the run and the measured limits, in sentences."""
     can = found["machine_can"]
     lines = [f"Preset {options.preset}, {options.dtype}, prefill in chunks of {options.chunk_size}."]
     for name, size in found["models"].items():
@@ -238,7 +238,7 @@ def conditions(found: dict[str, Any], options: Options) -> list[str]:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Prefill, decoding and memory against context; theory as thin lines."""
+    """Draw prefill, decoding and memory against context length, with theory as thin lines."""
     import matplotlib
 
     matplotlib.use("agg")

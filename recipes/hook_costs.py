@@ -1,12 +1,12 @@
-"""What looking inside costs, side by side with other tools on the same weights, in one process.
+"""Measure the cost of hooks, compared with other tools on the same weights, in one process.
 
-    python -m recipes.hook_costs              # T = 2048, a small hybrid, some five minutes
+    python -m recipes.hook_costs              # T = 2048, a small hybrid, about five minutes
     python -m recipes.hook_costs --tokens 256 --repeats 2
 
-Rows: a plain forward, idle points, every point kept, states at 64 positions, the implicit attention of a Gated DeltaNet
-layer. Beside them, where they are installed and can do the same: TransformerLens' bridge and nnsight, both around
-transformers' model. Each figure is the median over repeats that go round all rows; `x plain` is against the plain
-forward of the same library.
+Rows: a plain forward, idle hook points, every activation kept, states at 64 positions, the implicit attention of a
+Gated DeltaNet layer. If they are installed, TransformerLens' bridge and nnsight, both around transformers' model, are
+measured on the same tasks as far as they support them. Each figure is the median over interleaved repeats; `x plain` is
+the ratio to the plain forward of the same library.
 """
 
 import importlib.util
@@ -54,7 +54,7 @@ def ours(model: q.Qwen3Next, ids: torch.Tensor) -> list[Row]:
 
 
 def bridge(hf: Any, folder: str, ids: torch.Tensor) -> list[Row]:
-    """TransformerLens. Its Gated DeltaNet points fire with use_cache=False only; its matrix leaves out erasing."""
+    """TransformerLens. Its Gated DeltaNet hooks fire only with use_cache=False; its matrix omits the delta term."""
     from transformer_lens.model_bridge import TransformerBridge
 
     model = TransformerBridge.boot_transformers(folder, hf_model=hf, device="cpu", dtype=torch.float32)
@@ -78,7 +78,7 @@ def bridge(hf: Any, folder: str, ids: torch.Tensor) -> list[Row]:
 
 
 def traced(hf: Any, ids: torch.Tensor) -> list[Row]:
-    """nnsight: what every block gives out is kept; below, names of source lines would have to be bound."""
+    """nnsight: keeps the output of every block; inner tensors would need references to lines of source code."""
     from nnsight import NNsight
 
     model = NNsight(hf)
@@ -99,14 +99,14 @@ def traced(hf: Any, ids: torch.Tensor) -> list[Row]:
 
 
 def main(tokens: int = 2048, repeats: int = 5, threads: int = 2, seed: int = 0, out: Path | None = None) -> None:
-    """Measure what hooks cost.
+    """Measure the cost of hooks.
 
     Args:
-        tokens: length of the text.
-        repeats: times that each row is measured.
-        threads: of torch.
-        seed: of weights and text.
-        out: write the figures here as JSON.
+        tokens: length of the text, in tokens.
+        repeats: repetitions of each row.
+        threads: threads of torch.
+        seed: random seed of weights and text.
+        out: JSON file for the figures.
     """
     import transformers
 
@@ -123,14 +123,14 @@ def main(tokens: int = 2048, repeats: int = 5, threads: int = 2, seed: int = 0, 
         rows = [*ours(model, ids), ("transformers", "plain forward", lambda: hf(ids, use_cache=False))]
         if importlib.util.find_spec("nnsight"):
             rows += traced(hf, ids)
-        if importlib.util.find_spec("transformer_lens"):  # last: it wraps the model that it is given
+        if importlib.util.find_spec("transformer_lens"):  # last, because it wraps the given model
             rows += bridge(hf, folder, ids)
         times: list[list[float]] = [[] for _ in rows]
         for turn in range(repeats + 1):
             for i, (_, _, call) in enumerate(rows):
                 began = time.perf_counter()
                 call()
-                if turn:  # the first round warms up
+                if turn:  # the first round is a warm-up
                     times[i].append(time.perf_counter() - began)
     report(rows, [median(x) for x in times], [max(x) - min(x) for x in times], tokens, out)
 

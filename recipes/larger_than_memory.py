@@ -1,12 +1,12 @@
-"""Run a checkpoint that is several times larger than memory, on CPU, and measure what it costs.
+"""Run a checkpoint that is several times larger than memory, on the CPU, and measure speed and bytes read.
 
-    python -m recipes.larger_than_memory                # 10 GB of random experts under 2.5 GiB; some five minutes
+    python -m recipes.larger_than_memory                # 10 GB of random experts under 2.5 GiB; about five minutes
     python -m recipes.larger_than_memory --size 100MB --width 256 --limit 700MB --cache 20MB
 
-Writes a checkpoint of random weights, then generates from it in a process whose memory is limited: by a control group,
-which also counts the system's file cache, where one can be made (Linux, as root), else by the process's address space.
-Beside the measured bytes a token stand those of a reader without a cache, and the least that any cache of that size
-could have read for the same choices of the router, known in advance (Belady's rule).
+Writes a checkpoint of random weights, then generates from it in a process with limited memory. The limit is a control
+group, which also counts the system's file cache, if one can be created (Linux, as root), else the address space. The
+bytes read per token are compared with those of a reader without a cache, and with the minimum for a cache of that size
+that knows the router's choices in advance (Belady's rule).
 """
 
 import json
@@ -41,7 +41,7 @@ CGROUPS = (
 
 
 def config_of(size: int, width: int) -> q.ModelConfig:
-    """128 experts a layer, of the released 80B's proportions; as many layers as `size` bytes hold, at least 4."""
+    """128 experts per layer in the proportions of the released 80B model; as many layers as fit `size`, at least 4."""
     experts, inner = 128, width // 4
     layers = max(4, round(size / (experts * 3 * width * inner * 2)))
     return q.presets.qwen3_next_80b_a3b(
@@ -60,7 +60,7 @@ def config_of(size: int, width: int) -> q.ModelConfig:
 
 
 def write_random(config: q.ModelConfig, folder: Path, *, seed: int) -> None:
-    """A checkpoint of random bf16 weights, one tensor in memory at a time."""
+    """Write a checkpoint of random bf16 weights, with one tensor in memory at a time."""
     generator = torch.Generator().manual_seed(seed)
     plan = [(entry, torch.bfloat16) for entry in entries(config)]
 
@@ -71,7 +71,7 @@ def write_random(config: q.ModelConfig, folder: Path, *, seed: int) -> None:
             return torch.ones(shape, dtype=torch.bfloat16)
         if "norm" in name:
             return torch.zeros(shape, dtype=torch.bfloat16)
-        # Uniform of the same spread is three times as fast to draw as normal, and routing is as lively.
+        # Sampling uniform numbers is three times as fast as normal ones, and routing varies as much.
         return torch.rand(shape, generator=generator).sub_(0.5).mul_(0.02 * math.sqrt(12)).bfloat16()
 
     folder.mkdir(parents=True)
@@ -86,7 +86,7 @@ def _write_pid(procs: str) -> None:
 
 @contextmanager
 def limited(limit: int) -> Iterator[tuple[str, Any]]:
-    """How memory is limited, in words, and what a child process runs first to be under it."""
+    """Yields the kind of memory limit, in words, and the function that a child process calls first to apply it."""
     for root, key in CGROUPS:
         group = root / f"qwen3next-{os.getpid()}"
         try:
@@ -100,7 +100,7 @@ def limited(limit: int) -> Iterator[tuple[str, Any]]:
             procs = str(group / "cgroup.procs")
             yield "control group, file cache counted", partial(_write_pid, procs)
         finally:
-            for _ in range(100):  # the group is busy until its last process is gone
+            for _ in range(100):  # the group cannot be removed while a process in it is still exiting
                 with suppress(OSError):
                     group.rmdir()
                     break
@@ -110,7 +110,7 @@ def limited(limit: int) -> Iterator[tuple[str, Any]]:
 
 
 def least_misses(trace: list[tuple[int, int]], slots: int) -> int:
-    """Reads that remain if the expert needed furthest in the future always goes first, and none is read in advance."""
+    """Reads of a cache that always evicts the expert needed furthest in the future, without prefetching."""
     following: list[float] = [math.inf] * len(trace)
     latest: dict[tuple[int, int], int] = {}
     for i in range(len(trace) - 1, -1, -1):
@@ -126,13 +126,13 @@ def least_misses(trace: list[tuple[int, int]], slots: int) -> int:
                 if held[furthest] > following[i]:
                     del held[furthest]
                 else:
-                    continue  # it is needed later than all that is held: used and not kept
+                    continue  # needed later than all cached experts: not kept
         held[expert] = following[i]
     return misses
 
 
 def measure(folder: Path, cache: str, prompt: int, new: int, seed: int) -> dict[str, Any]:
-    """What the limited process does: load, read a prompt, generate; everything counted."""
+    """The limited process: load, prefill a prompt, generate, and measure all of it."""
     began = time.perf_counter()
     model = q.load(folder, experts="mmap", expert_cache=cache)
     experts = model.expert_cache
@@ -193,15 +193,15 @@ def main(
 
     Args:
         size: bytes of routed experts to write, in bf16.
-        limit: memory of the process that generates.
-        cache: of which for experts.
+        limit: memory limit of the process that generates.
+        cache: part of that limit for the cache of experts.
         prompt: tokens of the prompt.
         new: tokens to generate.
-        seed: of weights and prompt.
-        width: of the model, a multiple of 256; 2048 is the 80B's.
-        folder: where to write the checkpoint, or where one is; None is a temporary folder, removed afterwards.
-        out: write the figures here as JSON.
-        child: be the limited process (for internal use).
+        seed: random seed of weights and prompt.
+        width: hidden size, a multiple of 256; the 80B model has 2048.
+        folder: folder of an existing checkpoint, or for a new one; default a temporary one.
+        out: JSON file for the figures.
+        child: run as the limited process (internal use).
     """
     if child:
         assert folder is not None

@@ -1,12 +1,12 @@
-"""What a long context costs beside transformers, on the same weights: prefill, memory, decoding, a second question.
+"""Measure long contexts, compared with transformers on the same weights: prefill, memory, decoding, a second question.
 
-    python -m recipes.long_context                     1k to 128k tokens, and 256k of ours alone; bf16: ten minutes
-    python -m recipes.long_context --quick             1k and 4k, some two minutes
+    python -m recipes.long_context                     1k to 128k tokens, and ours alone at 256k; bf16: ten minutes
+    python -m recipes.long_context --quick             1k and 4k tokens, about two minutes
     python -m recipes.long_context --lengths 1k 32k --out docs/benchmarks/2026-11-25-long-context
 
-Each length of each side runs in a process of its own, so that peak memory is its own; sides take turns. Beside each
-figure stands what theory asks: bytes of the cache by the formula, and for decoding the time of reading it at the
-bandwidth that is measured in the same process.
+Each length of each side runs in a separate process, so that peak memory is measured for each; the sides alternate.
+The figures are compared with theory: the bytes of the cache by its formula, and for decoding the time to read them at
+the bandwidth measured in the same process.
 """
 
 import json
@@ -49,16 +49,16 @@ class Options:
     """What to measure.
 
     Attributes:
-        preset: size of the model (random weights).
-        lengths: tokens of context, as 1k or 128k.
-        ours_alone: lengths at which transformers is left out.
-        decode: tokens decoded at each depth.
-        dtype: of weights, keys and values.
-        chunk_size: of our prefill.
-        most_seconds: a side that takes longer at some length is stopped and left out from there on.
-        seed: of weights and tokens.
-        out: a name without ending for .json, .md and .png; none if left out.
-        quick: short contexts.
+        preset: model size (random weights).
+        lengths: tokens of context, such as 1k or 128k.
+        ours_alone: lengths at which transformers does not run.
+        decode: tokens decoded at each length.
+        dtype: dtype of weights, keys and values.
+        chunk_size: tokens in a chunk of our prefill.
+        most_seconds: a side that takes longer than this is stopped and left out at larger lengths.
+        seed: random seed of weights and tokens.
+        out: path without suffix, for a .json, a .md and a .png file; default writes none.
+        quick: use short contexts.
     """
 
     preset: str = "small"
@@ -74,7 +74,7 @@ class Options:
 
 
 def ours(folder: str, ids: torch.Tensor, options: dict[str, Any]) -> dict[str, Any]:
-    """One length: a cold prefill, tokens decoded after it, the same prompt again and another question, by the store."""
+    """One length: a cold prefill, decoding, then the same prompt and another question with the prefix store."""
     model = q.load(folder, dtype=options["dtype"])
     total, question = ids.shape[1], ids[:, :QUESTION]
     warm = model.new_cache(max_len=256)
@@ -107,7 +107,7 @@ def ours(folder: str, ids: torch.Tensor, options: dict[str, Any]) -> dict[str, A
 
 
 def theirs(folder: str, ids: torch.Tensor, options: dict[str, Any]) -> dict[str, Any]:
-    """The same with transformers: prefill in one call, decoding, and another question on a copy of the cache."""
+    """The same with transformers: prefill in one call, decoding, and another question on a copy of the KV cache."""
     from transformers import Qwen3NextForCausalLM
 
     model = Qwen3NextForCausalLM.from_pretrained(folder, dtype=options["dtype"])
@@ -127,7 +127,7 @@ def _times(step: Any, ids: torch.Tensor) -> list[float]:
 
 
 def worker(job: dict[str, Any]) -> dict[str, Any]:
-    """What runs in a process of its own."""
+    """The measurement that runs in a separate process."""
     from transformers.utils import logging
 
     warnings.simplefilter("ignore")
@@ -141,7 +141,7 @@ def worker(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(options: Options) -> list[dict[str, Any]]:
-    """All lengths and sides, with progress."""
+    """Rows for all lengths and sides; shows progress."""
     lengths = [parse_tokens(text) for text in (("1k", "4k") if options.quick else options.lengths)]
     alone = [] if options.quick else [parse_tokens(text) for text in options.ours_alone]
     jobs = [(n, side) for n in lengths for side in ("ours", "theirs")] + [(n, "ours") for n in alone]
@@ -202,7 +202,7 @@ def _ratio(row: dict[str, Any], key: str) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Speed and memory against context."""
+    """Draw speed and memory against context length."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -3,9 +3,9 @@
     python -m recipes.pretrain --minutes 10 --out runs/first
     python -m recipes.pretrain --out runs/first --resume
 
-Reads text, learns a tokenizer from the part that is trained on, trains, measures bits per byte on held-out documents,
-and leaves a model folder in the released layout, OUT/model. Killed at any instant, a run resumes with exactly the
-losses it would have had.
+Reads text, trains a tokenizer on the training documents, trains the model, measures bits per byte on held-out
+documents, and writes a model folder in the released layout, OUT/model. A run that is killed at any time resumes with
+exactly the losses of an uninterrupted run.
 """
 
 import json
@@ -50,20 +50,20 @@ from recipes.training.settings import (
 from recipes.training.steps import accumulate_gradients, held_out_nats, learning_rate, parameter_groups
 from recipes.training.tokenizer import save_tokenizer, write_atomically
 
-LOOK = 16_384  # held-out tokens that are measured during training
-SKIPS_IN_A_ROW = 10  # steps with a non-finite gradient before a run gives up
+LOOK = 16_384  # held-out tokens of a validation during training
+SKIPS_IN_A_ROW = 10  # consecutive steps with a non-finite gradient after which training stops
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run measured; also OUT/result.json.
+    """The measurements of a finished run; also OUT/result.json.
 
     Attributes:
-        bits_per_byte, gzip, xz: on all held-out documents.
-        documents: for each held-out document its name, UTF-8 bytes and the three measures.
-        max_load: largest share of a layer's expert at the last step, by the even share.
-        seconds: of training, validation during training included.
-        peak_memory: largest resident size of this process, in bytes.
+        bits_per_byte, gzip, xz: bits per byte on all held-out documents.
+        documents: name, UTF-8 bytes and the three measures of each held-out document.
+        max_load: largest load of an expert in any layer at the last step, as a multiple of the even share.
+        seconds: time of training, including validation during training.
+        peak_memory: peak resident memory of this process, in bytes.
     """
 
     bits_per_byte: float
@@ -81,7 +81,7 @@ class Result:
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved its state; `signal` is who asked."""
+    """The run was stopped by the signal `signal` and has saved its state."""
 
     def __init__(self, signum: int, sentence: str) -> None:
         super().__init__(sentence)
@@ -89,22 +89,22 @@ class Stopped(Exception):
 
 
 def train(settings: Settings, *, console: Console | None = None) -> Result:
-    """Run, or resume, to the end; everything is written to `settings.out`.
+    """Run or resume training to the end; all output goes to `settings.out`.
 
-    Raises: ValueError for settings or data that do not serve; FloatingPointError where training diverged; OSError, in a
-        sentence, for a full disk; Stopped after SIGINT or SIGTERM, with the state saved.
+    Raises: ValueError for invalid settings or data; FloatingPointError if training diverged; OSError for a full disk;
+        Stopped after SIGINT or SIGTERM, with the state saved.
     """
     console = Console() if console is None else console
     out = settings.out
     if settings.resume:
         refuse_changes("setting", comparable(recorded(out)), comparable(settings))
     elif (out / "settings.json").exists():
-        raise ValueError(f"{out} already holds a run: add --resume to go on with it, or choose another --out.")
+        raise ValueError(f"{out} already holds a run: add --resume to continue it, or choose another --out.")
     device = pick_device(settings.device)
     precision, why = pick_precision(settings.precision, device)
     tokenizer, meta = prepare_data(settings)
     windows = PackedWindows(out / "data", "train", window=settings.window, seed=settings.seed)
-    rows_at_once = settings.batch_size * 2  # without gradients there is room
+    rows_at_once = settings.batch_size * 2  # validation needs no memory for gradients
     held_out = ValidationBatches(out / "data", window=settings.window, batch_size=rows_at_once)
 
     torch.manual_seed(settings.seed)
@@ -130,17 +130,18 @@ def train(settings: Settings, *, console: Console | None = None) -> Result:
 
 
 def bits_per_byte(part: ValidationBatches, precision: str, model: q.Qwen3Next) -> Row:
-    """What is looked at during training."""
+    """The held-out documents that are measured during training."""
     nats = held_out_nats(model, part, precision=precision)
     return {"val_bits_per_byte": part.bits_per_byte(sum(nats.values()))}
 
 
 def start_or_resume(settings: Settings, model: q.Qwen3Next, fingerprint: str) -> tuple[Optimizer, TrainingState]:
-    """The optimizer and state of a run, with `model` as it was last saved, if `settings.resume`; writes settings.json.
+    """The optimizer and state of a run; with `settings.resume`, loads the last saved ones, also into `model`.
 
     Args:
-        fingerprint: of the data.
-    Raises: ValueError where the saved run had other settings, another model or other data.
+        fingerprint: fingerprint of the data.
+    Writes settings.json.
+    Raises: ValueError if the saved run had other settings, another model or other data.
     """
     groups = parameter_groups(model, settings.weight_decay)
     optimizer = AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
@@ -157,7 +158,7 @@ def start_or_resume(settings: Settings, model: q.Qwen3Next, fingerprint: str) ->
         refuse_changes("setting", before.settings, state.settings)
         refuse_changes("model", before.model, state.model)
         refuse_changes("data", {"fingerprint": before.fingerprint}, {"fingerprint": state.fingerprint})
-        torch.set_num_threads(before.threads)  # sums are made in another order by another number of threads
+        torch.set_num_threads(before.threads)  # the number of threads determines the order of sums
         state = load_state(path, model, optimizer)
     values = asdict(settings) | {"out": str(settings.out)}
     write_atomically(settings.out / "settings.json", (json.dumps(values, indent=2) + "\n").encode())
@@ -165,18 +166,18 @@ def start_or_resume(settings: Settings, model: q.Qwen3Next, fingerprint: str) ->
 
 
 class Windows(Protocol):
-    """Where batches come from: a function of the number of samples seen alone."""
+    """The source of batches, a pure function of the number of samples seen."""
 
     def batch(self, first_sample: int, batch_size: int) -> Batch: ...
 
 
 @dataclass
 class Run:
-    """Training between two sittings: the loop and what it works on.
+    """The training loop and its objects, from the start or a resume to the end or a stop.
 
     Attributes:
-        look: says what is measured on the way.
-        looks_after: what is measured after the last step, as a multiple of one look: it counts in `minutes`.
+        look: returns the validation measure; called during training.
+        looks_after: cost of the measurement after the last step, in validations; it counts towards `minutes`.
     """
 
     settings: Settings
@@ -189,10 +190,10 @@ class Run:
     metrics: Metrics
     live: Live
     looks_after: float = 0.0
-    skips: int = 0  # in a row
+    skips: int = 0  # consecutive
 
     def to_the_end(self) -> None:
-        """Step until `state.total`, saving on the way; see `train` for what it raises."""
+        """Train up to step `state.total` and save states; raises as `train` does."""
         state, settings = self.state, self.settings
         begun, before = time.perf_counter(), state.elapsed
         durations: list[float] = []
@@ -210,7 +211,7 @@ class Run:
                 planned = state.total
                 if pace is not None and state.step != state.total:
                     pace.steps.append(seconds)
-                    if not pace.looks and not looking:  # after resuming: what a look takes is in no saved state
+                    if not pace.looks and not looking:  # after resuming: the time of a validation is not saved
                         looking = self._timed(lambda: self.look(self.model))[1] if state.total else 0.0
                     if looking:
                         pace.looked(looking)
@@ -218,7 +219,7 @@ class Run:
                         state.total = pace.first(state.step, state.elapsed)
                     elif state.total is not None:
                         state.total = pace.again(state.step, state.total, state.elapsed)
-                replanned = state.total != planned  # saved before the first step under the new plan
+                replanned = state.total != planned  # save before the first step of the new plan
                 recent = durations[-20:]
                 row["seconds_per_step"] = sum(recent) / len(recent)
                 row["tokens_per_second"] = row.pop("step_tokens") / row["seconds_per_step"]
@@ -244,7 +245,7 @@ class Run:
         save_state(self.settings.out / "checkpoints", self.state, self.model, self.optimizer)
 
     def step(self) -> Row:
-        """One optimizer step; returns its figures."""
+        """Do one optimizer step and return its metrics."""
         state, settings = self.state, self.settings
         lr = learning_rate(state.step, state.total, settings)
         for group in self.optimizer.param_groups:
@@ -260,16 +261,16 @@ class Run:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip).item()
         finite, nothing = math.isfinite(norm), not row["targets"]
         row["skipped"] = nothing or not finite
-        row["gradient_norm"] = norm if finite else None  # JSON has no infinity
+        row["gradient_norm"] = norm if finite else None  # JSON cannot represent infinity
         if nothing:
             self.live.say(
-                f"Step {row['step']}: no token has a next one in its document; the step is skipped. "
-                "A longer --window or a larger --batch-size gives every step something to predict."
+                f"Step {row['step']} is skipped, because no token has a next token in its document: "
+                "use a longer --window or a larger --batch-size."
             )
         elif row["skipped"]:
             self.skips += 1
             if self.skips == SKIPS_IN_A_ROW:
-                raise FloatingPointError(self._diverged(f"{self.skips} gradients in a row were not finite"))
+                raise FloatingPointError(self._diverged(f"{self.skips} consecutive gradients were not finite"))
             self.live.say(f"Step {row['step']}: the gradient is not finite; the step is skipped.")
         else:
             self.skips = 0
@@ -283,7 +284,7 @@ class Run:
 
     def _diverged(self, what: str) -> str:
         last = newest(self.settings.out / "checkpoints")
-        kept = f"The last good state is kept: {last}." if last else "No state had been saved yet."
+        kept = f"The last good state is kept: {last}." if last else "No state was saved before."
         return (
             f"Step {self.state.step + 1}: {what}, so training stopped. {kept} "
             "Try a lower --lr, a longer --warmup or --precision fp32 in a new --out."
@@ -292,7 +293,7 @@ class Run:
 
 @contextmanager
 def stop_on_signal() -> Iterator[list[int]]:
-    """A list that receives SIGINT or SIGTERM, so that the step under way can end; a second one interrupts at once."""
+    """A list that collects SIGINT or SIGTERM, so that the current step can end; a second signal interrupts at once."""
     asked: list[int] = []
 
     def ask(signum: int, _frame: FrameType | None) -> None:
@@ -316,7 +317,7 @@ def finish(
     precision: str,
     console: Console,
 ) -> Result:
-    """Measure on all held-out documents; write OUT/model, result.json and loss.png."""
+    """Measure all held-out documents; write OUT/model, result.json and loss.png."""
     out = settings.out
     model.save_pretrained(out / "model")
     save_tokenizer(tokenizer, out / "model")
@@ -360,19 +361,19 @@ def finish(
 
 
 def command(out: Path) -> str:
-    """What to type to go on with a run."""
+    """The command line that resumes a run."""
     return f"python -m recipes.pretrain --resume --out {shlex.quote(str(out))}"
 
 
 def exit_status(program: Callable[[], object]) -> int:
-    """Run it; what a user can cause or mend ends as a sentence on stderr and a status of its own."""
+    """Call `run`; errors that a user can cause are printed to stderr in one sentence. Returns the exit status."""
     try:
         program()
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
-        print("Interrupted; what was saved before is whole.", file=sys.stderr)
+        print("Interrupted; the state saved last is complete.", file=sys.stderr)
         return 130
     except (ValueError, FloatingPointError, OSError) as error:
         print(error, file=sys.stderr)
@@ -385,7 +386,7 @@ def main(args: list[str] | None = None) -> int:
 
     def program() -> None:
         settings = tyro.cli(Settings, args=args, prog="python -m recipes.pretrain")
-        if settings.resume:  # once more, over what the run was started with
+        if settings.resume:  # parse again, with the saved settings as defaults
             settings = tyro.cli(Settings, args=args, prog="python -m recipes.pretrain", default=recorded(settings.out))
         train(settings)
 

@@ -1,7 +1,7 @@
-"""What is in a Gated DeltaNet layer's output? Train a sparse autoencoder on it: minutes on two cores.
+"""Train a sparse autoencoder on the output of a Gated DeltaNet layer: minutes on two cores.
 
-    make demo                              # leaves a small trained model
-    python -m recipes.sparse_autoencoder   # looks into its block 1
+    make demo                              # trains a small model
+    python -m recipes.sparse_autoencoder   # trains on its block 1
 
 Writes report.md, features.png, the autoencoder and the activations into runs/sparse_autoencoder.
 """
@@ -33,19 +33,19 @@ from recipes.training.tokenizer import byte_tokenizer, load_tokenizer, write_ato
 
 @dataclass(frozen=True)
 class Settings:
-    """Train a sparse autoencoder on activations of a model, and say what its features fire on.
+    """Train a sparse autoencoder on activations of a model, and report which tokens its features fire on.
 
     Attributes:
-        model: a checkpoint's folder; where `make demo` has not run, a small random model takes its place.
-        data: "stdlib", a folder, a glob or a file: held-out documents measure, the others train.
-        layer: a block; Gated DeltaNet or softmax.
-        point: below the block.
-        features: directions in the dictionary.
-        k: codes a token; 0 for a plain L1 penalty.
-        l1: its weight.
-        tokens: to train on; a tenth as many measure.
-        epochs: passes over them.
-        out: folder for everything; activations that are there already are used again.
+        model: folder of a checkpoint; if `make demo` has not run, the default is a small random model.
+        data: "stdlib", a folder, a glob or a file; held-out documents are for measuring, the others for training.
+        layer: number of the block; Gated DeltaNet or softmax attention.
+        point: name of the hook point within the block.
+        features: number of features in the dictionary.
+        k: active codes per token; 0 uses an L1 penalty instead.
+        l1: weight of the L1 penalty.
+        tokens: tokens to train on; a tenth as many are for measuring.
+        epochs: passes over the training tokens.
+        out: folder for all output; existing activations are reused.
     """
 
     model: Path = Path("demo/run/model")
@@ -65,7 +65,7 @@ class Settings:
 
 
 def run(s: Settings, *, console: Console | None = None) -> Scores:
-    """Write activations, fit, measure, report. Raises: ValueError for settings that do not fit together."""
+    """Write activations, train, measure, report. Raises: ValueError for settings that contradict each other."""
     console = Console() if console is None else console
     torch.manual_seed(s.seed)
     if s.model.exists() or s.model != Settings().model:
@@ -75,14 +75,14 @@ def run(s: Settings, *, console: Console | None = None) -> Scores:
     name = model.match_hooks(f"blocks.{s.layer}.{s.point}")[0]
     console.print(f"{name} of {what}", markup=False, highlight=False, soft_wrap=True)
 
-    build_shards(s.data, tokenizer, s.out / "text", seed=s.seed, exact=False)  # nothing is measured in bytes
-    # Activations lie under a name of all that decides them: other settings never meet old rows.
+    build_shards(s.data, tokenizer, s.out / "text", seed=s.seed, exact=False)  # bytes are not measured
+    # The folder name contains every setting that determines the activations, so other settings never reuse old rows.
     decides = (identity(model), s.data, name, s.tokens, s.window, s.seed)
     folder = s.out / hashlib.sha256(repr(decides).encode()).hexdigest()[:12]
     text = {"train": s.tokens, "val": max(s.tokens // 10, 1)}
     for split, tokens in text.items():
         windows = PackedWindows(s.out / "text", split, window=s.window, seed=s.seed)
-        tokens = min(tokens, len(windows) * s.window)  # no window twice
+        tokens = min(tokens, len(windows) * s.window)  # each window is used once
         steps = stream_activations(
             model,
             batches(windows),
@@ -114,12 +114,12 @@ def run(s: Settings, *, console: Console | None = None) -> Scores:
     write_atomically(s.out / "autoencoder.safetensors", save(sae.state_dict()))
     draw(s.out / "features.png", curve, scores, bar, f"{name} of {what}")
     console.print(report.split("## Features")[0], markup=False, highlight=False, soft_wrap=True)
-    console.print(f"In {s.out}: report.md with what features fire on, features.png, autoencoder.safetensors.")
+    console.print(f"In {s.out}: report.md with the tokens of features, features.png, autoencoder.safetensors.")
     return scores
 
 
 def batches(windows: PackedWindows, *, size: int = 8) -> Iterator[tuple[Tensor, Segments]]:
-    """The windows once, in their drawn order; documents kept apart."""
+    """Every window once, in its random order, with documents as separate sequences."""
     for first in range(0, len(windows), size):
         batch = windows.batch(first, min(size, len(windows) - first))
         yield batch.input_ids, Segments.from_document_ids(batch.document_ids)
@@ -129,7 +129,7 @@ def batches(windows: PackedWindows, *, size: int = 8) -> Iterator[tuple[Tensor, 
 def spliced(
     model: q.Qwen3Next, name: str, sae: SparseAutoencoder, windows: PackedWindows, *, count: int = 16
 ) -> tuple[float, float, float]:
-    """The model's loss on held-out windows, in nats: as it is, with x̂ for x at the point, and with nothing there."""
+    """Loss on held-out windows, in nats: unchanged, with x replaced by x̂ at the hook point, and with x set to zero."""
     batch = windows.batch(0, min(count, len(windows)))
     segments = Segments.from_document_ids(batch.document_ids)
 
@@ -155,7 +155,7 @@ def write_report(
     rows: ActivationRows,
     tokenizer: Tokenizer,
 ) -> str:
-    """report.md: the figures, then some features, drawn and not picked, with the tokens they fire on most."""
+    """The text of report.md: the figures, then randomly sampled features with the tokens they fire on most."""
     clean, with_sae, without = losses
     dead = float((scores.density == 0).float().mean())
     recovered = (without - with_sae) / (without - clean) if abs(without - clean) > 1e-9 else float("nan")
@@ -167,13 +167,13 @@ def write_report(
         f"- Variance explained: {scores.explained:.1%} (as many principal components, {bar_count}: {bar:.1%})",
         f"- Codes a token (L0): {scores.l0:.1f}",
         f"- Features that never fire on held-out text: {dead:.1%}",
-        f"- Loss in nats a token: {clean:.3f} as it is, {with_sae:.3f} through the autoencoder, {without:.3f} with "
-        f"nothing there: {recovered:.1%} recovered",
+        f"- Loss in nats a token: {clean:.3f} unchanged, {with_sae:.3f} through the autoencoder, {without:.3f} with "
+        f"zeros: {recovered:.1%} recovered",
         "",
         "## Features",
         "",
-        "Drawn by the seed among those that fire on at most a twentieth of the tokens. The token in ⟦ ⟧ is where the "
-        "feature fires, with its code.",
+        "A random sample of the features that fire on at most a twentieth of the tokens. The feature fires on the "
+        "token in ⟦ ⟧, with the code on the left.",
         "",
     ]
     tokens, positions = rows.read("token", 0, len(rows)), rows.read("position", 0, len(rows))
@@ -191,7 +191,7 @@ def write_report(
 
 
 def draw(path: Path, curve: list[Step], scores: Scores, bar: float, title: str) -> None:
-    """Variance explained while training, dead features, and how often features fire."""
+    """Draw the variance explained during training, the dead features, and how often features fire."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.8), dpi=120, layout="constrained")

@@ -1,12 +1,12 @@
-"""Where each millisecond of a prefill and of a decoding step goes on the CPU, by operation, before and after.
+"""Time a prefill and a decoding step on the CPU by operation, in plain torch and with the fast backends.
 
     python -m recipes.where_time_goes --preset medium --tokens 2048 --dtype bfloat16
     python -m recipes.where_time_goes --preset medium --dtype float32 --out docs/benchmarks/2026-11-25-where-float32
 
-Before: torch's own operations, one after another, the delta rule as `chunked` has it. After: what "auto" picks here.
-Both run the same weights in turn; a table is the turn that took the median time, so that it adds up. "Least" is what an
-operation's products take at the rate of a large one, or its weights and cache at the bandwidth of reading, measured in
-the same turn. Last, the delta rule alone, by implementation.
+Before: torch's own operations, with the delta rule as `chunked`. After: what "auto" chooses here. Both run the same
+weights alternately. A table shows the repetition with the median time, so that its rows add up. "Least" is the time of
+an operation's matrix products at the rate of a large product, or of its weights and cache at the read bandwidth, both
+measured in the same repetition. The last table has the delta rule alone, by implementation.
 """
 
 import sys
@@ -39,7 +39,7 @@ from recipes.measure.work import bytes_by_operation, delta_rule_flops, flops_by_
 from recipes.pretrain import exit_status
 
 ROWS = "norms, gates, activations"
-# What is timed, and as what. Inside a timed part nothing else is: an expert's products are the experts'.
+# The timed functions and the names of their rows. Timed calls do not nest: products inside the experts count there.
 PARTS: tuple[tuple[Any, str, str], ...] = (
     (layers.linear.Linear, "forward", "linear maps"),
     (layers.moe, "linear", "linear maps"),  # the router's
@@ -62,16 +62,16 @@ Turn = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Options:
-    """What to time.
+    """Options of the measurement.
 
     Attributes:
-        preset: size of the model (random weights, without MTP).
-        tokens: of the prompt; decoding goes on behind it.
-        dtype: of weights and arithmetic: float32 or bfloat16.
-        repetitions: of each, after one that warms up.
+        preset: model size (random weights, without MTP).
+        tokens: tokens of the prompt; decoding continues it.
+        dtype: dtype of weights and arithmetic: float32 or bfloat16.
+        repetitions: repetitions of each measurement, after one warm-up.
         steps: tokens decoded in a repetition.
-        seed: of weights and tokens.
-        out: a name without ending for .json and .md; none if left out.
+        seed: random seed of weights and tokens.
+        out: path without suffix, for a .json and a .md file; default writes none.
     """
 
     preset: str = "medium"
@@ -85,14 +85,14 @@ class Options:
 
 @dataclass
 class Clock:
-    """Seconds by part; outside of parts nothing is noted."""
+    """Seconds by part; code outside the parts is not timed."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     inside: bool = False
 
     @contextmanager
     def watching(self, parts: Sequence[tuple[Any, str, str]]) -> Iterator[None]:
-        """Time these of PARTS inside the block."""
+        """Time these PARTS inside the block."""
         with ExitStack() as stack:
             for owner, name, part in parts:
                 timed: Any = self._timed(getattr(owner, name), part)
@@ -116,7 +116,7 @@ class Clock:
 
 @contextmanager
 def torch_alone(model: q.Qwen3Next) -> Iterator[None]:
-    """torch's own operations inside the block: nothing compiled here, no other library, the delta rule in chunks."""
+    """Use torch's own operations inside the block: no C++ kernels, no other library, the chunked delta rule."""
     chosen = {"decode": "torch"}
     if "linear_attention" in model.config.layer_types:
         chosen["delta_rule"] = "chunked"
@@ -139,12 +139,12 @@ def split(
     ready: Callable[[], object] = lambda: None,
     after: Sequence[tuple[Any, str, str]] = PARTS,
 ) -> Turn:
-    """Seconds of `run` by part, before and after, and what the machine can do, of the turn that took the median time.
+    """Seconds of `run` by part, before and after, and the machine's limits, of the repetition with the median time.
 
     Args:
-        tick: called at the end of each turn, tells what the machine can do.
+        tick: called at the end of each repetition; returns the machine's limits.
         ready: called before each timing, untimed.
-        after: what is timed on the second side.
+        after: the parts to time on the second side.
     """
     turns = []
     for _ in range(repetitions + 1):
@@ -165,7 +165,7 @@ def _typical(turns: list[Turn], took: Callable[[Turn], float]) -> Turn:
 
 
 def delta_rules(config: q.ModelConfig, options: Options, tick: Callable[[], dict[str, float]]) -> Turn:
-    """Seconds of one layer's delta rule by implementation, without and with gradients; the turn as `split` has it."""
+    """Seconds of one layer's delta rule by implementation, without and with gradients, of the median repetition."""
     c, t, dtype = config, options.tokens, getattr(torch, options.dtype)
     keys, values = (c.linear_num_key_heads, c.linear_key_head_dim), (c.linear_num_value_heads, c.linear_value_head_dim)
     inputs = [torch.randn(1, t, *shape).to(dtype) for shape in (keys, keys, values, values[:1], values[:1])]
@@ -195,7 +195,7 @@ def delta_rules(config: q.ModelConfig, options: Options, tick: Callable[[], dict
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """All tables, in seconds, with progress."""
+    """The data of all tables, in seconds; shows progress."""
     make = q.presets.ALL.get(options.preset)
     if make is None:
         raise ValueError(f"There is no preset {options.preset!r}: choose {', '.join(q.presets.ALL)}.")
@@ -224,8 +224,8 @@ def measure(options: Options) -> dict[str, Any]:
             return machine_can(dtype, memory)
 
         prefill = split(model, lambda: list(model.prefill(ids, model.new_cache(max_len=n))), options.repetitions, tick)
-        # A step after a change of backends finds out anew what it can run.
-        # With a forward replaced in order to time it, the modules would run: the compiled step is timed as a whole.
+        # The compiled step is planned again after a change of backends. It is timed as a whole, because a module whose
+        # forward is replaced for timing would run instead of it.
         steps = split(
             model, decode, options.repetitions, tick, ready=lambda: model.step(new[:, :1], cache), after=PARTS[-1:]
         )
@@ -242,7 +242,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def by_part(found: dict[str, dict[str, float]]) -> list[list[str]]:
-    """Rows of a table: part, milliseconds before, after, and at least."""
+    """Rows of a table: part, and milliseconds before, after and at least."""
     sides = ("before", "after", "least")
     rows = [
         [part, *(f"{1e3 * found[side][part]:.2f}" if part in found[side] else "" for side in sides)]

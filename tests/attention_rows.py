@@ -1,6 +1,6 @@
-"""The study's attention layer, written from the paper's formulas alone: one head of one sequence at a time.
+"""An independent reference of the study's attention layer, from the paper's formulas: one head and sequence at a time.
 
-Weights come by their names in `AttentionVariant`; choices by the names of `ModelConfig`'s fields.
+Weights have the names of `AttentionVariant`, options those of the fields of `ModelConfig`.
 """
 
 import torch
@@ -29,7 +29,7 @@ def attention(w, x, c):
         return torch.cat((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin(), rest), dim=-1)
 
     def gate(position, group, y):
-        """Equation 5 of the paper for one head's y (t, d), if the gate stands at this position."""
+        """Equation 5 of the paper for one head's y (t, d), if the gate is at this position."""
         if c.attention_gate == "none" or c.attention_gate_position != position:
             return y
         groups = {"G1": heads, "G4": heads, "G2": kv, "G3": kv, "G5": 1}[position]

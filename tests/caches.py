@@ -1,4 +1,4 @@
-"""What tests of caches share: running, and what a cold run says."""
+"""Helpers of the cache tests: continue a cache, and run cold."""
 
 import torch
 
@@ -18,7 +18,7 @@ def cold(model, ids):
 
 
 def cold_draft(model, ids, token):
-    """What MTP expects after `token` (b,) behind `ids`, from all pairs at once: (b, vocab)."""
+    """MTP's logits after `ids` and `token` (b,), from all pairs at once: (b, vocab)."""
     whole = torch.cat((ids, token[:, None]), dim=1)
     with torch.no_grad():
         hidden = model(ids).hidden

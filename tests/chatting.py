@@ -1,4 +1,4 @@
-"""For the tests of chats: templates in the style of released ones, tokenizers, a model that says what it is told."""
+"""Helpers of the chat tests: templates like released ones, tokenizers, a model with scripted replies."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ PLAIN = """\
 {% endif %}
 """
 
-# Schemas as JSON, calls and results of functions, loop controls, namespaces, the tag for training.
+# Uses JSON schemas, function calls and results, loop controls, namespaces, and the generation tag.
 TOOLS = """\
 {%- set ns = namespace(turns=0, date=strftime_now("%Y")) %}
 {%- if messages[0].role != "system" and not tools %}{{ raise_exception("Begin with a system message <&>.") }}{% endif %}
@@ -52,7 +52,7 @@ TOOLS = """\
 {% endfor %}
 {{- "<|im_start|>assistant\\n" if add_generation_prompt }}{{ bos_token }}{{ eos_token | upper }}"""
 
-# Thinks unless told not to; of earlier turns the thinking is left out.
+# Opens thinking unless disabled, and omits the thinking of earlier turns.
 THINKING = """\
 {%- set last = namespace(user=-1) %}
 {%- for message in messages %}{% if message.role == "user" %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}
@@ -83,7 +83,7 @@ TEMPLATES = {"plain": PLAIN, "tools": TOOLS, "thinking": THINKING, "prefilled": 
 
 
 def tokenizer(*, ascii_only: bool = False, special_tags: bool = False) -> Tokenizer:
-    """Bytes, or printable ASCII alone (then every reply of a random model is text), and the tokens of chat markup."""
+    """Tokens are bytes, or only printable ASCII (so that every reply of a random model is text), and chat markup."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     if ascii_only:
         letters = [x for x in letters if "!" <= x <= "~" or x in "ĠĊ"]  # byte-level names of space and newline
@@ -96,9 +96,9 @@ def tokenizer(*, ascii_only: bool = False, special_tags: bool = False) -> Tokeni
 
 
 class Scripted(q.Qwen3Next):
-    """Computes as the model does, cache and all, and then says the next of its lines, one a reply.
+    """Runs the model with its cache, then replaces the logits so that each reply is the next of its lines.
 
-    `lines` are token ids; a reply begins with the forwards of a prompt, of which each is longer than one token.
+    `lines` are token ids. A forward of more than one token belongs to a prompt, which starts the next reply.
     """
 
     lines: list[list[int]]
@@ -115,7 +115,7 @@ class Scripted(q.Qwen3Next):
 
 
 def scripted(coder: Tokenizer, *replies: str, **changes: object) -> Scripted:
-    """A model that gives these replies; "<|im_end|>" is part of them where they are to end."""
+    """A model with these replies, which contain "<|im_end|>" if they should end."""
     made = small_model(vocab_size=coder.get_vocab_size(), **changes)
     made.__class__ = Scripted
     assert isinstance(made, Scripted)
@@ -124,7 +124,7 @@ def scripted(coder: Tokenizer, *replies: str, **changes: object) -> Scripted:
 
 
 def write_chat_files(folder: Path, coder: Tokenizer, template: str, **generation: object) -> None:
-    """What a checkpoint for chats has beside config.json and safetensors."""
+    """Writes the tokenizer and template files of a chat checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     coder.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Shapes in signatures are checked in every test; models for tests are small, seeded and lively.
+"""Checks shapes in signatures in every test; defines small, seeded test models with large enough weights.
 
-Lively: with the usual N(0, 0.02) a random model's layers barely move the residual stream, and a wrong one would pass.
+With the usual N(0, 0.02) a random model's layers barely change the residual stream, and a wrong layer would pass.
 """
 
 import os
@@ -21,7 +21,7 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 def small_config(**changes: object) -> q.ModelConfig:
-    """Key heads ≠ value heads ≠ query heads, key width ≠ value width: a swapped axis cannot pass."""
+    """Different numbers of key, value and query heads and different head sizes, so that swapped axes fail."""
     values = {
         "vocab_size": 97,
         "hidden_size": 64,
@@ -44,7 +44,7 @@ def small_config(**changes: object) -> q.ModelConfig:
 
 
 def small_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> q.Qwen3Next:
-    """A lively random model: norms off their start, linear maps at 0.06, logits of order 1."""
+    """A random model with perturbed norms and a standard deviation of 0.06 for linear maps; logits of order 1."""
     torch.manual_seed(seed)
     model = q.Qwen3Next(small_config(**({"initializer_range": 0.06} | changes)))
     with torch.no_grad():
@@ -57,5 +57,5 @@ def small_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: ob
 
 @pytest.fixture
 def model64() -> q.Qwen3Next:
-    """In fp64 rounding is out of the way: what differs is wrong."""
+    """A model in fp64, where rounding is negligible, so that any difference is an error."""
     return small_model(dtype=torch.float64)

@@ -1,7 +1,7 @@
-"""The gated-attention study's dense model, written from its description alone: a few lines, slow, independent.
+"""An independent, short and slow reference of the gated-attention study's dense model, written from its description.
 
-Rotate-half RoPE over the whole head, standard RMS norms, softmax in fp32, y · σ(gate) before o_proj. q_proj's rows come
-key head by key head: the queries of that head's group, then their gates.
+Rotate-half RoPE over the whole head, standard RMS norms, softmax in fp32, y · σ(gate) before o_proj. The rows of q_proj
+are ordered by key head: the queries of that head's group, then their gates.
 """
 
 import torch
@@ -22,7 +22,7 @@ SIZES = {
 
 
 def config(gate: str, *, bias: bool = False, qk_norm: bool = True, tied: bool = False) -> dict:
-    """A config.json as the study's files are spelt."""
+    """A config.json with the keys of the study's files."""
     return SIZES | {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",

@@ -1,8 +1,8 @@
-"""Call every compiled function with arguments that are right, odd and wrong: it answers, or raises, and never strays.
+"""Call every compiled function with valid, unusual and wrong arguments: it returns or raises, without invalid access.
 
     python tests/native_fuzz.py CALLS [SEED]
 
-`make test-sanitize` runs a million calls with kernels that are compiled with AddressSanitizer and UBSan.
+`make test-sanitize` runs a million calls with kernels compiled with AddressSanitizer and UBSan.
 """
 
 import sys
@@ -23,7 +23,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 
 class Sub(Tensor):
-    """A subclass that changes nothing."""
+    """A tensor subclass without changes."""
 
 
 class Random:
@@ -142,7 +142,7 @@ def replay(r: Random) -> dict:
     }  # fmt: skip
 
 
-# What is called, how its right arguments are made, and the compiled functions behind it.
+# The entries, how their valid arguments are made, and the compiled functions that they call.
 ENTRIES = {
     "delta_rule": (ops.delta_rule, rule),
     "delta_rule_backward": (ops.delta_rule_backward, rule_backward),
@@ -163,7 +163,7 @@ THROUGH_OTHERS = {"each_once", "structure_size", "decode_step", "linear"}  # com
 
 
 def odd(r: Random, x: Tensor) -> Tensor:
-    """The same numbers as another tensor might hold them: the answer must not change."""
+    """The same numbers in another memory layout or tensor class: the result must not change."""
     way = r.below(6)
     if way == 0 and x.ndim > 1:
         return x.mT.contiguous().mT
@@ -179,7 +179,7 @@ def odd(r: Random, x: Tensor) -> Tensor:
 
 
 def wrong(r: Random, x: object) -> object:
-    """Something else than x."""
+    """An argument different from x."""
     if not isinstance(x, Tensor):
         return r.pick((None, -1, 2**40, 0.5, "x", True, torch.zeros(1)))
     way = r.below(13)
@@ -223,7 +223,7 @@ def same(a: object, b: object) -> bool:
 
 
 def call(r: Random, name: str) -> str:
-    """One call of an entry; what became of it."""
+    """Call an entry once; returns the kind of result."""
     run, make = ENTRIES[name]
     arguments = make(r)
     kind = r.pick(("right", "odd", "wrong", "wrong"))
@@ -235,7 +235,7 @@ def call(r: Random, name: str) -> str:
             expected = run(*arguments.values())
             other = {n: odd(r, x) if isinstance(x, Tensor) else x for n, x in arguments.items()}
             got = run(*other.values())
-            assert same(expected, got), f"{name} gives something else for the same numbers that lie otherwise"
+            assert same(expected, got), f"{name} gives another result for the same numbers in another memory layout"
             return kind
         chosen = r.pick(arguments)
         arguments[chosen] = wrong(r, arguments[chosen])
@@ -247,7 +247,7 @@ def call(r: Random, name: str) -> str:
 
 
 def walk_steps(r: Random, steps: int) -> None:
-    """Steps of models whose weights, caches and ids are changed for others, some of which no model could have."""
+    """Steps of models with replaced weights, caches and ids, some of which are invalid."""
     model = q.Qwen3Next(
         q.presets.tiny(
             hidden_size=16, num_hidden_layers=2, layer_types=("linear_attention", "full_attention"), head_dim=8,
@@ -255,7 +255,7 @@ def walk_steps(r: Random, steps: int) -> None:
             shared_expert_intermediate_size=5, linear_value_head_dim=4, mtp_num_hidden_layers=0,
         )
     )  # fmt: skip
-    model.set_backend("decode", "cpp")  # where compiled code cannot run, nothing does
+    model.set_backend("decode", "cpp")  # raises where compiled code cannot run
     options = r.pick(({}, {"kv_dtype": "int8"}, {"kv_dtype": "bfloat16"}, {"history": 2}, {"state_dtype": "bfloat16"}))
     cache = model.new_cache(1 + r.below(2), max_len=600, **options)
     ids = torch.zeros(cache.batch, 1 + r.below(3), dtype=torch.long)
@@ -278,9 +278,9 @@ def walk_steps(r: Random, steps: int) -> None:
             elif way == 3:
                 ids = wrong(r, ids)
                 if isinstance(ids, Tensor) and ids.untyped_storage().nbytes() < ids.nbytes:
-                    return  # torch itself looks at ids first, and would read what is not there
+                    return  # torch reads the ids first, and would read outside of them
                 if isinstance(ids, Tensor) and ids.numel() > MOST_TOKENS:
-                    return  # then the modules run, and torch reads whatever is a weight
+                    return  # then the modules run, and torch reads the weights unchecked
             elif way == 4:
                 cache = cache.fork()[0] if r.below(2) else cache.select([0])
             model.step(ids, cache)
@@ -291,7 +291,7 @@ def walk_steps(r: Random, steps: int) -> None:
 
 
 def main(calls: int, seed: int = 0) -> None:
-    """Raises: AssertionError for an answer that depends on how the same numbers lie in memory."""
+    """Raises: AssertionError for a result that depends on the memory layout."""
     assert build.missing() is None, build.missing()
     covered = {name for name in ARGUMENTS if name.removesuffix("_fp32").removesuffix("_bf16") in ENTRIES}
     assert set(ARGUMENTS) - covered == THROUGH_OTHERS, set(ARGUMENTS) - covered

@@ -1,4 +1,4 @@
-"""Checks of a model of ours against one of transformers, or anything that is called like it."""
+"""Compare our model with one of transformers, or with anything of the same interface."""
 
 import torch
 from safetensors.torch import load_file

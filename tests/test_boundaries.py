@@ -1,4 +1,4 @@
-"""layers knows nothing of ours, qwen3next knows layers, nothing knows recipes; heavy things are imported lazily."""
+"""layers imports no other package of ours, qwen3next only layers, nothing recipes; heavy packages load lazily."""
 
 import ast
 import subprocess

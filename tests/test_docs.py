@@ -1,4 +1,4 @@
-"""Every ```python block of the pages runs, and every relative link and anchor resolves."""
+"""Every ```python block of the pages runs, and all relative links and anchors resolve."""
 
 import functools
 import re
@@ -17,7 +17,7 @@ HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
 
 
 def blocks(page: Path) -> list[tuple[int, str]]:
-    """First line number and code of each block that is meant to run; others are tagged `no-run`."""
+    """First line number and code of each block to run; the others are tagged `no-run`."""
     text = page.read_text(encoding="utf-8")
     found = [(text[: m.start()].count("\n") + 2, m[1].strip(), m[2]) for m in BLOCK.finditer(text)]
     unknown = [tag for _, tag, _ in found if tag not in ("", "no-run")]
@@ -31,11 +31,11 @@ def name(page: Path) -> str:
 
 @pytest.mark.parametrize("page", [p for p in RUN if blocks(p)], ids=name)
 def test_examples_run(page, tmp_path, monkeypatch):
-    """A page is one program: its blocks share their names and a folder of their own."""
+    """A page is one program: its blocks share their names and a temporary folder."""
     monkeypatch.chdir(tmp_path)
     namespace: dict = {"__name__": "__page__"}
     for line, code in blocks(page):
-        # Padded with empty lines, so that a traceback points into the page.
+        # Padded with empty lines, so that tracebacks have the line numbers of the page.
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
 
 
@@ -45,10 +45,10 @@ def prose(page: Path) -> str:
 
 @functools.cache
 def anchors(page: Path) -> set[str]:
-    """The anchors that code hosts, and the site, give a page's headings."""
+    """The anchors of a page's headings, as on code hosts and on the site."""
     texts = [re.sub(r"\[([^]]*)\]\([^)]*\)|[`*]", r"\1", heading) for heading in HEADING.findall(prose(page))]
     found = [re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in texts]
-    assert len(found) == len(set(found)), f"{name(page)} has two headings of one anchor: rename one"
+    assert len(found) == len(set(found)), f"{name(page)} has two headings with the same anchor: rename one"
     return set(found)
 
 
@@ -64,14 +64,14 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_site_lists_every_page():
-    """In the navigation of mkdocs.yml; `make docs` fails where it names a page that is not there."""
+    """Every page is in the navigation of mkdocs.yml; `make docs` fails for a missing page."""
     listed = re.findall(r"^ +- (?:.+: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES if ROOT / "docs" in page.parents}
-    assert set(listed) == pages | {"index.md", "contributing.md", "changelog.md"}  # made of those in the root
+    assert set(listed) == pages | {"index.md", "contributing.md", "changelog.md"}  # generated from files in the root
     assert len(listed) == len(set(listed))
 
 
 def test_pages_are_found():
-    """A moved folder must not turn these tests into nothing."""
+    """The pages are found, so that a moved folder cannot disable these tests."""
     assert ROOT / "docs" / "hooks.md" in RUN
     assert sum(len(blocks(page)) for page in RUN) >= 10

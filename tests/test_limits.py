@@ -1,4 +1,4 @@
-"""Every public function with every argument at, below and beyond its limits: a result, or one sentence of ours."""
+"""Every public function with every argument at, below and above its limits gives a result or a clear error of ours."""
 
 import inspect
 import itertools
@@ -68,7 +68,7 @@ SEGMENTS = (
 
 
 def values_of(annotation: object) -> list[object]:
-    """Values at, below and beyond limits, of an argument annotated so; none where it takes what has no order."""
+    """Values at, below and above the limits for an annotation; empty for types without limits."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return [value for part in typing.get_args(annotation) for value in values_of(part)]
     known: dict[object, tuple[object, ...]] = {
@@ -96,12 +96,12 @@ def cache(**options: object) -> q.Cache:
 
 
 def drawn(x: object) -> object:
-    """What is made when it is asked for, made."""
+    """Take up to three items of an iterator, so that its code runs; other values are returned unchanged."""
     return list(itertools.islice(x, 3)) if isinstance(x, Iterator) or hasattr(x, "__next__") else x
 
 
 def calls(folder: Path) -> dict[str, tuple[Callable, dict[str, object]]]:
-    """Every public function and method, with arguments that it takes."""
+    """Every public function and method, with valid arguments."""
     MODEL.save_pretrained(folder / "m")
     cache().save(folder / "cache")
     template = ChatTemplate(PLAIN)
@@ -164,12 +164,12 @@ SIGNATURES: dict[str, Callable] = {
     "Document": q.Document,
     "Document.answer": q.Document.answer,
 }
-# (function, argument) whose size is a matter of the machine's memory
+# (function, argument) whose limit is the machine's memory
 LARGE = {("new_cache", "batch"), ("fork", "n"), ("new_cache", "max_len"), ("Cache.load", "max_len")}
 
 
 def complaint(call: Callable, arguments: dict[str, object]) -> str:
-    """What is wrong with how a call ends; "" for a result, or for one sentence of ours."""
+    """The defect of a call's result; "" for a result or a clear error of ours."""
     try:
         drawn(call(**arguments))
     except (ValueError, RuntimeError, TypeError) as error:
@@ -177,13 +177,13 @@ def complaint(call: Callable, arguments: dict[str, object]) -> str:
         if not where.startswith(OURS):
             return f"{type(error).__name__} of {Path(where).name}: {str(error).splitlines()[0][:150]}"
         return "" if "\n" not in str(error) and str(error).rstrip().endswith((".", "?", ")")) else f"says {error}"
-    except Exception as error:  # whatever it is
+    except Exception as error:  # any error
         return f"{type(error).__name__}: {str(error)[:150]}"
     return ""
 
 
 def arguments(folder: Path) -> Iterator[str]:
-    """Cells of every argument of every public function that do not end as they should."""
+    """Values of arguments of public functions whose calls end with a defect."""
     for name, (call, base) in calls(folder).items():
         assert not complaint(call, base), name
         told = SIGNATURES.get(name, call)
@@ -197,7 +197,7 @@ def arguments(folder: Path) -> Iterator[str]:
 
 
 def configurations() -> Iterator[str]:
-    """Fields whose values are accepted and cannot be built and run, or are refused otherwise than in a sentence."""
+    """Fields whose accepted values cannot be built and run, or that are refused without a clear error."""
 
     def built(**changes: object) -> None:
         model = q.Qwen3Next(small_config(**({"num_hidden_layers": 2, "full_attention_interval": 2} | changes)))
@@ -213,7 +213,7 @@ def configurations() -> Iterator[str]:
 
 
 def test_every_cell_is_right_or_refused(tmp_path):
-    """In a process of its own, in which signatures are not checked: users have no such check either."""
+    """In a separate process without signature checks, because users have no such checks either."""
     paths = os.pathsep.join([str(HERE), str(HERE.parent)])
     environment = os.environ | {"JAXTYPING_DISABLE": "1", "PYTHONPATH": paths}
     process = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, cwd=tmp_path)

@@ -1,8 +1,8 @@
-"""NaN, infinity and enormous numbers where no token is, in another packed sequence, or in the row beside.
+"""NaN, infinity and very large numbers at absent tokens, in another packed sequence, or in another row.
 
-What is not real enters no sum: padding and the row beside leave every bit of the others, in values and gradients. A
-packed sequence that holds such numbers leaves the others as each is by itself: bit by bit in an operation, whose shared
-chunks it may not enter; to rounding in a model, whose other products take all tokens together.
+Values at padding and in other rows do not change a bit of a row's values and gradients. A packed sequence with such
+numbers does not change the others: compared with separate runs, they are bit-equal in an operation, and equal to
+rounding in a model, whose products run over all tokens together.
 """
 
 import math
@@ -54,12 +54,12 @@ def rule_inputs():
 
 
 def spoilt(x, where, value):
-    """x (b t …) with `value` at these tokens."""
+    """x (b t …) with `value` at the given tokens."""
     return x.masked_fill(where.view(*where.shape, *(1,) * (x.ndim - 2)), value)
 
 
 def gradients(run, inputs, kept):
-    """Outputs at the tokens `kept` and gradients of a sum over them, at them."""
+    """Outputs at the tokens `kept`, and the gradients of their sum at these tokens."""
     x = {name: value.detach().requires_grad_() for name, value in inputs.items()}
     o, *rest = run(**x)
     weights = torch.randn(o.shape, generator=torch.Generator().manual_seed(1))
@@ -89,7 +89,7 @@ def test_rules_at_padding(rule, backend, garbage):
 @GARBAGE
 @pytest.mark.parametrize("names", ["q", "k", "v", "beta", "q k v beta"])
 def test_rules_in_another_packed_sequence(rule, backend, garbage, names):
-    """The others, and the last state, are as where each sequence runs by itself."""
+    """The other sequences and the last state equal those of separate runs."""
     skip_unless("delta_rule", backend)
     segments, x = Segments.from_document_ids(PACKED), rule_inputs()
     x |= {n: spoilt(x[n], OTHER, garbage) for n in names.split()}
@@ -146,7 +146,7 @@ def test_convolution(garbage, backend, ids, where):
 @pytest.mark.parametrize("backend", ["sdpa", "eager", "auto", "cpp"])
 @pytest.mark.parametrize("ids, where", [(PADDED, UNREAL), (PACKED, OTHER)], ids=["padded", "packed"])
 def test_attention(garbage, backend, ids, where):
-    """Without gradients in tiles, with them under a mask; "cpp" has none."""
+    """Without gradients in tiles, with gradients with a mask; "cpp" has no gradients."""
     skip_unless("attention", backend)
     torch.manual_seed(0)
     layer = GatedAttention(32, heads=4, kv_heads=2, head_dim=16, backend=backend)
@@ -193,7 +193,7 @@ def test_a_layer_seen_as_attention(garbage):
     same(*found)
 
 
-PAD = 256  # a token that the tokenizer of `tiny`, bytes, never gives
+PAD = 256  # an id that `tiny`'s byte tokenizer never produces
 
 
 def model(**changes):
@@ -208,7 +208,7 @@ def rows():
 
 @GARBAGE
 def test_a_models_losses_and_all_gradients_with_a_garbage_pad_token(garbage):
-    """The embedding of the pad token is never used, nor has it a gradient; MTP and statistics included."""
+    """The embedding of the pad token is never used and has no gradient, including MTP and statistics."""
     ids, segments = rows()
     found = []
     for value in (0.0, garbage):
@@ -228,7 +228,7 @@ def test_a_models_losses_and_all_gradients_with_a_garbage_pad_token(garbage):
 @GARBAGE
 @pytest.mark.parametrize("attention", ["auto", "eager"])
 def test_padded_prompts_in_a_cache(garbage, attention):
-    """Prefilled, continued by a step and by a forward of several tokens."""
+    """Prefill, then a step and a forward of several tokens."""
     ids, segments = rows()
     found = []
     for value in (0.0, garbage):
@@ -262,9 +262,9 @@ def test_a_token_without_a_sound_embedding_spoils_its_own_sequence_alone(garbage
 
 
 def test_stale_keys_of_a_shorter_row_are_not_read():
-    """A row's places behind its end may hold what stood there before a rollback, which may be anything."""
+    """The positions after a row's end may have any values, left from before a rollback."""
     m = model(num_experts=0)
-    m.set_backend("attention", "eager")  # the one that masks: others read row by row
+    m.set_backend("attention", "eager")  # the backend with a mask; the others process rows separately
     ids, mask = torch.randint(0, 256, (2, 20)), torch.ones(2, 20, dtype=torch.long)
     mask[1, 12:] = 0
     found = []

@@ -1,1 +1,1 @@
-"""What benchmarks use: machine, work, cases, comparison with definitions."""
+"""Parts of the benchmarks: machine limits, amount of work, cases, comparison with the definitions."""

@@ -1,4 +1,4 @@
-"""What `recipes.benchmark` times: the same work by qwen3next and by others, and how much work it is."""
+"""The cases of `recipes.benchmark`: the same work in qwen3next and in others, and the amount of that work."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,9 +22,10 @@ class Case:
 
     Attributes:
         what: name of the row.
-        tokens: in one run.
-        flops, nbytes: of the work that cannot be left out: products, and weights or states that must be read.
-        sides: what runs, by name; "qwen3next" first.
+        tokens: tokens in one run.
+        flops: floating-point operations of the required matrix products.
+        nbytes: bytes of weights and states that must be read.
+        sides: the functions to time, by name; "qwen3next" first.
     """
 
     what: str
@@ -52,7 +53,7 @@ class Models:
 
 
 def prefill(models: Models, batch: int, length: int) -> Case:
-    """A prompt, logits of its last token."""
+    """Prefill of a prompt, with logits of its last token."""
     ours, theirs, ids = models.ours, models.theirs, models.draw(batch, length)
 
     @torch.no_grad()
@@ -68,7 +69,7 @@ def prefill(models: Models, batch: int, length: int) -> Case:
 
 
 def decode(models: Models, batch: int, before: int, steps: int) -> Case:
-    """Single tokens behind a context. Both contexts grow from repetition to repetition, by the same tokens."""
+    """Single-token steps after a context. Each repetition adds the same tokens to both contexts."""
     ours, theirs = models.ours, models.theirs
     ids, new = models.draw(batch, before), models.draw(batch, steps).split(1, dim=1)
     with torch.no_grad():
@@ -92,7 +93,7 @@ def decode(models: Models, batch: int, before: int, steps: int) -> Case:
 
 
 def question(models: Models, document: int, tokens: int) -> Case:
-    """Another question about a document that was asked about before."""
+    """Another question about a document that is already in the prefix store."""
     ours, theirs = models.ours, models.theirs
     text, asked = models.draw(1, document), models.draw(1, tokens)
     whole = torch.cat((text, asked), dim=1)
@@ -100,7 +101,7 @@ def question(models: Models, document: int, tokens: int) -> Case:
     list(store.prefill(text))
     drawn = torch.Generator().manual_seed(0)
 
-    def us() -> None:  # another one each time: a question asked twice would not be run at all
+    def us() -> None:  # a new question each time: a repeated one would be answered from the store
         new = torch.randint(ours.vocab_size, (1, tokens), generator=drawn).to(models.device)
         list(store.prefill(torch.cat((text, new), dim=1)))
 
@@ -115,7 +116,7 @@ def question(models: Models, document: int, tokens: int) -> Case:
 
 
 def train(models: Models, batch: int, length: int, *, autocast: bool) -> Case:
-    """Loss and gradients, without an optimizer; in bf16 with fp32 weights under autocast."""
+    """Loss and gradients, without an optimizer; bf16 is autocast over fp32 weights."""
     ours, theirs, ids = models.ours, models.theirs, models.draw(batch, length)
     mixed: dict[str, Any] = {"device_type": models.device.type, "dtype": torch.bfloat16, "enabled": autocast}
 
@@ -136,7 +137,7 @@ def train(models: Models, batch: int, length: int, *, autocast: bool) -> Case:
 
 
 def experts(models: Models, tokens: int) -> Case:
-    """The mixture of experts of one layer alone."""
+    """The mixture of experts of one layer."""
     ours, theirs = models.ours.blocks[0].mlp, models.theirs.get_submodule("model.layers.0.mlp")
     assert isinstance(ours, SparseMoE)
     c, weight = models.ours.config, models.ours.embed_tokens.weight
@@ -156,7 +157,7 @@ def experts(models: Models, tokens: int) -> Case:
 
 
 def delta_rule(tokens: int, *, heads: tuple[int, int], dim: int, backward: bool, like: Tensor) -> Case:
-    """The operator alone, on random inputs of so many key and value heads, q and k normalised."""
+    """The delta rule alone, on random inputs with normalised q and k."""
     key_heads, value_heads = heads
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 

@@ -1,4 +1,4 @@
-"""Every fast backend against its definition: values and gradients, packed, at the lengths where chunks end."""
+"""Compare every fast backend with its definition: values and gradients, packed, at lengths around chunk boundaries."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,7 +29,7 @@ Results = tuple[Tensor, ...]
 
 
 def _packed(t: int, device: torch.device) -> Segments:
-    """Two rows of three sequences each, with padding at both ends where there is room."""
+    """Two rows of three sequences each, with padding at both ends if the rows are long enough."""
     a, b = t // 3, t // 2
     number = torch.arange(t)
     ids = torch.stack([(number >= a).long() + (number >= b), (number >= t - b).long() + (number >= t - a)])
@@ -96,7 +96,7 @@ def _run(case: Any, backend: str, x: list[Tensor], segments: Segments | None) ->
 
 
 def _apart(found: Results, expected: Results, floor: float) -> float:
-    """Of the worst, ‖found − expected‖ over ‖expected‖ or a share `floor` of the largest of those norms."""
+    """The largest ‖found − expected‖ / ‖expected‖; the divisor is at least `floor` times the largest of those norms."""
     norms = [b.double().norm().item() for b in expected]
     least = max(floor * max(norms), 1e-12)
     errors = [(a.double() - b.double()).norm().item() for a, b in zip(found, expected, strict=True)]
@@ -104,9 +104,9 @@ def _apart(found: Results, expected: Results, floor: float) -> float:
 
 
 def parity(device: torch.device, lengths: tuple[int, ...] = LENGTHS) -> Iterator[dict[str, Any]]:
-    """A row a backend, dtype, length and packing: relative errors of values and gradients, from the definition in fp64.
+    """Yield a row for each backend, dtype, length and packing: relative errors of values and gradients against fp64.
 
-    A backend that cannot run here, or fails, is a row that says so.
+    A backend that cannot run here, or fails, gets a row with the reason.
     """
     for operation, definition in DEFINITIONS.items():
         case, shapes = CASES[operation]
@@ -121,7 +121,7 @@ def parity(device: torch.device, lengths: tuple[int, ...] = LENGTHS) -> Iterator
                         row = what | {"tokens": t, "packed": packed}
                         try:
                             yield row | _compared(case, name, definition, shapes(t), dtype, device, t if packed else 0)
-                        except Exception as error:  # one kernel's failure is a finding, not the end
+                        except Exception as error:  # reported as a row, so that the other kernels are still checked
                             yield row | {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
 
 
@@ -132,6 +132,6 @@ def _compared(
     segments = _packed(packed, device) if packed else None
     values, gradients = _run(case, name, x, segments)
     exact = _run(case, definition, [y.double() for y in x], segments)
-    floor = 0.3 if shapes[0][1] == 1 else 0.0  # a token alone sees itself whatever q and k are: zero gradients
+    floor = 0.3 if shapes[0][1] == 1 else 0.0  # gradients of q and k are zero for a single token
     found = _apart(values, exact[0], floor), _apart(gradients, exact[1], floor)
     return {"values": found[0], "gradients": found[1], "within": max(found) <= BOUND[dtype]}

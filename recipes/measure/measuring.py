@@ -1,4 +1,4 @@
-"""What measurements have in common: the machine in words and its own limits in the same run, memory, files."""
+"""Shared parts of measurements: description and limits of the machine, peak memory, processes, result files."""
 
 import ctypes
 import json
@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 
 
 def machine() -> dict[str, str]:
-    """What ran where, to be written beside every number."""
+    """Machine, versions, commit and date, to be written with every result."""
     import transformers
 
     try:
@@ -50,18 +50,18 @@ def _processor() -> str:
 
 
 def read_bandwidth(device: torch.device | str = "cpu", *, of: torch.Tensor | None = None) -> float:
-    """Bytes a second at which memory is read, the best of a few sums over 512 MiB, or over `of`."""
+    """Bytes per second of memory reads: the best of a few sums over 512 MiB, or over `of`."""
     x = random_bytes(device) if of is None else of
     return x.nbytes / _best(lambda: x.sum(), 5)
 
 
 def random_bytes(device: torch.device | str = "cpu") -> torch.Tensor:
-    """512 MiB to read; not constant, because equal pages may be one in memory, which then stays in the caches."""
+    """512 MiB of random data; equal pages could be merged into one page, which then stays in the CPU caches."""
     return torch.rand(2**27, device=device)
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
-    """Floating-point operations a second of a large matrix product, the best of a few, by the faster library."""
+    """Floating-point operations per second of a large matrix product: the best of a few, with the faster library."""
     n = 4096 if torch.device(device).type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
     with torch.no_grad():
@@ -69,7 +69,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float
 
 
 def machine_can(dtype: torch.dtype, of: torch.Tensor) -> dict[str, float]:
-    """Both limits of the CPU at this moment; other work on the machine, or its host, may change them."""
+    """Both limits of the CPU now; other work on the machine or its host may change them."""
     return {"flops_per_second": matmul_rate(dtype), "read_bytes_per_second": read_bandwidth(of=of)}
 
 
@@ -79,20 +79,20 @@ def _best(run: Any, times: int) -> float:
 
 
 def synchronize() -> None:
-    """Wait until the GPU, where there is one, has done what it was told."""
+    """Wait until the GPU, if there is one, has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 @dataclass
 class Peak:
-    """Bytes by which memory rose at most over what it was at the beginning; −1 where that cannot be known."""
+    """Peak memory in bytes above the level at the start; −1 if unknown."""
 
     nbytes: int = -1
 
 
 def give_back() -> None:
-    """Let the allocator return what is free, so that what a run takes is seen (glibc)."""
+    """Return free memory of the allocator to the system, so that the next run's memory can be measured (glibc)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -100,7 +100,7 @@ def give_back() -> None:
 
 @contextmanager
 def peak_memory() -> Iterator[Peak]:
-    """Measure the most memory taken inside the block: of the GPU where there is one, else resident (Linux)."""
+    """Measure the peak memory inside the block: of the GPU if there is one, else resident memory (Linux)."""
     found = Peak()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -109,7 +109,7 @@ def peak_memory() -> Iterator[Peak]:
         found.nbytes = torch.cuda.max_memory_allocated() - before
         return
     try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the highest so far is forgotten
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
         before = _status("VmRSS")
     except OSError:
         yield found
@@ -124,9 +124,9 @@ def _status(name: str) -> int:
 
 
 def in_own_process(module: str, job: Mapping[str, Any], most_seconds: float) -> dict[str, Any]:
-    """What `python -m MODULE --worker` prints for a job, both as JSON: a process has a peak memory of its own.
+    """Run `python -m MODULE --worker` with a job as JSON, and return the JSON that it prints.
 
-    Returns {"failed": why, in a few words} where it does not end well or in time.
+    A separate process has its own peak memory. Returns {"failed": reason} if the process fails or exceeds the time.
     """
     command = [sys.executable, "-m", module, "--worker"]
     try:
@@ -142,7 +142,7 @@ def in_own_process(module: str, job: Mapping[str, Any], most_seconds: float) -> 
 
 
 def seconds_of(run: Callable[[], object]) -> float:
-    """How long it takes, once."""
+    """Seconds of one call."""
     synchronize()
     begin = time.perf_counter()
     run()
@@ -151,14 +151,14 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 
 def write_figure(figure: Any, path: Path) -> None:
-    """A picture of matplotlib as a .png, whole or not at all."""
+    """Write a matplotlib figure as a .png file, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with fresh_file(path) as fresh:
         figure.savefig(fresh, format="png", dpi=120)
 
 
 def write_results(out: Path, content: Mapping[str, Any], markdown: str) -> None:
-    """OUT.json and OUT.md, each whole or not at all."""
+    """Write OUT.json and OUT.md, each atomically."""
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, text in (
         (out.with_suffix(".json"), json.dumps(content, indent=2) + "\n"),

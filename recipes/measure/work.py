@@ -1,10 +1,10 @@
-"""How much work a model's steps are: floating-point operations of the products, bytes of what must be read."""
+"""The work of a model's steps: floating-point operations of the matrix products, and bytes that must be read."""
 
 from qwen3next.config import ModelConfig
 
 
 def linear_weights(config: ModelConfig) -> int:
-    """Weights that a token is multiplied with in all layers: of the routed experts, the chosen ones; no head."""
+    """Number of weights that a token is multiplied with in all layers: chosen experts only, without the head."""
     c, total = config, 0
     for i, mixer in enumerate(c.layer_types):
         if mixer == "linear_attention":
@@ -23,18 +23,18 @@ def linear_weights(config: ModelConfig) -> int:
 
 
 def delta_rule_flops(*, tokens: int, heads: int, key_dim: int, value_dim: int) -> int:
-    """Of the recurrence: recall, write and read, a product of k by v each. Chunks do more, in larger products."""
+    """Operations of the recurrence: recall, write, read, each k by v. The chunked form has more, in larger products."""
     return tokens * heads * 6 * key_dim * value_dim
 
 
 def routed_weights(config: ModelConfig) -> int:
-    """Of `linear_weights` those of the chosen experts."""
+    """The part of `linear_weights` that belongs to the chosen experts."""
     sparse = sum(map(config.is_sparse, range(config.num_hidden_layers)))
     return sparse * 3 * config.hidden_size * config.num_experts_per_tok * config.moe_intermediate_size
 
 
 def flops_by_operation(config: ModelConfig, tokens: int, *, past: int = 0, logits: int = 1) -> dict[str, int]:
-    """Of one sequence of `tokens` new tokens behind `past` others, with logits for the last `logits` of them."""
+    """Operations by name for `tokens` new tokens after `past` others, with logits for the last `logits` of them."""
     c = config
     rule = delta_rule_flops(
         tokens=tokens,
@@ -42,7 +42,7 @@ def flops_by_operation(config: ModelConfig, tokens: int, *, past: int = 0, logit
         key_dim=c.linear_key_head_dim,
         value_dim=c.linear_value_head_dim,
     )
-    seen = tokens * past + tokens * (tokens + 1) // 2  # pairs of a query and a key
+    seen = tokens * past + tokens * (tokens + 1) // 2  # pairs of query and key
     routed = 2 * tokens * routed_weights(c)
     return {
         "linear maps": 2 * tokens * linear_weights(c) - routed + 2 * logits * c.hidden_size * c.vocab_size,
@@ -53,22 +53,22 @@ def flops_by_operation(config: ModelConfig, tokens: int, *, past: int = 0, logit
 
 
 def forward_flops(config: ModelConfig, tokens: int, *, past: int = 0, logits: int = 1) -> int:
-    """Of all of `flops_by_operation`."""
+    """The sum of `flops_by_operation`."""
     return sum(flops_by_operation(config, tokens, past=past, logits=logits).values())
 
 
 def train_flops(config: ModelConfig, tokens: int) -> int:
-    """Of loss and gradients over one sequence: a backward is twice a forward."""
+    """Operations of loss and gradients over one sequence; the backward pass counts as two forward passes."""
     return 3 * forward_flops(config, tokens, logits=tokens)
 
 
 def active_weight_bytes(config: ModelConfig, element_size: int) -> int:
-    """What one decoded token has to read of the weights: those it is multiplied with, and the head."""
+    """Bytes of weights that one decoded token reads: those it is multiplied with, and the head."""
     return element_size * (linear_weights(config) + config.hidden_size * config.vocab_size)
 
 
 def bytes_by_operation(config: ModelConfig, past: int, element_size: int) -> dict[str, int]:
-    """What one decoded token behind `past` others has to read: weights, states, keys and values."""
+    """Bytes that one decoded token after `past` others reads: weights, states, keys and values."""
     routed = element_size * routed_weights(config)
     return {
         "linear maps": active_weight_bytes(config, element_size) - routed,

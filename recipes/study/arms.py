@@ -1,4 +1,4 @@
-"""The arms of the study: a baseline and one choice each, begun from equal weights."""
+"""The arms of the study: the baseline with one change each, all starting from equal weights."""
 
 import hashlib
 
@@ -14,17 +14,17 @@ ARMS: dict[str, Row] = ROWS | LINEAR_ROWS
 
 
 def arms_of(baseline: q.ModelConfig) -> list[str]:
-    """The names of the arms that a baseline has: with Gated DeltaNet layers their choices, else the paper's rows."""
+    """The names of a baseline's arms: variants of Gated DeltaNet if it has such layers, else the paper's rows."""
     names = list(LINEAR_ROWS if "linear_attention" in baseline.layer_types else ROWS)
     return [name for name in names if name != "more_experts" or baseline.num_experts]
 
 
 def arm_config(name: str, baseline: q.ModelConfig, *, equal: bool, multiple_of: int = 1) -> q.ModelConfig:
-    """The baseline with an arm's choice.
+    """The baseline with the change of one arm.
 
     Args:
-        equal: narrow or widen feed-forwards, in steps of `multiple_of`, to the baseline's number of parameters.
-    Raises: ValueError for an arm that the baseline does not have, or that it is too small for.
+        equal: resize feed-forwards, in steps of `multiple_of`, to match the baseline's number of parameters.
+    Raises: ValueError for an arm that the baseline does not have, or for which it is too small.
     """
     known = arms_of(baseline)
     if name not in known:
@@ -35,10 +35,10 @@ def arm_config(name: str, baseline: q.ModelConfig, *, equal: bool, multiple_of: 
 
 @torch.no_grad()
 def build(config: q.ModelConfig, seed: int) -> q.Qwen3Next:
-    """A model whose every parameter is drawn by itself, from the seed and its name: what arms share begins bit-equal.
+    """A model with each parameter sampled from the seed and its name, so that shared parameters of arms are bit-equal.
 
-    Distributions are those of `Qwen3Next.reset_parameters`. Parameters of one name and other shapes, such as a
-    narrower feed-forward's, begin with the same numbers as far as their rows have the same length.
+    Distributions are those of `Qwen3Next.reset_parameters`. Parameters with equal names and row lengths but different
+    shapes, as in a narrower feed-forward, start with the same numbers.
     """
     model = q.Qwen3Next(config)
     std = config.initializer_range
@@ -59,7 +59,7 @@ def build(config: q.ModelConfig, seed: int) -> q.Qwen3Next:
                 module.reset_convolution()
                 _seed(seed, f"{name}.A_log")
                 module.reset_decay()
-        normal("embed_tokens.weight", model.embed_tokens.weight)  # once, whether or not the head is tied to it
+        normal("embed_tokens.weight", model.embed_tokens.weight)  # sampled once, also if the head is tied to it
     return model
 
 

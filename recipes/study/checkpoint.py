@@ -1,4 +1,4 @@
-"""The study's figures of checkpoints, released or trained here, and their attention maps."""
+"""Measure the study's figures and attention maps of checkpoints, released or trained here."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,15 +27,15 @@ from recipes.training.tokenizer import load_tokenizer, write_atomically
 
 @dataclass(frozen=True)
 class How:
-    """How checkpoints are measured.
+    """Options for measuring checkpoints.
 
     Attributes:
-        source: text, as `documents` takes it.
-        window: tokens; the study measured at its training length, 4096.
-        sequences: windows.
-        prompt: whose attention is drawn; a few lines of Python, if empty.
+        source: text source, as in `documents`.
+        window: tokens in a window; the study measured at its training length, 4096.
+        sequences: number of windows.
+        prompt: prompt whose attention is drawn; a few lines of Python if empty.
         device: "auto", "cpu" or "cuda".
-        experts: where routed experts are, as `q.load` takes it.
+        experts: how routed experts are held, as in `q.load`.
     """
 
     source: str
@@ -49,14 +49,15 @@ class How:
 def report_checkpoints(
     checkpoints: Sequence[Path], how: How, *, out: Path, console: Console
 ) -> dict[str, dict[str, Any]]:
-    """Measure checkpoints, one after another, on the same text; print their figures beside the paper's, and write them.
+    """Measure checkpoints one after another on the same text; print their figures with the paper's, and write them.
 
-    Into `out`, for each: its figures, layer by layer too, as NAME.json, and attention in four layers, NAME-maps.png.
-    For several also checkpoints.md, and side by side the layer in which the first sinks most, checkpoints-maps.png.
+    Writes into `out` for each checkpoint: its figures, also by layer, as NAME.json, and the attention of four layers as
+    NAME-maps.png. For several checkpoints also checkpoints.md, and checkpoints-maps.png, which shows the layer with the
+    strongest attention sink in the first checkpoint, for all of them.
 
     Args:
-        checkpoints: folders, or hub ids with the folder inside: owner/name/folder.
-    Raises: ValueError for a model without softmax layers, without a tokenizer, or too little text.
+        checkpoints: folders, or hub ids: owner/name or owner/name/folder.
+    Raises: ValueError for a model without softmax layers or without a tokenizer, or for too little text.
     """
     names, folders = names_of(checkpoints), [local_folder(checkpoint) for checkpoint in checkpoints]
     measured, averages, prompts = dict[str, dict[str, Any]](), dict[str, dict[int, Tensor]](), list[list[str]]()
@@ -78,7 +79,7 @@ def report_checkpoints(
 
 
 def names_of(checkpoints: Sequence[Path]) -> list[str]:
-    """Names as short as tells them apart: a run's here for its model/, else as much of the path's end as it takes."""
+    """Short, distinct names: the run's name if the path ends in model/, else the shortest distinct end of the path."""
     whole = [place.resolve() if place.is_dir() else place for place in checkpoints]
     parts = [(place.parent if place.name == "model" else place).parts for place in whole]
     if len(set(parts)) < len(parts):
@@ -90,7 +91,7 @@ def names_of(checkpoints: Sequence[Path]) -> list[str]:
 
 
 def _measure(name: str, folder: Path, how: How) -> tuple[dict[str, Any], dict[int, Tensor], list[str]]:
-    """A checkpoint's figures; and of a prompt its attention, averaged over heads, and its tokens."""
+    """A checkpoint's figures, and for the prompt its attention averaged over heads and its tokens."""
     tokenizer = load_tokenizer(folder)
     model = q.load(folder, device=how.device, experts=how.experts, progress=True).eval()
     first = tokenizer.token_to_id(BOS)
@@ -118,7 +119,7 @@ def _in_words(values: Mapping[str, Any]) -> str:
 
 
 def _table(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A row a figure, a column a checkpoint."""
+    """The table: a row for each figure, a column for each checkpoint."""
     lines = ["| figure | " + " | ".join(measured) + " |", "|---|" + "--:|" * len(measured)]
     for figure in COLUMNS:
         if any(figure in values for values in measured.values()):
@@ -128,7 +129,7 @@ def _table(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _cell(values: Mapping[str, Any], figure: str) -> str:
-    """A figure, and behind it the paper's of that arm where it prints one."""
+    """A figure, followed by the paper's figure of that arm if it prints one."""
     if figure not in values:
         return "-"
     printed = paper_figure(figure, values["arm"])
@@ -136,7 +137,7 @@ def _cell(values: Mapping[str, Any], figure: str) -> str:
 
 
 def arm_of(config: q.ModelConfig) -> str:
-    """The study's arm that a configuration is, by its gate; "another" for what it has not."""
+    """The study's arm with the gate of this configuration, or "another"."""
     if config.chosen("attention_"):
         return "another"
     return {"none": "baseline", "head_shared": "g1_head_shared"}.get(
@@ -145,7 +146,7 @@ def arm_of(config: q.ModelConfig) -> str:
 
 
 def paper_figure(metric: str, arm: str) -> float | None:
-    """What the paper prints for an arm, of its largest models."""
+    """The paper's figure of an arm, for its largest models; None if it prints none."""
     for claim in CLAIMS:
         if claim.metric == metric and isinstance(claim.paper, tuple):
             for name, value in zip((claim.arm, claim.against), claim.paper, strict=True):
@@ -155,10 +156,10 @@ def paper_figure(metric: str, arm: str) -> float | None:
 
 
 def _windows(tokenizer: Tokenizer, source: str, *, window: int, sequences: int, first: int | None) -> Tensor:
-    """Text cut as it comes, document after document; behind the token `first`, where the tokenizer has it."""
+    """Windows of concatenated documents (n, window), each after the token `first` if the tokenizer has it."""
     size = window - (first is not None)
     if size < 2 or sequences < 1:
-        raise ValueError(f"{sequences} windows of {window} tokens say nothing: give at least 1 of 3.")
+        raise ValueError(f"{sequences} windows of {window} tokens cannot be measured: give at least 1 of 3.")
     ids: list[int] = []
     for _, text in documents(source):
         ids += tokenizer.encode(text, add_special_tokens=False).ids

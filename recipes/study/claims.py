@@ -1,6 +1,6 @@
-"""What the papers say, arm against arm, and whether runs here say so too: in how many seeds.
+"""The claims of the papers, arm against arm, and the number of seeds here in which their sign agrees.
 
-Figures of arXiv:2505.06708 unless said otherwise: its tables 1 to 4 and 6, of models of 15B and 1.7B parameters.
+Figures are from arXiv:2505.06708 unless stated otherwise: tables 1 to 4 and 6, models of 15B and 1.7B parameters.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,8 @@ class Claim:
     """`metric` of `arm` is smaller than that of `against`.
 
     Attributes:
-        paper: the two figures as printed, or a text where it is no pair of figures of this metric.
-        kinds: experiments that can speak to it, by the beginnings of their names.
+        paper: the two printed figures, or a text if the paper has no pair of figures of this metric.
+        kinds: experiments that test the claim, by the beginnings of their names.
     """
 
     metric: str
@@ -109,11 +109,11 @@ CLAIMS = _claims()
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the runs of one experiment say of one claim.
+    """The result of one experiment for one claim.
 
     Attributes:
-        arm, against: the metric of each seed that ran both, in the order of `seeds`.
-        agree: seeds in which it is smaller for the arm.
+        arm, against: the metric in each seed that ran both, in the order of `seeds`.
+        agree: number of seeds in which it is smaller for the arm.
     """
 
     claim: Claim
@@ -128,7 +128,7 @@ class Verdict:
 
 
 def value_of(run: Mapping[str, Any], metric: str) -> float | None:
-    """A metric of a run, wherever it is kept; None where it has none."""
+    """A metric of a run, or None if the run does not have it."""
     for place in (run["final"], run["training"], run):
         if isinstance(place.get(metric), (int, float)):
             return float(place[metric])
@@ -136,7 +136,7 @@ def value_of(run: Mapping[str, Any], metric: str) -> float | None:
 
 
 def verdicts(runs: Runs) -> list[Verdict]:
-    """Of every claim and every experiment that has runs of both arms with equal seeds."""
+    """A verdict for every claim and every experiment that has runs of both arms with equal seeds."""
     found = []
     for kind in dict.fromkeys(run["kind"] for run in runs):
         values: dict[tuple[str, str], dict[int, float]] = {}
@@ -154,8 +154,8 @@ def verdicts(runs: Runs) -> list[Verdict]:
 
 
 def ladder_runs(runs: Runs) -> list[dict[str, Any]]:
-    """The ladder's runs joined, one for each arm, seed and precision: `rate_penalty` is the loss at the highest rate
-    less the best loss of any rate; a run that diverged counts as infinitely bad."""
+    """Joins the ladder's runs into one for each arm, seed and precision. `rate_penalty` is the loss at the highest rate
+    minus the best loss of any rate; the loss of a diverged run counts as infinite."""
     groups: dict[tuple[str, int, str], list[Mapping[str, Any]]] = {}
     for run in runs:
         if run["kind"] == "ladder":

@@ -1,7 +1,7 @@
-"""Longer than in training: a short extension with a larger RoPE base, then YaRN, and the loss position by position.
+"""Extrapolate to longer windows: a short extension with a larger RoPE base, then YaRN, and the loss by position.
 
-As in the study, on a small scale: there from 4k to 32k with the base a hundredfold, then YaRN to 128k, measured by
-RULER; here what a token costs, in nats, by how far it stands from the beginning of its window.
+This follows the study at a small scale. The study goes from 4k to 32k with a base 100 times as large, then to 128k with
+YaRN, and measures RULER. Here the measure is the loss of a token, in nats, by its position in the window.
 """
 
 import json
@@ -19,15 +19,15 @@ from recipes.study.run import RESULT, Task, write_json
 from recipes.study.text import HeldOut
 
 LENGTHS = "lengths.json"
-WINDOWS = 32  # of the longest length
+WINDOWS = 32  # held-out windows of the longest length
 
 
 def extension_task(base: Task, *, folder: Path, longer: int, share: float, theta: float) -> Task:
-    """Going on from a finished run, with windows `longer` times as long and the RoPE base `theta` times as large.
+    """The task that continues a finished run with windows `longer` times as long and a RoPE base times `theta`.
 
     Args:
-        share: of the finished run's steps.
-    Raises: ValueError where that run is not finished, or diverged.
+        share: share of the finished run's steps.
+    Raises: ValueError if that run is not finished or has diverged.
     """
     result = base.settings.out / RESULT
     found = json.loads(result.read_bytes()) if result.is_file() else None
@@ -64,9 +64,9 @@ def losses_by_position(model: q.Qwen3Next, windows: Tensor, edges: Sequence[int]
 
 
 def measure_lengths(task: Task, bos: int, *, yarn: int) -> dict[str, Any]:
-    """Losses by position up to `yarn` times the extended length, with YaRN of that factor and without; kept in a file.
+    """Losses by position up to `yarn` times the extended length, with YaRN of that factor and without; saved in a file.
 
-    Positions beyond the extended length are also there without YaRN: what that costs is what YaRN is for.
+    Positions beyond the extended length are measured without YaRN too, to show the loss that YaRN avoids.
     """
     path = task.settings.out / LENGTHS
     if path.is_file():
@@ -80,7 +80,7 @@ def measure_lengths(task: Task, bos: int, *, yarn: int) -> dict[str, Any]:
     while edges[-1] < longest:
         edges.append(min(edges[-1] * 2, longest))
     found: dict[str, Any] = {"edges": edges, "trained": trained, "yarn_factor": yarn}
-    model.config = model.config.replace(max_position_embeddings=longest)  # no warning: it is what is measured
+    model.config = model.config.replace(max_position_embeddings=longest)  # avoids the warning: it is intended
     found["plain"] = losses_by_position(model, held_out.some, edges)
     model.config = model.config.replace(max_position_embeddings=trained)
     model.extend_context(float(yarn))
@@ -90,13 +90,13 @@ def measure_lengths(task: Task, bos: int, *, yarn: int) -> dict[str, Any]:
 
 
 def yarn_cost(lengths: dict[str, Any]) -> float:
-    """Nats that YaRN costs a token just below the extended length, where nothing needed stretching."""
+    """Increase of the loss by YaRN just below the extended length, in nats per token."""
     place = lengths["edges"][1:].index(lengths["trained"])
     return lengths["yarn"][place] - lengths["plain"][place]
 
 
 def rise(lengths: dict[str, Any]) -> float:
-    """Nats that a token beyond the extended length costs more, with YaRN, than one just below it did without."""
+    """Loss beyond the extended length with YaRN minus the loss just below it without YaRN, in nats per token."""
     ends = lengths["edges"][1:]
     below = lengths["plain"][ends.index(lengths["trained"])]
     beyond = [x for end, x in zip(ends, lengths["yarn"], strict=True) if end > lengths["trained"]]

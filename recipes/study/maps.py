@@ -1,4 +1,4 @@
-"""Attention maps of one prompt, two models side by side, and the numbers behind the picture."""
+"""Draw attention maps of one prompt, with two models side by side, and write their numbers."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ SHOWN = 40  # tokens
 
 @torch.no_grad()
 def head_averages(model: q.Qwen3Next, ids: Tensor) -> dict[int, Tensor]:
-    """(t, s) attention of each softmax layer, averaged over heads, of one prompt (1, t)."""
+    """Attention of each softmax layer averaged over heads, (t, s), for one prompt (1, t)."""
     layers = [i for i, kind in enumerate(model.config.layer_types) if kind == "full_attention"]
     names = [f"blocks.{i}.self_attn.hook_pattern" for i in layers]
     with model.expose(pattern=layers):
@@ -27,11 +27,11 @@ def head_averages(model: q.Qwen3Next, ids: Tensor) -> dict[int, Tensor]:
 
 
 def draw_maps(averages: Mapping[str, Mapping[int, Tensor]], tokens: Sequence[str], path: Path) -> dict[str, Any]:
-    """Each model's attention in the layer in which the first model attends most to the first token.
+    """Draw each model's attention in the layer in which the first model attends most to the first token.
 
     Args:
-        averages: `head_averages` of one prompt, by the model's name; models of equal layers.
-    Writes `path` (.png) and beside it the numbers, .json. Returns those.
+        averages: `head_averages` of one prompt by model name; the models have the same number of layers.
+    Writes `path` (.png) and the numbers as .json with the same name. Returns the numbers.
     """
     first = next(iter(averages.values()))
     layer = max(first, key=lambda i: first_token_share(first[i]))
@@ -49,9 +49,9 @@ def draw_maps(averages: Mapping[str, Mapping[int, Tensor]], tokens: Sequence[str
 
 
 def draw_depths(name: str, averages: Mapping[int, Tensor], tokens: Sequence[str], path: Path) -> None:
-    """A model's attention in four of its softmax layers: of 28 the first, seventh, twenty-first and last, as the study.
+    """Draw a model's attention in four of its softmax layers; of 28 layers those of the study: 1st, 7th, 21st, last.
 
-    Writes `path` (.png) and beside it the numbers, .json, which have the first token's share of every layer.
+    Writes `path` (.png) and the numbers as .json with the same name, with the first token's share in every layer.
     """
     layers = list(averages)
     n = len(layers)
@@ -68,7 +68,7 @@ def draw_depths(name: str, averages: Mapping[int, Tensor], tokens: Sequence[str]
 
 
 def first_token_share(matrix: Tensor) -> float:
-    """Mean attention to the first token, from those behind it."""
+    """Mean attention of all later tokens to the first token."""
     return float(matrix[1:, 0].mean())
 
 
@@ -81,13 +81,13 @@ def _rounded(matrix: Tensor) -> list[list[float]]:
 
 
 def toy_prompt() -> tuple[Tensor, list[str]]:
-    """A held-out sequence of the toy; triggers are marked."""
+    """A held-out sequence of the toy task, with marked triggers."""
     ids = BigramBackcopy(SHOWN, 0).batch(HELD_OUT, 1).input_ids
     return ids, ["BOS" if i == BOS else f"!{i}" if i < TRIGGERS else str(i) for i in ids[0].tolist()]
 
 
 def text_prompt(tokenizer: Tokenizer, text: str, first: int | None) -> tuple[Tensor, list[str]]:
-    """The beginning of a text, behind the token `first` if there is one."""
+    """The first tokens of a text, after the token `first` if there is one."""
     encoded = tokenizer.encode(text, add_special_tokens=False).ids
     found = ([] if first is None else [first]) + encoded[: SHOWN - (first is not None)]
     if len(found) < 2:

@@ -1,9 +1,9 @@
-"""What the gated-attention study measures of a model: through its hook points, in memory that does not grow.
+"""The metrics of the gated-attention study, measured through hook points in constant memory.
 
     measure(model, batches)["first_token_attention"]
 
-Definitions stand in docs/gated_attention.md. Everything is computed in fp32 from what passes the points of softmax
-layers; attention itself runs as an explicit pattern while it is measured.
+docs/gated_attention.md has the definitions. The metrics are computed in fp32 from the hook points of softmax layers.
+Attention uses the "eager" backend during the measurement, which makes the pattern.
 """
 
 import math
@@ -17,10 +17,10 @@ from torch import Tensor
 import qwen3next as q
 from layers.hook_point import HookPoint
 
-SINK_WINDOW, SINK_LEVEL = 64, 0.3  # T and the share of attention of Gu et al.'s sink rate (arXiv:2410.10781)
-CLOSED = 0.1  # a gate below it lets next to nothing pass
-SPIKE, SPIKE_WINDOW = 0.1, 201  # nats above the running median of so many steps
-OUTLIER = 6.0  # standard deviations above it; where batches are small, 0.1 nats is less than their own noise
+SINK_WINDOW, SINK_LEVEL = 64, 0.3  # T and the attention threshold of the sink rate (arXiv:2410.10781)
+CLOSED = 0.1  # a gate below this value counts as closed
+SPIKE, SPIKE_WINDOW = 0.1, 201  # nats above the running median over this many steps
+OUTLIER = 6.0  # standard deviations above the median; with small batches the noise alone exceeds 0.1 nats
 
 STATISTICS = (
     *("loss", "loss_range", "best_loss", "spikes", "outliers", "worst_spike"),
@@ -31,20 +31,20 @@ Queries = Callable[[Tensor], dict[str, Tensor]]
 
 
 class Tally:
-    """Sums of numbers by name and layer, each with how many it is of; and largest values."""
+    """Sums with their counts, and maxima, by name and layer."""
 
     def __init__(self) -> None:
         self.sums: dict[str, dict[int, list[float]]] = {}
         self.most: dict[str, dict[int, float]] = {}
 
     def add(self, name: str, layer: int, values: Tensor) -> None:
-        """Take part in a mean."""
+        """Add values to a mean."""
         total = self.sums.setdefault(name, {}).setdefault(layer, [0.0, 0])
         total[0] += values.double().sum().item()
         total[1] += values.numel()
 
     def top(self, name: str, layer: int, value: Tensor) -> None:
-        """Take part in a maximum."""
+        """Add values to a maximum."""
         before = self.most.setdefault(name, {}).get(layer, -math.inf)
         self.most[name][layer] = max(before, value.item())
 
@@ -55,11 +55,11 @@ class Tally:
 
 @torch.no_grad()
 def measure(model: q.Qwen3Next, batches: Iterable[Tensor], *, queries: Queries | None = None) -> dict[str, Any]:
-    """Means over layers, and under "layers" every number layer by layer (softmax layers, in order).
+    """Measure a model: means over layers, and under "layers" a list of every metric by softmax layer, in order.
 
     Args:
-        batches: token ids (b, t), each row one sequence whose first token is the one that may become a sink.
-        queries: from ids to masks (b, t) by name; attention to the first token is also told by them.
+        batches: token ids (b, t); each row is one sequence, whose first token is the candidate for a sink.
+        queries: returns masks (b, t) by name from ids; attention to the first token is also reported for each mask.
     Raises: ValueError for a model without softmax attention.
     """
     layers = [i for i, kind in enumerate(model.config.layer_types) if kind == "full_attention"]
@@ -114,11 +114,12 @@ def measure(model: q.Qwen3Next, batches: Iterable[Tensor], *, queries: Queries |
 
 
 def training_statistics(rows: list[dict[str, Any]], *, warmup: int) -> dict[str, float | int | None]:
-    """What the losses and gradient norms of a run say of its stability; None where there is nothing to say.
+    """Measures of stability from the losses and gradient norms of a run; None where undefined.
 
-    `loss` is the mean of the last tenth; `loss_range` its standard deviation there; `spikes` the steps after warm-up
-    more than 0.1 nats above the median of the 201 around them, `outliers` those more than 6 standard deviations above
-    it (1.48 times the median distance from it, over the run); `worst_spike` the largest such distance, in nats.
+    `loss` is the mean over the last tenth of the steps, `loss_range` the standard deviation there. `spikes` counts the
+    steps after warm-up more than 0.1 nats above the median of the 201 steps around them. `outliers` counts those more
+    than 6 standard deviations above it; the deviation is 1.48 times the run's median distance from the running median.
+    `worst_spike` is the largest distance above it, in nats.
     """
     losses = np.array([row["lm"] for row in rows if row["step"] > warmup])
     norms = np.array([row["gradient_norm"] for row in rows if row.get("gradient_norm") is not None])
@@ -140,9 +141,9 @@ def training_statistics(rows: list[dict[str, Any]], *, warmup: int) -> dict[str,
 
 
 def running_median(values: np.ndarray, window: int) -> np.ndarray:
-    """The median of the `window` values around each; at the ends of fewer, as many on either side.
+    """The median of the `window` values around each value; near the ends of fewer, with equal numbers on both sides.
 
-    One-sided, it would lie below a loss that falls fast, and call the beginning of every run a spike.
+    A one-sided window at the start would be below a fast-falling loss, and count the start of every run as a spike.
     """
     n = len(values)
     halves = [min(window // 2, i, n - 1 - i) for i in range(n)]
@@ -150,6 +151,6 @@ def running_median(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of each value and those before it, `window` in all; only where so many are there."""
+    """Means over each full window of `window` consecutive values."""
     sums = np.concatenate(([0.0], values.cumsum()))
     return (sums[window:] - sums[:-window]) / window

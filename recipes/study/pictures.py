@@ -1,4 +1,4 @@
-"""The study's pictures: figures over training, bars with the spread of seeds, the ladder, losses by position."""
+"""Draw the study's pictures: metrics over training, bars with the spread of seeds, the ladder, losses by position."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,7 +53,7 @@ def arms_in(runs: Runs) -> list[str]:
 
 
 def even_attention(runs: Runs) -> float:
-    """The first token's share, averaged as in `measure`, if every token attended alike to all it sees."""
+    """The first token's share, averaged as in `measure`, if every token attended equally to all visible tokens."""
     window = runs[0]["settings"]["window"]
     return sum(1 / (t + 1) for t in range(1, window)) / (window - 1)
 
@@ -74,7 +74,7 @@ def _tidy(axes: Any) -> None:
 
 
 def _log_if_wide(axes: Any, axis: str, values: Sequence[float]) -> None:
-    """A logarithmic scale for what is positive and spans two powers of ten or more."""
+    """Use a logarithmic scale if all values are positive and span two powers of ten or more."""
     if values and min(values) > 0 and max(values) > 100 * min(values):
         getattr(axes, f"set_{axis}scale")("log")
 
@@ -85,9 +85,9 @@ def _colour(arm: str, drawn: Sequence[str]) -> str:
 
 
 def draw_curves(runs: Runs, path: Path, *, title: str) -> None:
-    """Each figure over training steps: the mean of the seeds, and from the least to the most of them as a band.
+    """Draw each metric over training steps: the mean over seeds, and a band from minimum to maximum.
 
-    With more than eight arms, those that have no colour of their own are thin and grey.
+    With more than eight arms, arms without an assigned colour are thin and grey.
     """
     arms = arms_in(runs)
     crowded = len(arms) > len(COLOURS)
@@ -122,9 +122,9 @@ def draw_curves(runs: Runs, path: Path, *, title: str) -> None:
 
 
 def draw_bars(runs: Runs, path: Path, *, title: str) -> None:
-    """The last figures of every arm: the mean of the seeds, whiskers from the least to the most, each seed a dot.
+    """Draw the final metrics of every arm: the mean over seeds, whiskers from minimum to maximum, a dot for each seed.
 
-    A diamond is the paper's figure, of a model of 15B parameters, where it prints one.
+    A diamond is the paper's figure for a model of 15B parameters, if it prints one.
     """
     arms = [arm for arm in arms_in(runs) if any(run["arm"] == arm and run["final"] for run in runs)]
     loss = next(name for name in ("val_nats", "copy_nats") if any(name in run["final"] for run in runs))
@@ -161,7 +161,7 @@ def draw_bars(runs: Runs, path: Path, *, title: str) -> None:
 
 
 def draw_ladder(runs: Runs, path: Path, *, title: str) -> None:
-    """The loss of the last tenth of training over the learning rate; a cross is a run that ended without numbers."""
+    """Draw the loss of the last tenth of training over the learning rate; a cross is a diverged run."""
     precisions = list(dict.fromkeys(run["precision"] for run in runs))
     figure, grid = _figure(len(precisions), 1, 5.4 * len(precisions) + 0.6, 4.2, title)
     for axes, precision in zip(grid[0], precisions, strict=True):
@@ -187,7 +187,7 @@ def draw_ladder(runs: Runs, path: Path, *, title: str) -> None:
 
 
 def draw_lengths(runs: Runs, path: Path, *, title: str) -> None:
-    """Loss by position after a short extension: solid with YaRN, dashed without."""
+    """Draw the loss by position after a short extension: solid with YaRN, dashed without."""
     figure, grid = _figure(1, 1, 7.2, 4.4, title)
     axes = grid[0][0]
     for arm in arms_in(runs):

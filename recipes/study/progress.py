@@ -1,4 +1,4 @@
-"""What many runs show while they run: one's own step by step, or all of them, read from their folders."""
+"""Live progress of the study: one run step by step, or all runs, read from their folders."""
 
 import json
 import multiprocessing
@@ -18,12 +18,12 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 def say(console: Console, sentence: str) -> None:
-    """Print as it is."""
+    """Print without markup."""
     console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
 
 class StudyLive(Live):
-    """`Live` with what the study is about."""
+    """`Live` with the attention to the first token."""
 
     def show(self, row: Row, total: int | None) -> None:
         if "first_token_attention" in row:
@@ -39,7 +39,7 @@ class StudyLive(Live):
 
 
 class Watched(StudyLive):
-    """Of a process that another waits for: when that one is gone, this one stops as if asked to."""
+    """`StudyLive` for a worker process; stops the run, as a signal would, if the parent process is gone."""
 
     def show(self, row: Row, total: int | None) -> None:
         parent = multiprocessing.parent_process()
@@ -49,7 +49,7 @@ class Watched(StudyLive):
 
 
 class Board:
-    """How far all runs are, read from their folders."""
+    """Progress of all runs, read from their folders."""
 
     def __init__(self, console: Console, tasks: Sequence[Task]) -> None:
         self.console, self.tasks, self.last = console, tasks, float("-inf")
@@ -84,7 +84,7 @@ class Board:
 
 
 def last_step(folder: Path) -> int:
-    """The step that a run has written last, without reading all of its lines."""
+    """The last step that a run has written, read from the end of its metrics file."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return 0

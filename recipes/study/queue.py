@@ -1,7 +1,7 @@
-"""Many runs in the time there is: a common number of steps within a budget, several at once, progress, stopping.
+"""Run many tasks within a time budget: a common number of steps, several processes, progress, stopping.
 
-All runs of an experiment have the same number of steps, so that arms are compared at equal tokens; a budget decides
-how many, once, from a few timed steps of every arm.
+All runs of an experiment have the same number of steps, so that arms are compared at equal tokens. A budget sets this
+number once, from a few timed steps of every arm.
 """
 
 import json
@@ -24,12 +24,12 @@ from recipes.study.progress import Board, StudyLive, Watched, say
 from recipes.study.run import RESULT, Task, run, seconds_per_step, write_json
 
 LOOKS_OF_A_RUN = 20
-LEAST_SHARE = 0.02  # of the preset's steps; fewer say nothing
-SLACK = 0.92  # of a budget: starting, measuring at the end, and a machine that slows down
+LEAST_SHARE = 0.02  # least share of the preset's steps; with fewer, results are meaningless
+SLACK = 0.92  # share of the budget for steps; the rest is for startup, the final measurement and slowdowns
 
 
 def parse_budget(text: str) -> float:
-    """Seconds of "90s", "20m" or "1.5h". Raises: ValueError for anything else."""
+    """Parse "90s", "20m" or "1.5h" into seconds. Raises: ValueError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip())
     if match is None or not float(match[1]):
         raise ValueError(f'budget is {text!r}: give seconds, minutes or hours, such as "90s", "20m" or "1.5h".')
@@ -37,18 +37,18 @@ def parse_budget(text: str) -> float:
 
 
 def with_steps(tasks: Sequence[Task], *, plan: Path, budget: str | None, jobs: int, console: Console) -> list[Task]:
-    """The tasks with their number of steps: of `plan`, where that file is, or the preset's within the budget.
+    """The tasks with their number of steps: that in the file `plan` if it exists, else the preset's within the budget.
 
     Args:
-        plan: where the number is kept, so that arms that join later, and resumed ones, train for as long.
-    Raises: ValueError for a budget that lets no run say anything.
+        plan: file that keeps the number, so that later and resumed arms train equally long.
+    Raises: ValueError for a budget that is too small.
     """
     wanted = tasks[0].settings.steps
     assert wanted is not None
     if plan.is_file():
         steps = json.loads(plan.read_bytes())["steps"]
         if budget is not None:
-            say(console, f"{plan} says {steps} steps a run, and the budget does not change that.")
+            say(console, f"{plan} sets {steps} steps for each run; the budget does not change this.")
     else:
         seconds = None if budget is None else parse_budget(budget)
         steps, times = wanted, dict[str, float]()
@@ -65,12 +65,12 @@ def with_steps(tasks: Sequence[Task], *, plan: Path, budget: str | None, jobs: i
 def _within(
     tasks: Sequence[Task], wanted: int, seconds: float, jobs: int, console: Console
 ) -> tuple[int, dict[str, float]]:
-    """The steps that all tasks can have in so many seconds of computing; and the time of a step, by arm."""
+    """The number of steps that all tasks can do in the given seconds, and the seconds of a step by arm."""
     one_each = {(task.kind, task.arm, task.settings.precision): task for task in tasks}
     say(console, f"Timing a step of each of {len(one_each)} arms ...")
     if jobs == 1:
         measured = [seconds_per_step(task) for task in one_each.values()]
-    else:  # as many at a time as there will be: they slow one another down
+    else:  # time with as many processes as will run, because they slow each other down
         with multiprocessing.get_context("spawn").Pool(jobs, _prepare, (threads_of(jobs),)) as pool:
             measured = pool.map(seconds_per_step, one_each.values(), chunksize=1)
     times = dict(zip(one_each, measured, strict=True))
@@ -81,28 +81,28 @@ def _within(
     if steps < max(LEAST_SHARE * wanted, 2 * tasks[0].settings.warmup):
         need = (max(LEAST_SHARE * wanted, 2 * tasks[0].settings.warmup) * a_step + looks) / SLACK / jobs
         raise ValueError(
-            f"The budget gives {max(steps, 0)} steps to each of {len(tasks)} runs, too few to say anything: "
+            f"The budget gives {max(steps, 0)} steps to each of {len(tasks)} runs, too few for a result: "
             f"give {need / 60:.0f} minutes or more, or choose fewer --arms or --seeds."
         )
     return steps, {f"{arm} {precision}": round(times[kind, arm, precision][0], 6) for kind, arm, precision in times}
 
 
 def _prepare(threads: int) -> None:
-    """A process that times steps: Ctrl-C is for the one that waits."""
+    """The process that times steps; ignores Ctrl-C, which its parent handles."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
 
 
 def threads_of(jobs: int) -> int:
-    """CPU threads of each of so many processes."""
+    """CPU threads for each of the processes."""
     return max((os.cpu_count() or 1) // jobs, 1)
 
 
 def run_all(tasks: Sequence[Task], *, jobs: int, console: Console) -> None:
-    """Run what is not finished yet, `jobs` at a time, in the order given.
+    """Run the unfinished tasks in the given order, `jobs` at a time.
 
-    Raises: Stopped after a signal, when every run under way has saved its state; Failed where a process did; what `run`
-        raises.
+    Raises: Stopped after a signal, once every active run has saved its state; Failed if a process failed; the errors of
+        `run`.
     """
     left = [task for task in tasks if not (task.settings.out / RESULT).is_file()]
     if len(left) < len(tasks):
@@ -117,11 +117,11 @@ def run_all(tasks: Sequence[Task], *, jobs: int, console: Console) -> None:
 
 
 class Failed(OSError):
-    """A process of several ended in an error, which the sentence tells."""
+    """A worker process ended with an error; the message has the error."""
 
 
 def _work(todo: Any, done: Any, threads: int) -> None:
-    """A process that takes one task after another. Ctrl-C reaches the process that waits for it, which passes it on."""
+    """The worker process: runs one task after another. Its parent receives Ctrl-C and forwards it."""
     os.setsid()
     torch.set_num_threads(threads)
     quiet = Console(file=open(os.devnull, "w"))  # noqa: SIM115
@@ -134,7 +134,7 @@ def _work(todo: Any, done: Any, threads: int) -> None:
         except Stopped:
             done.put((number, "stopped", ""))
             return
-        except Exception as error:  # whatever it is, the process that waits must hear of it
+        except Exception as error:  # every error must be reported to the parent process
             done.put((number, "failed", f"{type(error).__name__}: {error}"))
             return
 
@@ -161,15 +161,15 @@ def _in_processes(tasks: Sequence[Task], jobs: int, console: Console) -> None:
             trouble = trouble or (f"A process died with status {dead[0]}, out of memory perhaps." if dead else "")
             if asked or trouble:
                 _stop(workers)
-                todo.cancel_join_thread()  # nobody reads what is left in it
+                todo.cancel_join_thread()  # the remaining items are not needed
                 break
         for worker in workers:
             worker.join()
     if trouble:
-        raise Failed(f"{trouble} What is finished is kept; the same command goes on with the rest.")
+        raise Failed(f"{trouble} Finished runs are kept; run the same command again to continue.")
     if asked:
         name = signal.Signals(asked[0]).name
-        raise Stopped(asked[0], f"{name}: every run under way has saved its state. The same command goes on.")
+        raise Stopped(asked[0], f"{name}: every active run has saved its state. Run the command again to continue.")
 
 
 def _stop(workers: Sequence[multiprocessing.process.BaseProcess]) -> None:

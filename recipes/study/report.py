@@ -1,4 +1,4 @@
-"""From the runs of a study to its report: one JSON, a table of claims, pictures."""
+"""Write the report of a study from its runs: one JSON file, a table of claims, pictures."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ COLUMNS = (
     *("first_token_attention", "sink_rate", "massive_activation", "massive_ratio", "residual_norm_ratio"),
     *("value_norm_ratio", "gate_mean", "gate_closed"),
 )
-ALIKE = ("steps", "batch_size", "accumulate", "window", "tokenizer")  # settings that an experiment's runs share
+ALIKE = ("steps", "batch_size", "accumulate", "window", "tokenizer")  # equal in all runs of an experiment
 IN_WORDS = NAMES | {
     "spikes": "loss spikes over 0.1 nats",
     "outliers": "losses beyond 6 standard deviations",
@@ -34,19 +34,19 @@ IN_WORDS = NAMES | {
 
 
 def gather(out: Path, also: Sequence[Path] = ()) -> list[dict[str, Any]]:
-    """Every finished run below a folder, with its losses by position where they were measured.
+    """Every finished run below a folder, with its losses by position if they were measured.
 
     Args:
-        also: results.json of other reports, of other machines perhaps; a run that is in several places is taken from
-            the folder, else from the first file that has it.
-    Raises: ValueError where there is none, a result cannot be read, or runs of an experiment are not comparable.
+        also: results.json files of other reports. A run in several places is taken from the folder, else from the
+            first of these files.
+    Raises: ValueError if there is no run, a result cannot be read, or runs of an experiment are not comparable.
     """
     runs = []
     for path in sorted(out.glob(f"*/*/{RESULT}")):
         try:
             run = json.loads(path.read_bytes())
         except ValueError as error:
-            raise ValueError(f"{path} is not a result ({error}): delete it, and that run is repeated.") from error
+            raise ValueError(f"{path} is not a valid result ({error}): delete it to repeat that run.") from error
         lengths = path.with_name(LENGTHS)
         if lengths.is_file():
             run["lengths"] = json.loads(lengths.read_bytes())
@@ -69,32 +69,32 @@ def _reported(path: Path) -> list[dict[str, Any]]:
         runs = json.loads(path.read_bytes())["runs"]
         if all(run.keys() >= needed for run in runs):
             return runs
-        reason = "a run in it lacks what runs have"
+        reason = "a run in it lacks required keys"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
     raise ValueError(f"{path} is not the results.json of a report ({reason}): give one that `report` wrote.")
 
 
 def refuse_incomparable(runs: Runs) -> None:
-    """Raises: ValueError where an experiment's runs differ in more than arm, seed, rate, precision and machine."""
+    """Raises: ValueError if an experiment's runs differ in more than arm, seed, rate, precision and machine."""
     first: dict[str, Mapping[str, Any]] = {}
     for run in runs:
         other = first.setdefault(run["kind"], run)
         pairs = {name: (other["settings"][name], run["settings"][name]) for name in ALIKE}
-        if run["kind"] != "toy":  # whose sequences are drawn from the seed
+        if run["kind"] != "toy":  # the toy's sequences depend on the seed
             pairs["text"] = other["data"], run["data"]
         for name, (a, b) in pairs.items():
             if a != b:
                 raise ValueError(
-                    f"{other['folder']} and {run['folder']} differ in {name} ({a} and {b}), so that their figures say "
-                    "nothing of their arms: report them apart."
+                    f"{other['folder']} and {run['folder']} differ in {name} ({a} and {b}), so their arms cannot be "
+                    "compared: report them separately."
                 )
 
 
 def report(out: Path, console: Console, also: Sequence[Path] = ()) -> Path:
     """Write results.json, table.md and the pictures into out/report. Returns that folder.
 
-    Attention maps are drawn where both models of a seed lie in `out`.
+    Attention maps are drawn if both models of a seed are in `out`.
     """
     runs = gather(out, also)
     folder = out / "report"
@@ -107,7 +107,7 @@ def report(out: Path, console: Console, also: Sequence[Path] = ()) -> Path:
 
 
 def draw(runs: Runs, out: Path, folder: Path) -> None:
-    """All pictures that the runs give."""
+    """Draw all pictures that the runs allow."""
     for kind in dict.fromkeys(run["kind"] for run in runs):
         mine = [run for run in runs if run["kind"] == kind]
         seeds = len({run["seed"] for run in mine})
@@ -127,7 +127,7 @@ def draw(runs: Runs, out: Path, folder: Path) -> None:
 
 
 def _maps(kind: str, runs: Runs, out: Path, folder: Path) -> None:
-    """Of the baseline and the elementwise gate, of the first seed that ran both."""
+    """Draw attention maps of the baseline and the elementwise gate, for the first seed that ran both."""
     pair = ("baseline", "g1_elementwise")
     for seed in sorted({run["seed"] for run in runs}):
         places = {r["arm"]: out / r["folder"] / "model" for r in runs if r["seed"] == seed and r["arm"] in pair}
@@ -144,7 +144,7 @@ def _maps(kind: str, runs: Runs, out: Path, folder: Path) -> None:
 
 
 def tables(runs: Runs) -> str:
-    """Claims with their signs, then every arm's figures."""
+    """The Markdown page: claims with their signs, then the figures of every arm."""
     lines = ["# Paper and here", "", *claim_table(runs), ""]
     for kind in dict.fromkeys(run["kind"] for run in runs):
         lines += [f"## {kind}", "", *arm_table([run for run in runs if run["kind"] == kind]), ""]
@@ -152,7 +152,7 @@ def tables(runs: Runs) -> str:
 
 
 def claim_table(runs: Runs) -> list[str]:
-    """paper · here · does the sign agree, in how many seeds."""
+    """The table of claims: the paper's figures, those here, and the number of seeds in which the sign agrees."""
     lines = [
         "| what is smaller | in | than in | paper | experiment | here | sign agrees |",
         "|---|---|---|---|---|---|---|",
@@ -171,13 +171,13 @@ def _claim_row(v: Verdict) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """The mean, and half the distance from the least to the most where there are several."""
+    """The mean, and for several values half the distance from minimum to maximum."""
     mean, half = sum(values) / len(values), (max(values) - min(values)) / 2
     return f"{mean:.4g}" if len(values) == 1 else f"{mean:.4g} ± {half:.2g}"
 
 
 def arm_table(runs: Runs) -> list[str]:
-    """Every arm's last figures, mean and spread over seeds."""
+    """The final figures of every arm: mean and spread over seeds."""
     losses = [name for name in ("val_nats", "val_bits_per_byte", "copy_nats", "bigram_nats") if _has(runs, name)]
     names = [*losses, *(name for name in COLUMNS if _has(runs, name)), "spikes", "outliers", "gradient_norm_p999"]
     header = ["arm", "seeds", "parameters", *(name.replace("_", " ") for name in names), "diverged"]

@@ -1,6 +1,6 @@
-"""One run of the study: an arm, a seed, trained to its end or taken up where it was left, and its result as JSON.
+"""Run one task of the study: train or resume one arm with one seed, and write its result as JSON.
 
-Training itself is `recipes.pretrain.Run`: states, resuming, signals and losses are those of any pretraining.
+`recipes.pretrain.Run` does the training, so states, resuming, signals and losses are those of pretraining.
 """
 
 import fcntl
@@ -29,24 +29,24 @@ from recipes.training.steps import accumulate_gradients, parameter_groups
 from recipes.training.tokenizer import load_tokenizer, save_tokenizer, write_atomically
 
 RESULT = "result.json"
-MEASURED_AT_THE_END = 100  # sequences, as Gu et al. take them
+MEASURED_AT_THE_END = 100  # sequences, as in arXiv:2410.10781
 CALIBRATION_STEPS, CALIBRATION_SECONDS = 8, 2.0
 KEPT_OUT_OF_CURVES = {"layers", "seconds_per_step", "tokens_per_second"}
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one run is.
+    """The definition of one run.
 
     Attributes:
         kind: "toy", "lm-dense", "lm-moe", "lm-hybrid", "ladder" or "extension".
-        config: of the model, as config.json has it.
-        settings: of training; `out` is the run's folder.
+        config: model configuration, as in config.json.
+        settings: training settings; `out` is the run's folder.
         text: folder with tokenizer and shards; None for the toy.
-        rate: multiple of the learning rate that is called 1.
-        looks: windows looked at during training.
-        begin: folder of the model to go on from; None draws one from the seed.
-        compiled: the loss runs as torch.compile makes it; what is measured does not.
+        rate: multiple of the base learning rate.
+        looks: windows measured during training.
+        begin: folder of the initial model; None initialises one from the seed.
+        compiled: compute the training loss with torch.compile; measurements are not compiled.
     """
 
     kind: str
@@ -62,14 +62,14 @@ class Task:
 
     @property
     def name(self) -> str:
-        """For the reader."""
+        """The display name."""
         rate = f", rate x{self.rate:g}, {self.settings.precision}" if self.kind == "ladder" else ""
         return f"{self.kind}: {self.arm}, seed {self.seed}{rate}"
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a task trains on and looks at, and the data's fingerprint."""
+    """A task's training data, its measure during training, and the fingerprint of the data."""
 
     windows: Windows
     look: Callable[[q.Qwen3Next], Row]
@@ -77,7 +77,7 @@ class Parts:
 
 
 def parts_of(task: Task) -> Parts:
-    """Raises: ValueError for text that is missing or damaged."""
+    """The data of a task. Raises: ValueError for missing or damaged text."""
     s = task.settings
     if task.text is None:
         toy = BigramBackcopy(s.window, s.seed)
@@ -90,7 +90,7 @@ def parts_of(task: Task) -> Parts:
 
 
 def model_of(task: Task) -> q.Qwen3Next:
-    """The model as training begins."""
+    """The initial model."""
     config = q.ModelConfig.from_dict(task.config)
     device = pick_device(task.settings.device)
     if task.begin is None:
@@ -104,10 +104,10 @@ def model_of(task: Task) -> q.Qwen3Next:
 
 
 def run(task: Task, *, live: Live, console: Console) -> dict[str, Any]:
-    """Train, or go on, and measure; a finished run only gives its result.
+    """Train or resume, then measure; for a finished run only return its result.
 
-    Divergence is a result. Raises: ValueError where the folder holds another run, or another process is at work in it;
-    Stopped after a signal, with the state saved.
+    Divergence is a valid result. Raises: ValueError if the folder holds another run or another process uses it; Stopped
+    after a signal, with the state saved.
     """
     task.settings.out.mkdir(parents=True, exist_ok=True)
     with alone_in(task.settings.out):
@@ -138,17 +138,17 @@ def _run(task: Task, live: Live, console: Console) -> dict[str, Any]:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Two processes must not train in one folder. The lock goes with the process, however that ends."""
+    """Lock a folder against a second training process. The system releases the lock when the process ends."""
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"Another process is at work in {folder}: wait until it ends, or stop it.") from None
+            raise ValueError(f"Another process uses {folder}: wait until it ends, or stop it.") from None
         yield
 
 
 def finish(task: Task, model: q.Qwen3Next, parts: Parts, diverged: int | None) -> dict[str, Any]:
-    """Measure on more text than during training; write the model and result.json, and forget the training states."""
+    """Measure on more text than during training; write the model and result.json, and delete the training states."""
     s, out = task.settings, task.settings.out
     rows = read_metrics(out)
     last = rows[-1] if rows else {"step": 0, "tokens": 0, "elapsed": 0.0}
@@ -186,7 +186,7 @@ def finish(task: Task, model: q.Qwen3Next, parts: Parts, diverged: int | None) -
 
 
 def last_look(model: q.Qwen3Next, look: Callable[[q.Qwen3Next], Row]) -> dict[str, Any]:
-    """What `look` gives, on all held-out text where there is text, and on 100 sequences where not."""
+    """The measures of `look`, on all held-out text, or on 100 sequences of the toy."""
     if isinstance(look, ToyLook):
         return replace(look, sequences=MEASURED_AT_THE_END)(model)
     assert isinstance(look, HeldOut)
@@ -198,14 +198,14 @@ def last_look(model: q.Qwen3Next, look: Callable[[q.Qwen3Next], Row]) -> dict[st
 
 
 def curve(rows: list[Row]) -> dict[str, list[Any]]:
-    """The steps at which something was looked at, a list for each figure; what is told layer by layer is left out."""
+    """The measured steps, and a list of values for each metric, without the values by layer."""
     looked = [row for row in rows if "first_token_attention" in row]
     names = [name for name in (looked[0] if looked else {}) if name not in KEPT_OUT_OF_CURVES]
     return {name: [row[name] for row in looked] for name in names}
 
 
 def seconds_per_step(task: Task) -> tuple[float, float]:
-    """How long a step of a task takes here, and a look: the median of a few, in a model that is thrown away."""
+    """Seconds of a step and of a validation of a task here: the median of a few, on a temporary model."""
     parts, model = parts_of(task), model_of(task)
     s = task.settings
     optimizer = torch.optim.AdamW(parameter_groups(model, s.weight_decay), lr=s.lr, fused=True)
@@ -225,12 +225,12 @@ def seconds_per_step(task: Task) -> tuple[float, float]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Whole or not at all; floats with six digits, and none that JSON does not know."""
+    """Write JSON atomically, with six digits for floats and without infinities and NaN."""
     write_atomically(path, (json.dumps(short(values)) + "\n").encode())
 
 
 def short(x: Any) -> Any:
-    """Values as JSON takes them."""
+    """Values that JSON can represent."""
     if isinstance(x, dict):
         return {str(key): short(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):

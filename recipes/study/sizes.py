@@ -1,4 +1,4 @@
-"""Presets of the study: what is trained, how long and on what, for a laptop, for one GPU, and as in the paper."""
+"""Presets of the study: models, data and training length for a laptop, for one GPU, and as in the paper."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,16 +19,16 @@ class Size:
     """One experiment at one scale.
 
     Attributes:
-        baseline: of a vocabulary's size, the model of the arm without a gate.
-        arms: those that run unless others are named; none means all that the baseline has.
-        seeds: those that run unless others are named.
-        steps: of each run, unless a budget asks for fewer.
-        tokens: how text becomes tokens.
+        baseline: returns the model of the arm without a gate, for a vocabulary size.
+        arms: default arms; empty means all arms of the baseline.
+        seeds: default seeds.
+        steps: steps of each run, unless a budget allows fewer.
+        tokens: the tokenizer.
         equal: whether arms get the baseline's number of parameters.
-        multiple_of: steps in which a feed-forward's width changes for that.
+        multiple_of: steps in which the feed-forward size changes to match it.
         rates: multiples of `lr` (ladder).
-        precisions: of training; the first one only, but for the ladder.
-        looks: windows looked at during training.
+        precisions: precisions of training; the ladder uses all, other experiments the first.
+        looks: windows measured during training.
     """
 
     baseline: Callable[[int], q.ModelConfig]
@@ -51,7 +51,7 @@ class Size:
 
 
 def softmax_model(layers: int, width: int, heads: int, kv_heads: int, inner: int, **changes: Any) -> q.ModelConfig:
-    """Dense and softmax attention only, as the study's: QK-norm, RoPE over whole heads of 32 or 64, no gate."""
+    """Dense with softmax attention only, as in the study: QK-norm, RoPE over whole heads of 32 or 64, no gate."""
     values: dict[str, Any] = {
         "model_type": "qwen3",
         "hidden_size": width,
@@ -80,7 +80,7 @@ def _moe(config: q.ModelConfig, *, experts: int, top_k: int, inner: int) -> q.Mo
         num_experts_per_tok=top_k,
         moe_intermediate_size=inner,
         shared_expert_intermediate_size=0,
-        router_aux_loss_coef=1e-2,  # with 1e-3, tiny mixtures send every token to one expert
+        router_aux_loss_coef=1e-2,  # with 1e-3, tiny mixtures route every token to one expert
         router_z_loss_coef=1e-3,
     )
 
@@ -117,7 +117,7 @@ TOY = Size(
     warmup=50,
     equal=False,
 )
-# Steps count more than tokens here: sinks form after some thousand of them, whatever the batch (docs/log.md).
+# Steps matter more than tokens here: sinks form after some thousand steps at any batch size (docs/log.md).
 CPU_LM = Size(_tiny, SIX, steps=16_000, batch_size=8, window=64, lr=6e-3, warmup=100, seeds=(0, 1, 2))
 GPU_LM = Size(
     _sixty_million, FOUR, 3052, 64, 1024, 2e-3, 200, tokens="bpe:8192", multiple_of=8, precisions=("bf16",), looks=32
@@ -140,7 +140,7 @@ PAPER = Size(
 
 @dataclass(frozen=True)
 class Preset:
-    """The experiments at one scale; `lm` by the kind of model."""
+    """The experiments at one scale; `lm` has one for each kind of model."""
 
     toy: Size
     lm: dict[str, Size]
@@ -164,10 +164,10 @@ PRESETS = {
             steps=800,
             batch_size=8,
             window=64,
-            lr=3e-3,  # the best of 0.75, 1.5, 3 and 6e-3 without a gate, or as good as that (docs/log.md)
+            lr=3e-3,  # the best of 0.75, 1.5, 3 and 6e-3 without a gate, or equally good (docs/log.md)
             warmup=20,
             looks=16,
-            clip=100.0,  # as good as none: clipping hides what the ladder is about
+            clip=100.0,  # practically no clipping, which would hide the spikes that the ladder measures
             rates=(1.0, 2.0, 4.0, 8.0),
             precisions=("fp32", "bf16"),
         ),

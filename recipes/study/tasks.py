@@ -1,4 +1,4 @@
-"""Which runs an experiment consists of, and whether they fit into the memory."""
+"""The runs of an experiment, and the check that they fit into memory."""
 
 import os
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ BYTES_A_PARAMETER = 16  # weights, gradients and AdamW's two moments, in fp32
 
 @dataclass(frozen=True)
 class Which:
-    """Which runs of an experiment are wanted; empty tuples are the preset's choice.
+    """The selected runs of an experiment; empty tuples select those of the preset.
 
     Attributes:
-        data: where the text comes from; None where there is none.
-        text: folder with its tokenizer and shards.
+        data: source of the text; None without text.
+        text: folder with the tokenizer and shards.
     """
 
     preset: str
@@ -41,10 +41,10 @@ class Which:
 
 
 def tasks_of(which: Which, size: Size, *, vocabulary: int) -> list[Task]:
-    """Every run that is wanted, seed by seed, so that what is interrupted has whole seeds of all arms.
+    """The selected runs, seed by seed, so that an interrupted experiment has complete seeds of all arms.
 
-    Raises: ValueError for an arm, rate or precision that does not exist, or an arm that the baseline is too small for;
-        "all" leaves those out.
+    Raises: ValueError for an unknown arm, rate or precision, or an arm for which the baseline is too small; "all" skips
+        such arms.
     """
     configs = _configs(which.arms or size.arms, size, size.baseline(vocabulary))
     ladder = which.kind == "ladder"
@@ -52,7 +52,7 @@ def tasks_of(which: Which, size: Size, *, vocabulary: int) -> list[Task]:
     precisions = which.precisions or (size.precisions if ladder else size.precisions[:1])
     wrong = [repr(p) for p in precisions if p not in ("fp32", "bf16")] + [f"{r:g}" for r in rates if not r > 0]
     if wrong:
-        raise ValueError(f"{wrong[0]} is no precision or rate: choose fp32 or bf16, and rates above 0.")
+        raise ValueError(f"{wrong[0]} is not a precision or rate: choose fp32 or bf16, and rates above 0.")
     found = []
     for seed, (arm, config) in product(which.seeds or size.seeds, configs.items()):
         for precision, rate in product(precisions, rates):
@@ -103,7 +103,7 @@ def _configs(arms: tuple[str, ...], size: Size, baseline: q.ModelConfig) -> dict
 
 
 def plan_line(tasks: Sequence[Task], jobs: int) -> str:
-    """What is going to run."""
+    """A summary of the runs."""
     sizes = [count(q.ModelConfig.from_dict(task.config)) for task in tasks]
     s = tasks[0].settings
     tokens = (s.steps or 0) * s.batch_size * s.accumulate * s.window
@@ -115,7 +115,7 @@ def plan_line(tasks: Sequence[Task], jobs: int) -> str:
 
 
 def refuse_what_does_not_fit(tasks: Sequence[Task], jobs: int, device: str) -> None:
-    """Raises: ValueError where weights, gradients and moments alone are more than the memory."""
+    """Raises: ValueError if weights, gradients and optimizer moments exceed the memory."""
     need = jobs * BYTES_A_PARAMETER * max(count(q.ModelConfig.from_dict(task.config)) for task in tasks)
     if pick_device(device).type == "cuda":
         have = torch.cuda.get_device_properties(0).total_memory

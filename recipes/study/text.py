@@ -1,4 +1,4 @@
-"""Text for the study's language models: each window begins with the same token and is one sequence.
+"""Text for the study's language models: each window starts with the same token and is one sequence.
 
 Shards, order and split are those of pretraining (recipes/training/shards.py, recipes/training/data.py). Documents
 within a window are not separated, as in the study, which measures sinks on a window's first token.
@@ -27,11 +27,11 @@ BOS = "<|startoftext|>"
 
 
 def prepare_text(source: str, wanted: str, folder: Path) -> tuple[Tokenizer, Meta]:
-    """Tokenizer and shards in `folder`, made once; later calls take what is there.
+    """Tokenizer and shards in `folder`, built once and reused by later calls.
 
     Args:
-        source: as `documents` takes it.
-        wanted: "bytes", "bpe:N" learnt from the training documents, or a tokenizer.json.
+        source: text source, as in `documents`.
+        wanted: "bytes", "bpe:N" trained on the training documents, or a tokenizer.json.
     """
     if (folder / "tokenizer" / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(folder / "tokenizer")
@@ -49,20 +49,20 @@ def prepare_text(source: str, wanted: str, folder: Path) -> tuple[Tokenizer, Met
 
 
 def bos_id(tokenizer: Tokenizer) -> int:
-    """Raises: ValueError for a tokenizer without the token that begins windows."""
+    """The id of the token that starts windows. Raises: ValueError for a tokenizer without it."""
     found = tokenizer.token_to_id(BOS)
     if found is None:
-        raise ValueError(f"The tokenizer lacks {BOS}, which begins every window: prepare_text adds it.")
+        raise ValueError(f"The tokenizer lacks {BOS}, which begins every window: add it with prepare_text.")
     return found
 
 
 def with_first(ids: Tensor, first: int) -> Tensor:
-    """Rows of ids behind the token `first`."""
+    """Rows of ids with the token `first` prepended."""
     return torch.cat((torch.full((len(ids), 1), first), ids), dim=1)
 
 
 class BosWindows:
-    """`PackedWindows` of window − 1 tokens, behind BOS; a function of the number of samples seen, as those are."""
+    """`PackedWindows` of window − 1 tokens after BOS; also a pure function of the number of samples seen."""
 
     def __init__(self, folder: Path, split: str, *, window: int, seed: int, bos: int) -> None:
         self.windows, self.bos = PackedWindows(folder, split, window=window - 1, seed=seed), bos
@@ -75,11 +75,11 @@ class BosWindows:
 
 @dataclass
 class HeldOut:
-    """The held-out text, cut into windows from its beginning, each behind BOS: every token is predicted once.
+    """The held-out text cut into windows, each after BOS, so that every token is predicted once.
 
     Attributes:
-        looks: windows that are looked at during training, drawn once and alike for all arms and seeds.
-        rows: of a batch.
+        looks: windows measured during training, sampled once and equal for all arms and seeds.
+        rows: rows of a batch.
     """
 
     folder: Path
@@ -90,7 +90,7 @@ class HeldOut:
 
     @cached_property
     def windows(self) -> Tensor:
-        """(n, window); a rest that does not fill one is left out."""
+        """All windows (n, window), without an incomplete last one."""
         tokens, _ = open_split(self.folder, "val")
         size = self.window - 1
         if len(tokens) < size:
@@ -100,13 +100,13 @@ class HeldOut:
 
     @cached_property
     def some(self) -> Tensor:
-        """The windows that are looked at."""
+        """The windows that are measured during training."""
         order = np.random.default_rng(0).permutation(len(self.windows))[: self.looks]
         return self.windows[torch.from_numpy(np.sort(order))]
 
     @torch.no_grad()
     def nats(self, model: q.Qwen3Next, windows: Tensor) -> float:
-        """Mean loss of a token."""
+        """Mean loss of a token, in nats."""
         total, device = 0.0, model.embed_tokens.weight.device
         for ids in windows.split(self.rows):
             ids = ids.to(device)
@@ -115,12 +115,12 @@ class HeldOut:
         return total / (windows.shape[0] * (windows.shape[1] - 1))
 
     def bits_per_byte(self, nats: float) -> float:
-        """Mean nats of a token as bits of a byte, at the held-out text's own bytes a token."""
+        """Converts mean nats per token to bits per byte, with the bytes per token of the held-out text."""
         meta = read_meta(self.folder)
         return nats / math.log(2) * meta.tokens["val"] / meta.utf8_bytes["val"]
 
     def __call__(self, model: q.Qwen3Next) -> Row:
-        """What is looked at during training."""
+        """The measures during training."""
         model.eval()
         nats = self.nats(model, self.some)
         row: Row = {"val_nats": nats, "val_bits_per_byte": self.bits_per_byte(nats)}

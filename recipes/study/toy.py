@@ -1,8 +1,8 @@
-"""Bigram-backcopy: a task so small that sinks, drained values and their cause can be watched forming in a minute.
+"""Bigram-backcopy: a small task in which attention sinks and small values at the sink form within a minute.
 
-A fixed chain draws each token from the one before it; after a trigger, the token before the trigger comes again. So a
-head has something to do after triggers only, and what it does elsewhere is its own affair.
-Source: Guo et al., arXiv:2410.13835; sizes here are smaller.
+A fixed Markov chain samples each token from the one before it; after a trigger, the token before the trigger is copied.
+So attention is needed only after triggers, and elsewhere a head can attend to a sink.
+Source: arXiv:2410.13835; sizes here are smaller.
 """
 
 import hashlib
@@ -19,14 +19,14 @@ from recipes.study.metrics import measure
 from recipes.training.data import Batch
 from recipes.training.report import Row
 
-VOCABULARY, TRIGGERS = 64, 3  # ids 0 to 2 are triggers; 64 begins each sequence
+VOCABULARY, TRIGGERS = 64, 3  # ids 0 to 2 are triggers; 64 starts each sequence
 BOS = VOCABULARY
-TRIGGER_SHARE = 0.1  # of the draws
-HELD_OUT = 10**9  # samples from there on are never trained on
+TRIGGER_SHARE = 0.1  # share of the sampled tokens
+HELD_OUT = 10**9  # samples from this number on are never used for training
 
 
 def transitions() -> NDArray[np.float64]:
-    """P(next | token), (64, 64): one draw for all runs, sparse as text is; rows of triggers are not used."""
+    """P(next | token), (64, 64): sampled once for all runs, sparse like text; rows of triggers are not used."""
     drawn = np.random.default_rng(0).dirichlet(np.full(VOCABULARY, 0.2), size=VOCABULARY)
     drawn[:, :TRIGGERS] = TRIGGER_SHARE / TRIGGERS
     rest = drawn[:, TRIGGERS:]
@@ -36,9 +36,9 @@ def transitions() -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class BigramBackcopy:
-    """Sequences as a function of their number; `seed` draws others.
+    """Sequences as a pure function of their number and `seed`.
 
-    A token is drawn only after a token that was drawn or copied, so a trigger never follows a trigger.
+    A token after a trigger is always a copy, so a trigger never follows a trigger.
     """
 
     window: int
@@ -47,14 +47,14 @@ class BigramBackcopy:
 
     @property
     def fingerprint(self) -> str:
-        """Of the chain and the length."""
+        """Fingerprint of the chain and the length."""
         return hashlib.sha256(self.p.tobytes() + str(self.window).encode()).hexdigest()
 
     def batch(self, first_sample: int, batch_size: int) -> Batch:
         """Sequences first_sample to first_sample + batch_size − 1, (b, window), each one sequence."""
         drawn = np.stack([self._drawn(i) for i in range(first_sample, first_sample + batch_size)])
         below = self.p.cumsum(1)
-        below[:, -1] = 1.0  # or rounding could leave a draw without a token
+        below[:, -1] = 1.0  # rounding could otherwise leave a sample without a token
         ids = np.full((batch_size, self.window), BOS)
         ids[:, 1:2] = TRIGGERS + (drawn[:, 1:2] * (VOCABULARY - TRIGGERS)).astype(int)
         for t in range(2, self.window):
@@ -66,7 +66,7 @@ class BigramBackcopy:
         return np.random.default_rng([self.seed, sample]).random(self.window)
 
     def floor(self, ids: Tensor) -> float:
-        """Mean entropy of the draws in these sequences, in nats: no model predicts drawn tokens better."""
+        """Mean entropy of the sampled tokens in these sequences, in nats: the least possible loss for them."""
         entropy = -(self.p * np.log(np.maximum(self.p, 1e-300))).sum(1)
         before = ids[:, 1:-1].numpy()
         return float(entropy[before[before >= TRIGGERS]].mean())
@@ -74,13 +74,13 @@ class BigramBackcopy:
 
 @dataclass
 class ToyLook:
-    """What is measured of a model on sequences that it was not trained on."""
+    """The measures of a model on held-out sequences."""
 
     task: BigramBackcopy
     sequences: int = 128
 
     def __call__(self, model: q.Qwen3Next) -> Row:
-        """`copy_nats`: loss after triggers; `bigram_nats`: elsewhere, above the chain's entropy; and `measure`'s."""
+        """`copy_nats`: loss after triggers; `bigram_nats`: loss elsewhere minus the chain's entropy; and `measure`."""
         ids = self.task.batch(HELD_OUT, self.sequences).input_ids
         model.eval()
         with torch.no_grad():
@@ -95,10 +95,10 @@ class ToyLook:
 
 
 def after_trigger(ids: Tensor) -> Tensor:
-    """Where the present token is a trigger, so that the next one is copied."""
+    """Mask of the triggers, after which the next token is a copy."""
     return ids < TRIGGERS
 
 
 def queries(ids: Tensor) -> dict[str, Tensor]:
-    """Tokens at which a copying head has something to do, and those at which it has not."""
+    """Masks of the tokens at which a copying head is needed, and of the others."""
     return {"active": after_trigger(ids), "dormant": ~after_trigger(ids)}

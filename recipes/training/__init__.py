@@ -1,1 +1,1 @@
-"""What pretraining runs use: data, settings, steps, checkpoints, reports."""
+"""Parts of pretraining: data, settings, steps, checkpoints, reports."""

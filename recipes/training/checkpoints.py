@@ -1,10 +1,10 @@
-"""Training states on disk: everything a run needs to go on as if it had never stopped.
+"""Save and load training states: everything that a run needs to resume exactly.
 
     save_state(folder, state, model, optimizer)
     state = load_state(newest(folder), model, optimizer)
 
-A state is one safetensors file, `step-00000100.safetensors`: parameters, the optimizer's moments and torch's random
-states as tensors, the rest as JSON in the file's header. One file, because renaming one file is atomic.
+A state is one safetensors file, `step-00000100.safetensors`: parameters, optimizer moments and torch's random states as
+tensors, the rest as JSON in the header. It is one file, because renaming a file is atomic.
 """
 
 import json
@@ -23,22 +23,22 @@ from torch.optim import Optimizer
 
 from recipes.training.tokenizer import explain_full_disk
 
-KEEP = 2  # the newest, and the one before it in case a disk loses the newest
+KEEP = 2  # the newest, and the one before it in case the newest is damaged
 
 
 @dataclass
 class TrainingState:
-    """What a run has done so far and what it is bound to.
+    """The progress of a run, and what must be unchanged to resume it.
 
     Attributes:
         step: optimizer steps done.
-        samples: windows seen; the loader is a function of this number alone.
-        tokens: tokens seen, the boundaries included.
-        elapsed: seconds of training, summed over all sittings.
-        total: steps in all, as planned; the schedule hangs on it.
-        settings, model, fingerprint: the recipe's settings, the model's configuration and the data's fingerprint,
-            to refuse another run's state.
-        threads: CPU threads; with another number the last bits of sums would differ.
+        samples: windows seen; the batches are a pure function of this number.
+        tokens: tokens seen, including document boundaries.
+        elapsed: seconds of training, including those before resuming.
+        total: planned number of steps; determines the learning-rate schedule.
+        settings, model, fingerprint: the recipe's settings, the model's configuration and the data's fingerprint, to
+            refuse the state of another run.
+        threads: CPU threads; another number would change the last bits of sums.
     """
 
     settings: dict[str, Any]
@@ -53,16 +53,16 @@ class TrainingState:
 
 
 def newest(folder: Path) -> Path | None:
-    """The state of the highest step in a folder, or None."""
+    """The state file with the highest step in a folder, or None."""
     return max(folder.glob("step-*.safetensors"), default=None)
 
 
 def save_state(folder: Path, state: TrainingState, model: nn.Module, optimizer: Optimizer) -> Path:
-    """Write a state beside the older ones, then forget all but the newest two.
+    """Write a state, then delete all but the newest two.
 
-    Written under another name, synced and renamed: killed at any instant, a folder holds whole states only.
+    The file is written under another name, synced and renamed, so a kill never leaves an incomplete state.
 
-    Raises: OSError, in a sentence, when the disk is full; the older states stand.
+    Raises: OSError for a full disk; the older states remain.
     """
     tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
@@ -75,7 +75,7 @@ def save_state(folder: Path, state: TrainingState, model: nn.Module, optimizer: 
     header = asdict(state) | {"python": random.getstate(), "numpy": [kind, np.asarray(words).tolist(), *rest]}
 
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".saving-*"):  # by a process that was killed; a folder belongs to one run at a time
+    for left in folder.glob(".saving-*"):  # left by a killed process; only one run uses a folder at a time
         left.unlink()
     path = folder / f"step-{state.step:08d}.safetensors"
     fresh = folder / f".saving-{os.getpid()}"
@@ -89,8 +89,8 @@ def save_state(folder: Path, state: TrainingState, model: nn.Module, optimizer: 
             fresh.chmod(0o644)  # safetensors' 0600 would hide the file from other users of the folder
             _sync(fresh)
             os.replace(fresh, path)
-            _sync(folder)  # or a power cut could forget the new name
-        except SafetensorError as error:  # it wraps the system's error in its own words
+            _sync(folder)  # otherwise the new name could be lost at a power failure
+        except SafetensorError as error:  # it contains the system's error as text
             if "os error 28" in str(error):
                 raise OSError(28, str(error)) from error
             raise
@@ -106,12 +106,12 @@ def _forget(path: Path) -> None:
 
 
 def read_state(path: Path) -> TrainingState:
-    """The JSON part of a state file. Raises: ValueError for a file that is damaged or none of ours."""
+    """The JSON part of a state file. Raises: ValueError for a damaged file or one that is not a state."""
     return _read(path, tensors=False)[0]
 
 
 def load_state(path: Path, model: nn.Module, optimizer: Optimizer) -> TrainingState:
-    """Put a state into a model and its optimizer, and set every random generator as it was.
+    """Load a state into a model and its optimizer, and restore every random generator.
 
     Raises: ValueError for a file that is damaged or belongs to another model.
     """
@@ -152,7 +152,7 @@ def _read(path: Path, *, tensors: bool) -> tuple[TrainingState, dict[str, Any], 
             stored = {name: file.get_tensor(name) for name in names}
         fields = {name: header[name] for name in TrainingState.__dataclass_fields__}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, and resuming takes the state before it.") from error
+        raise ValueError(f"{path} is damaged ({error}): delete it to resume from the state before it.") from error
     return TrainingState(**fields), header, stored
 
 

@@ -1,10 +1,10 @@
-"""From token shards to batches: packed windows to train on, held-out documents to measure, compressors beside them.
+"""Make batches from token shards: packed windows for training, held-out documents, and compressors as a baseline.
 
     train = PackedWindows("runs/data", "train", window=1024, seed=0)
     batch = train.batch(samples_seen, 8)
 
-Shapes: b rows of a batch, w tokens of a window. Documents are kept apart everywhere: every batch says which token
-belongs to which.
+Shapes: b rows of a batch, w tokens of a window. Documents are always separate sequences: every batch has the document
+number of each token.
 """
 
 import gzip
@@ -25,28 +25,28 @@ from recipes.training.shards import open_split, read_meta
 
 
 class Batch(NamedTuple):
-    """Rows of consecutive tokens; `document_ids` numbers the documents within each row, from 0."""
+    """Rows of consecutive tokens (b, w); `document_ids` (b, w) numbers the documents within each row from 0."""
 
     input_ids: Int64[Tensor, "b w"]
     document_ids: Int64[Tensor, "b w"]
 
 
 class PackedWindows:
-    """Windows of the token stream in a seeded order, as a pure function of the number of samples seen.
+    """Windows of the token stream in random order, as a pure function of the number of samples seen.
 
-    An epoch cuts the stream into windows from an offset drawn for that epoch, so documents meet window edges
-    at different places each time, and visits them in a drawn order. The stream is a ring: a window that
-    reaches its end goes on with the first document. An epoch leaves out `tokens % window` tokens.
+    Each epoch cuts the stream into windows from a random offset, so that the cuts differ between epochs, and visits
+    them in random order. The stream is a ring: a window at its end continues with the first document. An epoch leaves
+    out `tokens % window` tokens.
 
-    Nothing is remembered between calls: rank r of n asks for batch(seen + r * size, size), the run then adds
-    n * size to the one integer it saves, and a resumed run, on any number of ranks, sees the same samples.
+    Calls are independent: rank r of n takes batch(seen + r * size, size), and the run then adds n * size to `seen`. A
+    run that resumes from this integer sees the same samples on any number of ranks.
 
     Args:
-        folder: what build_shards wrote.
+        folder: folder written by build_shards.
         split: "train" or "val".
         window: tokens in a row.
-        seed: of order and offsets.
-    Raises: ValueError for shards that are missing or damaged, or hold less than one window.
+        seed: random seed of order and offsets.
+    Raises: ValueError for missing or damaged shards, or fewer tokens than one window.
     """
 
     def __init__(self, folder: str | Path, split: str, *, window: int, seed: int = 0) -> None:
@@ -67,14 +67,14 @@ class PackedWindows:
     def batch(self, first_sample: int, batch_size: int) -> Batch:
         """Samples first_sample to first_sample + batch_size - 1, counted from the start of training.
 
-        Raises: ValueError for a batch of no samples.
+        Raises: ValueError for a batch_size below 1.
         """
         _check_batch_size(batch_size)
         begins = [self._begin(sample) for sample in range(first_sample, first_sample + batch_size)]
         positions = (np.array(begins)[:, None] + np.arange(self.window)) % len(self.tokens)  # (b, w)
         documents_at = np.searchsorted(self.starts, positions, side="right") - 1
         opens = self.starts[documents_at] == positions
-        opens[:, 0] = False  # whatever a row begins with is its document 0
+        opens[:, 0] = False  # the first token of a row always belongs to document 0
         input_ids = self.tokens[positions].astype(np.int64)
         return Batch(torch.from_numpy(input_ids), torch.from_numpy(opens.cumsum(axis=1, dtype=np.int64)))
 
@@ -83,15 +83,15 @@ class PackedWindows:
         if epoch not in self._orders:
             generator = np.random.default_rng([self.seed, epoch])
             begins = generator.integers(self.window) + self.window * generator.permutation(len(self))
-            # A batch spans few epochs: keeping the latest two bounds the memory.
+            # A batch rarely spans more than two epochs; keeping only two bounds the memory.
             self._orders = dict([*self._orders.items(), (epoch, begins)][-2:])
         return int(self._orders[epoch][place])
 
 
 class ValidationBatch(NamedTuple):
-    """Rows that hold part of one document each; `document_ids` is 0, or -1 on the padding at the end.
+    """Rows (b, w) with part of one document each; `document_ids` is 0, or -1 for the padding at the end.
 
-    `documents` says which held-out document a row belongs to, by its number in shard order.
+    `documents` (b) has the number of each row's held-out document, in shard order.
     """
 
     input_ids: Int64[Tensor, "b w"]
@@ -100,18 +100,17 @@ class ValidationBatch(NamedTuple):
 
 
 class ValidationBatches:
-    """All held-out tokens, document by document, every token but a document's first predicted exactly once.
+    """All held-out tokens, document by document; every token except a document's first is predicted exactly once.
 
-    Consecutive windows of a document share one token: the last of one, predicted there, is the first of the
-    next, where it is only context. So in every row each token after the first is to be predicted, and padding
-    (document id -1) is not. A document's own first token has nothing before it; `bits_per_byte` charges it as
-    if every id were equally likely.
+    Consecutive windows of a document share one token: the last one of a window, predicted there, is the first of the
+    next, where it is only context. So every token after the first of a row is predicted, except padding (document id
+    -1). For a document's own first token `bits_per_byte` assumes that all ids are equally likely.
 
     Args:
         folder, window: as for PackedWindows.
         batch_size: rows; the last batch may have fewer.
-        documents: only these, by their number in shard order; None means all.
-    Raises: ValueError for shards that are missing or damaged, a window below 2 or a batch of no rows.
+        documents: numbers of the documents in shard order; None means all.
+    Raises: ValueError for missing or damaged shards, a window below 2 or a batch_size below 1.
     """
 
     def __init__(
@@ -153,21 +152,21 @@ class ValidationBatches:
         return self.meta.val_bytes[document]
 
     def bits_per_byte(self, nats: float, *, document: int | None = None) -> float:
-        """Bits to send the text with the model, per UTF-8 byte of it.
+        """Code length of the text under the model, in bits per UTF-8 byte.
 
-        A whole code length, so it compares with a file compressor's: it counts every predicted token,
-        `<|endoftext|>` included, and log2(vocab_size) bits for each document's first.
+        It is complete, so that it can be compared with a file compressor's: it counts every predicted token, including
+        `<|endoftext|>`, and log2(vocab_size) bits for each document's first token.
 
         Args:
             nats: cross-entropy summed over the predicted tokens, of one document or of all.
-            document: which one; None for all that are iterated over.
+            document: number of the document; None for all of them.
         """
         measured = self.documents if document is None else [document]
         size = sum(map(self.bytes_of, measured))
         return (nats / math.log(2) + len(measured) * math.log2(self.meta.vocab_size)) / size
 
     def part(self, tokens: int) -> "ValidationBatches":
-        """About so many of the held-out tokens, at least one document: a fixed draw, for a look during training."""
+        """A fixed random part with about `tokens` held-out tokens, at least one document, for use during training."""
         lengths, chosen = np.diff(self.starts), []
         for document in np.random.default_rng(0).permutation(list(self.documents)).tolist():
             if tokens >= lengths[document]:
@@ -183,7 +182,7 @@ def _check_batch_size(batch_size: int) -> None:
 
 
 class Baseline(NamedTuple):
-    """What file compressors make of a document, in bits per UTF-8 byte of it."""
+    """The compressed size of a document with file compressors, in bits per UTF-8 byte."""
 
     name: str
     utf8_bytes: int
@@ -192,11 +191,11 @@ class Baseline(NamedTuple):
 
 
 def compression_baselines(texts: Iterable[tuple[str, str]]) -> list[Baseline]:
-    """Compress each (name, text) by itself with gzip -9 and xz -9: a bar that a trained model should pass."""
+    """Compress each (name, text) separately with gzip -9 and xz -9, as a baseline for a trained model."""
     results = []
     for name, text in texts:
         raw = text.encode()
-        # xz -9 with its dictionary no larger than the text: the same output for a fraction of its 674 MiB.
+        # xz -9 with a dictionary no larger than the text: equal output with a fraction of its 674 MiB of memory.
         lzma2 = {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": min(max(len(raw), 4096), 64 << 20)}
         sizes = len(gzip.compress(raw, 9, mtime=0)), len(lzma.compress(raw, filters=[lzma2]))
         results.append(Baseline(name, len(raw), *(8 * size / len(raw) for size in sizes)))

@@ -1,4 +1,4 @@
-"""A sparse autoencoder: activations as sums of few directions out of many. Fit, and measured on other rows.
+"""A sparse autoencoder, which writes activations as sparse sums of features: training, and measures on held-out rows.
 
 Shapes: n rows, width, f features.
 """
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from qwen3next.interp import ActivationRows
 
 DEAD_AFTER = 100  # steps without firing
-AUXILIARY = 1 / 32  # weight of what dead features are asked to explain, as in the source
+AUXILIARY = 1 / 32  # weight of the auxiliary loss of dead features, as in the source
 
 
 class SparseAutoencoder(nn.Module):
-    """codes = relu(W_e (x − b) + b_e), of which the k largest stay (`k` > 0); x̂ = W_d codes + b, rows of W_d unit.
+    """codes = relu(W_e (x − b) + b_e), only the k largest if `k` > 0; x̂ = W_d codes + b, with unit rows of W_d.
 
-    Inputs are scaled by one number, so that they have a mean square of 1 around their mean.
-    Source: arXiv:2406.04093, sections 2.3 (TopK) and A.2 (dead features explain what the others left).
+    Inputs are scaled by a constant, so that their mean square around the mean is 1.
+    Source: arXiv:2406.04093, sections 2.3 (TopK) and A.2 (the auxiliary loss: dead features model the residual).
     """
 
     scale: Tensor
@@ -36,34 +36,34 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def start_from(self, x: Float[Tensor, "n width"]) -> None:
-        """Set scale and bias from the first rows."""
+        """Set scale and bias from the first rows (n, width)."""
         mean = x.mean(0)
         self.scale.copy_((x - mean).square().mean().rsqrt())
         self.bias.copy_(mean * self.scale)
 
     def activations(self, x: Float[Tensor, "n width"]) -> Float[Tensor, "n f"]:
-        """Before the choice of the k largest."""
+        """Codes before the k largest are selected, (n, f)."""
         return ((x * self.scale - self.bias) @ self.encoder + self.encoder_bias).relu()
 
     def encode(self, x: Float[Tensor, "n width"]) -> Float[Tensor, "n f"]:
-        """Codes: few of them are not zero."""
+        """Sparse codes (n, f)."""
         codes = self.activations(x)
         return largest(codes, self.k) if self.k else codes
 
     def decode(self, codes: Float[Tensor, "n f"]) -> Float[Tensor, "n width"]:
-        """Back in the units of the model."""
+        """The reconstruction (n, width), in the scale of the model."""
         return (codes @ self.decoder + self.bias) / self.scale
 
 
 def largest(codes: Tensor, k: int) -> Tensor:
-    """The k largest of each row; the others zero."""
+    """The k largest entries of each row, with zeros elsewhere."""
     best = codes.topk(min(k, codes.shape[-1]))
     return torch.zeros_like(codes).scatter(-1, best.indices, best.values)
 
 
 @dataclass(frozen=True)
 class Step:
-    """Figures of one step: share of the batch's variance explained, codes a row, share of features silent lately."""
+    """Metrics of one step: share of the batch's variance explained, codes per row, share of dead features."""
 
     step: int
     explained: float
@@ -74,10 +74,10 @@ class Step:
 def fit(
     sae: SparseAutoencoder, rows: ActivationRows, name: str, *, steps: int, batch: int, lr: float, l1: float, seed: int
 ) -> Iterator[Step]:
-    """Train on a column's rows, epoch after epoch in drawn orders; yields every step's figures.
+    """Train on the rows of a column in random order for several epochs; yields the metrics of every step.
 
     Args:
-        l1: weight of the codes' sum, where `sae.k` does not bound their number.
+        l1: weight of the L1 penalty on codes, used if `sae.k` is 0.
     """
     optimiser = torch.optim.Adam(sae.parameters(), lr=lr)
     silent = torch.zeros(sae.decoder.shape[0], dtype=torch.long)
@@ -100,7 +100,7 @@ def fit(
         if sae.k and bool(dead.any()):
             helpers = largest(raw * dead, 2 * sae.k) @ sae.decoder
             loss = loss + AUXILIARY * (left.detach() - helpers).square().sum(-1).mean() / variance
-        for group in optimiser.param_groups:  # linearly to zero over the last fifth
+        for group in optimiser.param_groups:  # linear decay to zero over the last fifth
             group["lr"] = lr * min(1.0, 5 * (1 - (step - 1) / steps))
         optimiser.zero_grad()
         loss.backward()
@@ -113,13 +113,13 @@ def fit(
 
 @dataclass(frozen=True)
 class Scores:
-    """On rows that the autoencoder has not seen.
+    """Measures on held-out rows.
 
     Attributes:
-        explained: share of the variance.
-        l0: codes that are not zero, a row.
-        density: (f,) share of rows on which a feature fires; 0 for dead ones.
-        best, rows: (f, top) largest codes of each feature, and the rows they are on.
+        explained: share of variance explained.
+        l0: mean number of nonzero codes per row.
+        density: (f,) share of rows on which each feature fires; 0 for dead ones.
+        best, rows: (f, top) largest codes of each feature, and their rows.
     """
 
     explained: float
@@ -131,7 +131,7 @@ class Scores:
 
 @torch.no_grad()
 def measure(sae: SparseAutoencoder, rows: ActivationRows, name: str, *, top: int = 8) -> Scores:
-    """Variance explained, density and the strongest rows of each feature, in one pass."""
+    """Variance explained, and density and rows with the largest codes of each feature, in one pass."""
     f, width = sae.decoder.shape
     error, fired, done = 0.0, torch.zeros(f), 0
     total, square = torch.zeros(width, dtype=torch.float64), 0.0
@@ -151,7 +151,7 @@ def measure(sae: SparseAutoencoder, rows: ActivationRows, name: str, *, top: int
 
 
 def principal_components(rows: ActivationRows, name: str, held_out: ActivationRows, count: int) -> float:
-    """Share of the held-out variance that the first `count` principal components of `rows` explain: the bar to pass."""
+    """Share of the held-out variance explained by the first `count` principal components of `rows`, as a baseline."""
     moments = []
     for part in (rows, held_out):
         n, total, products = 0, torch.zeros(()), torch.zeros(())

@@ -1,9 +1,9 @@
-"""From a source of text to documents, and which of them are held out.
+"""Read documents from a source of text, and split off held-out ones.
 
     plan = plan_split("stdlib")
     for split, name, text in split_documents("stdlib", plan): ...
 
-A document is a name and a text. Sources: the running Python's own library, folders, globs, single files.
+A document is a name and a text. Sources are the running Python's standard library, folders, globs and single files.
 """
 
 import glob
@@ -14,20 +14,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Third-party code and tests: which are installed differs from machine to machine, the library itself hardly.
+# Third-party code and tests are left out, because they differ between machines more than the library does.
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
 def documents(source: str | Path, *, skipped: list[str] | None = None) -> Iterator[tuple[str, str]]:
-    """Yield (name, text), in an order that does not depend on the file system.
+    """Yield (name, text) in an order that does not depend on the file system.
 
     Args:
         source: "stdlib" (the *.py files of the running Python's standard library, without tests and
-            site-packages), a folder (its files, hidden ones left out), a glob, or one file. A .jsonl file
-            gives a document a line (field "text"), a .parquet file one a row (column "text"), any other file
-            is one document.
-        skipped: receives the names of what is not UTF-8, cannot be read, or has null for text.
-    Raises: ValueError for a source that is missing or empty, or has no field "text".
+            site-packages), a folder (its files, without hidden ones), a glob, or one file. Each line of a .jsonl file
+            (field "text") and each row of a .parquet file (column "text") is a document; any other file is one
+            document.
+        skipped: receives the names of documents that are not UTF-8, cannot be read, or have null as text.
+    Raises: ValueError for a missing or empty source, or one without the field "text".
     """
     skipped = [] if skipped is None else skipped
     for name, path in _files(str(source)):
@@ -43,7 +43,7 @@ def documents(source: str | Path, *, skipped: list[str] | None = None) -> Iterat
 
 
 def _files(source: str) -> list[tuple[str, Path]]:
-    """Names relative to the source, so that a corpus copied elsewhere keeps its names and so its split."""
+    """Files with names relative to the source, so that a copied corpus keeps its names and therefore its split."""
     path = Path(source)
     if source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
@@ -73,12 +73,12 @@ def _jsonl(name: str, path: Path, skipped: list[str]) -> Iterator[tuple[str, str
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path} line {number} is not JSON ({error}): mend or remove it.") from error
+                raise ValueError(f"{path} line {number} is not JSON ({error}): correct or remove it.") from error
             if not isinstance(row, dict) or "text" not in row:
                 raise ValueError(f'{path} line {number} has no field "text": rename the field that holds it.')
             try:
                 row["text"].encode()
-            except (AttributeError, UnicodeEncodeError):  # not a string, or half a surrogate pair: no UTF-8
+            except (AttributeError, UnicodeEncodeError):  # not a string, or an unpaired surrogate
                 skipped.append(f"{name}:{number}")
             else:
                 yield f"{name}:{number}", row["text"]
@@ -102,13 +102,13 @@ def _parquet(name: str, path: Path, skipped: list[str]) -> Iterator[tuple[str, s
 
 @dataclass(frozen=True)
 class Plan:
-    """Which document is on which side of the split, decided before any is encoded.
+    """The split of each document, decided before encoding.
 
     Attributes:
         splits: document name -> "train" or "val".
         digests: document name -> sha256 of its UTF-8 text.
-        cut: where the only document is cut in two, in characters; None where there are several.
-        skipped: how many documents were left out, by reason.
+        cut: position at which a single document is split, in characters; None for several documents.
+        skipped: number of documents left out, by reason.
     """
 
     splits: dict[str, str]
@@ -120,11 +120,11 @@ class Plan:
 def plan_split(source: str | Path, *, validation_share: float = 0.05, seed: int = 0) -> Plan:
     """Hold out about `validation_share` of the documents, at least one, by a hash of seed and name.
 
-    A document keeps its side when others come or go. Empty documents are left out, and so are exact copies,
-    all but the one whose name sorts first: a held-out text that is also trained on measures memory. The only
-    document of a source is cut in two near the end of a line, and its tail is held out.
+    The split of a document does not depend on other documents. Empty documents are left out. Of exact copies only the
+    one whose name sorts first is kept, because a held-out text that is also trained on would measure memorisation. A
+    single document is split near the end of a line, and its last part is held out.
 
-    Raises: ValueError for a share outside (0, 1), or a source with nothing to split.
+    Raises: ValueError for a share outside (0, 1), or a source without enough text to split.
     """
     if not 0 < validation_share < 1:
         raise ValueError(f"validation_share is {validation_share}: choose one between 0 and 1, such as 0.05.")
@@ -154,7 +154,7 @@ def plan_split(source: str | Path, *, validation_share: float = 0.05, seed: int 
 def _plan_cut(source: str | Path, name: str, share: float, skipped: dict[str, int]) -> Plan:
     text = next(text for candidate, text in documents(source) if candidate == name)
     if len(text) < 2:
-        raise ValueError(f"{source} holds one character: give a longer text, to train on and to hold out.")
+        raise ValueError(f"{source} holds one character: give a longer text, so that a part can be held out.")
     wanted = min(max(round(len(text) * (1 - share)), 1), len(text) - 1)
     after_line = text.rfind("\n", 0, wanted) + 1
     cut = after_line or wanted
@@ -166,7 +166,7 @@ def _plan_cut(source: str | Path, name: str, share: float, skipped: dict[str, in
 def split_documents(source: str | Path, plan: Plan) -> Iterator[tuple[str, str, str]]:
     """Yield ("train" or "val", name, text) of every document in the plan.
 
-    Raises: ValueError if a text is no longer the one that was planned with.
+    Raises: ValueError if a text has changed since the plan was made.
     """
     found = 0
     for name, text in documents(source):

@@ -1,21 +1,21 @@
-"""How many steps fit into a run's minutes: planned from its first steps, and anew where its pace changes."""
+"""Plan how many steps fit into a run's minutes, from its first steps, and again when the pace changes."""
 
 from bisect import bisect_right
 
 from recipes.training.settings import Settings
 from recipes.training.steps import FLAT
 
-CHECK = 0.1  # of the time that is left, from one comparison of plan and clock to the next
-WINDOW = 0.05  # of the minutes, at least: steps so far back tell the pace, or a burst of other work would
-TOLERANCE = 0.01  # of the minutes: a plan that ends nearer to them than that stands
+CHECK = 0.1  # share of the remaining time between two checks of the plan
+WINDOW = 0.05  # least share of the minutes over which the pace is averaged, to smooth bursts of other work
+TOLERANCE = 0.01  # share of the minutes by which a plan may deviate before it is changed
 
 
 class Pace:
-    """What steps, looks at held-out text and saving take of late, in seconds.
+    """Recent times of steps, validations and saving, in seconds.
 
     Args:
         elapsed: seconds of the run so far.
-        looks_after: what the run measures after its last step, as a multiple of one look.
+        looks_after: cost of the measurement after the last step, in validations.
     """
 
     def __init__(self, settings: Settings, elapsed: float, looks_after: float) -> None:
@@ -24,22 +24,22 @@ class Pace:
         self.looks_after = looks_after
         self.saving = 0.0
         self.steps: list[float] = []
-        self.looks: list[float] = []  # in steps, because other work slows both
+        self.looks: list[float] = []  # in steps, because other work on the machine slows both equally
         self.compared = elapsed
 
     def looked(self, seconds: float) -> None:
-        """Note what a look took, after a step at least."""
+        """Record the seconds of a validation; at least one step must have been recorded."""
         last = self.steps[-10:]
         self.looks.append(seconds * len(last) / sum(last))
 
     def first(self, step: int, elapsed: float) -> int:
-        """The first plan. The first steps are slower, as kernels are chosen and memory is fetched: hence the median."""
+        """The first plan. It uses the median, because the first steps are slower (kernel choice, allocation)."""
         return self._fitting(step, elapsed, sorted(self.steps)[len(self.steps) // 2])
 
     def again(self, step: int, total: int, elapsed: float) -> int:
-        """The number of steps in all, which is `total` where that still fits or the time for a comparison has not come.
+        """The planned number of steps: `total` if that still fits or the next check is not due.
 
-        Nothing is added once the learning rate falls: it would rise again.
+        No steps are added after the learning rate starts to fall, because it would rise again.
         """
         left = max(self.budget - elapsed, 0.0)
         if elapsed - self.compared < max(CHECK * left, TOLERANCE * self.budget):
@@ -52,7 +52,7 @@ class Pace:
         return fitting
 
     def _recent(self, seconds: float) -> float:
-        """The mean of the last steps that took so long."""
+        """Mean seconds of the last steps that together took at least the given time."""
         count, taken = 0, 0.0
         while count < len(self.steps) and taken < seconds:
             count += 1
@@ -60,7 +60,7 @@ class Pace:
         return taken / count
 
     def _fitting(self, step: int, elapsed: float, usual: float) -> int:
-        """The most steps in all that end in time, and one more at least."""
+        """The largest number of steps that end in time, but at least one more than now."""
         looking = usual * sorted(self.looks)[(len(self.looks) - 1) // 2] if self.looks else 0.0
         left = self.budget - elapsed - self.looks_after * looking
         self.compared = elapsed
@@ -76,5 +76,5 @@ class Pace:
 
 
 def _times(every: int, step: int, total: int) -> int:
-    """How often something happens after `step` that is done at multiples of `every` and at the end."""
+    """How often an action at multiples of `every` and at the end occurs after `step`."""
     return total // every - step // every + (total % every != 0)

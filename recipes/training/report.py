@@ -1,4 +1,4 @@
-"""What a training run shows: live progress, metrics on disk, and the loss picture."""
+"""Output of a training run: live progress, metrics on disk, and the loss picture."""
 
 import json
 import os
@@ -12,20 +12,20 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from recipes.training.data import Baseline
 from recipes.training.tokenizer import write_atomically
 
-Row = dict[str, Any]  # one step's figures by name
-SECONDS_BETWEEN_LINES = 10.0  # where the output is no terminal
+Row = dict[str, Any]  # metrics of one step by name
+SECONDS_BETWEEN_LINES = 10.0  # if the output is not a terminal
 
 
 class Metrics:
-    """metrics.jsonl, one line a step, and TensorBoard.
+    """Writes metrics.jsonl, one line per step, and TensorBoard event files.
 
-    Lines after `step` are dropped on opening: a run that was killed goes on from its last saved state, and no step
-    may appear twice.
+    Lines after `step` are removed on opening, because a killed run repeats the steps after its last saved state, and no
+    step may appear twice.
 
     Args:
         folder: the run's folder.
-        step: the last step whose line stands.
-        tensorboard: also write TensorBoard's event files, where the package is there.
+        step: the last step whose line is kept.
+        tensorboard: also write TensorBoard's event files, if the package is installed.
     """
 
     def __init__(self, folder: Path, *, step: int, tensorboard: bool, console: Console) -> None:
@@ -38,20 +38,20 @@ class Metrics:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                console.print("TensorBoard is not installed, so no event files: pip install tensorboard.")
+                console.print("TensorBoard is not installed, so no event files are written: pip install tensorboard.")
             else:
                 self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def add(self, row: Row) -> None:
-        """Append a step's figures."""
+        """Append the metrics of a step."""
         self.file.write(json.dumps(row) + "\n")
-        self.file.flush()  # to the system, so that a killed process has told all it did
+        self.file.flush()  # so that no line is lost if the process is killed
         for name, value in row.items():
             if self.board is not None and isinstance(value, (int, float)) and name != "step":
                 self.board.add_scalar(name, value, row["step"])
 
     def sync(self) -> None:
-        """Put the lines on the disk: a state must not be newer than the lines before it."""
+        """Sync the lines to disk, because a saved state must not be newer than its lines."""
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
@@ -61,7 +61,7 @@ class Metrics:
 
 
 def read_metrics(folder: Path) -> list[Row]:
-    """The steps of a run's metrics.jsonl; a last line that was cut short is left out."""
+    """The rows of a run's metrics.jsonl, without an incomplete last line."""
     path, rows = folder / "metrics.jsonl", []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -72,7 +72,7 @@ def read_metrics(folder: Path) -> list[Row]:
 
 
 class Live:
-    """One line that follows the training, with a bar; where the output is no terminal, a line now and then."""
+    """A line of progress with a bar on a terminal, or a plain line every few seconds elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self.console, self.validation, self.last = console, "-", float("-inf")
@@ -88,7 +88,7 @@ class Live:
         self.bar.stop()
 
     def show(self, row: Row, total: int | None) -> None:
-        """Show a step's figures; `total` steps are planned, None before that is known."""
+        """Show the metrics of a step; `total` is the planned number of steps, or None if unknown."""
         measured = "val_bits_per_byte" in row
         if measured:
             self.validation = f"{row['val_bits_per_byte']:.3f}"
@@ -110,14 +110,14 @@ class Live:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as 1:02:03 or 2:03."""
+    """Format seconds as 1:02:03 or 2:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def compressed(baselines: list[Baseline]) -> tuple[float, float]:
-    """gzip's and xz's bits per byte over all documents together."""
+    """Bits per byte of gzip and xz over all documents together."""
     total = sum(b.utf8_bytes for b in baselines)
     gzip = sum(b.gzip * b.utf8_bytes for b in baselines)
     xz = sum(b.xz * b.utf8_bytes for b in baselines)
@@ -125,13 +125,13 @@ def compressed(baselines: list[Baseline]) -> tuple[float, float]:
 
 
 def draw_loss(rows: list[Row], path: Path, *, gzip: float, xz: float, title: str) -> None:
-    """Draw a run: the training loss, and bits per byte of held-out text beside the compressors'.
+    """Draw the training loss, and the bits per byte of held-out text with those of the compressors.
 
     Args:
-        rows: of metrics.jsonl.
-        path: the picture, .png.
-        gzip, xz: bits per byte of the part of the held-out text that `rows` measure.
-    Raises: ImportError, in a sentence, without matplotlib.
+        rows: rows of metrics.jsonl.
+        path: the .png file to write.
+        gzip, xz: bits per byte on the part of the held-out text that is measured during training.
+    Raises: ImportError if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -157,7 +157,7 @@ def draw_loss(rows: list[Row], path: Path, *, gzip: float, xz: float, title: str
         right.annotate(
             f"{values[-1]:.2f}", (minutes[-1], values[-1]), xytext=(0, -14), textcoords="offset points", ha="center"
         )
-        right.set_ylim(min(*values, xz) - 0.3, min(max(values), 5.0) + 0.2)  # the first looks would hide the end
+        right.set_ylim(min(*values, xz) - 0.3, min(max(values), 5.0) + 0.2)  # the first values would hide the last ones
     right.set(xlabel="minutes of training", ylabel="bits per byte", title="part of the held-out text")
     for axes in (left, right):
         axes.grid(alpha=0.25)

@@ -1,4 +1,4 @@
-"""A pretraining run before its first step: its settings, and the device, text and model they ask for."""
+"""The settings of a pretraining run, and the device, text and model that they select."""
 
 import json
 import os
@@ -24,8 +24,8 @@ from recipes.training.tokenizer import (
     write_atomically,
 )
 
-MEASURED_STEPS = 20  # that tell first how many fit into `minutes`
-# What a resumed run may change: nothing here changes the losses.
+MEASURED_STEPS = 20  # steps timed for the first plan of how many fit into `minutes`
+# Settings that a resumed run may change, because they do not affect the losses.
 FREE = {"out", "resume", "eval_every", "save_every", "device", "tensorboard"}
 
 
@@ -34,27 +34,27 @@ class Settings:
     """Train a Qwen3-Next model from scratch.
 
     Attributes:
-        data: "stdlib" (this Python's standard library), a folder, a glob or a file.
-        tokenizer: "bytes", "bpe:N" (learnt from the training documents) or a tokenizer.json.
-        preset: a name out of qwen3next.presets, or a config.json; the vocabulary's size is the tokenizer's.
-        steps: how long to train, in optimizer steps; 1000 where `minutes` is not given either.
-        minutes: how long to train and measure, in minutes: as many steps as fit at the pace of the run.
+        data: "stdlib" (the source of Python's standard library), a folder, a glob or a file.
+        tokenizer: "bytes", "bpe:N" (trained on the training documents) or a tokenizer.json.
+        preset: name of a preset in qwen3next.presets, or a config.json; the tokenizer sets the vocabulary size.
+        steps: number of optimizer steps; default 1000 if `minutes` is not given.
+        minutes: time for training and measuring, instead of a number of steps; the run does as many steps as fit.
         batch_size: windows in a micro-batch.
         window: tokens in a window.
         accumulate: micro-batches in a step.
         lr: peak learning rate.
         warmup: steps of linear warm-up.
-        schedule: "wsd" holds the peak and falls to zero over the last fifth, "cosine" falls all the way to a tenth.
-        weight_decay: of matrices and zero-centred norms.
-        clip: largest norm of the gradient.
-        seed: of weights and order.
+        schedule: "wsd" keeps the peak and decays to zero over the last fifth; "cosine" decays to a tenth of the peak.
+        weight_decay: weight decay of matrices and zero-centred norms.
+        clip: largest gradient norm.
+        seed: random seed of weights and data order.
         out: the run's folder.
-        resume: go on with the run in `out`; settings that are not given are the run's own.
-        eval_every: steps between looks at held-out text.
+        resume: continue the run in `out`; settings default to those of the run.
+        eval_every: steps between validations on held-out text.
         save_every: steps between saved states.
         device: "auto", "cpu" or "cuda".
-        precision: "auto" takes bf16 where the hardware multiplies in it, else fp32.
-        tensorboard: write TensorBoard's event files too.
+        precision: "fp32", "bf16" or "auto"; "auto" uses bf16 if the hardware multiplies in it, else fp32.
+        tensorboard: also write TensorBoard's event files.
     """
 
     data: str = "stdlib"
@@ -104,7 +104,7 @@ class Settings:
 
 
 def pick_device(name: str) -> torch.device:
-    """Raises: ValueError for a device that is not here."""
+    """The device to use. Raises: ValueError for a device that does not exist here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -113,9 +113,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(wanted: str, device: torch.device) -> tuple[str, str]:
-    """("fp32" or "bf16", why). On a CPU that cannot multiply in bf16, torch imitates it, slower than fp32.
+    """("fp32" or "bf16", reason). On a CPU without bf16 multiplication torch emulates it, slower than fp32.
 
-    Raises: ValueError where "auto" is asked for and the environment variable QWEN3NEXT_PRECISION is none of the three.
+    Raises: ValueError for "auto" if the environment variable QWEN3NEXT_PRECISION is set to an unknown value.
     """
     if wanted != "auto":
         return wanted, "as asked"
@@ -133,12 +133,12 @@ def pick_precision(wanted: str, device: torch.device) -> tuple[str, str]:
 
 
 def prepare_data(settings: Settings) -> tuple[Tokenizer, Meta]:
-    """Tokenizer, shards and the compressors' figures in the run's folder; what is there already is used."""
+    """Tokenizer, shards and compressor figures in the run's folder; existing ones are reused."""
     out, shards = settings.out, settings.out / "data"
     tokenizer = _tokenizer(settings, out / "tokenizer")
     save_tokenizer(tokenizer, out / "tokenizer")
     if settings.resume and (shards / "meta.json").is_file() and (out / "baselines.json").is_file():
-        return tokenizer, read_meta(shards)  # the run's own text, whatever became of the source
+        return tokenizer, read_meta(shards)  # the saved text of the run, even if the source has changed
     meta = build_shards(settings.data, tokenizer, shards)
     baselines = [b._asdict() for b in compression_baselines(_texts(settings.data, "val"))]
     write_atomically(out / "baselines.json", (json.dumps(baselines, indent=1) + "\n").encode())
@@ -146,7 +146,7 @@ def prepare_data(settings: Settings) -> tuple[Tokenizer, Meta]:
 
 
 def read_baselines(out: Path) -> list[Baseline]:
-    """What compressors make of a run's held-out documents, in shard order."""
+    """The compressed sizes of a run's held-out documents, in shard order."""
     return [Baseline(**values) for values in json.loads((out / "baselines.json").read_bytes())]
 
 
@@ -160,7 +160,7 @@ def _tokenizer(settings: Settings, folder: Path) -> Tokenizer:
         return load_tokenizer(wanted)
     if not wanted[4:].isdecimal():
         raise ValueError(f'tokenizer is {wanted!r}: give "bytes", "bpe:4096" or a tokenizer.json.')
-    # From the training documents alone: held-out text must not shape the tokens it is measured in.
+    # Only training documents are used: held-out text must not influence its own tokenisation.
     return train_bpe((text for _, text in _texts(settings.data, "train")), vocab_size=int(wanted[4:]))
 
 
@@ -169,7 +169,7 @@ def _texts(source: str, split: str) -> Iterator[tuple[str, str]]:
 
 
 def model_config(preset: str, tokenizer: Tokenizer) -> q.ModelConfig:
-    """A preset or a config.json, with the tokenizer's vocabulary.
+    """The configuration of a preset or a config.json, with the tokenizer's vocabulary size.
 
     Raises: ValueError for a preset that does not exist.
     """
@@ -180,14 +180,14 @@ def model_config(preset: str, tokenizer: Tokenizer) -> q.ModelConfig:
 
 
 def recorded(out: Path) -> Settings:
-    """The settings of the run in a folder. Raises: ValueError where there is none."""
+    """The settings of the run in a folder. Raises: ValueError if there is no run."""
     try:
         values = json.loads((out / "settings.json").read_bytes())
         return Settings(**(values | {"out": out, "resume": True}))
     except FileNotFoundError:
         raise ValueError(f"There is no run to resume in {out}: leave --resume out to start one.") from None
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{out / 'settings.json'} is not a run's settings ({error}).") from error
+        raise ValueError(f"{out / 'settings.json'} is not a run's settings ({error}): choose another --out.") from error
 
 
 def refuse_changes(kind: str, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -195,7 +195,7 @@ def refuse_changes(kind: str, before: dict[str, Any], now: dict[str, Any]) -> No
         if before.get(name) != now.get(name):
             raise ValueError(
                 f"This run was started with the {kind} {name} = {before.get(name)!r}, now it is {now.get(name)!r}: "
-                "resume with what it had, or start a new run in another --out."
+                "resume with the old value, or start a new run in another --out."
             )
 
 

@@ -1,4 +1,4 @@
-"""From documents to token shards on disk: built once, whole or not at all, and recognised by a fingerprint.
+"""Write documents as token shards on disk: built once, atomically, and identified by a fingerprint.
 
 meta = build_shards("stdlib", byte_tokenizer(), "runs/data")
 """
@@ -29,14 +29,14 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class Meta:
-    """What the shards in a folder hold (meta.json); the counts are by split.
+    """The contents of the shards in a folder (meta.json); counts are by split.
 
     Attributes:
         fingerprint: sha256 over tokenizer, split, and every document's name and content.
-        tokens, documents, utf8_bytes: counts; tokens include one `<|endoftext|>` a document, bytes do not.
+        tokens, documents, utf8_bytes: counts; tokens include one `<|endoftext|>` per document, bytes do not.
         val_names, val_bytes: the held-out documents in shard order, and the UTF-8 bytes of each.
-        skipped: how many documents were left out, by reason.
-        note: what to tell the user about the split; empty where it is the usual one.
+        skipped: number of documents left out, by reason.
+        note: message to the user about an unusual split; else empty.
     """
 
     fingerprint: str
@@ -62,24 +62,24 @@ def build_shards(
     exact: bool = True,
     progress: bool = True,
 ) -> Meta:
-    """Encode a source into `folder`, or keep what is there if it is the same text, tokenizer and split.
+    """Encode a source into `folder`, or keep existing shards of the same text, tokenizer and split.
 
-    Writes, for each split, SPLIT.bin (token ids, uint32, little-endian) and SPLIT.idx.npy (where each
-    document starts, int64, and the end), then meta.json. Everything is written beside the old files first and
-    moved in when whole, so a failure leaves the old shards as they were. A process that is killed leaves at
-    most a `.building-*` folder, which the next build removes, and, killed during the move, no shards at all.
+    Writes for each split SPLIT.bin (token ids, uint32, little-endian) and SPLIT.idx.npy (start of each document, int64,
+    and the end), then meta.json. All files are written to a `.building-*` folder and then moved, so a failure leaves
+    the old shards unchanged. A killed process leaves at most that folder, which the next build removes, and no shards
+    if it was killed during the move.
 
     Args:
         source, validation_share, seed: as in `documents` and `plan_split`.
-        exact: refuse a document that its tokens do not spell. Of such a text bits per byte say nothing: what the
-            tokenizer loses costs no bits.
-        progress: show a bar, and say what was left out, on stderr.
-    Raises: ValueError for a source or tokenizer that does not serve; OSError, in a sentence, for a full disk.
+        exact: refuse a document that does not equal its decoded tokens. Its bits per byte would be meaningless, because
+            text that the tokenizer loses costs no bits.
+        progress: show a progress bar and the documents left out, on stderr.
+    Raises: ValueError for an invalid source or tokenizer; OSError for a full disk.
     """
     folder = Path(folder)
     eos = eos_id(tokenizer)
     if folder.resolve().is_relative_to(Path(source).resolve()):
-        raise ValueError(f"{folder} lies inside {source}, whose text it would become: choose another folder.")
+        raise ValueError(f"{folder} lies inside {source} and would become part of it: choose another folder.")
     plan = plan_split(source, validation_share=validation_share, seed=seed)
     parts = ["2" if exact else "1", tokenizer.to_str(), validation_share, seed, sorted(plan.splits.items())]
     fingerprint = digest(json.dumps([*parts, sorted(plan.digests.items())]))
@@ -94,11 +94,11 @@ def build_shards(
         staging = Path(tempfile.mkdtemp(prefix=f".building-{os.getpid()}-", dir=folder))
         try:
             counts = _write_tokens(source, plan, tokenizer, eos, staging, console, exact)
-            note = "" if plan.cut is None else "One document only: its head is for training, its tail is held out."
+            note = "" if plan.cut is None else "One document only: its end is held out, the rest is for training."
             vocab_size = tokenizer.get_vocab_size()
             meta = Meta(fingerprint, eos, vocab_size, "uint32", *counts, plan.skipped, note)
             _write_synced(staging / "meta.json", json.dumps(asdict(meta), indent=1).encode())
-            # Old tokens must never stand beside a new index: without a meta.json there are no shards.
+            # Old tokens must never be read with a new index: shards without meta.json are invalid.
             (folder / "meta.json").unlink(missing_ok=True)
             for split in SPLITS:
                 os.replace(staging / f"{split}.bin", folder / f"{split}.bin")
@@ -113,28 +113,28 @@ def build_shards(
 
 
 def read_meta(folder: str | Path) -> Meta:
-    """Read a shard folder's meta.json and hold the token files' sizes against it.
+    """Read a shard folder's meta.json and check the sizes of the token files.
 
-    Raises: ValueError if shards are missing, cut short, or not what meta.json says.
+    Raises: ValueError if shards are missing, truncated, or contradict meta.json.
     """
     folder = Path(folder)
     file = folder / "meta.json"
     if not file.is_file():
-        raise ValueError(f"There are no shards in {folder}: build_shards writes them.")
+        raise ValueError(f"There are no shards in {folder}: write them with build_shards.")
     try:
         meta = Meta(**json.loads(file.read_bytes()))
         for split in SPLITS:
             path = folder / f"{split}.bin"
             size, expected = path.stat().st_size if path.is_file() else 0, 4 * meta.tokens[split]
             if size != expected:
-                raise ValueError(f"{path} has {size} bytes where {expected} belong")
+                raise ValueError(f"{path} has {size} bytes instead of {expected}")
     except (ValueError, TypeError, KeyError) as error:
         raise _damaged(folder, error) from error
     return meta
 
 
 def open_split(folder: Path, split: str) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """Tokens (memory-mapped) and where documents start, the end included."""
+    """Tokens (memory-mapped) and the starts of documents, followed by the end."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: choose train or val.")
     meta = read_meta(folder)
@@ -180,13 +180,13 @@ def _write_tokens(
         bar = stack.enter_context(Progress(console=console, transient=True, disable=not console.is_terminal))
         task = bar.add_task("encoding documents", total=len(plan.splits))
         texts = split_documents(source, plan)
-        while some := list(islice(texts, 64)):  # together, because the tokenizer encodes them in parallel
+        while some := list(islice(texts, 64)):  # the tokenizer encodes a batch in parallel
             encoded = encode([text for *_, text in some])
             if exact:
                 for (_, name, text), back in zip(some, decode(encoded), strict=True):
                     _refuse_loss(name, text, back)
             for (split, name, text), ids in zip(some, encoded, strict=True):
-                # write, not ndarray.tofile: that one reports a full disk without saying so.
+                # ndarray.tofile does not report a full disk as such.
                 files[split].write(np.append(ids, np.uint32(eos)).astype("<u4").tobytes())
                 starts[split].append(starts[split][-1] + len(ids) + 1)
                 sizes[split].append(len(text.encode()))
@@ -209,27 +209,27 @@ def _write_tokens(
 
 
 def _refuse_loss(name: str, text: str, back: str) -> None:
-    """Raises: ValueError where a document is not what its tokens spell."""
+    """Raises: ValueError if a document differs from its decoded tokens."""
     if back == text:
         return
     pairs = zip(text, back, strict=False)
     at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(back)))
     raise ValueError(
         f"The tokenizer loses text of the document {name}: at character {at} {text[at : at + 12]!r} becomes "
-        f"{back[at : at + 12]!r}, and what is lost would cost no bits. Choose a tokenizer that spells every text "
+        f"{back[at : at + 12]!r}, so bits per byte would be too low. Choose a tokenizer that keeps every text "
         '("bytes", "bpe:4096"), or leave the document out.'
     )
 
 
 def _remove_dead_builds(folder: Path) -> None:
-    """Delete what killed processes of this machine left: `.building-PID-*` whose process is gone."""
+    """Delete `.building-PID-*` folders of processes that no longer run on this machine."""
     for left in folder.glob(".building-*-*"):
         try:
             os.kill(int(left.name.split("-")[1]), 0)
         except (ValueError, ProcessLookupError):
             shutil.rmtree(left, ignore_errors=True)
         except PermissionError:
-            pass  # another user's, and alive
+            pass  # a running process of another user
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The parts of a training step: learning rate, parameter groups, accumulated gradients; and held-out text."""
+"""The parts of a training step: learning rate, parameter groups, gradient accumulation; and losses of documents."""
 
 import math
 from typing import Any
@@ -15,30 +15,29 @@ from recipes.training.data import Batch, ValidationBatches
 from recipes.training.report import Row
 from recipes.training.settings import MEASURED_STEPS, Settings
 
-FLAT = 0.8  # share of the steps after which "wsd" falls
+FLAT = 0.8  # share of the steps after which "wsd" decays
 
 
 def learning_rate(step: int, total: int | None, settings: Settings) -> float:
-    """Of step 0, 1, …; `total` is None as long as the number of steps is not known, which warm-up outlasts."""
+    """The learning rate of step 0, 1, …; `total` is None while unknown, which is only during warm-up."""
     warmup = max(settings.warmup, MEASURED_STEPS) if settings.minutes else settings.warmup
     rise = min(1.0, (step + 1) / max(warmup, 1))
     if total is None:
         return settings.lr * rise
     if settings.schedule == "wsd":
         return settings.lr * min(rise, (total - step) / ((1 - FLAT) * total))
-    warmup = min(warmup, total // 2)  # a run that ends within its warm-up falls all the same
+    warmup = min(warmup, total // 2)  # so that a run shorter than its warm-up still decays
     done = max(step - warmup, 0) / max(total - warmup, 1)
     return settings.lr * min(rise, 0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: what decays and what does not.
+    """AdamW's parameter groups, with and without weight decay.
 
-    Decay pulls towards zero, so it serves where zero is neutral: for matrices, and for zero-centred norm weights, whose
-    scale is 1 + weight (the released models' training decayed them). Zero is not neutral for A_log and dt_bias (a
-    memory of one particular length) nor for the weights of the gated norm and of norms that are not zero-centred (they
-    start at 1: what they scale would fade); and a rare token's embedding would shrink in all the steps that do not see
-    it.
+    Decay pulls towards zero, so it applies to parameters for which zero is neutral: matrices, and zero-centred norm
+    weights, whose scale is 1 + weight (they were decayed in the training of the released models). Zero is not neutral
+    for A_log and dt_bias, where it means a particular decay rate, nor for the weights of the gated norm and of norms
+    that are not zero-centred, which start at 1. The embedding of a rare token would shrink in all steps without it.
     """
     spared: set[int] = set()
     for module in model.modules():
@@ -54,12 +53,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def accumulate_gradients(model: q.Qwen3Next, micro: list[Batch], *, precision: str) -> Row:
-    """Add the gradients of one big batch, computed in parts; return its losses, and `targets`, predicted tokens.
+    """Accumulate the gradients of one big batch in parts; return its losses and `targets`, the predicted tokens.
 
-    A part's mean counts by its share of the predicted tokens, those of MTP by theirs, so that the next-token and MTP
-    losses and their gradients are those of one big batch. Router losses count by the tokens; the balance loss is a
-    product of means, so it is the mean of the parts' own: each part is balanced by itself. A part in which nothing is
-    predicted is left out; if that is all of them, losses are zero and there are no gradients.
+    The next-token and MTP means of a part are weighted by its share of their predicted tokens, so that these losses and
+    their gradients equal those of one big batch. Router losses are weighted by tokens. The balance loss is a product of
+    means, so the result is the mean over the parts: each part is balanced separately. A part without predicted tokens
+    is left out; if all are, losses are zero and there are no gradients.
     """
     device, config = model.embed_tokens.weight.device, model.config
     whole = [(batch, Segments.from_document_ids(batch.document_ids.to(device))) for batch in micro]
@@ -88,14 +87,14 @@ def _shares(counts: list[int]) -> list[float]:
 
 @torch.no_grad()
 def held_out_nats(model: q.Qwen3Next, batches: ValidationBatches, *, precision: str) -> dict[int, float]:
-    """Summed cross-entropy in nats of every document of `batches`, by its number."""
+    """Summed cross-entropy in nats of every document in `batches`, by its number."""
     nats = dict.fromkeys(batches.documents, 0.0)
     device = model.embed_tokens.weight.device
     for batch in batches:
         ids, segments = batch.input_ids.to(device), Segments.from_document_ids(batch.document_ids.to(device))
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             hidden = model(ids, segments=segments, logits_to_keep=1).hidden
-            for row, document in enumerate(batch.documents.tolist()):  # a row at a time: logits are large
+            for row, document in enumerate(batch.documents.tolist()):  # one row at a time, because logits are large
                 end = int(segments.end[row])
                 logits = model.hook_logits(model.lm_head(hidden[row : row + 1, : end - 1]))[0].float()
                 nats[document] += F.cross_entropy(logits, ids[row, 1:end], reduction="sum").item()

@@ -1,7 +1,7 @@
-"""Tokenizers for training from scratch: plain bytes, or a byte-level BPE learnt from the text itself.
+"""Tokenizers for training from scratch: plain bytes, or a byte-level BPE trained on the text.
 
-Each is a `tokenizers.Tokenizer`, saved as a `tokenizer.json` that transformers opens. None of the two made
-here normalises, so decoding gives back exactly the text that was encoded. `<|endoftext|>` ends a document.
+Each is a `tokenizers.Tokenizer`, saved as a `tokenizer.json` that transformers opens. Neither normalises text, so
+decoding returns exactly the encoded text. `<|endoftext|>` ends a document.
 """
 
 import errno
@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 EOS = "<|endoftext|>"
 
-# How Qwen2 and later split text before BPE. Their NFC normaliser is left out: it would change the text.
+# The pre-tokenisation of Qwen2 and later, without their NFC normaliser, which would change the text.
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -26,9 +26,9 @@ QWEN_SPLIT = (
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One token a UTF-8 byte: ids 0 to 255 are the byte's value, 256 is `<|endoftext|>`."""
+    """One token per UTF-8 byte: ids 0 to 255 are the byte values, 256 is `<|endoftext|>`."""
     tokenizer = Tokenizer(models.BPE(vocab=_byte_vocabulary(), merges=[]))
-    # Without its regex the whole text is one word, and without the prefix space nothing is added to it.
+    # Without the regex the whole text is one word; without the prefix space nothing is added to it.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([EOS])
@@ -36,12 +36,12 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """Learn a byte-level BPE; the same texts give the same tokenizer, byte for byte.
+    """Train a byte-level BPE; the same texts give the same tokenizer, byte for byte.
 
     Args:
-        texts: what to learn from, read once.
-        vocab_size: ids in all, 256 bytes and `<|endoftext|>` included. A small text may give fewer; the last
-            id is `<|endoftext|>` in any case.
+        texts: training texts, read once.
+        vocab_size: number of ids, including 256 bytes and `<|endoftext|>`. A small text may give fewer; the last id is
+            always `<|endoftext|>`.
     Raises: ValueError for a vocab_size below 257.
     """
     if vocab_size < 257:
@@ -58,8 +58,8 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
-        min_frequency=2,  # a pair seen once would make each rare word a token of its own
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # bytes the texts lack can still be encoded
+        min_frequency=2,  # with 1, each rare word would become a token
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # so that bytes that are not in the texts can be encoded
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -70,7 +70,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Open a `tokenizer.json`, or the one in a folder.
 
-    Raises: ValueError if there is none, or it is none that the tokenizers library reads.
+    Raises: ValueError if the file does not exist or the tokenizers library cannot read it.
     """
     file = Path(path)
     if file.is_dir():
@@ -79,14 +79,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"No tokenizer at {file}: give a tokenizer.json or a folder that holds one.")
     try:
         return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception, whatever is wrong with the file
-        raise ValueError(f"{file} is not a tokenizer the tokenizers library reads ({error}).") from error
+    except Exception as error:  # the library raises plain Exception for every error
+        raise ValueError(f"{file} is not a tokenizer of the tokenizers library ({error}): give another.") from error
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens.
 
-    Raises: ValueError without an `<|endoftext|>` token; OSError, in a sentence, when the disk is full.
+    Raises: ValueError without an `<|endoftext|>` token; OSError for a full disk.
     """
     eos_id(tokenizer)
     config = {
@@ -109,11 +109,10 @@ def eos_id(tokenizer: Tokenizer) -> int:
 
 
 def document_encoder(tokenizer: Tokenizer) -> Callable[[Sequence[str]], list[NDArray[np.uint32]]]:
-    """A function from documents to their ids, without the closing `<|endoftext|>`.
+    """A function that encodes documents, without the final `<|endoftext|>`.
 
-    Text that spells a special token is encoded as ordinary text: a document about tokenizers must not end
-    in its middle. Padding, truncation and templates that the tokenizer carries are not applied. The tokenizer
-    itself is left as it is.
+    Text that spells a special token is encoded as ordinary text, so that it cannot end a document. The tokenizer's
+    padding, truncation and templates are not applied. The tokenizer itself is not changed.
     """
     if tokenizer.to_str() == byte_tokenizer().to_str():
         return lambda texts: [np.frombuffer(t.encode(), dtype=np.uint8).astype(np.uint32) for t in texts]
@@ -131,16 +130,16 @@ def document_encoder(tokenizer: Tokenizer) -> Callable[[Sequence[str]], list[NDA
 
 
 def document_decoder(tokenizer: Tokenizer) -> Callable[[Sequence[NDArray[np.uint32]]], list[str]]:
-    """The way back from `document_encoder`, as far as the tokenizer knows it."""
+    """The inverse of `document_encoder`, as far as the tokenizer supports it."""
     if tokenizer.to_str() == byte_tokenizer().to_str():
         return lambda ids: [x.astype(np.uint8).tobytes().decode(errors="replace") for x in ids]
     return lambda ids: tokenizer.decode_batch([x.tolist() for x in ids], skip_special_tokens=False)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file so that whoever reads it, at any instant, finds the old one or the new one whole.
+    """Replace a file atomically: a reader sees the complete old file or the complete new one.
 
-    Raises: OSError, in a sentence, when the disk is full; the old file stands.
+    Raises: OSError for a full disk; the old file remains.
     """
     with explain_full_disk(path):
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
@@ -148,7 +147,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())  # or a power cut could leave the new name with nothing behind it
+                os.fsync(file.fileno())  # otherwise a power failure could leave an empty file
             os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from other users of the folder
             os.replace(temporary, path)
         finally:
@@ -157,7 +156,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def explain_full_disk(path: Path) -> Iterator[None]:
-    """Turn the system's "No space left on device" into a sentence that says where and what to do."""
+    """Turn the system's "No space left on device" into an error that names the path and says what to do."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The cache: what it costs, forks, snapshots, rows, precisions."""
+"""The cache: memory, forks, snapshots, rows, dtypes."""
 
 import pickle
 
@@ -28,12 +28,12 @@ def test_bytes_are_those_of_the_formula(model):
         assert cache.nbytes() == expected + cache_state_excess(config, 2)
         assert cache.reserved - cache.nbytes() <= 2 * max(BLOCK, length // 4) * config.bytes_per_token(8) * 1.5
     small = small_model().new_cache(max_len=10**6, kv_dtype="bfloat16")
-    assert small.reserved == config.bytes_per_sequence(4)  # an empty cache is no larger for its limit
+    assert small.reserved == config.bytes_per_sequence(4)  # the limit does not add to the size of an empty cache
     assert q.HybridCache.estimate(q.presets.qwen3_next_80b_a3b(), 262_144) == 262_144 * 24_576 + 77_266_944
 
 
 def cache_state_excess(config, batch):
-    """The formula counts memory in fp32; in an fp64 model it is twice that."""
+    """The formula counts the recurrent state in fp32; in an fp64 model it is twice as large."""
     memory = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim * 4
     return batch * memory * config.layer_types.count("linear_attention")
 
@@ -65,7 +65,7 @@ def test_forks_go_on_independently_and_share_until_then(model):
 
 
 def test_forks_of_a_long_document_copy_nothing(model):
-    """Each of them adds a block for its own tokens and a recurrent state; the document is there once."""
+    """Each fork adds a block for its own tokens and a recurrent state; the document is stored once."""
     ids, more = tokens(2000, b=1), tokens(300, b=1)
     cache = model.new_cache(max_len=3000)
     run(model, cache, ids)
@@ -79,17 +79,17 @@ def test_forks_of_a_long_document_copy_nothing(model):
         memory |= c.storages()
     each = BLOCK * model.config.bytes_per_token(8) + 2 * model.config.bytes_per_sequence(8)
     assert sum(memory.values()) < cache.reserved + len(forks) * each
-    for begin in range(3, 300, 99):  # its own buffer grows behind the document
+    for begin in range(3, 300, 99):  # its own buffer grows after the document
         run(model, forks[7], more[:, begin : begin + 99])
     assert same(forks[7].last_logits, cold(model, torch.cat((ids, more), dim=1)))
     (left,) = cache.fork()
-    run(model, cache, more[:, :5])  # the one that was forked goes on in place
+    run(model, cache, more[:, :5])  # the forked cache continues in place
     assert same(run(model, left, more[:, :3]), expected)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "int8"])
 def test_what_others_see_is_never_changed(dtype):
-    """Any order of continuing, going back and sharing: each state reads what was appended to it."""
+    """Forks, rollbacks and continuations in any order: each cache reads only what was appended to it."""
     torch.manual_seed(0)
     rng = torch.Generator().manual_seed(0)
     kind = getattr(torch, dtype)
@@ -118,7 +118,7 @@ def test_what_others_see_is_never_changed(dtype):
 
 
 def test_snapshots_of_two_ways(model):
-    """A later snapshot survives going back to an earlier one and another way."""
+    """A later snapshot stays valid after a return to an earlier one and another continuation."""
     doc, left, right = (tokens(n, b=1) for n in (30, 11, 17))
     cache = model.new_cache(max_len=100)
     at_doc = run(model, cache, doc)
@@ -204,7 +204,7 @@ def test_inference_mode_and_no_grad_may_alternate(model64):
 
 @pytest.mark.parametrize("name", ["float64", "float32", "bfloat16", "float16", "int8"])
 def test_dtypes_of_a_cache_are_right(name):
-    """fp64 beside fp32 loses nothing; the others as much as they round."""
+    """fp64 loses nothing against fp32; the other dtypes lose their rounding."""
     model = small_model()
     ids = torch.randint(0, 97, (1, 40), generator=torch.Generator().manual_seed(0))
     bound = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 0.1, "float16": 0.02, "int8": 0.1}[name]

@@ -1,4 +1,4 @@
-"""Caches in files: what they hold, and what is refused."""
+"""Cache files: their contents, and the files that are refused."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_a_file_holds_cache_and_snapshots(model, filled, tmp_path):
         assert torch.equal(again.last_logits, filled.last_logits)
         assert torch.equal(run(model, again, more), run(model, filled, more))
     shared = sum(t.numel() * 8 for t in load_file(path).values())
-    assert shared < 1.2 * 3 * filled.nbytes()  # three points; keys and values of the document are there once or twice
+    assert shared < 1.2 * 3 * filled.nbytes()  # three snapshots; the document is stored once or twice
     again.save(tmp_path / "twice.safetensors")
     assert q.HybridCache.load(tmp_path / "twice.safetensors", model).snapshots.keys() == {"doc", "asked"}
     empty = model.new_cache(batch=2)

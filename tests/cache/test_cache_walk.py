@@ -1,4 +1,4 @@
-"""A random walk over all that caches can do, held to cold runs at every step."""
+"""A random walk over all cache operations, compared with cold runs at every step."""
 
 import tempfile
 from pathlib import Path
@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import qwen3next as q
 from layers.segments import Segments
 
-MOST = 120  # tokens a row
+MOST = 120  # tokens per row
 HYBRID = {"num_hidden_layers": 2, "layer_types": ("linear_attention", "full_attention")}
 KINDS = {
     "hybrid": HYBRID,
@@ -26,9 +26,9 @@ which = st.integers(0, 3)
 
 
 class Walk(RuleBasedStateMachine):
-    """Whatever is done to caches, the next logits, and MTP's draft, are those of a cold run of the same tokens.
+    """After any cache operations the next logits and MTP's draft equal those of a cold run of the same tokens.
 
-    A cache goes with `said`, the tokens of each of its rows.
+    Each cache is paired with `said`, the tokens of each of its rows.
     """
 
     model: q.Qwen3Next
@@ -60,7 +60,7 @@ class Walk(RuleBasedStateMachine):
 
     @rule(which=which, lengths=st.lists(st.integers(0, 9), min_size=3, max_size=3), way=st.sampled_from("lrp"))
     def go_on_unequally(self, which, lengths, way):
-        """Padded on the left or right, or packed into one row."""
+        """Prompts padded on the left or right, or packed into one row."""
         cache, said = self.pick(which)
         lengths = lengths[: len(said)]
         if not any(lengths) or max(len(s) + n for s, n in zip(said, lengths, strict=True)) > MOST:
@@ -77,7 +77,7 @@ class Walk(RuleBasedStateMachine):
 
     @rule(which=which, rests=st.lists(st.booleans(), min_size=3, max_size=3), steps=st.integers(1, 6))
     def go_on_while_some_rest(self, which, rests, steps):
-        """As `stream` does, where rows have stopped."""
+        """Continue as `stream` does after some rows have stopped."""
         cache, said = self.pick(which)
         resting = [r for r in range(len(said)) if rests[r]]
         if max(map(len, said)) + steps > MOST or (resting and not min(map(len, said))):
@@ -158,7 +158,7 @@ class Walk(RuleBasedStateMachine):
 
 
 def walk(kind):
-    """The same walk over another kind of model."""
+    """The same walk over another model family."""
     model = small_model(dtype=torch.float64, **KINDS[kind])
     case = type(f"Walk_{kind}", (Walk,), {"model": model}).TestCase
     most = 25 if kind == "hybrid" else 6

@@ -1,4 +1,4 @@
-"""Going back: to the bit where single tokens were run, exact in any case, or refused."""
+"""Rollback: bit-equal after single-token steps, otherwise exact to rounding, or refused."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_rewind_to(model):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("state_dtype", [None, "bfloat16"])
 def test_single_tokens_are_taken_back_to_the_bit(dtype, state_dtype):
-    """Many at a time and from far within the history: states, logits, and what is made from there on."""
+    """Rollback by many tokens and far into the history: states, logits, and the continuation."""
     model = small_model(dtype=dtype)
     ids = tokens(60, b=2)
     cache = model.new_cache(batch=2, max_len=70, history=20, state_dtype=state_dtype)
@@ -97,7 +97,7 @@ def test_the_end_of_a_prompt_can_be_taken_back(model, length):
 @pytest.mark.parametrize("history", [5, 100])
 @pytest.mark.parametrize("length", [64, 200, 337, 2052, 2120])
 def test_noting_a_prompt_leaves_no_trace_in_bf16(length, history):
-    """The cut lies on the 64-token grid, so a cache with a history gets the bits of one without."""
+    """Calls are cut on the 64-token grid, so a cache with a history is bit-equal to one without."""
     model, ids = small_model(dtype=torch.bfloat16), tokens(length)
     plain, noted = model.new_cache(batch=2), model.new_cache(batch=2, history=history)
     assert torch.equal(run(model, plain, ids), run(model, noted, ids))
@@ -105,7 +105,7 @@ def test_noting_a_prompt_leaves_no_trace_in_bf16(length, history):
 
 
 def test_rows_go_back_by_numbers_of_their_own(model):
-    """As after drafts of which each row accepted another number."""
+    """Each row rolls back a different number, as after drafts with different numbers of accepted tokens."""
     ids, more = tokens(30, b=3), tokens(6, b=3)
     cache = model.new_cache(batch=3, max_len=60, history=8)
     run(model, cache, ids)
@@ -127,7 +127,7 @@ def test_rows_go_back_by_numbers_of_their_own(model):
 
 
 def test_memory_is_bounded_by_the_history_and_not_by_what_was_run(model):
-    """A few states are kept and notes between them: less than a state for each token, even where notes are dear."""
+    """A few states and the update log between them take less memory than a state per token, even with a large log."""
     cache = model.new_cache(max_len=2000, history=8)
     for _ in range(4):
         run(model, cache, tokens(250, b=1))
@@ -141,7 +141,7 @@ def test_memory_is_bounded_by_the_history_and_not_by_what_was_run(model):
 
 
 def test_what_hooks_changed_is_not_replayed(model):
-    """A patch of what is written makes states that do not follow from the notes: only beginnings of calls are known."""
+    """Patched updates give states that the log cannot replay, so only the starts of calls can be restored."""
     ids = tokens(20, b=1)
     model.set_backend("delta_rule", "recurrent")
     try:
@@ -223,7 +223,7 @@ def test_a_long_call_is_taken_back_in_models_of_one_kind_of_layer(kind):
 
 
 def test_each_row_goes_back_by_its_own_number(model):
-    """Within `history`, whatever stretch of notes a row's token lies in; and again from there, with other tokens."""
+    """Rollback within `history` for tokens in any span of the update log; then again after other tokens."""
     ids = tokens(60, b=3)
     cache = model.new_cache(batch=3, max_len=90, history=16)
     run(model, cache, ids[:, :40])

@@ -1,4 +1,4 @@
-"""`qwen3next ask` and `Document`: read once, asked many times, in this process and in the next."""
+"""`qwen3next ask` and `Document`: one prefill and many questions, in the same and in a later process."""
 
 import functools
 import io
@@ -19,7 +19,7 @@ BOOK = "It was a dark night. " * 30
 
 @pytest.fixture
 def folder(tmp_path):
-    """A small random checkpoint; replies of a random model are printable text."""
+    """A small random checkpoint whose replies are printable text."""
     coder = tokenizer(ascii_only=True)
     small_model(vocab_size=coder.get_vocab_size()).save_pretrained(tmp_path / "model")
     write_chat_files(tmp_path / "model", coder, PLAIN)
@@ -29,7 +29,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def ask(folder, monkeypatch, capsys):
-    """Run the command; gives status, stdout, stderr."""
+    """Run the command; returns status, stdout, stderr."""
 
     def run(*args, stdin=""):
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
@@ -42,7 +42,7 @@ def ask(folder, monkeypatch, capsys):
 
 
 def cold(folder, question, *, plain=False, system=None):
-    """The answer without any store or cache of the document."""
+    """The answer without a prefix store or a cache of the document."""
     model, coder = q.load(folder / "model"), tokenizer(ascii_only=True)
     system = [{"role": "system", "content": system}] if system else []
     text = BOOK + question
@@ -123,7 +123,7 @@ def test_bad_files_get_a_sentence(ask, folder, content, sentence):
 
 
 def test_a_killed_reading_goes_on_where_it_was(ask, folder, monkeypatch):
-    """What was read before the kill is on disk; the spacing is made small for it."""
+    """Prefilled parts are on disk after a kill; the spacing of states is small for this test."""
     monkeypatch.setattr("qwen3next.commands.ask.PrefixStore", functools.partial(q.PrefixStore, spacing=128))
     real, calls = q.PrefixStore.add, []
 

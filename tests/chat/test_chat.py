@@ -1,4 +1,4 @@
-"""Conversations: what is said and kept, what the cache saves and that it changes nothing, interrupts, limits."""
+"""Conversations: replies and history, reuse of the cache without any change of the replies, interrupts, limits."""
 
 from collections import defaultdict
 
@@ -28,7 +28,7 @@ def say(conversation, text, **options):
 @pytest.mark.parametrize("special_tags", [False, True])
 @pytest.mark.parametrize("spelled", [False, True], ids=["tokens", "spelled"])
 def test_a_reply_that_thinks(special_tags, spelled):
-    """The tags as tokens, control tokens even, or spelled with ordinary ones; markup never shows."""
+    """Tags are ordinary or control tokens, or spelled with several tokens; markup is never shown."""
     coder = tokenizer(special_tags=special_tags)
     text = "<think>\n1 and 1 é\n</think>\n\nTwo <b>🎉</b>"
     model = scripted(coder, text + "<|im_start|><|im_end|>" * (not spelled))
@@ -60,7 +60,7 @@ def test_thinking_that_the_prompt_closed():
 
 @pytest.fixture(scope="module")
 def ascii64():
-    """Every token is a character, so that a random model's text has one tokenisation; it writes no markup; fp64."""
+    """A model in fp64 whose tokens are characters, so that its text has a unique tokenisation and no markup."""
     coder = tokenizer(ascii_only=True)
     model = small_model(vocab_size=coder.get_vocab_size(), dtype=torch.float64)
     with torch.no_grad():
@@ -70,7 +70,7 @@ def ascii64():
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_the_cache_changes_nothing(ascii64, template):
-    """Each turn's reply is that of the whole prompt run cold, by `generate` alone."""
+    """Each turn's reply equals that of `generate` on the whole prompt without a cache."""
     coder, model = ascii64
     chat = talk(model, coder, template, system="Be brief.")
     for turn, text in enumerate(["Hello, you", "and?", "Once more"]):
@@ -83,14 +83,14 @@ def test_the_cache_changes_nothing(ascii64, template):
         if template == PLAIN:
             assert (chat.stats.reused > 0) == (turn > 0)
         elif template == PREFILLED:
-            assert chat.stats.reused < len(ids)  # the thinking it opened is not in the next prompt
+            assert chat.stats.reused < len(ids)  # the thinking that the prompt opened is not in the next prompt
 
 
 @pytest.mark.parametrize("thinking", [True, False])
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_what_was_there_before_is_never_run_again(ascii64, template, thinking):
-    """A template may open or close thinking behind the prompt and leave that out of the next one: each turn is gone on
-    from where it differs, or where it was last the same whatever would follow."""
+    """A template may open or close thinking after the prompt and omit it from the next prompt: each turn continues from
+    the first difference, or from the last state that does not depend on it."""
     coder, model = ascii64
     chat = talk(model, coder, template, system="s", variables={"enable_thinking": thinking})
     for turn in range(4):
@@ -126,7 +126,7 @@ def test_the_cache_is_continued_by_all_it_holds(ascii64):
     asked = chat.template.render([*chat.messages[:-2], {"role": "user", "content": ""}], add_generation_prompt=False)
     chat.undo()
     said = say(chat, "or", max_new_tokens=9)
-    assert chat.stats.reused == len(coder.encode(asked.removesuffix("<|im_end|>\n")).ids)  # up to the other question
+    assert chat.stats.reused == len(coder.encode(asked.removesuffix("<|im_end|>\n")).ids)  # up to the changed question
     fresh = talk(model, coder)
     fresh.messages = chat.messages[:-2]
     assert say(fresh, "or", max_new_tokens=9) == said
@@ -137,7 +137,7 @@ def test_an_interrupted_reply_keeps_what_was_said(ascii64):
     chat = talk(model, coder)
     reply = chat.reply("Hello", max_new_tokens=50)
     said = "".join(next(reply)[1] for _ in range(5))
-    assert chat.messages == []  # joins the history when it ends
+    assert chat.messages == []  # added to the history at the end of the reply
     reply.close()
     assert chat.messages == [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": said}]
     assert chat.stats.ended == "interrupted"
@@ -149,7 +149,7 @@ def test_an_interrupted_reply_keeps_what_was_said(ascii64):
 
 @pytest.mark.parametrize("when", [1, 2, 7], ids=["prompt", "second token", "middle"])
 def test_ctrl_c_within_a_forward(ascii64, when):
-    """A layer has run and the next has not: that cache must not be used again."""
+    """The failure is between two layers, so the cache must not be used again."""
     coder, model = ascii64
     chat, calls = talk(model, coder), []
     kept = say(chat, "Hello", max_new_tokens=5)
@@ -177,11 +177,11 @@ def test_what_ends_a_reply(ascii64):
     config = GenerationConfig(stop_tokens=(coder.token_to_id("e"),))
     chat = talk(scripted(coder, "more", "m<|im_end|>ore", "more"), coder, generation=config)
     assert say(chat, "x")[1] == "mor"
-    assert say(chat, "x")[1] == "m"  # the template's own mark, although generation_config.json does not have it
+    assert say(chat, "x")[1] == "m"  # the template's end token, although generation_config.json does not have it
     assert say(chat, "x", max_new_tokens=2)[1] == "mo"
     assert chat.stats.ended == "length"
     model = scripted(coder, "a", eos_token_id=[3, coder.token_to_id("a")])
-    assert say(Conversation(model, coder, ChatTemplate(PLAIN)), "x") == ("", "")  # config.json's
+    assert say(Conversation(model, coder, ChatTemplate(PLAIN)), "x") == ("", "")  # the end token of config.json
 
 
 def test_sampling_comes_from_the_configuration_unless_it_is_given(ascii64):

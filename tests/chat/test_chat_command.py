@@ -1,4 +1,4 @@
-"""`qwen3next chat`: what goes where, its commands, and a real terminal."""
+"""`qwen3next chat`: output on stdout and stderr, commands, and a real terminal."""
 
 import fcntl
 import io
@@ -29,7 +29,7 @@ END = "<|im_end|>"
 
 @pytest.fixture
 def chat(tmp_path, monkeypatch, capsys):
-    """Run the command with these replies; gives status, stdout, stderr."""
+    """Run the command with these replies; returns status, stdout, stderr."""
 
     def run(*args, replies=(), stdin="", template=PLAIN, generation=()):
         coder = tokenizer()
@@ -143,7 +143,7 @@ def test_a_folder_without_template(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random model whose tokens are printable, and which does not end its replies."""
+    """A random model with printable tokens that never ends a reply."""
     torch.manual_seed(0)
     path, coder = tmp_path_factory.mktemp("models") / "tiny", tokenizer(ascii_only=True)
     model = Qwen3Next(presets.tiny(vocab_size=coder.get_vocab_size(), initializer_range=0.1, eos_token_id=None))
@@ -155,13 +155,13 @@ def folder(tmp_path_factory):
 
 
 class Terminal:
-    """The command on a terminal of its own, with what it has shown and no test has looked at."""
+    """The command on a new terminal, with its output that no test has read yet."""
 
     def __init__(self, *args):
         self.main, other = pty.openpty()
         environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "qwen3next.cli", "chat", *map(str, args)]
-        # In a session of its own the terminal is its controlling one, so that Ctrl-C becomes SIGINT.
+        # In a new session this becomes the controlling terminal, so that Ctrl-C becomes SIGINT.
         self.process = subprocess.Popen(
             command,
             stdin=other,
@@ -178,7 +178,7 @@ class Terminal:
         os.write(self.main, text.encode())
 
     def until(self, pattern, seconds=90):
-        """What is shown up to and with the pattern."""
+        """The output up to and including the pattern."""
         end = time.monotonic() + seconds
         while (found := re.search(pattern, self.shown)) is None:
             assert time.monotonic() < end, self.shown
@@ -189,12 +189,12 @@ class Terminal:
 
 
 def test_a_terminal(folder, tmp_path):
-    """Prompt, Ctrl-C within a reply, which is kept; an error; several lines; Ctrl-C at the prompt; Ctrl-D."""
+    """Prompt, Ctrl-C during a reply, which is kept; an error; several lines; Ctrl-C at the prompt; Ctrl-D."""
     terminal = Terminal(folder, "--max-new-tokens", "5000")
     try:
         terminal.until(">>> ")
         terminal.type("Hello\n")
-        terminal.until(r"Hello\r\n[^\r]*[!-~]{20}")  # it speaks now
+        terminal.until(r"Hello\r\n[^\r]*[!-~]{20}")  # the reply has started
         terminal.type("\x03")
         assert ", stopped" in terminal.until(">>> ")
         terminal.type(f"/save {tmp_path / 'chat.json'}\n")
@@ -211,7 +211,7 @@ def test_a_terminal(folder, tmp_path):
         terminal.until(r"[1-9]\d* of them in the cache.*, stopped.*\n>>> ")
         terminal.type("forgotten")
         terminal.until("forgotten")
-        time.sleep(0.5)  # Python notices a Ctrl-C that comes between two of its waits for a key with the next key only
+        time.sleep(0.5)  # Python notices a Ctrl-C between two waits for a key only at the next key
         terminal.type("\x03")
         terminal.until(">>> ")
         terminal.type("\x04")

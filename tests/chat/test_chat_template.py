@@ -1,4 +1,4 @@
-"""Prompts equal those of transformers' apply_chat_template; templates that misbehave are one sentence."""
+"""Prompts equal those of transformers' apply_chat_template; invalid templates raise one clear error."""
 
 import json
 
@@ -79,7 +79,7 @@ def test_equals_transformers(name, chat, options):
     "source",
     [
         "{{ documents | tojson(indent=2, sort_keys=true) }}",
-        "{{ messages | tojson }}",  # with the names that thinking is given besides
+        "{{ messages | tojson }}",  # with the additional names of thinking
         "{{ dict(a=1) }}{% set n = namespace({'a': 2}, self=3) %}{% set n.b = 4 %}{{ n.a }}{{ n.self ~ n.b }}",
         "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
         "{{ 'a' if tools is none }}{{ nothing }}{{ strftime_now('%Y-%m') }}\n",
@@ -145,7 +145,7 @@ def test_a_folder_equals_transformers(tmp_path):
 
 @pytest.mark.parametrize("value", ["from config", NAMED])
 def test_the_places_of_a_template(tmp_path, value):
-    """Each place goes before the next; transformers' order."""
+    """The order in which places of a template are searched, as in transformers."""
     write(tmp_path, tokenizer_config={"chat_template": value})
     assert ChatTemplate.load(tmp_path).source == "from config"
     write(tmp_path, json={"chat_template": "from json"})
@@ -209,7 +209,7 @@ def called(arguments):
 
 @pytest.mark.parametrize("source", [TEMPLATES["tools"], ITEMS], ids=["tojson", "items"])
 def test_arguments_as_json_text_are_the_object(source):
-    """As servers with OpenAI's interface give them on to templates."""
+    """Arguments of tool calls as JSON text, as in OpenAI's interface."""
     arguments, messages = {"city": "Zürich", "days": 2}, called(json.dumps({"city": "Zürich", "days": 2}))
     system = [{"role": "system", "content": "s"}]
     want = theirs(source, system + called(arguments))
@@ -238,7 +238,7 @@ LATE = [
 
 
 def test_late_and_several_system_messages():
-    """As the template has them; what it would leave out, or refuses, is named."""
+    """System messages at any place that the template supports; one that it omits or refuses is an error."""
     assert ChatTemplate(PLAIN).render(LATE[:3]) == theirs(PLAIN, LATE[:3])
     drops = PLAIN.replace("%}\n<", "%}{% if loop.first or message.role != 'system' %}\n<", 1)
     drops = drops.replace("<|im_end|>\n{% endfor", "<|im_end|>\n{% endif %}{% endfor")

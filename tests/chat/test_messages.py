@@ -1,4 +1,4 @@
-"""Histories: changed, saved and loaded whole, or refused with a sentence."""
+"""Histories: changed, saved and loaded completely, or refused with a clear error."""
 
 import json
 

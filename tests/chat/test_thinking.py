@@ -1,4 +1,4 @@
-"""Thinking and answer come apart wherever the tags are cut."""
+"""Thinking and answer are separated for every way to cut the tags into pieces."""
 
 import pytest
 
@@ -25,7 +25,7 @@ CASES = {
 
 
 def split(pieces, opened):
-    """Joined by kind; each kind is one run, thinking first."""
+    """The pieces joined by kind; all thinking must come before the answer."""
     splitter = ThinkingSplitter(opened=opened)
     given = [pair for text in pieces for pair in splitter.push(text)] + splitter.finish()
     assert all(text for _, text in given)

@@ -1,4 +1,4 @@
-"""Checkpoint folders: byte-equal round trips, and every kind of damage is an error that names it."""
+"""Checkpoint folders: byte-equal round trips, and an error that names the defect for every kind of damage."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def test_round_trip_is_byte_equal_with_mtp_sharded_or_not(tmp_path, dtype, tied)
 
 
 def test_layout_is_the_released_one():
-    """Rows counted by hand from the released tensors: per key head q | k | v v | z z; per head query | gate."""
+    """Rows by hand, in the layout of the released tensors: per key head q | k | v v | z z; per head query | gate."""
     model = small_model()
     released = dict(to_released(model.config, dict(model.named_parameters())))
     mixer = model.blocks[0].linear_attn
@@ -87,7 +87,7 @@ def test_names_and_shapes_of_the_80b_match_the_facts():
 
 
 def test_dtype_policy(folder):
-    """A cast leaves A_log, dt_bias and norms in the precision they are stored in."""
+    """A cast does not change the stored precision of A_log, dt_bias and norms."""
     exact = dict(q.load(folder).named_parameters())
     for name, p in q.load(folder, dtype="bfloat16").named_parameters():
         kept = any(part in name for part in ("A_log", "dt_bias", "norm"))
@@ -210,7 +210,7 @@ def test_a_folder_of_several_models_is_named(tmp_path, folder):
 
 
 def test_hub_ids_may_name_a_folder(tmp_path, folder, monkeypatch):
-    """The study's models lie side by side in one repository."""
+    """The study's models are folders of one repository."""
     model, asked = q.load(folder), []
 
     def hub(repository, *, allow_patterns):
@@ -240,11 +240,11 @@ def test_hub_ids_may_name_a_folder(tmp_path, folder, monkeypatch):
     for mistyped in ("snapshot/1B_baseline/wrong", "./owner/name", "one", "owner//name"):
         with pytest.raises(ValueError, match="is not a folder"):
             q.load(mistyped)
-    assert not asked  # nobody was asked for what is meant to be here
+    assert not asked  # the hub is not asked for a local path
 
 
 def untie(how):
-    """A tied model whose head has become a tensor of its own, as training tools leave it."""
+    """A tied model whose head is now a separate tensor, as after some training tools."""
     model = small_model(tie_word_embeddings=True)
     if how == "to_empty":
         with torch.device("meta"):

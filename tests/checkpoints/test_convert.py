@@ -1,4 +1,4 @@
-"""Folders rewritten, compared and verified; FP8 blocks against a loop over them."""
+"""Convert, compare and verify folders; FP8 blocks against a loop over blocks."""
 
 import json
 import warnings
@@ -55,7 +55,7 @@ def test_fused_to_single_and_back(folder, tmp_path):
 
 
 def test_mtp_experts_arranged_otherwise_than_the_main_ones(folder):
-    """As released: fused in the main model, single in MTP (Qwen3.5), or fused in both (Qwen3.6)."""
+    """Experts as released: fused in the main model, single in MTP (Qwen3.5), or fused in both (Qwen3.6)."""
     names = stored(folder)
     assert "model.layers.0.mlp.experts.gate_up_proj" in names
     assert "mtp.layers.0.mlp.experts.0.up_proj.weight" in names
@@ -113,7 +113,7 @@ def test_a_vision_tower_is_carried_or_dropped(tmp_path):
 
 
 def quantise(folder, block=(16, 24), dtype=torch.float32):
-    """Write an FP8 folder as released ones are, and the weights that it stands for, block by block."""
+    """Write an FP8 folder in the released layout, and compute its dequantised weights block by block."""
     meant = {}
     tensors = load_file(folder / "model.safetensors")
     for name, x in list(tensors.items()):

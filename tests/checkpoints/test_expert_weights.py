@@ -1,4 +1,4 @@
-"""Experts read from the files, or held in int8: the model's values, what is read, what is refused."""
+"""Experts read from the files or held in int8: the model's values, the reads, the refused options."""
 
 import copy
 
@@ -36,7 +36,7 @@ def test_mmap_equals_memory(folder):
 
 
 def test_mmap_losses_and_gradients(folder):
-    """MTP's experts too; gradients of all that is in memory."""
+    """Also MTP's experts, and the gradients of all weights in memory."""
     whole, lazy = q.load(folder), q.load(folder, experts="mmap", expert_cache=ONE)
     ids = tokens(40)
     for model in (whole, lazy):
@@ -76,7 +76,7 @@ def test_fp8_and_a_cast_are_read_as_loaded(tmp_path, experts):
             count = other.mlp.experts.read(3, gate_up, down)
             assert torch.equal(gate_up, module.mlp.experts.gate_up_proj[3])
             assert torch.equal(down, module.mlp.experts.down_proj[3])
-            assert 3 * 64 * 32 < count < 3 * 64 * 32 * 1.1  # a byte a weight, and scales
+            assert 3 * 64 * 32 < count < 3 * 64 * 32 * 1.1  # one byte per weight, and scales
         with torch.no_grad():
             assert whole(tokens(9)).logits.dtype == lazy(tokens(9)).logits.dtype
 
@@ -97,7 +97,7 @@ def test_int8_is_close_and_says_how_close(folder):
 
 
 def test_the_files_may_be_replaced_meanwhile(folder):
-    """A model that reads from files goes on with those that it opened."""
+    """A model that reads from files keeps using the files that it opened."""
     lazy, ids = q.load(folder, experts="mmap", expert_cache=ONE), tokens(20)
     with torch.no_grad():
         before = lazy(ids).logits

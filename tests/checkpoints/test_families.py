@@ -1,7 +1,7 @@
-"""Every family against its own reference: logits, gradients, cached and not, both ways, in fp32 on random weights.
+"""Every family against its reference: logits, gradients, with and without cache, loading and saving, fp32.
 
-The references are transformers' classes, and for the gated-attention study's models the few lines of gated_qwen3.py.
-Tolerance as in test_parity_transformers.py: 1e-5 on logits of order 1.
+Weights are random. The references are transformers' classes, and gated_qwen3.py for the models of the gated-attention
+study. The tolerance is that of test_parity_transformers.py: 1e-5 on logits of order 1.
 """
 
 import json
@@ -62,7 +62,7 @@ PLAIN = TEXT | {"intermediate_size": 96, "rope_parameters": {"rope_type": "defau
 
 
 def make(name, **changes):
-    """A lively random model of transformers, and what its language model's tensors are called."""
+    """A random transformers model with large enough weights, and the name prefix of its language model's tensors."""
     t = transformers
     torch.manual_seed(0)
     if name == "qwen3_5_text":
@@ -108,7 +108,7 @@ def quietly_load(folder, **options):
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "-"))
 def pair(request, tmp_path_factory):
-    """Their model, and ours opened from the folder that they saved."""
+    """The transformers model, and ours loaded from the folder that it saved."""
     name, changes = CASES[request.param]
     folder = tmp_path_factory.mktemp("theirs")
     model = make(name, **changes)
@@ -189,7 +189,7 @@ def test_a_vision_tower_is_left_out_and_named(name, tmp_path):
 
 
 def test_config_keeps_what_it_was_given(pair):
-    """Reading, writing and reading again: an equal configuration, and no key lost."""
+    """Read, write and read again: the configuration is equal and no key is lost."""
     _, _, folder = pair
     values = json.loads((folder / "config.json").read_text())
     config = q.ModelConfig.from_dict(values)
@@ -252,12 +252,12 @@ def test_study_round_trip(study, tmp_path):
     assert got.keys() == tensors.keys()
     assert all(torch.equal(got[name], tensors[name]) for name in got)
     written = json.loads((tmp_path / "again" / "config.json").read_text())
-    # transformers reads attention_bias, the study's code qkv_bias: both are written.
+    # transformers reads attention_bias and the study's code qkv_bias, so both are written.
     assert {key: written[key] for key in c} == c | {"attention_bias": c["qkv_bias"]}
 
 
 def test_ungated_study_model_is_transformers_qwen3(tmp_path):
-    """The reference itself against a third implementation, where the two overlap."""
+    """The reference against a third implementation, as far as both have the same features."""
     c = gated_qwen3.config("none")
     tensors = gated_qwen3.random_tensors(c)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -268,7 +268,7 @@ def test_ungated_study_model_is_transformers_qwen3(tmp_path):
 
 
 def released_form(folder, *, moe, tied, mtp_fused):
-    """A folder as Qwen3.5 is released: nested, beside a vision tower, main experts fused, MTP's either way."""
+    """A folder in Qwen3.5's released layout: nested, with a vision tower, main experts fused, MTP's fused or single."""
     kind = "qwen3_5_moe" if moe else "qwen3_5"
     changes = {"model_type": f"{kind}_text", "tie_word_embeddings": tied, "initializer_range": 0.02}
     changes |= {} if moe else {"num_experts": 0}
@@ -318,7 +318,7 @@ def test_the_released_form_opens_here_and_there(tmp_path, moe, tied, mtp_fused):
     model = released_form(tmp_path, moe=moe, tied=tied, mtp_fused=mtp_fused)
     with pytest.warns(UserWarning, match=r"vision tower \(1 tensors") as warned:
         ours = q.load(tmp_path)
-    assert len(warned) == 1  # MTP is there
+    assert len(warned) == 1  # no warning about MTP, which is present
     for (name, a), b in zip(model.named_parameters(), ours.named_parameters(), strict=True):
         assert name == b[0]
         assert torch.equal(a, b[1]), name

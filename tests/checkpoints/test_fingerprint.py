@@ -1,4 +1,4 @@
-"""What names a model in files: every byte of its weights counts, and is summed once."""
+"""Fingerprints of models: every byte of the weights counts, and is hashed once."""
 
 import copy
 import pickle
@@ -16,7 +16,7 @@ from qwen3next.interp.points import identity as any_dtype_identity
 
 @pytest.fixture
 def summed(monkeypatch):
-    """Names of tensors that were summed, as they are."""
+    """Records the names of hashed tensors."""
     names, before = [], fingerprint._sums
 
     def noted(tensors, *, rounded):
@@ -110,11 +110,11 @@ def test_sums_are_kept_with_the_folder(tmp_path, monkeypatch, summed):
     assert not summed
     with torch.no_grad():
         model.norm.weight[3] += 1
-    assert identity(model) != first  # what was changed since is summed
+    assert identity(model) != first  # changed weights are hashed again
     assert summed == ["norm.weight"]
     assert identity(q.load(tmp_path)) == first
     cast = q.load(tmp_path, dtype="bfloat16")
-    assert identity(cast) != first  # sums of another cast are not taken
+    assert identity(cast) != first  # hashes of another dtype are not reused
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
     tensors["model.norm.weight"][3] += 1
@@ -122,7 +122,7 @@ def test_sums_are_kept_with_the_folder(tmp_path, monkeypatch, summed):
     summed.clear()
     assert identity(q.load(tmp_path)) == identity(model)
     assert len(summed) > 1
-    (tmp_path / fingerprint.SUMS).write_text("{")  # damaged: summed anew
+    (tmp_path / fingerprint.SUMS).write_text("{")  # damaged, so hashed again
     assert identity(q.load(tmp_path)) == identity(model)
     small_model(seed=1).save_pretrained(tmp_path / "b")
     assert not (tmp_path / "b" / fingerprint.SUMS).exists()

@@ -1,4 +1,4 @@
-"""The command: its output, its errors in one sentence, its exit status."""
+"""The command line: output, one-sentence errors, exit status."""
 
 import io
 import os
@@ -22,7 +22,7 @@ ROOT = Path(qwen3next.__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random tiny checkpoint whose tokens are bytes: its text is full of broken UTF-8."""
+    """A random tiny checkpoint whose tokens are bytes, so its text has much invalid UTF-8."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("models") / "tiny"
     Qwen3Next(presets.tiny(initializer_range=0.1)).save_pretrained(path)
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 
 def expected(folder, prompt, new, **options):
-    """The continuation, from `generate` and the tokenizer alone."""
+    """The continuation, computed with `generate` and the tokenizer only."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = tokenizer.encode(prompt).ids
     model = qwen3next.load(folder)
@@ -178,7 +178,7 @@ def test_a_misspelt_command_is_told_what_there_is(capsys):
 
 def test_a_command_chooses_its_exit_status(monkeypatch):
     def differs(same: bool = False) -> int:
-        """Say with the status."""
+        """Return the result as the exit status."""
         return 0 if same else 1
 
     monkeypatch.setitem(cli.COMMANDS, "differs", differs)
@@ -201,7 +201,7 @@ def test_in_its_own_process(folder):
 def test_a_closed_pipe_and_ctrl_c_are_silent(folder):
     process = run("generate", str(folder), "--prompt", "x", "--max-new-tokens", "20000", stdout=-1, stderr=-1)
     assert process.stdout is not None
-    process.stdout.read(1)  # it generates now
+    process.stdout.read(1)  # generation has started
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130

@@ -1,4 +1,4 @@
-"""Compiled steps of decoding, held to the modules: values, caches, what is noted, and when the modules run instead."""
+"""Compiled decoding steps against the modules: values, caches, update logs, and when the modules run instead."""
 
 import copy
 import subprocess
@@ -40,7 +40,7 @@ SHAPES = {
 
 
 def both(model, lengths, steps, **options):
-    """Logits and caches by modules and by compiled code, over the same prompts and steps."""
+    """Logits and caches of the modules and of compiled code, for the same prompts and steps."""
     found = []
     for backend in ("torch", "cpp"):
         cache = model.new_cache(len(lengths), max_len=400, **options)
@@ -54,7 +54,7 @@ def both(model, lengths, steps, **options):
 
 
 def apart(found):
-    """Largest difference of logits, and of states, keys and values."""
+    """Largest differences of logits, and of states, keys and values."""
     (a, one), (b, two) = found
     parts = []
     for x, y in zip(one.layers, two.layers, strict=True):
@@ -77,7 +77,7 @@ def test_values_in_fp64(shape):
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 5e-5), (torch.bfloat16, 0.5)])
 def test_values_in_less(dtype, bound):
-    """As far apart as rounding is: logits of order 1, whose bf16 ulp is 2^-7, after four layers that amplify it."""
+    """Equal up to rounding: logits are of order 1, with a bf16 ulp of 2^-7, which four layers amplify."""
     model = small_model(dtype=dtype)
     logits, states = apart(both(model, (70,), [1] * 5))
     assert 0 < logits < bound
@@ -100,7 +100,7 @@ def test_bf16_is_no_further_from_the_truth_than_the_modules():
      {"state_dtype": "float32"}, {"history": 4}, {"mtp": True}],
 )  # fmt: skip
 def test_caches_of_every_kind(options):
-    """Rounded to the same places; a number on the edge between two may fall to either side."""
+    """The same roundings; a number halfway between two values may round either way."""
     model = small_model(dtype=torch.float64)
     logits, states = apart(both(model, (40, 40), [1, 1, 2], **options))
     assert max(logits, states) < (1e-12 if options.keys() & {"history", "mtp"} else 1e-2)
@@ -111,7 +111,7 @@ def test_caches_of_every_kind(options):
 
 
 def test_long_contexts_and_shared_beginnings():
-    """A context of many pieces, in parts of which several belong to others too."""
+    """A context of many pieces, some of which are shared with other caches."""
     model = small_model(dtype=torch.float64)
     cache, ids = model.new_cache(max_len=3000), tokens(2000, b=1)
     list(model.prefill(ids, cache))
@@ -147,7 +147,7 @@ def test_a_forward_runs_the_modules_and_a_step_compiled_code(monkeypatch):
         assert not calls
         model.step(tokens(1), cache)
         assert len(calls) == 1
-        model.step(tokens(MOST_TOKENS), cache)  # 16 tokens in all
+        model.step(tokens(MOST_TOKENS), cache)  # 16 tokens in total
         assert len(calls) == 1
         q.generate(model, tokens(5), max_new_tokens=4)
         assert len(calls) == 4
@@ -185,7 +185,7 @@ def replace_forward(model):
 
 @pytest.mark.parametrize("attach", [attach_forward_hook, attach_root_hook, attach_hook_point, replace_forward])
 def test_where_somebody_looks_the_modules_run(monkeypatch, attach):
-    """Hooks, and what is put in a module's place without a word, at the very next step."""
+    """Hooks and silently replaced modules take effect at the next step."""
     model = small_model()
     calls, cache = ran(model, monkeypatch), model.new_cache(2, max_len=200)
     model.step(tokens(3), cache)
@@ -280,7 +280,7 @@ def test_threads_leave_no_trace():
 
 
 def test_two_texts_at_once():
-    """Two Python threads over one model, each with a cache of its own."""
+    """Two Python threads share a model, each with its own cache."""
     model, found = small_model(), {}
 
     def talk(n):
@@ -329,7 +329,7 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(tmp_path):
 
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
-    """A cache folder where nothing was compiled yet."""
+    """An empty folder for compiled code."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     build.library.cache_clear()
     yield tmp_path
@@ -370,7 +370,7 @@ def test_a_model_with_weights_that_a_step_does_not_know_runs_its_modules():
 
 
 def against_modules(model, steps=3, **options):
-    """Largest difference of steps from the modules, and how many of the steps ran compiled."""
+    """Largest difference between steps and modules, and the number of compiled steps."""
     apart, ran_before = 0.0, []
     run = decode.Plan.run
     decode.Plan.run = lambda *args: (ran_before.append(1), run(*args))[1]
@@ -505,7 +505,7 @@ def test_rope_that_changes_acts_on_the_next_step():
 
 
 def test_rotations_that_others_fetch_meanwhile_stay():
-    """Rows that stand far apart need several tables, and fetching one may put another away."""
+    """Rows at distant positions need several tables, and computing one may evict another."""
     model = small_model(dtype=torch.float64, num_hidden_layers=1, layer_types=("full_attention",), num_experts=0,
                         mtp_num_hidden_layers=0)  # fmt: skip
     ids, mask = tokens(4095, b=2), torch.ones(2, 4095)
@@ -524,7 +524,7 @@ def test_rotations_that_others_fetch_meanwhile_stay():
 
 
 def test_weights_that_are_let_go_are_not_kept(monkeypatch):
-    """`.to()` makes no second copy of all weights: the plan lets go of the old ones first."""
+    """`.to()` does not hold a second copy of all weights: the plan releases the old ones first."""
     model = small_model()
     model.step(tokens(1), model.new_cache(2))
     assert model.decode_slot.plan is not None
@@ -544,7 +544,7 @@ def test_a_broken_weight_is_refused_at_every_step():
 
 @pytest.mark.parametrize("options", [{}, {"history": 4}, {"mtp": True}, {"state_dtype": "bfloat16"}])
 def test_a_model_that_is_cast_in_the_middle_of_a_text(options):
-    """The text goes on in the new dtype, in the modules and compiled; what was before cannot be taken back."""
+    """Decoding continues in the new dtype, in the modules and compiled; earlier tokens cannot be rolled back."""
     model = small_model(dtype=torch.float64, num_experts=0)
     cache = model.new_cache(2, max_len=40, **options)
     list(model.prefill(tokens(7), cache))
@@ -556,7 +556,7 @@ def test_a_model_that_is_cast_in_the_middle_of_a_text(options):
             expected = model(tokens(1), cache=other).logits[:, -1]
         got = model.step(tokens(1), cache)
         assert got.dtype == dtype
-        rounded = "state_dtype" in options  # a state in bf16, on the edge between two numbers, may fall to either side
+        rounded = "state_dtype" in options  # a bf16 state halfway between two numbers may round either way
         assert (got - expected).abs().max() < max(bound, 1e-2 * rounded)
         if "history" in options:
             cache.rollback(1)

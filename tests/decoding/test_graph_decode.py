@@ -1,6 +1,6 @@
-"""The step that CUDA captures, run as it is on the CPU, held to the modules: values, caches, and when it stands aside.
+"""The step that CUDA captures, run on the CPU, against the modules: values, caches, and when the modules run instead.
 
-Capturing itself needs a device (tests/gpu/test_gpu.py); that nothing in the step waits for one is shown on "meta".
+Capturing needs a device (tests/gpu/test_gpu.py); the "meta" device shows that the step never waits for a device.
 """
 
 import copy
@@ -23,7 +23,7 @@ from qwen3next.decoding.why_not import why_not
 
 @pytest.fixture(autouse=True)
 def steps(monkeypatch):
-    """The graph is for any device, and its steps are counted."""
+    """Allow the graph on any device, and count its steps."""
     free = [backends.Implementation(i.name, i.why) if i.name == "graph" else i for i in backends.OPERATIONS["decode"]]
     monkeypatch.setitem(backends.OPERATIONS, "decode", tuple(free))
     calls, real = [], GraphStep.run
@@ -37,7 +37,7 @@ def steps(monkeypatch):
 
 
 def both(model, lengths, n, **options):
-    """Logits and caches by modules and by the graph's step, over the same prompts."""
+    """Logits and caches of the modules and of the graph's step, for the same prompts."""
     found = []
     for backend in ("torch", "graph"):
         model.set_backend("decode", backend)
@@ -50,7 +50,7 @@ def both(model, lengths, n, **options):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_caches_in_fp64(shape, steps):
-    """Rows of one length and of several."""
+    """Rows of equal and unequal lengths."""
     model = small_model(dtype=torch.float64, **SHAPES[shape])
     for lengths in ((70,), (9, 9), (3, 40, 1)):
         found = both(model, lengths, 7)
@@ -62,7 +62,7 @@ def test_values_and_caches_in_fp64(shape, steps):
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 5e-5), (torch.bfloat16, 0.5)])
 def test_values_in_less(dtype, bound):
-    """As in test_decode.py: as far apart as rounding is."""
+    """As in test_decode.py: equal up to rounding."""
     assert max(apart(both(small_model(dtype=dtype), (70,), 6))) < bound
 
 
@@ -84,7 +84,7 @@ def test_a_buffer_that_grows_is_bound_anew(steps):
 
 
 def test_forks_snapshots_and_rows_go_on_independently(steps):
-    """A step writes into nothing that another cache holds, and takes up whatever its cache was set to."""
+    """A step never writes into memory of another cache, and continues from any state that its cache was set to."""
     model, ids = small_model(dtype=torch.float64), tokens(20, b=2)
 
     def expected(*parts):
@@ -145,7 +145,7 @@ def test_changed_weights_are_seen():
     assert graph_of(cache) is first
     model.load_state_dict({k: v * 1.01 for k, v in model.state_dict().items()}, assign=True)
     fresh = model.new_cache(max_len=60)
-    model.step(tokens(1, b=1), fresh)  # looked at anew, as another cache came
+    model.step(tokens(1, b=1), fresh)  # checked again, because the cache is another one
     model.step(tokens(1, b=1), cache)
     assert graph_of(cache) is not first
 
@@ -198,7 +198,7 @@ def test_what_cannot_be_captured_runs_in_the_modules_and_says_so(monkeypatch):
         logits = model.step(tokens(1), cache)
     with torch.no_grad():
         torch.testing.assert_close(logits, model(tokens(1)).logits[:, -1], rtol=0, atol=1e-11)
-    model.step(tokens(1), cache)  # not tried again, and no second warning
+    model.step(tokens(1), cache)  # no second attempt and no second warning
     model.set_backend("decode", "graph")
     with pytest.raises(RuntimeError, match="could not be captured"):
         model.step(tokens(1), cache)
@@ -206,7 +206,7 @@ def test_what_cannot_be_captured_runs_in_the_modules_and_says_so(monkeypatch):
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_no_value_is_read_on_the_host(monkeypatch, batch):
-    monkeypatch.setattr(torch, "autocast", lambda *_args, **_options: nullcontext())  # meta has none
+    monkeypatch.setattr(torch, "autocast", lambda *_args, **_options: nullcontext())  # the meta device has no autocast
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_args: False)
     assert delta_rule.choose("delta_rule", "auto", torch.empty(1, device="meta")) == "chunked"
     with torch.device("meta"), torch.no_grad():

@@ -1,6 +1,6 @@
-"""A random walk over all that people do to a model between two steps, compiled steps held to the modules each time.
+"""A random walk over changes of a model between two steps; every compiled step is compared with the modules.
 
-`make test` does hundreds of operations, `make test-slow` a hundred thousand.
+`make test` runs hundreds of operations, `make test-slow` a hundred thousand.
 """
 
 import contextlib
@@ -37,15 +37,15 @@ pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"compiled c
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "layer_types": ("linear_attention", "full_attention"),
          "head_dim": 16, "moe_intermediate_size": 16, "mtp_num_hidden_layers": 1}  # fmt: skip
 KINDS = {"sparse": SMALL, "dense": SMALL | {"num_experts": 0}}
-# Beside an fp64 forward: rounding of other sums. In less, a router's choice may fall to either side of a near tie, so
-# that only dense models are compared there; a stale weight moves logits by as much as they are large.
+# Bounds against an fp64 forward, for the rounding of sums in another order. In lower precision near ties of a router
+# may change experts, so only dense models are compared. A stale weight changes logits by their own size.
 BOUND = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2}
 WIDTHS = (torch.int64, torch.int32, torch.int16, torch.int8)
 some = st.integers(0, 10**6)
 
 
 class Adapter(nn.Module):
-    """As PEFT's: `.weight` is that of the layer inside."""
+    """Like a PEFT adapter: `.weight` is that of the wrapped layer."""
 
     def __init__(self, base):
         super().__init__()
@@ -66,7 +66,7 @@ class Adapter(nn.Module):
 
 
 class Sub(nn.Parameter):
-    """A Parameter of a class of its own."""
+    """A subclass of Parameter."""
 
 
 class Scaled(nn.Embedding):
@@ -84,7 +84,7 @@ class Twice(nn.Module):
         return 2 * weight
 
 
-# What a hook may return: anything that broadcasts, in any dtype and in any order of memory.
+# Valid results of a hook: tensors that broadcast, of any dtype and memory layout.
 PATCHES = {
     "nothing": lambda x: None,
     "the same": lambda x: x,
@@ -100,7 +100,7 @@ PATCHES = {
 
 
 class Changes(RuleBasedStateMachine):
-    """After any of these rules a step gives what the modules give."""
+    """After any of these rules a step equals the modules."""
 
     kind = "sparse"
 
@@ -114,7 +114,7 @@ class Changes(RuleBasedStateMachine):
 
     @rule(seed=some)
     def start_again(self, seed):
-        """What was replaced, patched or hooked keeps the modules running: without this, most steps would."""
+        """Undo replacements, patches and hooks; otherwise most steps would run the modules."""
         self.start(seed)
 
     @rule(seed=some)
@@ -134,7 +134,7 @@ class Changes(RuleBasedStateMachine):
         return things[n % len(things)]
 
     def weight(self, n):
-        """A module of the part that decodes, the name of one of its parameters, and that."""
+        """A module that decoding uses, the name of one of its parameters, and the parameter."""
         parts = (self.model.embed_tokens, self.model.blocks, self.model.norm, self.model.lm_head)
         owners = [
             (m, name) for part in parts for m in part.modules() for name, p in m._parameters.items() if p is not None
@@ -192,13 +192,13 @@ class Changes(RuleBasedStateMachine):
 
     @rule(n=st.sampled_from([2, 3]))
     def threads(self, n):
-        self.count = n  # in the next step alone: beside other busy processes, each further one costs milliseconds
+        self.count = n  # only in the next step: with other busy processes, each further one costs milliseconds
 
     # Caches
 
     @rule(rows=st.integers(0, 2), kind=st.sampled_from(["none", "int8", "bf16 keys", "bf16 state", "history", "mtp"]))
     def new_cache(self, rows, kind):
-        # Rounded states amplify the last bits of what is rounded: both routes are compared where they are exact.
+        # Rounding of states amplifies differences in the last bits, so both routes are compared with exact states.
         if kind in ("int8", "bf16 keys", "bf16 state"):
             return
         options = {"history": {"history": 4}, "mtp": {"mtp": True}}.get(kind, {})
@@ -233,7 +233,7 @@ class Changes(RuleBasedStateMachine):
             elif how == "transposed":
                 weight.data = (weight.data * 0.95).mT.contiguous().mT if weight.ndim > 1 else weight.data * 0.95
             elif how == "view" and weight.ndim == 2 and weight.shape[0] == weight.shape[1]:
-                weight.data = weight.data.T  # the same memory, read otherwise
+                weight.data = weight.data.T  # the same memory with other strides
             elif how == "slice back":
                 weight.data = torch.cat((weight.data, weight.data))[: len(weight)]
             elif how == "swap":
@@ -252,7 +252,7 @@ class Changes(RuleBasedStateMachine):
     @rule(factor=st.sampled_from([0.98, 1.02]))
     def assign(self, factor):
         state = {name: x * factor if x.is_floating_point() else x for name, x in self.model.state_dict().items()}
-        with contextlib.suppress(RuntimeError):  # adapters have names of their own
+        with contextlib.suppress(RuntimeError):  # adapters have other names
             self.model.load_state_dict(state, assign=True)
 
     @rule(dtype=st.sampled_from([torch.float64, torch.float64, torch.float32, torch.bfloat16]))
@@ -268,7 +268,7 @@ class Changes(RuleBasedStateMachine):
                 self.step(1, torch.int64, "plain")
             self.new_cache(1, "none")
 
-    # What stands in a module's place
+    # Replaced modules
 
     @rule(n=some)
     def adapter(self, n):
@@ -309,7 +309,7 @@ class Changes(RuleBasedStateMachine):
         }[what]().to(self.dtype)
         name = {"e": "embed_tokens", "s": "embed_tokens", "n": "norm", "d": "norm"}.get(what[0], "lm_head")
         setattr(model, name, new)
-        self.new_cache(1, "none")  # one that knows logits of another width
+        self.new_cache(1, "none")  # its saved logits have another size
 
     @rule(n=some, what=st.sampled_from(["eps", "top_k", "renormalise", "max_norm", "zero_centred"]))
     def setting(self, n, what):
@@ -340,7 +340,7 @@ class Changes(RuleBasedStateMachine):
         finally:
             kind.forward = real
 
-    # Who looks inside
+    # Hooks
 
     @rule(n=some, patch=st.sampled_from(sorted(PATCHES)))
     def hook_point(self, n, patch):
@@ -349,7 +349,7 @@ class Changes(RuleBasedStateMachine):
         ]
         point = self.pick([p for p in points if not p.active], n)
         if patch == "fp16" and self.dtype == torch.float64:
-            return  # rounds so much that a router may turn
+            return  # its rounding may change a router's choice
         self.handles.append(point.register_forward_hook(lambda module, args, x: PATCHES[patch](x)))
 
     @rule(n=some)
@@ -415,7 +415,7 @@ def walk(kind, operations, length):
         stateful_step_count=length,
         deadline=None,
         derandomize=True,
-        phases=(Phase.generate,),  # the operations up to a failure are printed; making them fewer takes minutes
+        phases=(Phase.generate,),  # the operations up to a failure are printed; shrinking them takes minutes
         suppress_health_check=list(HealthCheck),
     )
     try:
@@ -434,7 +434,7 @@ def test_a_step_follows_every_change(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_follows_many_changes(kind):
-    """In a process of its own, without the checks of shapes that make a step twenty times slower."""
+    """In a separate process without the shape checks, which make a step twenty times slower."""
     paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "JAXTYPING_DISABLE": "1"}
     command = [sys.executable, __file__, kind, "50000", "100"]

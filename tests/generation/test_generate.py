@@ -97,7 +97,7 @@ def test_a_prefilled_cache_is_continued(model):
         cache = model.new_cache(max_len=200)
         list(model.prefill(prompt[:, :held], cache, chunk_size=64))
         assert torch.equal(q.generate(model, prompt, cache=cache, max_new_tokens=5), cold)
-        assert cache.lengths == (134,)  # the last token was drawn, not run
+        assert cache.lengths == (134,)  # the last token was sampled but not run
     longer = torch.cat((cold, ids(1, 3, seed=5)), 1)
     assert torch.equal(
         q.generate(model, longer, cache=cache, max_new_tokens=3), q.generate(model, longer, max_new_tokens=3)
@@ -129,7 +129,7 @@ def test_a_cache_of_other_text_is_refused(model):
 
 @pytest.mark.parametrize("history", [0, 20])
 def test_a_row_that_stopped_can_be_continued(history):
-    """Its cache ends before its stop token, as a single prompt's does; then every row goes on from its own end."""
+    """A stopped row's cache ends before its stop token, as for a single prompt; every row continues from its end."""
     model = small_model(dtype=torch.float64, mtp_num_hidden_layers=1)
     prompt = ids(3, 70)
     free = q.generate(model, prompt, max_new_tokens=12, stop_tokens=[])[:, 70:].tolist()
@@ -140,7 +140,7 @@ def test_a_row_that_stopped_can_be_continued(history):
     assert cache.lengths == (70 + ended, 81, 81)
     after = model(first[:1, : 70 + ended]).logits[:, -1]
     assert (cache.last_logits[:1] - after).abs().max() < 1e-10
-    if history:  # rows are taken back from their own ends, also across the place where one stopped
+    if history:  # rows roll back from their own ends, also across the position where one stopped
         for back in ([0, 3, 5], [0, 1, 0], [0, 9, 9], [1, 0, 0], [2, 9, 9], [2, 11, 11], [1, 11, 0]):
             branch = cache.fork()[0]
             branch.rollback(back)

@@ -1,4 +1,4 @@
-"""generation_config.json as its authors wrote it, or a sentence."""
+"""generation_config.json: released files are read, invalid values raise a clear error."""
 
 import json
 
@@ -23,7 +23,7 @@ def write(folder, values):
             GenerationConfig(temperature=0.7, top_p=0.8, top_k=20, stop_tokens=(5, 3)),
         ),
         ({"do_sample": True, "eos_token_id": 0}, GenerationConfig(temperature=1.0, stop_tokens=(0,))),
-        ({"temperature": 0.7, "top_k": None, "eos_token_id": []}, GenerationConfig()),  # not told to sample
+        ({"temperature": 0.7, "top_k": None, "eos_token_id": []}, GenerationConfig()),  # do_sample is not set
         ({"do_sample": True, "repetition_penalty": 1.0, "pad_token_id": 3}, GenerationConfig(temperature=1.0)),
         (
             {"repetition_penalty": 1.05, "presence_penalty": 1.5, "bad_words_ids": [[1, 2]], "suppress_tokens": [3]},
@@ -52,7 +52,7 @@ def test_what_is_not_applied_is_said(tmp_path):
 
 
 def test_every_key_of_transformers_is_applied_named_or_without_effect(tmp_path):
-    """Each of its settings, asked for something: a rule, a field, a warning, or of no consequence to the text."""
+    """Each setting with a non-default value becomes a rule, a field or a warning, or does not affect the text."""
     keys = [key for key in vars(transformers.GenerationConfig()) if not key.startswith("_")]
     assert not [key for key in keys if (key in (*RULES, *OWN)) + (key in NOT_APPLIED) + (key in BESIDE) != 1]
     for key in NOT_APPLIED:

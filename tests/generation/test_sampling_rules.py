@@ -1,4 +1,4 @@
-"""Rules for drawing a token, held to transformers' own processors; logits at their limits."""
+"""Sampling rules against transformers' logits processors; logits at their limits."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ VOCAB, STOPS = 40, [7, 9]
 
 
 def processors(prompt: int, **values: object) -> LogitsProcessorList:
-    """What transformers' generate would apply."""
+    """The logits processors that transformers' generate would apply."""
     config = GenerationConfig(do_sample=True, eos_token_id=STOPS, num_beams=1, **values)
     config._eos_token_tensor = torch.tensor(STOPS)
 
@@ -53,7 +53,7 @@ def processors(prompt: int, **values: object) -> LogitsProcessorList:
 )
 @pytest.mark.parametrize("new", [0, 1, 4])
 def test_equals_transformers(values, new):
-    """Which tokens can be drawn and how probable each is, on texts of few tokens, so that much repeats."""
+    """The possible tokens and their probabilities, on texts from a small vocabulary, which have many repetitions."""
     generator = torch.Generator().manual_seed(0)
     for scale in (0.5, 3.0):
         texts = torch.randint(0, 5, (6, 9 + new), generator=generator)
@@ -75,7 +75,7 @@ def test_presence_and_frequency_count_what_was_generated():
     rules = SamplingRules(presence_penalty=0.5, frequency_penalty=0.25)
     assert rules.apply(logits, [[1, 1, 2, 3, 3, 3]], 4, []).tolist() == [[0, 0, -0.75, -1.25, 0, 0]]
     assert rules.apply(logits, [[1, 1]], 0, []).tolist() == [[0] * 6]
-    assert logits.tolist() == [[0] * 6]  # left as they were
+    assert logits.tolist() == [[0] * 6]  # unchanged
 
 
 def test_sample_draws_by_the_rules():
@@ -89,7 +89,7 @@ def test_sample_draws_by_the_rules():
 
 
 def test_a_stream_obeys_the_rules_row_by_row():
-    """Against a loop over whole texts, one row alone at a time, prompts of unequal length."""
+    """Against a loop over single rows and whole texts, with prompts of unequal length."""
     model = small_model()
     ids = torch.randint(0, 97, (2, 8), generator=torch.Generator().manual_seed(0))
     mask = torch.ones(2, 8, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Losses of long texts, a chunk at a time."""
+"""Losses of long texts, computed in chunks."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Text from byte tokens: nothing broken is shown, nothing shown is taken back."""
+"""Text from byte tokens: incomplete characters are never shown, and shown text never changes."""
 
 import random
 
@@ -19,7 +19,7 @@ def test_no_character_is_shown_before_its_last_byte():
 
 @pytest.mark.parametrize("data", ["a漢".encode()[:-1], b"a\xff", "\ufffd".encode(), "a \ufffd\ufffd".encode(), b""])
 def test_the_end_is_that_of_decoding_at_once(data):
-    """U+FFFD itself, bytes that no byte can make a character, a character that is cut off."""
+    """U+FFFD itself, invalid bytes, and an incomplete character."""
     stream = TextStream(decode)
     assert "".join(stream.push(byte) for byte in data) + stream.finish() == decode(list(data))
     assert stream.finish() == ""
@@ -47,7 +47,7 @@ def test_equals_decoding_at_once(seed):
     "text, stop, shown, stopped",
     [
         ("one END two", ("END",), "one ", True),
-        ("one EN", ("END",), "one EN", False),  # a beginning that came to nothing is given out at the end
+        ("one EN", ("END",), "one EN", False),  # an incomplete stop string is shown at the end
         ("EEND", ("END",), "E", True),
         ("a\n\nb", ("\n\n", "b"), "a", True),
         ("xyz", ("",), "xyz", False),

@@ -1,4 +1,4 @@
-"""On a CUDA device: what "auto" picks there equals the definitions, and the whole model equals itself on the CPU."""
+"""On a CUDA device: the backends of "auto" equal the definitions, and the whole model equals the one on the CPU."""
 
 import copy
 
@@ -49,7 +49,7 @@ def test_the_model_on_the_gpu_equals_the_model_on_the_cpu():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_captured_step_equals_the_modules(dtype):
-    """Through a buffer that grows, a fork and a rollback by snapshot; rounding alone apart."""
+    """With a growing buffer, a fork and a rollback to a snapshot; equal up to rounding."""
     model = small_model(dtype=dtype, linear_key_head_dim=32, linear_value_head_dim=32).cuda()
     ids, found = torch.randint(0, 97, (2, 250), generator=torch.Generator().manual_seed(0)).cuda(), []
     for backend in ("torch", "graph"):

@@ -1,7 +1,7 @@
-"""Idle points cost nothing to a compiled model: one graph, the same bits; hooks that come later fire.
+"""Idle hook points do not change a compiled model: one graph, the same bits; hooks attached later fire.
 
-Each test runs this file in a process of its own: torch.compile cannot see through the checks of shapes that
-conftest.py puts around every function.
+Each test runs this file in a separate process, because torch.compile cannot trace the shape checks that conftest.py
+puts around every function.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Each expert's rows can be read and replaced, whatever kind of experts a layer has."""
+"""Each expert's rows can be read and replaced, for every kind of experts."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_looking_at_the_rows_leaves_every_bit(model, shape, grad):
 
 @pytest.mark.parametrize("shape", [(2, 9), (1, 1)])
 def test_rows_without_an_expert_are_that_experts_weight_zero(model, shape):
-    """Independently, by the weights of its choices."""
+    """The oracle changes the weights of an expert's choices instead."""
     tokens = ids(*shape)
     with torch.no_grad():
         plain, acts = model.run_with_cache(tokens, names_filter=INDICES)

@@ -1,4 +1,4 @@
-"""With the real packages: nnsight traces our points, and TransformerLens' names mean what they mean there."""
+"""With the real packages: nnsight traces our hook points, and TransformerLens' names have the same meaning."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """One random Qwen3, opened by TransformerLens and by us."""
+    """A random Qwen3 model, loaded by TransformerLens and by qwen3next."""
     pytest.importorskip("transformer_lens")
     import transformers
     from tokenizers import Tokenizer, models
@@ -107,19 +107,19 @@ def test_transformer_lens_names_have_transformer_lens_values(both):
     torch.testing.assert_close(our_logits, logits, rtol=0, atol=1e-5)
     for name in NAMES:
         wanted = cache[name]
-        if name.endswith("scores"):  # above the diagonal they have other ways of saying minus infinity
+        if name.endswith("scores"):  # above the diagonal they use other values for minus infinity
             wanted = wanted.masked_fill(torch.ones_like(wanted, dtype=torch.bool).triu(1), -torch.inf)
         torch.testing.assert_close(acts[name], wanted, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
-# Theirs of hook_resid_mid is the norm's input alone: a patch there leaves the residual stream as it was. Halving
-# scores of minus infinity, or logits, shows nothing.
+# Their hook_resid_mid is only the norm's input, so a patch there does not change the residual stream. Halving scores of
+# minus infinity, or logits, has no visible effect.
 UNLIKE = ("hook_resid_mid", "scores", "unembed")
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not any(part in name for part in UNLIKE)])
 def test_a_patch_does_there_what_it_does_here(both, name):
-    """Halving what passes, at the same name, changes the logits in the same way."""
+    """Halving the tensor at a point of the same name changes the logits equally."""
     theirs, ours = both
     hooks = [(name, lambda x, hook: x * 0.5)]
     with torch.no_grad():

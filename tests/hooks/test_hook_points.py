@@ -1,5 +1,5 @@
-"""Every listed point, in prefill and in cached decoding, on every route: it fires and a patch changes what comes out,
-or it is refused by a sentence that says what to call; and after that call it fires."""
+"""Every listed hook point, in prefill and cached decoding, on every route: it fires and a patch changes the output, or
+the error says what to call, after which it fires."""
 
 import re
 
@@ -44,7 +44,7 @@ def prefill(model, hooks):
 
 
 def decode(model, hooks):
-    """Two steps after a prompt, both with the hooks: a patched memory is first read by the token after."""
+    """Two steps after a prompt, both with hooks: a patched recurrent state is first read by the next token."""
     cache = model.new_cache(batch=2, max_len=7)
     with torch.no_grad():
         model(TOKENS[:, :PROMPT], cache=cache)
@@ -58,7 +58,7 @@ def loss(model, hooks):
 
 
 def follow(remedy, model):
-    """Do what the error said, word for word; of alternatives the first."""
+    """Apply the remedy in the error message; of alternatives the first."""
     for part in re.split(" after ", remedy.split(" or ")[0])[::-1]:
         if "loss" not in part:
             eval(part, {"model": model, "position": PROMPT})
@@ -93,7 +93,7 @@ def expected_refusals(model, route, run):
     opt_in = {n for n in model.hook_dict if re.search(r"linear_attn\.hook_(state|pattern)", n)}
     if route["attention"] == "sdpa":
         opt_in |= {n for n in model.hook_dict if re.search(r"^blocks.*self_attn\.hook_(scores|pattern)", n)}
-    if route["delta_rule"] == "chunked" and run is prefill:  # one token is the loop itself
+    if route["delta_rule"] == "chunked" and run is prefill:  # a single token uses the loop
         opt_in |= {n for n in model.hook_dict if re.search(r"hook_(erased|written)", n)}
     return opt_in
 

@@ -1,4 +1,4 @@
-"""What a hook returns takes the place of what passed: broadcast and cast as torch does it, or refused by name."""
+"""The result of a hook replaces the tensor: broadcast and cast as in torch, or refused with the hook's name."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ PATCHES = {
 
 
 def whole(patch):
-    """The same as a tensor that could not be taken for anything else."""
+    """The result, already broadcast and cast to the tensor's shape and dtype."""
 
     def hook(x, hook):
         return patch(x).expand(x.shape).to(x.dtype).resolve_neg().contiguous().clone()
@@ -42,7 +42,7 @@ CASES = [(patch, torch.float32) for patch in PATCHES] + [("one zero", torch.bflo
 @pytest.mark.parametrize(("patch", "dtype"), CASES)
 @torch.no_grad()
 def test_on_every_route(patch, dtype):
-    """A prompt of two chunks, and a step behind it, for every point of a layer of each kind, to the bit."""
+    """Bit-equal for a prompt of two chunks and a step after it, at every point of a layer of each kind."""
     model = small_model(dtype=dtype, num_hidden_layers=2, layer_types=("linear_attention", "full_attention"))
     ids, change = tokens(66), PATCHES[patch]
     for name in points(model):

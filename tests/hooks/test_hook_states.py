@@ -1,6 +1,6 @@
-"""Memory and implicit matrix of Gated DeltaNet layers: patches act as the recurrence says, on every route.
+"""State and implicit attention of Gated DeltaNet layers: patches act as in the recurrence, on every route.
 
-In fp64, so that what differs by more than rounding is wrong.
+In fp64, where rounding is negligible.
 """
 
 import pytest
@@ -21,7 +21,7 @@ def ids(*shape, seed=0):
 
 
 def slow_forgetting(**changes):
-    """Memories that last for hundreds of tokens, so that a patch far back is seen."""
+    """States that last for hundreds of tokens, so that an early patch has a visible effect."""
     model = small_model(dtype=torch.float64, **changes)
     with torch.no_grad():
         for block in model.blocks:
@@ -55,7 +55,7 @@ def test_a_patched_state_acts_alike_on_every_route_in_values_and_gradients(model
         results.append(
             {"logits": logits.detach(), "extra": extra.grad} | {n: p.grad for n, p in model.named_parameters()}
         )
-    assert (results[0]["extra"] is None) == (positions == [69])  # the last memory is read by no token
+    assert (results[0]["extra"] is None) == (positions == [69])  # no token reads the last state
     for name, chunked in results[0].items():
         if chunked is not None:
             torch.testing.assert_close(
@@ -122,7 +122,7 @@ def test_a_state_patched_in_generation_is_one_patched_in_prefill(model):
 
 @pytest.mark.parametrize("backend", ["chunked", "recurrent"])
 def test_states_of_packed_and_padded_rows(model, backend):
-    """Exact where every row has the position once and in one column; refused elsewhere."""
+    """Exact if every row has the position once and in the same column, otherwise refused."""
     model.set_backend("delta_rule", backend)
     hooks, lengths = [(STATE, lambda state, _hook: -state)], [50, 3, 30]
     tokens, packed = ids(1, 83), Segments.from_lengths([[50, 3, 30]])
@@ -133,7 +133,7 @@ def test_states_of_packed_and_padded_rows(model, backend):
             torch.testing.assert_close(got, alone, **EXACT)
     with torch.no_grad(), model.expose(state={1: [1, 8]}):
         mask = torch.ones(2, 70, dtype=torch.long)
-        mask[:, :3] = 0  # both alike
+        mask[:, :3] = 0  # equal in both rows
         mask[1, 60:] = 0
         got = logits_of(model, ids(2, 70), hooks, segments=Segments.from_mask(mask))
         alone = logits_of(model, ids(2, 70)[1:, 3:60], hooks)
@@ -149,7 +149,7 @@ def at(position, fn):
 
 
 def test_nothing_written_is_beta_zero_and_acts_on_later_tokens(model):
-    """By way of the token's β, which is another computation, and on another route."""
+    """The oracle patches the token's β instead, on another route."""
     tokens = ids(2, 40)
 
     def no_beta(beta, _hook):
@@ -179,7 +179,7 @@ def test_nothing_erased_is_linear_attention_with_decay(model):
 
 
 def test_what_is_kept_rebuilds_the_state(model):
-    """S_t = Σ exp(G_t − G_s) k_s u_sᵀ, with what fires once a token joined along time."""
+    """S_t = Σ exp(G_t − G_s) k_s u_sᵀ, with the tensors of points that fire per token joined along time."""
     model.set_backend("delta_rule", "recurrent")
     names = [f"blocks.1.linear_attn.hook_{n}" for n in ("k", "written", "erased", "v", "beta", "log_decay", "state")]
     with model.expose(state={1: [3, 11]}):
@@ -205,7 +205,7 @@ def test_the_matrix_gives_the_output_also_after_a_cache(model, t):
 
 @pytest.mark.parametrize("backend", ["chunked", "recurrent"])
 def test_an_edited_entry_is_an_exact_knockout_of_one_edge(model, backend):
-    """Independently: what token t gets from s is what its output loses when s has no value; all other outputs stay."""
+    """Oracle: the contribution of s to t is the change of t's output when s has no value; other outputs are equal."""
     model.set_backend("delta_rule", backend)
     tokens, t, s = ids(2, 70), 66, 5
 

@@ -1,4 +1,4 @@
-"""Attach, filter, keep, detach: the mechanics of hooks."""
+"""Attach, filter, keep and detach hooks."""
 
 import copy
 
@@ -28,7 +28,7 @@ def halve(x, _hook):
 
 
 def test_no_op_hooks_leave_the_output_bit_identical(model):
-    """At every point that the default routes have."""
+    """At every hook point of the default routes."""
     plain = model(TOKENS).logits
     assert torch.equal(plain, model.run_with_hooks(TOKENS, fwd_hooks=[("*", lambda x, _hook: x)]).logits)
     assert not armed(model)
@@ -80,7 +80,7 @@ def test_stop_at_layer_refuses_what_it_cannot_do(model):
 
 
 def test_gradients_with_the_activations(model):
-    """Of the loss, and of any number made of the logits; parameters get none."""
+    """Gradients of the loss and of any scalar of the logits; parameters get none."""
     names = ["blocks.0.hook_resid_post", BETA]
     _, acts = model.run_with_cache(TOKENS, names_filter=names, incl_bwd=True)
     inner = {}
@@ -140,7 +140,7 @@ def test_hooks_are_added_and_reset(model):
     assert not torch.equal(both, one)
     assert not torch.equal(one, plain)
     model.reset_hooks(including_permanent=True)
-    assert armed(model) == ["hook_logits"]  # torch's own handle is its owner's
+    assert armed(model) == ["hook_logits"]  # a hook attached through torch stays until its own handle removes it
     handle.remove()
     assert torch.equal(model(TOKENS).logits, plain)
 
@@ -164,7 +164,7 @@ def test_a_hook_that_cannot_fire_raises(model):
     with pytest.raises(ValueError, match="predicate"):
         model.run_with_cache(TOKENS, names_filter=lambda _name: False)
     model.add_hook("*hook_scores", halve)
-    with pytest.raises(RuntimeError, match="hook_scores"):  # whoever attaches it
+    with pytest.raises(RuntimeError, match="hook_scores"):  # also for a hook attached with add_hook
         model(TOKENS)
     model.reset_hooks()
     with (

@@ -1,4 +1,4 @@
-"""Sums over parts, rebuilt memories and attention matrices against the model itself, in fp64."""
+"""Sums over parts, rebuilt recurrent states and attention matrices against the model, in fp64."""
 
 import io
 
@@ -158,7 +158,7 @@ def test_implicit_attention_and_states_of_packed_and_padded_rows():
 
 
 def test_the_ledger_adds_up(cache):
-    """The memory moves by k uᵀ, and |k| = 1 but for the ε in its normalisation."""
+    """The state changes by k uᵀ, with |k| = 1 up to the ε of its normalisation."""
     ledger, states = cache.ledger(0), cache.state(0, [10, 11])
     move = states[:, 1] - ledger.decay[:, 11, :, None, None] * states[:, 0]
     torch.testing.assert_close(move.flatten(2).norm(dim=-1), ledger.written[:, 11], rtol=1e-4, atol=0)

@@ -1,4 +1,4 @@
-"""Gated DeltaNet as a matrix and as bookkeeping, against the closed formula and the token loop, in fp64."""
+"""Gated DeltaNet as a matrix and as a ledger, against the closed formula and the token loop, in fp64."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def layout(t, kind):
 
 
 def formula(q, k, log_decay, beta):
-    """A = ((QKᵀ)⊙D) (I + tril(diag(β)(KKᵀ⊙D), −1))⁻¹ diag(β), written down once more."""
+    """A = ((QKᵀ)⊙D) (I + tril(diag(β)(KKᵀ⊙D), −1))⁻¹ diag(β), implemented independently."""
     share = beta.shape[2] // k.shape[2]
     q, k = (x.repeat_interleave(share, dim=2).transpose(1, 2) for x in (q, k))
     total, beta = log_decay.transpose(1, 2).cumsum(-1), beta.transpose(1, 2)
@@ -37,7 +37,7 @@ def formula(q, k, log_decay, beta):
 
 
 def token_loop(k, v, log_decay, beta, state, segments):
-    """What each token recalls and writes, and the memory after it, by the definition."""
+    """The recalled and the written value of each token, and the state after it, by the definition."""
     share = v.shape[2] // k.shape[2]
     keys, answers, writes, states = k.repeat_interleave(share, dim=2), [], [], []
     for t in range(v.shape[1]):
@@ -54,7 +54,7 @@ def token_loop(k, v, log_decay, beta, state, segments):
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """Blocks so small that these lengths cross them."""
+    """Small blocks, so that these lengths cross block boundaries."""
     monkeypatch.setattr(seen, "COLUMNS", 50)
     monkeypatch.setattr(seen, "PIECE", 70)
 
@@ -65,7 +65,7 @@ def test_the_matrix_is_the_closed_formula(t, narrow):
     x = {name: x[name] for name in ("q", "k", "log_decay", "beta")}
     a = seen.implicit_attention(**x)
     assert a.shape == (2, 4, t, t)
-    assert not a.triu(1).any()  # not merely small
+    assert not a.triu(1).any()  # exactly zero
     torch.testing.assert_close(a, formula(**x), rtol=0, atol=1e-12)
 
 

@@ -1,4 +1,4 @@
-"""Pictures are drawn from what a forward gave, with tokens as labels, and say it where matplotlib is missing."""
+"""Pictures are drawn from the results of a forward, with tokens as labels; without matplotlib the error says so."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Steering: what is added is what was asked for, in cached decoding as in a forward, and nothing stays behind."""
+"""Steering adds exactly the given vector, in cached decoding as in a forward, and leaves no hooks behind."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_a_push_is_the_same_with_and_without_a_cache(model64):
 
 
 def test_generation_is_steered():
-    """Pushed far along the difference of two rows of the head, the end of the stream is decided by it."""
+    """A large vector along the difference of two rows of the head at the last block determines the prediction."""
     model = small_model()
     towards = model.lm_head.weight[11].detach() / (1 + model.norm.weight.detach())
     with steer(model, "blocks.3.hook_resid_post", towards, strength=1000.0):
@@ -37,7 +37,7 @@ def test_generation_is_steered():
 
 
 def test_a_transplanted_state_is_the_other_texts(model64):
-    """Before the first token the memory is empty: adding another text's state is what continuing it carries on."""
+    """The state before the first token is zero, so adding another text's state equals continuing that text."""
     _, acts = model64.run_with_cache(IDS)
     there = ActivationCache(acts, model64).state(1, -1)
     cache = model64.new_cache(batch=2, max_len=3)

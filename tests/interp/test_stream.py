@@ -1,4 +1,4 @@
-"""Activations on disk: the same rows as in memory, each once, whatever happens while they are written."""
+"""Activations on disk: the same rows as in memory, each exactly once, also after failures during writing."""
 
 import pathlib
 
@@ -19,7 +19,7 @@ def model():
 
 
 def batches():
-    """Padded, packed and plain ones: 8, 11, 16 and 8 real tokens."""
+    """Padded, packed and unpadded batches with 8, 11, 16 and 8 present tokens."""
     g = torch.Generator().manual_seed(0)
     for lengths in ([[3, 2], [3]], [[8], [3]], None, [[3, 2], [3]]):
         segments = None if lengths is None else Segments.from_lengths(lengths)
@@ -31,7 +31,7 @@ def rows_in_memory(model, name):
     parts = []
     for batch in batches():
         ids, segments = batch if isinstance(batch, tuple) else (batch, Segments.full(batch))
-        with torch.no_grad():  # as streaming does: with gradients other kernels run, which round otherwise
+        with torch.no_grad():  # as in streaming: with gradients other kernels run, with other rounding
             _, acts = model.run_with_cache(ids, segments=segments, names_filter=name)
         parts.append(acts[name][segments.mask])
     return torch.cat(parts)
@@ -82,7 +82,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("shuffle", [0, 2])
 def test_killed_at_any_moment_it_goes_on_without_a_row_twice_or_missing(model, tmp_path, monkeypatch, shuffle):
-    """Every replacement of a file fails once, before it and after it: between those the disk does not change."""
+    """Every replacement of a file fails once before and once after it; between replacements the disk is unchanged."""
     write(model, tmp_path / "whole", rows_per_shard=12, shuffle_shards=shuffle)
     replace = pathlib.Path.replace
     for when in ("before", "after"):
@@ -105,7 +105,7 @@ def test_killed_at_any_moment_it_goes_on_without_a_row_twice_or_missing(model, t
                 survived = True
             except Killed:
                 survived = False
-            (folder / ".000001.safetensors-99").write_text("half")  # what a signal leaves, and an exception does not
+            (folder / ".000001.safetensors-99").write_text("half")  # only a signal leaves such a file
             monkeypatch.setattr(pathlib.Path, "replace", replace)
             write(model, folder, rows_per_shard=12, shuffle_shards=shuffle)
             for path in (tmp_path / "whole").iterdir():
@@ -160,7 +160,7 @@ def test_other_batches_settings_and_points_are_refused(model, tmp_path):
 
 
 def test_a_stream_that_has_grown_is_refused_where_its_end_was_written(model, tmp_path):
-    """Shards of the last block were cut and shuffled for the end as it was."""
+    """The shards of the last block were cut and shuffled for the earlier end of the data."""
     write(model, tmp_path)
     index = json_files.read_object(tmp_path / "index.json", "")
     json_files.write(tmp_path / "index.json", index | {"complete": False})  # killed one step before

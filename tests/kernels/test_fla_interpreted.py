@@ -1,7 +1,7 @@
-"""flash-linear-attention's real kernels, run by Triton's interpreter on the CPU, against our definitions.
+"""flash-linear-attention's kernels, run by Triton's interpreter on the CPU, against our definitions.
 
-`make test-kernels` runs this in an environment of its own: triton is large, and transformers binds FLA's kernels
-wherever it finds them, GPU or not.
+`make test-kernels` runs this in a separate environment, because triton is large, and transformers uses FLA's kernels
+wherever they are installed, with or without a GPU.
 """
 
 import builtins
@@ -15,8 +15,8 @@ triton_tuner = pytest.importorskip("triton.runtime.autotuner")
 from triton.language.standard import sum as one_of_triton_s
 from triton.runtime.jit import JITFunction
 
-# Triton's own functions (sum, cumsum, cdiv) become what runs when triton is imported, and tests/conftest.py, through
-# torch's compiler, imports it before this file can say anything.
+# Triton decides at its import whether its functions (sum, cumsum, cdiv) are interpreted, and tests/conftest.py imports
+# it through torch's compiler before this file can set the variable.
 if isinstance(one_of_triton_s, JITFunction):
     raise RuntimeError(
         "Triton was imported without its interpreter: run `make test-kernels`, which sets TRITON_INTERPRET."
@@ -24,7 +24,7 @@ if isinstance(one_of_triton_s, JITFunction):
 
 
 def _first_config(self, *args, **kwargs):
-    """There is no driver to time configurations with: take the first, without what only a compiler understands."""
+    """Use the first configuration, without compiler options, because there is no driver to time configurations."""
     compiler = {"num_warps", "num_stages", "num_ctas", "maxnreg"}
     chosen = {name: value for name, value in self.configs[0].all_kwargs().items() if name not in compiler}
     return self.fn.run(*args, **kwargs, **chosen)
@@ -51,7 +51,7 @@ class _Int(int):
 
 
 def _range(*bounds):
-    """Loop counters of compiled kernels are tensors with a `.to`; the interpreter hands out bare ints."""
+    """In compiled kernels loop counters are tensors with a `.to`; in the interpreter they are plain ints."""
     numbers = (int(b.handle.data.item()) if hasattr(b, "handle") else int(b) for b in bounds)
     return [_Int(i) for i in builtins.range(*numbers)]
 
@@ -63,7 +63,7 @@ for name, module in list(sys.modules.items()):
 
 @pytest.fixture(autouse=True)
 def fla_anywhere(monkeypatch):
-    """Let the backend be chosen although there is no CUDA."""
+    """Allow the backend without CUDA."""
     for operation in ("delta_rule", "causal_conv", "elementwise", "cross_entropy"):
         fla, *others = backends.OPERATIONS[operation]
         monkeypatch.setitem(backends.OPERATIONS, operation, (backends.Implementation(fla.name, fla.why), *others))
@@ -93,7 +93,7 @@ def inputs(t, state):
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize("segments", [None, PACKED], ids=["plain", "packed"])
 def test_chunked_kernel_values_and_gradients(segments, state):
-    """Relative to the largest entry: the kernel keeps fp32, with sums in another order."""
+    """Error relative to the largest entry: fp32, with sums in another order."""
     results = []
     for backend in ("fla", "recurrent"):
         x = {name: value.requires_grad_() for name, value in inputs(100, state).items()}
@@ -126,7 +126,7 @@ def test_convolution_kernel(t):
 
 @pytest.mark.parametrize("rows", [1, 65])
 def test_gated_norm_kernel(rows):
-    """Relative to the largest entry: fp32, with sums in another order."""
+    """Error relative to the largest entry: fp32, with sums in another order."""
     g = torch.Generator().manual_seed(0)
     norm, found = GatedRMSNorm(32), []
     x, gate = (torch.randn(2, rows, 4, 32, generator=g).requires_grad_() for _ in "xg")
@@ -141,9 +141,9 @@ def test_gated_norm_kernel(rows):
 
 
 def test_gated_norm_kernel_rounds_once_in_bf16():
-    """Nearer to the truth than the definition, which rounds three times, and an ulp or two, 2^-8 to 2^-7, from it.
+    """More accurate than the definition, which rounds three times, and one or two ulp, 2^-8 to 2^-7, away from it.
 
-    The interpreter cuts bits off where a GPU rounds: so the kernel runs in fp32 on bf16 numbers and torch rounds.
+    The interpreter truncates where a GPU rounds, so the kernel runs in fp32 on bf16 numbers and torch rounds.
     """
     g = torch.Generator().manual_seed(0)
     x, gate, weight = (torch.randn(*shape, generator=g).bfloat16() for shape in ((200, 32), (200, 32), (32,)))

@@ -1,4 +1,4 @@
-"""Whatever is attached to a module acts on every route: hooks, a forward, adapters, weights put there for a call."""
+"""Hooks, replaced forwards, adapters and offloaded weights of a module act on every route."""
 
 import pytest
 import torch
@@ -94,7 +94,7 @@ CHANGES = [
 @pytest.mark.parametrize("mask", [None, MASK])
 @pytest.mark.parametrize("change", CHANGES)
 def test_losses_are_those_of_the_logits_that_a_forward_gives(change, mask):
-    """Both losses and the gradient of the embedding; the oracle is a model whose head has three times the weight."""
+    """Both losses and the gradient of the embedding; the oracle is a model with three times the head's weight."""
     model, other = small_model(dtype=torch.float64), small_model(dtype=torch.float64)
     segments = None if mask is None else Segments.from_mask(mask)
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_backward_hooks_of_the_head_fire_in_the_loss():
         model, fired = small_model(), []
         getattr(model.lm_head, register)(lambda *_, fired=fired: fired.append(1))
         model.loss(TOKENS).total.backward()
-        assert len(fired) == 2  # the MTP layer reads through the same head
+        assert len(fired) == 2  # the MTP layer uses the same head
 
 
 def test_logits_are_seen_whole_and_padding_reaches_no_gradient():
@@ -134,7 +134,7 @@ def test_logits_are_seen_whole_and_padding_reaches_no_gradient():
 
 
 class Adapter(nn.Module):
-    """As LoRA wraps a linear map: it has no `weight`."""
+    """A wrapper like LoRA's around a linear map, without a `weight`."""
 
     def __init__(self, base, dtype=None):
         super().__init__()
@@ -152,7 +152,7 @@ class Adapter(nn.Module):
 
 
 def test_an_adapter_on_the_router_does_what_it_does_once_merged():
-    """In a forward, in a loss, which trains it, with a cache and in steps; under autocast the router stays fp32."""
+    """In a forward, in a loss with gradients, with a cache and in steps; under autocast the router stays fp32."""
     model = small_model(dtype=torch.float64)
     plain = model(TOKENS).logits
     for block in (*model.blocks, *model.mtp.blocks):
@@ -204,7 +204,7 @@ def test_what_is_attached_to_a_router_acts(attach):
 
 
 def offload(model, *, whole_blocks):
-    """As accelerate does: weights are on no device but for the time of their module's forward, or of their block's."""
+    """As in accelerate: weights are on the meta device except during the forward of their module or their block."""
     blocks = (*model.blocks, *([] if model.mtp is None else model.mtp.blocks))
     inside = {id(m) for block in blocks for m in block.modules()} if whole_blocks else set()
     owners = [m for m in model.modules() if m._parameters and id(m) not in inside]
@@ -240,7 +240,7 @@ def _around(owner, places):
 @pytest.mark.parametrize("changes", [{}, {"num_experts": 0}])
 @torch.no_grad()
 def test_weights_may_be_there_for_the_time_of_their_modules_forward(changes, whole_blocks):
-    """Logits, prefill, steps and drafts to the bit; the loss, summed in another order with all logits, to an ulp."""
+    """Logits, prefill, steps and drafts are bit-equal; the loss, with sums in another order, is equal to an ulp."""
 
     def runs(model):
         model.set_backend("decode", "auto")
@@ -277,7 +277,7 @@ def test_parts_of_logits_are_not_read_from_a_head_that_an_adapter_surrounds():
 
 
 def test_long_prompts_are_not_split_under_a_forward_of_its_own(monkeypatch):
-    """Who replaces a forward, or looks at all modules, sees every token of a call."""
+    """A replaced forward and a global module hook receive every token of a call."""
     monkeypatch.setattr("qwen3next.block.TOKENS", 8)
     model, seen = small_model(), []
     norm = model.blocks[0].post_attention_layernorm
@@ -301,7 +301,7 @@ def test_long_prompts_are_not_split_under_a_forward_of_its_own(monkeypatch):
 
 
 def test_where_a_model_computes():
-    """A cache lies there: on no device with a model that has no weights, but where offloaded ones will be used."""
+    """The cache is on the meta device for a model without weights, and on the device of use for offloaded ones."""
     with torch.device("meta"):
         model = small_model()
     assert model.device.type == model.new_cache().layers[0].conv.device.type == "meta"

@@ -16,7 +16,7 @@ from qwen3next.mixers import softmax_attention
 from qwen3next.study import ROWS
 
 ROW_NAMES = [name for name, row in ROWS.items() if row.number]
-# Beyond the paper's rows: each choice of an axis with choices of the others.
+# Beyond the paper's rows: combinations of the options.
 MORE = {
     "constant_headwise_value": {
         "attention_gate": "headwise",
@@ -54,7 +54,7 @@ def config_of(name, **changes):
 
 
 def model_of(name, dtype=torch.float64, **changes):
-    """Two layers, lively."""
+    """A model of two layers with large enough weights."""
     config = config_of(name, initializer_range=0.06, **changes)
     torch.manual_seed(0)
     model = q.Qwen3Next(config)
@@ -81,7 +81,7 @@ def layer_of(config):
 @pytest.mark.parametrize("t", [1, 9])
 @pytest.mark.parametrize("name", NAMES)
 def test_layer_equals_the_formulas_in_values_and_gradients(name, t):
-    """In fp64: 1e-10 is rounding."""
+    """In fp64; the tolerance of 1e-10 covers rounding."""
     config = config_of(name)
     layer, x = layer_of(config), torch.randn(1, t, 64, dtype=torch.float64, requires_grad=True)
     assert isinstance(layer, AttentionVariant) == config.has_attention_variant
@@ -90,8 +90,8 @@ def test_layer_equals_the_formulas_in_values_and_gradients(name, t):
     y = layer(x, rope)
     weights = {n: p.detach().clone().requires_grad_() for n, p in layer.named_parameters()}
     expected = attention(weights, x[0], config)
-    torch.testing.assert_close(y[0], expected, rtol=0, atol=1e-6)  # cos and sin there are of fp32 angles
-    # Gradients at the same angles: the reference's own would differ by fp32's rounding of them.
+    torch.testing.assert_close(y[0], expected, rtol=0, atol=1e-6)  # the reference computes cos and sin of fp32 angles
+    # Gradients are compared at the same angles, because the reference's differ by fp32 rounding.
     pull = torch.randn(t, 64, dtype=torch.float64)
     got = torch.autograd.grad((y[0] * pull).sum(), [x, *layer.parameters()])
     wanted = torch.autograd.grad((expected * pull).sum(), [x, *weights.values()])
@@ -106,13 +106,13 @@ def test_the_released_choices_are_bit_for_bit_the_plain_layer(gate):
     plain, variant = GatedAttention(64, **sizes), AttentionVariant(64, **sizes)
     variant.load_state_dict(plain.state_dict())
     x, rope = torch.randn(2, 9, 64), rotation(torch.arange(9)[None], rotary_dim=8, theta=1e4, dtype=torch.float32)
-    for graded in (True, False):  # without gradients attention runs in tiles
+    for graded in (True, False):  # without gradients attention uses tiles
         with torch.set_grad_enabled(graded):
             assert torch.equal(plain(x, rope), variant(x, rope))
 
 
 def test_one_value_weighed_is_the_headwise_gate_on_the_value():
-    """As the paper says of its switch v 1 top-1."""
+    """As the paper states for its switch v 1 top-1."""
     switched, gated = layer_of(config_of("switch_v_1_top1")), layer_of(config_of("g2_headwise"))
     weights = {n.replace("switch_proj", "gate_proj"): p for n, p in switched.state_dict().items()}
     gated.load_state_dict(weights)
@@ -125,7 +125,7 @@ def test_one_value_weighed_is_the_headwise_gate_on_the_value():
 
 @pytest.mark.parametrize("name", [*NAMES, "sandwich_norm"])
 def test_cached_packed_and_rolled_back_equal_cold(name):
-    """Prefill, decoding, a fork, a rollback, a packed row: all give what one cold forward gives."""
+    """Prefill, decoding, a fork, a rollback and a packed row equal one cold forward."""
     model, tokens = model_of(name), ids(2, 20)
     with torch.no_grad():
         cold = model(tokens).logits
@@ -141,9 +141,9 @@ def test_cached_packed_and_rolled_back_equal_cold(name):
     torch.testing.assert_close(packed.reshape(2, 20, -1), cold, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "more_experts"])  # which has no points of its own
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "more_experts"])  # it has no hook points of its own
 def test_every_point_fires_and_acts(name):
-    """In a forward and in cached decoding, on "eager", which makes all of them."""
+    """In a forward and in cached decoding, on "eager", which has all points."""
     model = model_of(name, torch.float32, num_hidden_layers=1)
     model.set_backend("attention", "eager")
     tokens = ids(2, 7)
@@ -202,7 +202,7 @@ def test_sandwich_norms_stand_before_the_residual_stream():
     for i, block in enumerate(model.blocks):
         mixed = acts[f"blocks.{i}.hook_attn_out"]
         unit = (mixed / (1 + block.attn_out_norm.weight)).square().mean(-1)
-        torch.testing.assert_close(unit, torch.ones_like(unit), rtol=0, atol=1e-3)  # eps beside small outputs
+        torch.testing.assert_close(unit, torch.ones_like(unit), rtol=0, atol=1e-3)  # eps matters for small outputs
         torch.testing.assert_close(acts[f"blocks.{i}.hook_resid_mid"], acts[f"blocks.{i}.hook_resid_pre"] + mixed)
     with pytest.raises(ValueError, match="norms or gates the sum of its heads"):
         model.run_with_cache(ids(1, 7))[1].stack_head_results(0)
@@ -210,7 +210,7 @@ def test_sandwich_norms_stand_before_the_residual_stream():
 
 @pytest.mark.parametrize("name", [*NAMES, "sandwich_norm"])
 def test_saved_and_loaded(name, tmp_path):
-    """Same bytes in every tensor, the same configuration, and a name that engines do not know."""
+    """Equal bytes in every tensor, an equal configuration, and an architecture name that engines do not know."""
     model = model_of(name, torch.float32)
     model.save_pretrained(tmp_path)
     again = q.load(tmp_path)

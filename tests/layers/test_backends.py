@@ -1,4 +1,4 @@
-"""Which implementation runs, why, and that kernels get the arguments they should."""
+"""Which implementation runs and why, and the arguments that kernels receive."""
 
 import inspect
 import sys
@@ -136,7 +136,7 @@ def test_a_refused_triton_is_never_replaced_in_silence(on_a_hopper):
 
 @pytest.fixture
 def fake_fla(monkeypatch):
-    """FLA's documented signatures, computed by our reference: what we pass must mean what we meant."""
+    """FLA's documented signatures, computed by our reference, to check the meaning of the passed arguments."""
     calls = []
 
     def kernel(name):
@@ -202,7 +202,7 @@ def test_fla_is_called_as_meant(fake_fla, state, packed):
 
 @pytest.fixture
 def fake_fla_rows(fake_fla, monkeypatch):
-    """FLA's gated norm and fused loss, in the precision and with the reductions that it documents."""
+    """FLA's gated norm and fused loss, with its documented precision and reductions."""
 
     def rms_norm_gated(x, g, weight, bias, activation="swish", eps=1e-6):
         assert bias is None
@@ -232,7 +232,7 @@ def fake_fla_rows(fake_fla, monkeypatch):
 
 
 def test_fla_s_gated_norm_and_loss_are_called_as_meant(fake_fla_rows):
-    """fp32, where FLA's order is the definition's to rounding; a hook on the gate gets it from the definition."""
+    """In fp32, where FLA equals the definition up to rounding; with a hook on the gate the definition runs."""
     model, ids, found, seen = small_model(), torch.arange(40).view(2, 20), [], []
     for name in ("fla", "torch"):
         model.set_backend("elementwise", name)
@@ -267,7 +267,7 @@ def test_what_auto_picks_of_fla_s_row_kernels(monkeypatch):
 
 
 def test_fla_serves_the_whole_model(fake_fla):
-    """Prefill takes the chunked kernel, decoding the fused one, both the fused convolution."""
+    """Prefill uses the chunked kernel, decoding the fused recurrent one, both the fused convolution."""
     model, tokens = small_model(), torch.arange(20).view(2, 10)
     with torch.no_grad():
         cache = model.new_cache(batch=2, max_len=10)

@@ -70,7 +70,7 @@ def test_row_of_padding_keeps_its_state():
 @pytest.mark.parametrize("taps", [1, 2, 3, 4, 5, 8, 9, 16, 33])
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
 def test_any_number_of_taps(taps, backend):
-    """Values, state and all gradients, for fewer and more tokens than taps; fp32 sums of up to 33 products."""
+    """Values, state and all gradients, for fewer and more tokens than the kernel size; fp32 sums of <= 33 products."""
     if backend == "cpp" and missing():
         pytest.skip(missing())
     for t in (1, 2, 40):
@@ -80,7 +80,7 @@ def test_any_number_of_taps(taps, backend):
         wanted = torch.stack([e[0] for e in expected])
         torch.testing.assert_close(y, wanted, atol=1e-5, rtol=1e-5)
         assert torch.equal(after, torch.stack([e[1] for e in expected]))
-        given = (x, weight) if taps == 1 else (x, weight, state)  # without a state there is nothing to differentiate
+        given = (x, weight) if taps == 1 else (x, weight, state)  # there is no state to differentiate
         got = torch.autograd.grad(y.square().sum(), given)
         for a, b in zip(got, torch.autograd.grad(wanted.square().sum(), given), strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)

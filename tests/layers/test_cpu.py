@@ -1,4 +1,4 @@
-"""QWEN3NEXT_CPU and QWEN3NEXT_PRECISION: what a choice means, without regard to the machine that runs the test."""
+"""The effect of QWEN3NEXT_CPU and QWEN3NEXT_PRECISION, independent of the machine that runs the test."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A processor with the features of a level, of a maker; and a choice."""
+    """Emulate a processor with the features of a level and a vendor, and set the variables."""
     monkeypatch.delenv("QWEN3NEXT_PRECISION", raising=False)
     monkeypatch.setattr(cpu.platform, "machine", lambda: "x86_64")
 
@@ -111,7 +111,7 @@ def test_none_is_no_compiled_kernels(machine):
 
 
 def test_each_choice_has_a_file_of_its_own(machine, monkeypatch, tmp_path):
-    """And is compiled for what it says."""
+    """And the kernels are compiled for it."""
     seen = []
 
     class Compiler:
@@ -146,7 +146,7 @@ def test_each_choice_has_a_file_of_its_own(machine, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("choice", [name for name in cpu.possible() if name in cpu.TORCH])
 def test_torch_keeps_to_the_choice(choice):
-    """In a process of its own, as torch looks once; its second line is what ATen picked."""
+    """In a separate process, because torch reads the variables once; its second line is ATen's choice."""
     program = (
         "import layers, os, torch; "
         "print({k: v for k, v in os.environ.items() if k.startswith(('ATEN', 'ONEDNN_MAX', 'MKL_ENABLE'))}); "

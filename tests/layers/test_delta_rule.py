@@ -28,7 +28,7 @@ def inputs(t, *, b=2, key_heads=2, heads=4, k=16, v=24, dtype=torch.float64, see
 
 
 def oracle(q, k, v, log_decay, beta, state):
-    """The recurrence as the paper writes it, one head and one token at a time, in numpy."""
+    """The recurrence in the paper's form, one head and one token at a time, in numpy."""
     q, k, v, log_decay, beta, state = (x.numpy() for x in (q, k, v, log_decay, beta, state))
     b, t, heads, width = v.shape
     out, final = np.zeros((b, t, heads, width)), state.copy()
@@ -50,7 +50,7 @@ BACKENDS = ["recurrent", "chunked", "piecewise"]
 
 @pytest.fixture
 def short_pieces(monkeypatch):
-    """Pieces of one chunk, so that small inputs have several."""
+    """Pieces of one chunk, so that small inputs have several pieces."""
     monkeypatch.setattr(piecewise_delta_rule, "AT_ONCE", 1)
 
 
@@ -68,7 +68,7 @@ def test_equals_the_papers_recurrence(t, backend):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("backend", ["chunked", "piecewise"])
 def test_gradients_equal_recurrent(t, packed, backend, short_pieces):
-    """Output, final state and all six gradients, from a non-zero state, in float64, alone and with cuts."""
+    """Output, final state and all six gradients, from a non-zero state, in float64, with one and several sequences."""
     ids = (torch.rand(2, t, generator=torch.Generator().manual_seed(1)) < 0.05).cumsum(1)
     ids[0, : t // 9] = -1  # padding
     segments = Segments.from_document_ids(ids) if packed else None
@@ -84,7 +84,7 @@ def test_gradients_equal_recurrent(t, packed, backend, short_pieces):
 
 
 def test_a_piece_more_or_less_changes_nothing(monkeypatch):
-    """Pieces are only a matter of speed: every bit of output, state and gradients is the same, in fp32 and bf16."""
+    """The size of pieces does not change a bit of output, state and gradients, in fp32 and bf16."""
     for dtype in (torch.float32, torch.bfloat16):
         results = []
         for at_once in (1, 16, 64):
@@ -98,9 +98,9 @@ def test_a_piece_more_or_less_changes_nothing(monkeypatch):
 
 
 def test_products_in_bf16_are_exact_to_bf16(short_pieces):
-    """Against the token loop in float64 on the same rounded inputs: output, state and gradients, relative, rms.
+    """Relative rms error of output, state and gradients against the token loop in float64 on the same rounded inputs.
 
-    bf16 has 8 bits, so a rounding is 2e-3 rms at most; some four of them stand one after another.
+    bf16 has 8 bits, so a rounding is at most 2e-3 rms; about four of them follow each other.
     """
     rounded = inputs(300, dtype=torch.bfloat16)
     results = []
@@ -120,12 +120,12 @@ def test_chunks_in_fp32_are_as_exact_as_the_loop():
     for backend in BACKENDS:
         o, state = gated_delta_rule(**x32, backend=backend)
         assert o.dtype == state.dtype == torch.float32
-        assert (o - exact).abs().max() < 2e-6  # values of order 1, 1e-7 a rounding
+        assert (o - exact).abs().max() < 2e-6  # values of order 1, 1e-7 per rounding
 
 
 @pytest.mark.parametrize("backend", ["chunked", "piecewise"])
 def test_identical_keys_do_not_blow_up(backend):
-    """Sixty-four equal keys make the worst triangular system; a series for its inverse would overflow."""
+    """64 equal keys give the worst triangular system; a series for its inverse would overflow."""
     x = inputs(128, dtype=torch.float32, state=False)
     x["k"] = x["k"][:, :1].expand(-1, 128, -1, -1)
     x["beta"], x["log_decay"] = torch.ones_like(x["beta"]), torch.zeros_like(x["log_decay"])

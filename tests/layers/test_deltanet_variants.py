@@ -1,4 +1,4 @@
-"""Gated DeltaNet's choices: each as a layer against a token loop, in a model with cache, hooks and files."""
+"""Gated DeltaNet's variants: each as a layer against a token loop, in a model with cache, hooks and files."""
 
 import itertools
 
@@ -90,7 +90,7 @@ def layer_of(config):
 @pytest.mark.parametrize("t", [1, 65])  # one token, and one more than a chunk
 @pytest.mark.parametrize("name", CHOICES)
 def test_layer_equals_a_loop_in_values_and_gradients(name, t):
-    """In fp64, with both backends; 1e-9 is rounding over 65 tokens."""
+    """In fp64, with both backends; the tolerance of 1e-9 covers rounding over 65 tokens."""
     config = small_config(**CHOICES[name])
     layer, x = layer_of(config), torch.randn(1, t, 64, dtype=torch.float64, requires_grad=True)
     assert isinstance(layer, DeltaNetVariant)
@@ -118,7 +118,7 @@ def test_the_released_choices_are_bit_for_bit_the_plain_layer():
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("t", [1, 63, 64, 65, 130])
 def test_the_rule_without_delta_in_chunks_equals_its_loop(t, packed):
-    """Output, final memory and all six gradients from a memory that is not empty, in fp64."""
+    """Output, final state and all six gradients from a non-zero state, in fp64."""
     torch.manual_seed(t)
     x = [torch.randn(2, t, n, d, dtype=torch.float64) for n, d in ((2, 8), (2, 8), (4, 6))]
     gates = [-torch.rand(2, t, 4, dtype=torch.float64), torch.rand(2, t, 4, dtype=torch.float64)]
@@ -168,7 +168,7 @@ def test_cached_packed_and_rolled_back_equal_cold(name):
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_every_point_fires_and_acts(name):
-    """In a forward and in cached decoding, on "recurrent" and exposed, which makes all of them."""
+    """In a forward and in cached decoding, with "recurrent" and exposed states, which has all points."""
     changes = {"num_hidden_layers": 1, "num_experts": 0, "mtp_num_hidden_layers": 0}
     model, tokens = small_model(**changes, **CHOICES[name]), ids(2, 7)
     model.set_backend("delta_rule", "recurrent")
@@ -196,7 +196,7 @@ def test_every_point_fires_and_acts(name):
 
 @pytest.mark.parametrize("name", ["mamba2_like", "linear_attention", "negative", "deltanet"])
 def test_matrix_states_and_ledger_are_the_models(name):
-    """What is rebuilt from cached points, against the memory that generation carries; A v against the layer."""
+    """States rebuilt from cached activations against those of generation; A v against the layer."""
     changes = {"num_hidden_layers": 1, "num_experts": 0, "mtp_num_hidden_layers": 0}
     model, tokens = small_model(dtype=torch.float64, **changes, **CHOICES[name]), ids(1, 70)
     _, acts = model.run_with_cache(tokens)
@@ -208,7 +208,7 @@ def test_matrix_states_and_ledger_are_the_models(name):
     torch.testing.assert_close(acts.state(0, 66), cache.layers[0].memory, rtol=0, atol=1e-10)
     ledger = acts.ledger(0)
     jump = acts.state(0, 66) - ledger.decay[:, 66, :, None, None] * acts.state(0, 65)
-    # |k| is 1 but for 1e-6 inside its root, beside squares that sum to about 0.1 here.
+    # |k| deviates from 1, because 1e-6 is added to a sum of squares of about 0.1 here.
     torch.testing.assert_close(jump.flatten(2).norm(dim=-1), ledger.written[:, 66], rtol=1e-5, atol=0)
     assert bool((ledger.erased > 0).any()) == model.config.linear_delta
 
@@ -243,7 +243,7 @@ def test_saved_and_loaded(name, family, tmp_path):
 def test_a_cache_of_a_layer_without_convolution_is_saved(tmp_path):
     model, tokens = small_model(linear_use_conv=False), ids(1, 20)
     cache = model.new_cache(max_len=20)
-    assert cache.nbytes() == model.config.bytes_per_sequence()  # in fp32, and nothing for a convolution
+    assert cache.nbytes() == model.config.bytes_per_sequence()  # in fp32, without a convolution state
     assert small_model().new_cache(max_len=20).nbytes() == small_config().bytes_per_sequence(conv_bytes=4)
     with torch.no_grad():
         model(tokens[:, :15], cache=cache)

@@ -1,6 +1,6 @@
-"""Attention as CUDA runs it, against attention as a CPU does: which kernel, with which arguments, and what it gives.
+"""Attention backends of CUDA against attention on the CPU: the kernel, its arguments and its result.
 
-flash-attn is played by a stand-in with its documented signatures; torch's flash kernel runs on the CPU itself.
+A stand-in with the documented signatures replaces flash-attn; torch's flash kernel runs on the CPU.
 """
 
 import sys
@@ -27,7 +27,7 @@ def _eager(q, k, v):
 
 @pytest.fixture
 def anywhere(monkeypatch):
-    """Let both fused backends be named on a CPU."""
+    """Allow both fused backends on a CPU."""
     found = []
     for i in backends.OPERATIONS["attention"]:
         fused = i.name in ("flash", "sdpa_flash")
@@ -38,13 +38,13 @@ def anywhere(monkeypatch):
 
 @pytest.fixture(params=["flash_attn", "flash_attn_interface", "flash_attn.cute"])
 def flash(request, monkeypatch, anywhere):
-    """One of flash-attn's releases: 2 returns the output, 3 and 4 may return the logsumexp as well."""
+    """A release of flash-attn: 2 returns the output, 3 and 4 may also return the logsumexp."""
     calls, pair = [], request.param != "flash_attn"
 
     def flash_attn_func(q, k, v, *, softmax_scale, causal):
         assert causal
         assert softmax_scale == q.shape[-1] ** -0.5
-        assert k.shape[2] < q.shape[2]  # groups are the kernel's to handle
+        assert k.shape[2] < q.shape[2]  # the kernel must support grouped heads
         calls.append("whole")
         y = _eager(q, k, v)
         return (y, None) if pair else y
@@ -123,7 +123,7 @@ def test_attend_through_torch_s_fused_kernels(anywhere, t, s, masked):
 
 
 def test_no_math_kernel_in_silence(anywhere, monkeypatch):
-    """Where torch has no fused kernel its own error becomes a sentence; other errors stay what they are."""
+    """If torch has no fused kernel, its error is replaced by a clear one; other errors are not changed."""
     x = torch.zeros(1, 3, 2, 16)
 
     def nothing(*_args, **_options):
@@ -141,7 +141,7 @@ def test_what_auto_picks_on_cuda(monkeypatch):
     monkeypatch.setattr(availability, "flash_module", lambda gpu: "flash_attn")
     assert [pick(x) for x in (torch.bfloat16, torch.float16)] == ["flash", "flash"]
     assert [pick(torch.bfloat16, d) for d in (8, 20, 512)] == ["flash", "sdpa_flash", "sdpa_flash"]
-    assert (pick(torch.float32), pick(torch.float64)) == ("sdpa_flash", "eager")  # never the math kernel unnamed
+    assert (pick(torch.float32), pick(torch.float64)) == ("sdpa_flash", "eager")  # the math kernel runs only if named
     assert backends.choose_for("attention", "sdpa", CUDA, torch.float64) == "sdpa"
     with pytest.raises(RuntimeError, match="multiples of 8 up to 256 wide, not 512"):
         backends.choose_for("attention", "flash", CUDA, torch.bfloat16, head_dim=512)

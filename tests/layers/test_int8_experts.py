@@ -1,4 +1,4 @@
-"""Int8 experts against their definition: experts in memory with the dequantised weights."""
+"""Int8 experts against experts in memory with the dequantised weights."""
 
 import copy
 
@@ -17,7 +17,7 @@ def normal(*shape, seed=0, dtype=torch.float32):
 
 
 def pair(dtype=torch.float32, width=WIDTH, inner=INNER):
-    """Int8 experts, and experts in memory with the weights that those stand for."""
+    """Int8 experts, and experts in memory with the dequantised weights."""
     int8, whole = Int8Experts(width, inner, COUNT), Experts(width, inner, COUNT, backend="loop")
     with torch.no_grad():
         for e in range(COUNT):
@@ -52,7 +52,7 @@ def test_error_is_that_of_the_weights():
     weights = [normal(INNER, WIDTH, seed=s) * 10.0**s for s in range(2)]
     experts = Int8Experts(WIDTH, INNER, COUNT)
     assert experts.error == {}
-    experts.fill("up_proj", 0, weights[1])  # replaced: must not count
+    experts.fill("up_proj", 0, weights[1])  # replaced, so these weights must have no effect
     for e, weight in enumerate(weights):
         experts.fill("up_proj", e, weight)
     wrong = [dequantise(*quantise_rows(w)) - w for w in weights]
@@ -61,11 +61,11 @@ def test_error_is_that_of_the_weights():
     assert 0.001 < experts.error["up_proj"] < 0.02
 
 
-# fp32: the order of products only. bf16: one rounding more than the definition, after which values are as far from it
-# as two bf16 products of the same matrices are from each other.
+# fp32: only the order of sums differs. bf16: one more rounding than in the definition, so that the difference is that
+# of two bf16 products of the same matrices.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("n", [1, 2, PACKED_ROWS, PACKED_ROWS + 1, 60])
-@pytest.mark.parametrize("cols", [24, 64])  # the int8 kernel takes the second only
+@pytest.mark.parametrize("cols", [24, 64])  # the int8 kernel supports only the second
 def test_linear_equals_the_dequantised_product(dtype, tolerance, n, cols):
     q, scale = quantise_rows(normal(20, cols))
     x, grad = normal(n, cols, seed=1, dtype=dtype).requires_grad_(), normal(n, 20, seed=2, dtype=dtype)
@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_sums_beyond_float16(autocast):
-    """Whole numbers up to 127 times x, summed, may pass 65504 though their scaled sum is small."""
+    """A sum of int8 weights times x may exceed 65504 although the scaled sum is small."""
     weight, x = torch.full((2, 2048), 1e-3), torch.full((3, 2048), 2.0)
     q, scale = quantise_rows(weight)
     x = x.requires_grad_() if autocast else x.half().requires_grad_()

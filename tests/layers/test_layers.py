@@ -45,12 +45,12 @@ def test_norms_compute_in_fp32_and_cast_where_the_checkpoints_do():
 
 
 def test_rotation_is_a_rotation_by_position():
-    """Each pair (i, i + rotary/2) turns by position · theta^(−2i/rotary); the rest is untouched."""
+    """Each pair (i, i + rotary/2) is rotated by position · theta^(−2i/rotary); the rest is unchanged."""
     x, positions = normal(1, 3, 2, 10), torch.tensor([[0, 7, 100_000]])
     y = rotation(positions, rotary_dim=4, theta=1e4, dtype=torch.float64)(x)
     for t, p in enumerate(positions[0].tolist()):
         for i in range(2):
-            # fp32 angles, as the checkpoints were trained with: 100000 has 24 bits, its angle about 3e-3 of error.
+            # fp32 angles, as in the training of the checkpoints: at position 100000 the error is about 3e-3.
             angle = float(torch.tensor(p, dtype=torch.float32) * (1.0 / 1e4 ** (torch.tensor(2 * i) / 4)))
             a, b = x[0, t, :, i], x[0, t, :, i + 2]
             torch.testing.assert_close(y[0, t, :, i], a * math.cos(angle) - b * math.sin(angle), rtol=0, atol=1e-6)
@@ -100,7 +100,7 @@ def test_experts_equal_a_loop_over_tokens(n):
             gate, up = (experts.gate_up_proj[e] @ x[i]).chunk(2)
             expected = expected + weights[i, j] * (experts.down_proj[e] @ (torch.nn.functional.silu(gate) * up))
         torch.testing.assert_close(results[0][0][i], expected, rtol=1e-5, atol=1e-6)
-    with torch.no_grad():  # one token without gradients takes a path of its own
+    with torch.no_grad():  # one token without gradients uses a separate path
         torch.testing.assert_close(experts(x, weights, indices), results[0][0], rtol=1e-5, atol=1e-6)
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
@@ -126,7 +126,7 @@ def moe(**changes):
 
 @pytest.mark.parametrize("renormalise", [True, False])
 def test_router_order(renormalise):
-    """Softmax over all experts, then top-k, then renormalise: with k < e this is not a softmax over the chosen."""
+    """Softmax over all experts, then top-k; normalised only if norm_topk_prob is set."""
     layer, x = moe(renormalise=renormalise), normal(1, 3, 16)
     y, _ = layer(x)
     for t in range(3):
@@ -178,7 +178,7 @@ def test_contradicting_sizes_are_refused(make, sentence):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_of_any_strides(dtype):
-    """silu(gate) · up, rounded twice in bf16, whatever the order in memory; also of tensors without rows."""
+    """silu(gate) · up, rounded twice in bf16, for any memory layout and for tensors without rows."""
     whole = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     pairs = {
         "transposed": (whole.mT, whole.flip(0).mT),
@@ -202,7 +202,7 @@ def test_a_scale_may_be_a_whole_number(backend, scale):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_equal_logits_are_ordered_by_number(dtype):
-    """As a stable sort: with many ties, zeros of both signs, infinities and numbers too small to be normal."""
+    """Equal to a stable sort, with many ties, zeros of both signs, infinities and subnormal numbers."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randint(-3, 4, (200, 33), generator=g).to(dtype) / 4
     logits[:, ::5] = 0.0
@@ -216,7 +216,7 @@ def test_equal_logits_are_ordered_by_number(dtype):
 
 
 def test_equal_experts_are_chosen_alike_whatever_runs():
-    """A router of zeros chooses the first experts, in a forward of many tokens and of one, and on every backend."""
+    """A zero router chooses the first experts, for many tokens and for one, on every backend."""
     torch.manual_seed(0)
     layer = SparseMoE(16, experts=8, top_k=3, inner=8, shared_inner=8)
     for parameter in layer.parameters():

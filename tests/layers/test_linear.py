@@ -16,12 +16,12 @@ def run(multiply, x, weight, bias, out):
     inputs = [t.clone().requires_grad_() for t in (x, weight, bias)]
     y = multiply(*inputs)
     grads = torch.autograd.grad((y * out).sum(), inputs, create_graph=True)
-    # Differentiated once more, in the direction of the gradients themselves.
+    # Second derivatives, in the direction of the gradients.
     twice = torch.autograd.grad(sum(g.square().sum() for g in grads[:2]), inputs[:2])
     return [y, *grads, *twice]
 
 
-@pytest.mark.parametrize("shape", [(1, 64), (2, 40), (5, 16), (65, 1), (3, 1)])  # 16 rows and more go to oneDNN
+@pytest.mark.parametrize("shape", [(1, 64), (2, 40), (5, 16), (65, 1), (3, 1)])  # oneDNN runs from 16 rows on
 @pytest.mark.parametrize(("k", "n"), [(48, 80), (7, 3), (64, 1)])
 def test_values_and_gradients_equal_torchs(shape, k, n):
     """fp32 sums of k terms of order 1, against float64: 1e-6 of their size."""
@@ -36,7 +36,7 @@ def test_values_and_gradients_equal_torchs(shape, k, n):
 
 
 def test_rows_do_not_depend_on_those_beside_them():
-    """A prompt in blocks gives the bits of one in a whole."""
+    """A prompt in blocks is bit-equal to the whole prompt."""
     x, weight = normal(300, 96), normal(80, 96, seed=1)
     whole = linear(x, weight, backend="onednn")
     for size in (64, 100):
@@ -60,7 +60,7 @@ def test_who_multiplies(monkeypatch):
     assert backends.why_not("linear", "onednn", torch.device("cpu"), torch.float32) is None
     monkeypatch.setattr(availability, "MKL_USES_ALL", True)
     assert backends.choose("linear", "auto", torch.zeros(1)) == "torch"
-    assert backends.choose("linear", "onednn", torch.zeros(1)) == "onednn"  # named, it runs all the same
+    assert backends.choose("linear", "onednn", torch.zeros(1)) == "onednn"  # it runs if named
     for dtype in (torch.float64, torch.bfloat16):
         with pytest.raises(RuntimeError, match="float32 on a CPU, not"):
             linear(normal(20, 4, dtype=dtype), normal(3, 4, dtype=dtype), backend="onednn")

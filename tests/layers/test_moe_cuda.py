@@ -1,7 +1,7 @@
-"""Experts as CUDA runs them: the same values as the definition, and nothing that waits for the device.
+"""The expert implementation for CUDA: the values of the definition, and no synchronisation with the device.
 
-Tensors on "meta", which have no values, stand in for those of a GPU: what would read one on the host, an `.item()`, a
-`.tolist()`, a shape that depends on data, raises on them.
+Tensors on "meta", which have no values, replace those of a GPU: reading one on the host raises an error (`.item()`,
+`.tolist()`, a shape that depends on data).
 """
 
 from contextlib import nullcontext
@@ -32,7 +32,7 @@ def routed(n, k=3, width=32, dtype=torch.float32):
 @pytest.mark.parametrize("n", [1, 2, 21])
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 2**-6), (torch.float64, 1e-14)])
 def test_a_few_gathered_equal_the_definition(n, dtype, bound):
-    """bf16: products rounded to 2^-8 of entries of order 1, twice."""
+    """bf16: two roundings of products to 2^-8, for entries of order 1."""
     experts, x = made(dtype), routed(n, dtype=dtype)
     with torch.no_grad():
         expected = moe.in_turn(*x, *experts.parameters())
@@ -52,7 +52,7 @@ def test_grouped_counts_without_the_host(n):
     [*((n, gpu, torch.bfloat16) for n in (1, 4, 500) for gpu in (8, 9)), (1, 9, torch.float32), (4, 9, torch.float32)],
 )
 def test_nothing_waits_for_the_device(monkeypatch, n, gpu, dtype):
-    monkeypatch.setattr(torch, "autocast", lambda *_args, **_options: nullcontext())  # meta has none
+    monkeypatch.setattr(torch, "autocast", lambda *_args, **_options: nullcontext())  # the meta device has no autocast
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_args: False)
     monkeypatch.setattr(kernels, "generation", lambda _device: gpu)
     with torch.device("meta"), torch.no_grad():
@@ -65,7 +65,7 @@ def test_nothing_waits_for_the_device(monkeypatch, n, gpu, dtype):
 
 
 def test_tensors_without_values_do_notice():
-    """The loop over experts and a single token's path on a CPU both read indices on the host."""
+    """The loop over experts and the single-token path of the CPU read indices on the host."""
     with torch.device("meta"), torch.no_grad():
         experts, x = Experts(32, 16, 8), torch.empty(1, 32)
         weights, indices = torch.empty(1, 3), torch.zeros(1, 3, dtype=torch.long)

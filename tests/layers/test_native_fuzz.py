@@ -1,4 +1,4 @@
-"""Every compiled function with right, odd and wrong arguments. `make test-sanitize` does more, under sanitizers."""
+"""Every compiled function with valid, unusual and wrong arguments; `make test-sanitize` runs more, with sanitizers."""
 
 import ctypes
 import os
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"compiled c
 
 
 def test_it_answers_or_raises_and_never_strays():
-    """In a process of its own, which a stray access would end; answers do not depend on how numbers lie in memory."""
+    """In a separate process, which an invalid access would end; results do not depend on the memory layout."""
     paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(Path(__file__).parents[1] / "native_fuzz.py"), "6000"]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
@@ -26,7 +26,7 @@ def test_it_answers_or_raises_and_never_strays():
 
 
 def test_every_exported_function_is_declared():
-    """What has no declared arguments would take whatever Python passes."""
+    """A function without declared arguments would accept anything that Python passes."""
     assert isinstance(build.library(), ctypes.CDLL)
     found = subprocess.run(["nm", "-D", "--defined-only", build.library()._name], capture_output=True, text=True)
     exported = {line.split()[-1] for line in found.stdout.splitlines() if " T " in line}
@@ -68,7 +68,7 @@ def test_places_name_every_row_once(places):
 
 
 def test_wrong_is_something_else():
-    """The fuzzer's own work: most of what it makes differs from what it was given."""
+    """Most arguments that the fuzzer creates differ from the valid ones."""
     r, x = Random(0), torch.arange(12.0).view(3, 4)
     different = 0
     for _ in range(100):

@@ -1,4 +1,4 @@
-"""Experts read on demand against experts in memory: the same bits, a bounded cache, nothing read that is not used."""
+"""Experts read on demand against experts in memory: equal bits, a bounded cache, no unnecessary reads."""
 
 import copy
 import pickle
@@ -16,7 +16,7 @@ SIZE = 3 * WIDTH * INNER * 4  # bytes of an expert in fp32
 
 
 class Store:
-    """Stands in for a checkpoint's files: counts what is read, fails where told."""
+    """Replaces a checkpoint's files: counts reads, and fails on request."""
 
     def __init__(self, experts):
         self.experts, self.reads, self.broken, self.lock = experts, [], set(), threading.Lock()
@@ -24,7 +24,7 @@ class Store:
     def __call__(self, e, gate_up, down):
         with self.lock:
             self.reads.append(e)
-        gate_up.fill_(float("nan"))  # half-filled: whatever were used before the end would show
+        gate_up.fill_(float("nan"))  # so that a use of incomplete data is visible
         if e in self.broken:
             raise OSError(f"expert {e} cannot be read")
         with torch.no_grad():
@@ -40,7 +40,7 @@ class Store:
 
 
 def model(layers, *, slots, spare=0, readers=4):
-    """Experts in memory, and the same ones behind one cache."""
+    """Experts in memory, and the same experts with a shared cache."""
     torch.manual_seed(0)
     cache = ExpertCache(slots * SIZE + spare, readers=readers)
     inside = [Experts(WIDTH, INNER, COUNT, backend="loop") for _ in range(layers)]
@@ -60,12 +60,12 @@ def routed(n, seed=0):
 @pytest.mark.parametrize("slots", [1, 2, 5, 9, 24])
 @pytest.mark.parametrize("readers", [1, 4])
 def test_the_same_bits_whatever_the_cache_holds(slots, readers):
-    """Decoding and prefill in turn, on a cache of one slot up to one that holds both layers."""
+    """Decoding and prefill alternately, with caches from one slot up to both layers."""
     inside, outside, cache = model(2, slots=slots, spare=SIZE - 1, readers=readers)
     with torch.no_grad():
         for step, n in enumerate((1, 40, 1, 1, 2, 3, 40, 1, 1, 0)):
             for a, b in zip(inside, outside, strict=True):
-                a.backend = "auto" if n == 1 else "loop"  # one token is summed in the order of its choices
+                a.backend = "auto" if n == 1 else "loop"  # sums for one token follow the order of its choices
                 args = routed(n, seed=step)
                 b.read.reads.clear()
                 assert torch.equal(a(*args), b(*args))
@@ -107,7 +107,7 @@ def test_the_least_recently_used_goes_first():
 
 
 def test_a_prefill_leaves_other_layers_their_share():
-    """But for the slots that are being read ahead, two with one reader: plain least-recently-used would leave none."""
+    """Except for slots used by prefetching, two with one reader; plain least-recently-used would keep none."""
     _, (layer, *others), _ = model(3, slots=14, readers=1)
     x, weights, _ = routed(2)
     mine = torch.tensor([[0, 1], [2, 3]])

@@ -13,7 +13,7 @@ PI = Decimal("3.1415926535897932384626433832795028841971693993751058209749445923
 
 
 def cosine(x: Decimal) -> Decimal:
-    """By its series, of an angle reduced to below a turn."""
+    """The cosine by its series, of an angle reduced modulo 2π."""
     x, term, total, n = x % (2 * PI), Decimal(1), Decimal(1), 0
     while abs(term) > Decimal("1e-40"):
         n += 2
@@ -23,7 +23,7 @@ def cosine(x: Decimal) -> Decimal:
 
 
 def exact(theta, share=None, factor=1):
-    """cos at POSITIONS (rows) for each frequency; of `share` of it, stretched by `factor`."""
+    """cos at POSITIONS (rows) of each frequency f; with `share` s, f is replaced by s f / factor + (1 − s) f."""
     rows = []
     with localcontext() as context:
         context.prec = 60
@@ -60,7 +60,7 @@ def test_yarn_likewise():
 
 def test_neighbours_at_long_positions_are_told_apart():
     a, b = turns(1e7, torch.float32)[-2:]
-    assert (a - b).abs().max() > 0.5  # a radian apart at the fastest frequency
+    assert (a - b).abs().max() > 0.5  # the angles differ by a radian at the highest frequency
 
 
 def test_frequencies_are_not_rounded_to_fp32():

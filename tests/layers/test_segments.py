@@ -1,4 +1,4 @@
-"""Where sequences begin and end."""
+"""Starts and ends of sequences."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_bad_input_is_refused():
 
 
 def test_parts_know_their_sequences():
-    """Columns of packed rows go on with the sequences of the whole, wherever those began."""
+    """A range of columns of packed rows continues the sequences that began before it."""
     whole = Segments.from_lengths([[2, 3, 1], [], [4]])
     assert (whole.sequences, whole.packed) == (5, True)
     assert [run[:4] for run in whole.runs] == [(0, 0, 0, 2), (1, 0, 2, 5), (2, 0, 5, 6), (4, 2, 0, 4)]

@@ -1,4 +1,4 @@
-"""Kernels that lie, and what is made of them. The definitions themselves play the kernels, on the CPU."""
+"""The self-check detects wrong kernels. The definitions replace the kernels, on the CPU."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ KERNELS = [("delta_rule", "fla"), ("causal_conv", "fla"), ("attention", "flash")
 
 @pytest.fixture(autouse=True)
 def on_a_gpu(monkeypatch):
-    """Every fast backend is free to run and checked as on CUDA; results of one test are not another's."""
+    """Every fast backend can run and is checked as on CUDA; results are not shared between tests."""
     monkeypatch.delenv("QWEN3NEXT_SELF_CHECK", raising=False)
     monkeypatch.setattr(self_check, "failed", lambda *what: self_check.checked(*what, torch.is_grad_enabled()))
 
@@ -38,7 +38,7 @@ def on_a_gpu(monkeypatch):
 
 
 def play(monkeypatch, *, wrong=0.0, gradient_wrong=False, error=None):
-    """Put the definitions in the kernels' places, with a fault."""
+    """Replace the kernels by the definitions, with a fault."""
 
     class Twisted(torch.autograd.Function):
         @staticmethod
@@ -115,7 +115,7 @@ def test_out_of_memory_says_nothing_of_a_kernel(monkeypatch):
 
 
 def test_where_nothing_is_checked(monkeypatch):
-    """Without the device, and where the environment says so."""
+    """Without the device, and if the environment variable is set."""
     monkeypatch.undo()
     cuda = torch.device("cuda")
     assert self_check.failed("causal_conv", "fla", cuda, torch.float32) is None

@@ -1,6 +1,6 @@
-"""Tokens that forget strongly, up to g = −∞, and what the chunked algorithms make of the weak decays beside them.
+"""Strong decays, up to g = −∞, and the accuracy of the chunked algorithms for weak decays in the same chunk.
 
-Oracle: the token loop in float64. The tolerance is some sixteen fp32 roundings of the largest value of each tensor.
+Oracle: the token loop in float64. The tolerance is about 16 fp32 roundings of the largest value of each tensor.
 """
 
 import math
@@ -19,7 +19,7 @@ from layers.variants.simple_gla import gated_linear_rule
 
 INF = math.inf
 TOLERANCE = 2e-6
-T = 130  # two chunks and a bit
+T = 130  # two chunks and two tokens
 RULES = [(gated_delta_rule, backend) for backend in ("chunked", "piecewise", "cpp")] + [(gated_linear_rule, "chunked")]
 EVERY_RULE = pytest.mark.parametrize("rule, backend", RULES)
 
@@ -81,7 +81,7 @@ def test_equals_the_token_loop(rule, backend, pattern, packed, monkeypatch):
 @EVERY_RULE
 @pytest.mark.parametrize("g", [-1e2, -1e4, -1e6, -INF])
 def test_one_strong_token_at_every_place_of_a_chunk(rule, backend, g):
-    """Row by row another place, so that one run covers all of them."""
+    """A different position in each row, so that one run covers all positions."""
     x = {name: value[:1].repeat(64, *[1] * (value.ndim - 1)) for name, value in inputs(70).items()}
     x["log_decay"][range(64), range(64)] = g
     compare(rule, x, backend)
@@ -96,7 +96,7 @@ def test_heads_forget_on_their_own(rule, backend):
 
 
 def test_what_is_wholly_forgotten_has_no_gradient():
-    """e^g is zero there in every dtype, as the token loop's gradient is."""
+    """e^g is zero there in every dtype, as is the token loop's gradient."""
     g = torch.tensor([-INF, -1e30, FORGOTTEN - 1, -104.0, 0.0], requires_grad=True)
     bounded(g).sum().backward()
     assert g.grad.tolist() == [0, 0, 0, 1, 1]
@@ -105,7 +105,7 @@ def test_what_is_wholly_forgotten_has_no_gradient():
 
 @pytest.mark.parametrize("backend", ["chunked", "piecewise", "cpp"])
 def test_a_model_that_forgets_strongly_runs_in_chunks_as_by_tokens(backend):
-    """Large decay projections: log decays from 0 to some −1e4 beside each other."""
+    """Large decay projections: log decays from 0 to about −1e4 in the same chunk."""
     if why_not("delta_rule", backend, torch.device("cpu"), torch.float32):
         pytest.skip(f"{backend} cannot run here")
     torch.manual_seed(0)

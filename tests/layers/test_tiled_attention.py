@@ -1,4 +1,4 @@
-"""Tiles against the definition, and that no cut of a prompt leaves a trace."""
+"""Tiled attention against the definition, and independence of how a prompt is cut."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_chunked_prefill_is_close_in_fp32():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_parts_of_a_long_prompt_leave_no_trace(past, dtype, monkeypatch):
-    """A block takes 2048 tokens at a time; in one piece, the bits are the same in bf16, and in fp32 to rounding."""
+    """A block processes 2048 tokens at a time; processing all at once is bit-equal in bf16, and in fp32 to rounding."""
     model = Qwen3Next(presets.tiny(mtp_num_hidden_layers=0)).to(dtype).eval()
     ids = torch.randint(0, 256, (2, past + 4500), generator=torch.Generator().manual_seed(0))
     found = []
@@ -76,7 +76,7 @@ def test_parts_of_a_long_prompt_leave_no_trace(past, dtype, monkeypatch):
 
 @torch.no_grad()
 def test_parts_of_padded_prompts_with_sandwich_norms_leave_no_trace(monkeypatch):
-    """Rows of unequal lengths: the feed-forward alone goes in parts, its norms with it."""
+    """Rows of unequal lengths: only the feed-forward and its norms run in parts."""
     torch.manual_seed(0)
     model = Qwen3Next(presets.tiny(sandwich_norm=True, mtp_num_hidden_layers=0)).eval()
     ids, found = torch.randint(0, 256, (2, 2500)), []

@@ -1,4 +1,4 @@
-"""What `explain` says is what runs: every call of an implementation is counted, for each operation and backend."""
+"""`explain` is correct: every call of an implementation is counted, for each operation and backend."""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ import qwen3next.decoding.plan as decode
 from layers.kernels.cpp import attention_ops, conv_ops, expert_ops, operators, row_ops, rule_ops
 
 CPU = torch.device("cpu")
-# The C++ functions by the operation that they are a part of.
+# The C++ functions with their operation.
 NATIVE = {
     "delta_rule": ("delta_rule",),
     "attention": ("attend",),
@@ -60,7 +60,7 @@ PYTHON = {
 
 
 class Count(TorchDispatchMode):
-    """By operation the calls of each backend; inside autograd's backward pass too."""
+    """Calls of each backend by operation, including autograd's backward pass."""
 
     def __init__(self, monkeypatch):
         super().__init__()
@@ -109,7 +109,7 @@ class Count(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def ran(self):
-        """By operation the backends that ran since the last question."""
+        """Backends by operation that ran since the last call."""
         found = {operation: {name for name, n in calls.items() if n} for operation, calls in self.calls.items()}
         self.calls.clear()
         return found
@@ -141,7 +141,7 @@ def test_what_was_named_is_all_that_runs(monkeypatch, operation, name):
     told = {row.operation: row for row in q.explain(model)}
     assert told[operation].runs == name
     count = Count(monkeypatch)
-    # A token by itself is the definition of the delta rule, and what the convolution does with it has no name.
+    # A single token uses the definition of the delta rule, and its convolution has no named backend.
     one_token = {"delta_rule": {"recurrent"}}
     with count, torch.no_grad():
         cache = model.new_cache(max_len=80)
@@ -172,7 +172,7 @@ def test_what_was_named_is_all_that_runs(monkeypatch, operation, name):
 
 
 def assert_told(told, ran, *, one_token=False, gradients=False):
-    """What ran is what `explain` says, with the exceptions that it lists."""
+    """Check that the backends that ran are those of `explain`, with its listed exceptions."""
     for operation, names in ran.items():
         row = told[operation]
         said = {row.runs}
@@ -192,7 +192,7 @@ def assert_told(told, ran, *, one_token=False, gradients=False):
 
 
 def test_every_operation_is_counted(monkeypatch):
-    """Or the test above would pass whatever runs."""
+    """Otherwise the test above could pass for any backend."""
     model, ids = small(), torch.arange(60).view(1, 60) % 97
     count = Count(monkeypatch)
     with count:
@@ -206,7 +206,7 @@ def test_every_operation_is_counted(monkeypatch):
 @pytest.mark.skipif(availability.missing() is not None, reason="no C++ kernels here")
 @pytest.mark.parametrize("choice", [None, ("decode", "torch"), ("linear", "torch"), ("elementwise", "torch")])
 def test_a_step_is_what_explain_says(monkeypatch, choice):
-    """Compiled as long as no other operation has a backend of its own."""
+    """The step is compiled only if no other operation has a named backend."""
     model = small_model()
     if choice is not None:
         model.set_backend(*choice)
@@ -295,7 +295,7 @@ def test_tiles_have_no_eager():
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["cpp", "sdpa"])
 def test_a_query_behind_many_keys_by_name(name):
-    """As plain products have it."""
+    """Like plain products."""
     if not runs("attention", name):
         pytest.skip("no C++ kernels here")
     torch.manual_seed(0)

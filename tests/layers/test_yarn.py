@@ -1,4 +1,4 @@
-"""Context extension: parity with transformers' YaRN, what is refused, what is warned of."""
+"""Context extension: parity with transformers' YaRN, errors, warnings."""
 
 import json
 import warnings
@@ -36,7 +36,7 @@ def test_logits_and_config(tmp_path, kind, changes):
     ours.save_pretrained(tmp_path / "b")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype="float32").eval()
     with torch.no_grad():
-        # mscale is written as the attention factor that it amounts to.
+        # mscale is written as the equivalent attention factor.
         assert (again(tokens(150)).logits - their(tokens(150)).logits).abs().max() <= 1e-6
     assert quietly_load(tmp_path / "b").config.rope_scaling == ours.config.rope_scaling
 
@@ -55,7 +55,7 @@ def test_as_the_released_instructions_have_it(tmp_path):
 
 
 def test_frequencies_of_the_released_model():
-    """Fast dimensions are kept, slow ones divided by the factor, between them a ramp; independent of the code."""
+    """High frequencies are kept, low ones divided by the factor, with a ramp in between; independent of the code."""
     yarn = Yarn(factor=4.0, original_max_position_embeddings=262_144)
     plain, stretched = inverse_frequencies(64, 1e7), inverse_frequencies(64, 1e7, yarn=yarn)
     turns = 262_144 * plain / (2 * torch.pi)

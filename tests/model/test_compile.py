@@ -1,6 +1,6 @@
-"""One graph for torch.compile and torch.export, in fp32 and bf16, with masks and without, equal to what runs untraced.
+"""One graph for torch.compile and torch.export, in fp32 and bf16, with and without masks, equal to eager execution.
 
-Each case runs this file in a process of its own: torch cannot trace the checks of shapes that conftest.py puts around
+Each case runs this file in a separate process, because torch cannot trace the shape checks that conftest.py puts around
 every function.
 """
 
@@ -19,7 +19,7 @@ from layers.segments import Segments
 
 LENGTHS = (2, 17, 63, 64, 65, 300)
 IDS = torch.arange(600).view(2, 300) * 31 % 251
-# Padding at the left and in between, and at the right beyond 200 tokens.
+# Padding at the left and in the middle, and at the right beyond 200 tokens.
 MASK = torch.ones(2, 300, dtype=torch.bool)
 MASK[0, 0] = MASK[1, 5:9] = MASK[1, 200:] = False
 PACKED = Segments.from_lengths([[30, 40], [50, 15]])
@@ -42,7 +42,7 @@ class Logits(nn.Module):
 
 @torch.no_grad()
 def exported(dtype: str, masked: str, strict: str = "") -> None:
-    """Made at 70 tokens; to the bit, but where untraced fewer than 16 rows in fp32 take another library's product."""
+    """Traced at 70 tokens; bit-equal, except where eager fp32 products of fewer than 16 rows use another library."""
     whole = Logits(model(dtype))
 
     def inputs(t: int) -> tuple:
@@ -70,7 +70,7 @@ def logits(dtype: str, backend: str = "eager") -> None:
 
 
 def losses(dtype: str, masked: str) -> None:
-    """All losses and the gradients of every parameter, to the bit."""
+    """All losses and the gradients of every parameter are bit-equal."""
     whole = model(dtype)
     mask = MASK[:, :70].contiguous() if masked else None
 

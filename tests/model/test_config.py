@@ -125,7 +125,7 @@ def test_presets_are_hybrids(make):
 
 
 def other(value):
-    """A value of the same type that says something else."""
+    """Another value of the same type."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, (int, float)):
@@ -138,7 +138,7 @@ def other(value):
 
 
 def said(values):
-    """What a config.json means for the mathematics, or None where it is refused."""
+    """The mathematical meaning of a config.json, or None if it is refused."""
     try:
         config = ModelConfig.from_dict(values)
     except ValueError:
@@ -147,7 +147,7 @@ def said(values):
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-MEANT = {  # beside the keys that a configuration writes
+MEANT = {  # besides the keys that a configuration writes
     "rope_scaling": YARN,
     "rope_parameters": YARN | {"rope_theta": 1e4, "partial_rotary_factor": 0.25},
     "rope_theta": 1e4,
@@ -165,12 +165,12 @@ MEANT = {  # beside the keys that a configuration writes
     "quantization_config": {"quant_method": "awq"},
     "an_invention": 7,
 }
-NOTHING_MEANT = {"architectures", "bos_token_id", "pad_token_id", "use_sliding_window"}  # the last: but in qwen3
+NOTHING_MEANT = {"architectures", "bos_token_id", "pad_token_id", "use_sliding_window"}  # qwen3 uses the last one
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen3"])
 def test_every_key_at_every_level_is_read_or_refused(kind):
-    """Each key with another value, in the text model, beside it and inside RoPE's dictionaries."""
+    """Each key with another value, inside the text model, outside it and inside RoPE's dictionaries."""
     changes = {} if kind != "qwen3" else {"layer_types": ("full_attention",) * 4, "mtp_num_hidden_layers": 0}
     dense = {} if "moe" in kind or kind == "qwen3_next" else {"num_experts": 0}
     norms = {"zero_centred_norms": False, "partial_rotary_factor": 1.0} if kind == "qwen3" else {}
@@ -193,7 +193,7 @@ def test_every_key_at_every_level_is_read_or_refused(kind):
     for n, place in enumerate(levels):
         for key, values in keys.items():
             for value in values:
-                # What the key says where it belongs: the same there, another text model, or refused.
+                # Valid: refused, the same meaning as in the text model, or no effect at either place.
                 alone = {k: v for k, v in text.items() if k != key}
                 if "rope_parameters" in alone:
                     alone["rope_parameters"] = {k: v for k, v in text["rope_parameters"].items() if k != key}

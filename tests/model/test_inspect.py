@@ -1,4 +1,4 @@
-"""Counts against the released model's published sizes and against models that are really built."""
+"""Parameter counts against published sizes and against models that are built."""
 
 import io
 from pathlib import Path
@@ -12,7 +12,7 @@ from qwen3next.inspect import count_parameters, describe, short
 
 
 def test_counts_of_the_released_model():
-    """Exact, from the sum of the released shapes; "80B-A3B" rounds them."""
+    """Exact counts, from the sum of the released shapes, which "80B-A3B" rounds."""
     counts = count_parameters(presets.qwen3_next_80b_a3b())
     assert counts.main == 79_674_391_296
     assert counts.mtp == 1_650_471_424

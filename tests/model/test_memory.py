@@ -1,4 +1,4 @@
-"""Peak resident memory of loading and saving, in a process of its own."""
+"""Peak resident memory of loading, saving and prefill, each in a separate process."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ def peak():
     return int(fields["VmHWM"].split()[0]) * 1024
 
 
-tiny = q.Qwen3Next(q.presets.tiny())  # what the machinery itself costs is not the model's
+tiny = q.Qwen3Next(q.presets.tiny())  # first use of the code, whose memory is not counted
 tiny.save_pretrained(target + "-tiny")
 q.load(target + "-tiny")
 opened = open_checkpoint(folder)
@@ -60,7 +60,7 @@ def test_peak_is_the_model_and_one_tensor(tmp_path, action):
     rise, allowed = map(int, done.stdout.split())
     assert rise <= allowed + 8 * 2**20, f"{rise / 2**20:.0f} MiB of {allowed / 2**20:.0f}"
     if action != "convert":
-        assert rise > 0.8 * allowed / 2  # it does measure
+        assert rise > 0.8 * allowed / 2  # the measurement sees the model
 
 
 PREFILL = """
@@ -108,8 +108,8 @@ def test_what_a_prefill_takes_is_below_the_estimate_and_not_far(preset, dtype, t
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_max_memory_holds():
-    """In the small preset 9000 tokens at once take 107 MiB (on the machine of this commit)."""
-    most = (98 if missing() is None else 104) * 2**20  # without compiled kernels a token takes more
+    """With the small preset 9000 tokens at once need 107 MiB (on the machine of this commit)."""
+    most = (98 if missing() is None else 104) * 2**20  # without compiled kernels a token needs more
     rise, _ = prefill("small", "float32", 9000, most)
     assert rise <= most, f"{rise / 2**20:.0f} MiB"
 

@@ -1,4 +1,4 @@
-"""Tensors stored in several dtypes: what loads runs, and what cannot run is said by `load` and `verify`."""
+"""Tensors stored in several dtypes: a loaded model runs, and `load` and `verify` refuse dtypes that cannot run."""
 
 import re
 
@@ -36,12 +36,12 @@ IDS = torch.randint(0, 97, (1, 12), generator=torch.Generator().manual_seed(0))
 
 
 def kind_of(name):
-    """Tensors that play the same part in other layers have the same kind."""
+    """The name without layer numbers, equal for the same tensor in all layers."""
     return re.sub(r"\d+", "0", name)
 
 
 def runs(model):
-    """A forward, a step, a loss with gradients, all of one dtype and near each other."""
+    """Check that a forward, a step and a loss with gradients have the same dtype and similar values."""
     model.loss(IDS).total.backward()
     with torch.no_grad():
         want = model(IDS).logits[:, -1]

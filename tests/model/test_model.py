@@ -28,7 +28,7 @@ def assert_same(a, b, tolerance=1e-9):
 
 @pytest.mark.parametrize("backend", ["chunked", "recurrent"])
 def test_packed_equals_separate_in_values_and_gradients(model64, backend):
-    """MTP and both losses included; router losses are means over all tokens, so they are left out of the total."""
+    """Including MTP and both losses; the total omits router losses, which are means over all tokens."""
     model64.config = model64.config.replace(router_aux_loss_coef=0.0)
     model64.set_backend("delta_rule", backend)
     lengths = [70, 1, 3, 66]
@@ -67,7 +67,7 @@ def test_padded_equals_unpadded_in_values_and_gradients(model64, side):
     joined = torch.cat([tokens[r][mask[r] == 1] for r in range(3)])[None]
     a = model64.loss(tokens, segments=padded)
     b = model64.loss(joined, segments=Segments.from_lengths([lengths]))
-    torch.testing.assert_close(a.total, b.total)  # router losses too: padding is counted nowhere
+    torch.testing.assert_close(a.total, b.total)  # including router losses, which ignore padding
     assert_same(gradients(model64, a.total), gradients(model64, b.total))
 
 
@@ -88,7 +88,7 @@ def test_cached_equals_cold_at_any_offset(cut, interval):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_prompts_cache_equals_single_ones(model64, side):
-    """Lengths, keys, values, conv inputs and memory; then decoding goes on as if each row were alone."""
+    """Lengths, keys, values, conv state and recurrent state; then decoding continues as for each row alone."""
     lengths, t = (2, 70, 5), 71
     tokens, mask = ids(3, t), torch.zeros(3, t, dtype=torch.long)
     for r, n in enumerate(lengths):
@@ -97,7 +97,7 @@ def test_a_padded_prompts_cache_equals_single_ones(model64, side):
     with torch.no_grad():
         model64(tokens, segments=Segments.from_mask(mask), cache=cache)
         after = [model64(ids(3, 1, seed=i), cache=cache).logits for i in range(3)]
-        # A second padded chunk, over caches of unequal lengths.
+        # A second padded chunk, after caches of unequal lengths.
         more = Segments.from_mask(torch.tensor([[1, 1], [0, 1], [1, 0]]))
         last = model64(ids(3, 2, seed=9), segments=more, cache=cache).logits
     assert cache.lengths == (7, 74, 9)
@@ -122,7 +122,7 @@ def test_a_padded_prompts_cache_equals_single_ones(model64, side):
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 @pytest.mark.parametrize("chunk", [7, 64, 4096])
 def test_prompts_of_unequal_lengths_prefill_as_single_ones(model64, way, backend, chunk):
-    """In chunks, over what the cache holds already; caches, MTP's part and last logits included."""
+    """In chunks after earlier tokens in the cache; compares caches, MTP's part and last logits."""
     model64.set_backend("attention", backend)
     first, second = (9, 70, 1, 130), (5, 1, 66, 3)
     text = ids(4, 210)
@@ -186,7 +186,7 @@ def test_gradients_reach_every_parameter():
 
 
 def test_mtp_reads_the_normed_hidden_state_and_predicts_two_ahead(model64):
-    """Pinned: fed with the state before the final norm, drafts still look fluent and are accepted far less."""
+    """Pinned, because with the state before the final norm drafts look fluent but are rarely accepted."""
     tokens = ids(1, 20)
     out = model64(tokens)
     mtp, head = model64.mtp, model64.lm_head
@@ -215,7 +215,7 @@ def test_labels_mask_targets(model64):
         model64.loss(tokens[:, :1])
     with pytest.raises(ValueError, match="The labels of all tokens that have one before them are -100"):
         model64.loss(tokens, labels=torch.full_like(tokens, -100))
-    first = torch.full_like(tokens, -100).index_fill(1, torch.tensor([0]), 5)  # nothing stands before the first
+    first = torch.full_like(tokens, -100).index_fill(1, torch.tensor([0]), 5)  # the first token is never predicted
     with pytest.raises(ValueError, match="The labels of all tokens that have one before them are -100"):
         model64.loss(tokens, labels=first)
 
@@ -241,7 +241,7 @@ def test_tied_embeddings_are_one_parameter():
 
 
 def test_bf16_stays_near_fp32():
-    """Not a parity bound: the same weights in bf16 give the same model, up to rounding and other expert choices."""
+    """Not a parity bound: in bf16 the same weights give the same model up to rounding and other expert choices."""
     model = small_model()
     tokens = ids(2, 100)
     with torch.no_grad():
@@ -261,7 +261,7 @@ def test_autocast_trains():
 
 
 def test_fp16_autocast_trains_with_a_scaler():
-    """Packed and dense too; fp16 has 11 bits, so gradients are those of fp32 to a percent where no choice turns."""
+    """Also packed and dense; fp16 has 11 bits, so gradients equal those of fp32 to a percent if no choice changes."""
     for changes in ({}, {"num_experts": 0}):
         model, segments = small_model(**changes), Segments.from_lengths([[50, 30], [75]])
         exact = model.loss(ids(2, 80), segments=segments)
@@ -350,7 +350,7 @@ def test_cache_bytes_follow_the_formula():
 
 
 def test_a_zero_in_a_mask_is_a_token_that_is_not_there(model64):
-    """Wherever it stands: logits, residual stream, losses, gradients, caches and generation are those of the rest."""
+    """Absent tokens at any position do not change logits, residual stream, losses, gradients, caches and generation."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 97, (3, 90), generator=generator)
     mask = torch.rand(3, 90, generator=generator) < torch.tensor([[0.7], [0.95], [1.1]])

@@ -1,4 +1,4 @@
-"""Recomputation gives gradients to the bit; torch's wrappers around blocks stay out of names, hooks and folders."""
+"""Recomputation gives bit-equal gradients; torch's wrappers around blocks do not change names, hooks and folders."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def run(model, segments, *, autocast=False):
 @pytest.mark.parametrize("parts", [("linear_attention",), ("full_attention",), ("mlp",), PARTS])
 @pytest.mark.parametrize("segments", SEGMENTS)
 def test_losses_statistics_and_gradients_are_the_same_to_the_bit(parts, segments):
-    """Of a mixture, which has both kinds of layers and an MTP layer, and of a dense model under autocast."""
+    """For a mixture with both kinds of layers and an MTP layer, and for a dense model under autocast."""
     for changes, autocast in (({}, False), ({"num_experts": 0}, True)):
         model = small_model(**changes)
         expected = run(model, SEGMENTS[segments], autocast=autocast)
@@ -52,7 +52,7 @@ def test_what_is_named_runs_twice_and_the_router_once():
     kinds = {GatedDeltaNet: "linear_attention", GatedAttention: "full_attention", Experts: "experts"}
     for module in model.modules():
         if type(module) in kinds:
-            # Before it runs: a second run ends as soon as it has made what was missing.
+            # Counted before the run, because a recomputation stops as soon as the missing tensors exist.
             module.register_forward_pre_hook(lambda m, *_: calls.append(kinds[type(m)]))
         if isinstance(module, SparseMoE):
             module.router.register_forward_pre_hook(lambda *_: calls.append("router"))
@@ -66,7 +66,7 @@ def test_what_is_named_runs_twice_and_the_router_once():
 
 
 def test_less_is_kept():
-    """Numbers that autograd holds between forward and backward, counted as they are saved."""
+    """Number of elements that autograd saves between forward and backward."""
 
     def kept(*parts):
         model, sizes = small_model(), {}
@@ -107,7 +107,7 @@ def test_hooks_fire_once_and_act_in_gradients_though_they_are_gone_by_then():
 
 
 def test_a_cache_is_extended_once():
-    """With gradients on, too: a state must not be extended again by a backward pass."""
+    """Also with gradients: a backward pass must not extend the cache again."""
     model = small_model()
     expected = model(TOKENS).logits[:, 40:]
     model.recompute(*PARTS)
@@ -127,14 +127,14 @@ def test_a_part_that_is_not_there():
 
 
 def inside_and_out(model):
-    """Blocks, and the mixers and feed-forwards in them."""
+    """Wrap blocks, or the mixers and feed-forwards in them."""
     kinds = (Block, GatedDeltaNet, GatedAttention, SparseMoE)
     apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, kinds))
 
 
 @pytest.fixture
 def untraced():
-    """torch cannot trace the checks of shapes around every function; the wrapper is the same without."""
+    """Without compilation, because torch cannot trace the shape checks; the wrapper is the same."""
     with torch.compiler.set_stance("force_eager"):
         yield
 

@@ -1,8 +1,8 @@
 """Logits, loss and every gradient against transformers' Qwen3NextForCausalLM, in fp32, on random weights.
 
-Tolerance: 1e-5 absolute on logits of order 1; the largest difference seen is 3e-6, and one per cent more in a single
-weight matrix moves logits by 5e-3 or more. (Random models with a much larger initializer_range amplify rounding: at 0.2
-transformers itself is 1e-3 away from fp64. docs/numerics.md has the figures.)
+Tolerance: 1e-5 absolute on logits of order 1. The largest measured difference is 3e-6, and an increase of a single
+weight matrix by one per cent changes logits by 5e-3 or more. Random models with a much larger initializer_range amplify
+rounding: at 0.2 transformers differs from fp64 by 1e-3. docs/numerics.md has the figures.
 """
 
 import pytest
@@ -48,7 +48,7 @@ def theirs(**changes):
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "-"))
 def pair(request, tmp_path_factory):
-    """Their model, and ours opened from the folder that they saved."""
+    """The transformers model, and ours loaded from the folder that it saved."""
     folder = tmp_path_factory.mktemp("theirs")
     model = theirs(**CASES[request.param])
     model.save_pretrained(folder)
@@ -79,12 +79,12 @@ def test_loss_and_every_gradient(pair, t):
     theirs_by_name = dict(by_expert({n: p.grad for n, p in their.named_parameters()}))
     assert ours_by_name.keys() == theirs_by_name.keys()
     for name, grad in ours_by_name.items():
-        # Gradients of embeddings are of order 1 / their size, here 10: the bound is on what is of order 1.
+        # Gradients of embeddings are of order 10 here, 1 / their size, so the bound is relative for large gradients.
         assert (grad - theirs_by_name[name]).abs().max() <= 1e-5 * grad.abs().max().clamp(min=1), name
 
 
 def by_expert(tensors):
-    """transformers holds experts stacked; released checkpoints hold them one by one."""
+    """transformers has stacked experts; released checkpoints have single ones."""
     for name, x in tensors.items():
         if name.endswith("experts.gate_up_proj"):
             for e, both in enumerate(x):
@@ -106,7 +106,7 @@ def test_left_padding(pair):
 
 
 def test_balance_loss_of_one_layer():
-    """Ours is a mean over layers; theirs pools the layers, so they are equal where one layer is sparse."""
+    """Ours is a mean over layers, theirs pools the layers, so they are equal for one sparse layer."""
     from transformers.models.qwen3_next.modeling_qwen3_next import load_balancing_loss_func
 
     their = theirs(mlp_only_layers=(0, 1, 2))

@@ -1,4 +1,4 @@
-"""The prefix store: what is known of a prompt and why not more, budgets, files, and a walk against cold runs."""
+"""The prefix store: matches and their reasons, budgets, files, and a random walk against cold runs."""
 
 import random
 import re
@@ -58,7 +58,7 @@ def test_what_is_known_is_not_run_again(model):
 
 
 def test_a_state_is_kept_where_texts_part(model):
-    """The first prompt keeps none there, the second finds out, the third profits."""
+    """The first prompt keeps no state at the common end, the second finds it and keeps one, the third reuses it."""
     store = q.PrefixStore(model, spacing=1024)
     shared, tails = tokens(150, b=1), [tokens(n, b=1) for n in (20, 31, 42)]
     runs = [fill(store, join(shared, tail)) for tail in tails]
@@ -78,7 +78,7 @@ def test_conversations_go_on_where_they_ended(model):
     store.add(run.cache)
     longer = join(text, tokens(5, b=1))
     after = fill(store, longer)
-    assert after.matched_tokens == 37  # the last token made was never run
+    assert after.matched_tokens == 37  # the last generated token was not run
     check(model, after, longer)
 
 
@@ -97,7 +97,7 @@ def test_keys_and_values_are_shared_and_not_copied(model):
     ids = tokens(3000, b=1)
     caches = [fill(store, join(ids, tokens(n, b=1))).cache for n in (3, 4, 5, 6)]
     memory = {}
-    for cache in caches[1:]:  # for the second, the text was cut in two where the first one's goes on otherwise
+    for cache in caches[1:]:  # the second one's text is split where it differs from the first
         memory |= cache.storages()
     assert sum(memory.values()) < 1.3 * caches[0].nbytes()
 
@@ -240,7 +240,7 @@ def test_a_killed_write_leaves_what_was_there(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_a_walk_is_held_to_cold_runs(model, tmp_path, seed, on_disk):
-    """Texts that share beginnings of all lengths, small budgets, two stores over one folder, chats that go on."""
+    """Texts with common prefixes of all lengths, small budgets, two stores with one folder, continued chats."""
     rng = random.Random(seed)
     sizes = model.new_cache().nbytes(), model.config.bytes_per_token(8)
     budget = rng.randint(2, 12) * sizes[0] + rng.randint(100, 600) * sizes[1]
@@ -268,7 +268,7 @@ def test_a_walk_is_held_to_cold_runs(model, tmp_path, seed, on_disk):
 
 @pytest.mark.filterwarnings("error")
 def test_stores_in_threads_share_a_folder(tmp_path):
-    """Four of them write and read the same texts at the same time; each cache is that of a cold run."""
+    """Four threads write and read the same texts concurrently; each cache equals that of a cold run."""
     model = small_model(dtype=torch.float64)
     texts = [torch.randint(0, 97, (70,), generator=torch.Generator().manual_seed(k)) for k in range(8)]
     texts += [torch.cat((text[:64], text[:30])) for text in texts]

@@ -1,4 +1,4 @@
-"""The benchmark runs, compares equal work and writes what it measured. Speeds are not asserted: machines are noisy."""
+"""The benchmark runs, compares equal work and writes its results. Speeds are not asserted, because they are noisy."""
 
 import json
 import sys
@@ -36,7 +36,7 @@ def make(folder, dtype, device):
 
 
 def test_ratios_are_of_pairs():
-    """Ours does nothing, theirs a little: the ratio is above one and within its range."""
+    """Ours does nothing and theirs a little, so the ratio is above one and within its range."""
     case = Case("x", 3, sides={"qwen3next": lambda: None, "theirs": lambda: sum(range(20_000))})
     (row,) = compare(case, 3, dtype="float32", limit=0.0)
     assert 1 < row.lowest <= row.ratio <= row.highest
@@ -73,7 +73,7 @@ def test_bad_options_get_a_sentence(tmp_path):
         main(Options(preset="giant"))
     with pytest.raises(ValueError, match="'float16' cannot be measured"):
         main(Options(dtypes=("float16",)))
-    with pytest.raises(ValueError, match="no Python file"):
+    with pytest.raises(ValueError, match="is not a Python file"):
         main(Options(peer=tmp_path / "none.py"))
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(ValueError, match="does not define make"):
@@ -81,14 +81,14 @@ def test_bad_options_get_a_sentence(tmp_path):
 
 
 def test_work_is_counted_as_the_model_has_it():
-    """Against the parameters themselves: all that is multiplied, the chosen share of the routed experts."""
+    """Against counted parameters: all multiplied weights, and the chosen share of the routed experts."""
     config, weights = q.presets.medium(mtp_num_hidden_layers=0), 0
     for name, p in on_meta(config).blocks.named_parameters():
         share = config.num_experts_per_tok / config.num_experts if ".experts." in name else 1
         weights += p.numel() * share if p.ndim > 1 and "conv" not in name else 0
     assert linear_weights(config) == weights
     assert active_weight_bytes(config, 2) == 2 * (weights + config.hidden_size * config.vocab_size)
-    # One token behind none: all products, a query that sees itself, one recurrence.
+    # A single token: all products, a query with one key, one step of the recurrence.
     config = q.presets.tiny(mtp_num_hidden_layers=0)
     rest = forward_flops(config, 1) - 2 * (linear_weights(config) + config.hidden_size * config.vocab_size)
     assert rest == 3 * 4 * 6 * 32 * 32 + 1 * 4 * 4 * 32

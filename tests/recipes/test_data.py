@@ -1,4 +1,4 @@
-"""Text to batches: nothing lost, nothing leaked, the same again after a restart."""
+"""From text to batches: no text is lost, held-out text is separate, batches are reproducible after a restart."""
 
 import errno
 import gzip
@@ -39,7 +39,7 @@ from recipes.training.tokenizer import (
 )
 
 TEXTS = [f"document {i}\n" + "héllo wörld 😀 " * (i % 7) + f"ends with {i}" for i in range(40)]
-# What trips tokenizers: lone and joined marks, controls, CRLF, spaces at both ends, special tokens as text.
+# Difficult texts: combining marks, control characters, CRLF, spaces at both ends, special tokens as text.
 HARD = [
     "",
     " ",
@@ -91,7 +91,7 @@ def test_a_document_comes_back_as_it_was(text, bpe):
     for tokenizer in (byte_tokenizer(), bpe):
         (ids,) = document_encoder(tokenizer)([text])
         assert tokenizer.decode(ids.tolist(), skip_special_tokens=False) == text
-        assert eos_id(tokenizer) not in ids  # spelling the end of a document does not end it
+        assert eos_id(tokenizer) not in ids  # text that spells the end token does not end a document
 
 
 @settings(max_examples=60, deadline=None)
@@ -114,7 +114,7 @@ def test_byte_ids_of_every_byte():
     tokenizer = byte_tokenizer()
     assert tokenizer.get_vocab_size() == 257
     assert eos_id(tokenizer) == 256
-    # Bytes that are no UTF-8 by themselves have their own id as well.
+    # Bytes that are not valid UTF-8 alone also have an id.
     assert sorted(tokenizer.get_vocab().values()) == list(range(257))
     assert tokenizer.encode("\xff").ids == [0xC3, 0xBF]
 
@@ -256,7 +256,7 @@ def test_split_is_whole_disjoint_and_by_name_only(corpus):
     assert 0 < len(val) < 20
     assert plan_split(corpus, validation_share=0.2) == plan
     assert plan_split(corpus, validation_share=0.2, seed=1).splits != plan.splits
-    # Others come and go; who stays keeps their side.
+    # Adding and removing documents does not change the split of the others.
     (corpus / "aaa.txt").write_text("new")
     (corpus / "04.txt").unlink()
     after = plan_split(corpus, validation_share=0.2).splits
@@ -325,7 +325,7 @@ def test_same_inputs_are_reused_and_any_change_rebuilds(corpus, shards, bpe, mon
     with monkeypatch.context() as patch:
         patch.setattr(recipes.training.shards, "_write_tokens", lambda *args: pytest.fail("built again"))
         assert build() == first
-    seen = {first, build(seed=1), build(validation_share=0.3), build(bpe)}  # bpe last: its eos is looked at
+    seen = {first, build(seed=1), build(validation_share=0.3), build(bpe)}  # bpe last, because its eos is used below
     assert read_meta(shards).eos_id == eos_id(bpe)
     (corpus / "00.txt").write_text("changed")
     seen.add(build())
@@ -341,7 +341,7 @@ def test_shards_inside_their_source(corpus):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_document_that_the_tokenizer_cannot_spell_is_named(tmp_path, split):
-    """Lost text costs no bits; where nothing is measured in bytes it may be lost."""
+    """Lost text costs no bits, so it is refused unless bytes are not measured."""
     tokenizer, source = Tokenizer.from_str(BYTES.to_str()), tmp_path / "text"
     tokenizer.normalizer = normalizers.NFC()
     source.mkdir()
@@ -354,7 +354,7 @@ def test_a_document_that_the_tokenizer_cannot_spell_is_named(tmp_path, split):
     with pytest.raises(ValueError, match=sentence):
         build_shards(source, tokenizer, tmp_path / "shards", progress=False)
     assert build_shards(source, tokenizer, tmp_path / "inexact", exact=False, progress=False).tokens["val"]
-    with pytest.raises(ValueError, match=sentence):  # what was built without the check does not pass for checked
+    with pytest.raises(ValueError, match=sentence):  # shards built without the check are checked again
         build_shards(source, tokenizer, tmp_path / "inexact", progress=False)
 
 
@@ -384,7 +384,7 @@ def test_a_failure_half_way_leaves_the_old_shards(corpus, shards, monkeypatch):
 
 
 def test_what_killed_builds_left_is_removed(corpus, shards):
-    """But not the folder of a build that still runs."""
+    """Except the folder of a running build."""
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for pid in (dead.pid, os.getpid()):
@@ -403,7 +403,7 @@ def test_a_batch_of_no_rows(shards):
 
 @pytest.mark.parametrize("moved", range(1, 6))
 def test_killed_while_moving_in_leaves_no_mixture(corpus, shards, monkeypatch, moved):
-    """Either no shards at all or, after the last move, the new ones; then a rebuild mends it."""
+    """There are no shards, or after the last move the new ones; a rebuild completes them."""
     (corpus / "new.txt").write_text("new")
     real, calls = os.replace, []
 
@@ -418,7 +418,7 @@ def test_killed_while_moving_in_leaves_no_mixture(corpus, shards, monkeypatch, m
         build_shards(corpus, byte_tokenizer(), shards, progress=False)
     monkeypatch.setattr(os, "replace", real)
     if moved < 5:
-        with pytest.raises(ValueError, match=r"There are no shards in .*: build_shards writes them"):
+        with pytest.raises(ValueError, match=r"There are no shards in .*: write them with build_shards"):
             PackedWindows(shards, "train", window=16)
     meta = build_shards(corpus, byte_tokenizer(), shards, progress=False)
     assert sum(meta.documents.values()) == 41
@@ -467,7 +467,7 @@ def test_damaged_shards_are_refused_and_rebuilt(corpus, shards, name, damage):
 
 @pytest.mark.parametrize("window", [1, 7, 64])
 def test_any_division_into_batches_gives_the_same_samples(shards, window):
-    """Over two epochs and more, from fresh objects, so that nothing depends on what was asked before."""
+    """Over more than two epochs, with new objects, so that batches do not depend on earlier calls."""
     windows = PackedWindows(shards, "train", window=window, seed=3)
     total = min(2 * len(windows) + 5, 300)
     whole = windows.batch(0, total)
@@ -481,7 +481,7 @@ def test_any_division_into_batches_gives_the_same_samples(shards, window):
             assert torch.equal(piece.document_ids, whole.document_ids[first : first + size])
 
 
-@pytest.mark.parametrize("window", [4, 100])  # rows that begin with a document, and rows that hold several
+@pytest.mark.parametrize("window", [4, 100])  # rows that start with a document, and rows with several
 def test_document_ids_follow_the_boundaries(shards, window):
     """Oracle: within a row a new document begins exactly after each end-of-text token."""
     windows = PackedWindows(shards, "train", window=window, seed=0)
@@ -531,7 +531,7 @@ def test_window_and_split_errors(shards):
 @pytest.mark.parametrize("window", [2, 3, 16, 47, 10_000])
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_each_held_out_token_is_predicted_once(corpus, shards, window, batch_size):
-    """Putting together what every row predicts gives the documents back, less their first tokens."""
+    """The predicted tokens of all rows together are the documents without their first tokens."""
     batches = ValidationBatches(shards, window=window, batch_size=batch_size)
     predicted: dict[int, list[int]] = {document: [] for document in range(len(batches.meta.val_names))}
     context: dict[int, int] = {}
@@ -544,7 +544,7 @@ def test_each_held_out_token_is_predicted_once(corpus, shards, window, batch_siz
             assert length >= 2
             assert (marks[:length] == 0).all()
             assert (marks[length:] == -1).all()
-            # The shared token: context here, predicted in the row before.
+            # The shared token is context here and predicted in the row before.
             first = context.setdefault(document, int(ids[0]))
             assert ids[0] == (predicted[document][-1] if predicted[document] else first)
             predicted[document] += ids[1:length].tolist()
@@ -555,7 +555,7 @@ def test_each_held_out_token_is_predicted_once(corpus, shards, window, batch_siz
 
 
 def test_bits_per_byte_of_a_uniform_guess(shards):
-    """Guessing evenly costs log2(257) bits a token, of which each document has one more than bytes."""
+    """A uniform distribution costs log2(257) bits per token; each document has one more token than bytes."""
     batches = ValidationBatches(shards, window=32, batch_size=4)
     nats = sum(float((b.document_ids[:, 1:] == 0).sum()) for b in batches) * math.log(257)
     meta = batches.meta

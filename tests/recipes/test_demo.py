@@ -1,4 +1,4 @@
-"""The demo from end to end, in seconds: a smaller model and corpus, the same path."""
+"""The demo from end to end, within seconds, with a smaller model and corpus."""
 
 import io
 import json
@@ -30,7 +30,7 @@ NANO = q.presets.tiny(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """What `python -m recipes.demo` leaves and prints."""
+    """The files and the output of `python -m recipes.demo`."""
     folder = tmp_path_factory.mktemp("demo")
     (folder / "text").mkdir()
     for i in range(80):
@@ -55,7 +55,7 @@ def test_what_it_leaves(finished):
     assert names == {"loss.png", "samples.md", "report.md", "run"}
     assert f"qwen3next generate {options.out / 'run' / 'model'}" in said
     assert result.steps > 20
-    assert q.load(options.out / "run" / "model").config.vocab_size <= 300  # the text has few words
+    assert q.load(options.out / "run" / "model").config.vocab_size <= 300  # the text has only few words
 
 
 def test_samples_show_prompt_truth_and_both_continuations(finished):

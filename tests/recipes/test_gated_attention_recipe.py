@@ -1,4 +1,4 @@
-"""The study end to end on models of a few thousand parameters: equal starts, kills, budgets, divergence, the report."""
+"""The study end to end on tiny models: equal initial weights, kills, budgets, divergence, the report."""
 
 import io
 import json
@@ -102,7 +102,7 @@ def losses(folder):
 
 @pytest.mark.parametrize("baseline, names", [(nano(50), ROWS), (hybrid(50), LINEAR_ROWS)], ids=["softmax", "hybrid"])
 def test_what_arms_share_begins_bit_equal(baseline, names):
-    """Every parameter of the same name and shape, whatever else an arm has; other seeds begin otherwise."""
+    """Parameters of the same name and shape are equal in all arms; other seeds differ."""
     assert arms_of(baseline) == [name for name in names if name != "more_experts"]
     first = dict(build(baseline, seed=1).named_parameters())
     for name in arms_of(baseline):
@@ -126,7 +126,7 @@ def test_building_leaves_the_global_random_state_alone():
     before = torch.get_rng_state()
     build(nano(50), seed=1)
     after = torch.get_rng_state()
-    q.Qwen3Next(nano(50))  # which draws, as any model does
+    q.Qwen3Next(nano(50))  # uses random numbers, like any model
     assert not torch.equal(torch.get_rng_state(), before)
     assert after.shape == before.shape
 
@@ -211,7 +211,7 @@ def test_a_finished_run_is_not_repeated_and_another_is_refused(tmp_path, monkeyp
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
     (task,) = toy_tasks(tmp_path)
     task.settings.out.mkdir(parents=True)
-    with study_run.alone_in(task.settings.out), pytest.raises(ValueError, match="Another process is at work"):
+    with study_run.alone_in(task.settings.out), pytest.raises(ValueError, match="Another process uses"):
         train(task)
 
 
@@ -249,7 +249,7 @@ def test_budgets_are_read():
 
 
 def test_a_budget_gives_every_run_as_many_steps(tmp_path, monkeypatch):
-    """A step of the second arm takes twice as long; together they use up the budget, and the plan stays."""
+    """A step of the second arm takes twice as long; together the arms use the budget, and the plan is kept."""
     times = {"baseline": (0.01, 0.1), "g1_elementwise": (0.02, 0.1)}
     monkeypatch.setattr("recipes.study.queue.seconds_per_step", lambda task: times[task.arm])
     tasks = toy_tasks(tmp_path, ("baseline", "g1_elementwise"), (0, 1), replace(TOY, steps=10_000))
@@ -269,7 +269,7 @@ def test_a_budget_gives_every_run_as_many_steps(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_several_processes_and_a_kill(tmp_path):
-    """Two at a time; the process that waits is killed, the others stop, and the same call ends with the same losses."""
+    """Two at a time; the parent is killed, the workers stop, and the same call ends with the same losses."""
     size = replace(TOY, steps=400)
     tasks = toy_tasks(tmp_path / "killed", ("baseline", "g1_elementwise"), (0,), size)
     tasks = with_steps(tasks, plan=tmp_path / "plan.json", budget=None, jobs=2, console=quiet())
@@ -280,7 +280,7 @@ def test_several_processes_and_a_kill(tmp_path):
         time.sleep(0.05)
     os.kill(child.pid, signal.SIGKILL)
     child.join()
-    while time.monotonic() < deadline:  # until the orphans have noticed
+    while time.monotonic() < deadline:  # until the workers have stopped
         try:
             for task in tasks:
                 with study_run.alone_in(task.settings.out):
@@ -323,7 +323,7 @@ def test_signs_are_counted_by_seed():
     (verdict,) = (v for v in verdicts(runs) if v.claim.metric == "first_token_attention")
     assert (verdict.claim.arm, verdict.claim.against) == ("g1_elementwise", "baseline")
     assert verdict.claim.paper == (0.048, 0.467)
-    assert verdict.seeds == (0, 1, 2)  # the fourth has no baseline
+    assert verdict.seeds == (0, 1, 2)  # the fourth seed has no baseline
     assert verdict.arm == (0.1, 0.6, 0.3)
     assert verdict.agree == 1  # equal is not smaller
 
@@ -365,7 +365,7 @@ def study(*words):
 
 
 def test_the_whole_study(tmp_path, source, capsys):
-    """Every command: every file is there, and says what the runs said."""
+    """Every command writes its files, with the results of the runs."""
     out = ("--out", tmp_path, "--jobs", 1)
     assert study("toy", "--seeds", 0, 1, *out) == 0
     assert study("lm", "--data", source, *out) == 0
@@ -397,7 +397,7 @@ def test_the_whole_study(tmp_path, source, capsys):
     maps = json.loads((report / "maps-toy.json").read_bytes())
     assert maps["maps"].keys() == {"baseline", "g1_elementwise"}
     lengths = json.loads((tmp_path / "extension" / "baseline-0" / "lengths.json").read_bytes())
-    assert lengths["edges"] == [1, 8, 16, 32, 64]  # windows of 16, twice as long, and by YaRN twice again
+    assert lengths["edges"] == [1, 8, 16, 32, 64]  # windows of 16, twice as long, and with YaRN twice as long again
     assert lengths["plain"][:3] != lengths["yarn"][:3]
     (extended,) = (run["final"] for run in runs if run["folder"] == "extension/baseline-0")
     assert extended["yarn_cost"] == pytest.approx(lengths["yarn"][2] - lengths["plain"][2], abs=1e-6)
@@ -427,7 +427,7 @@ def test_the_whole_study(tmp_path, source, capsys):
 
 
 def test_seeds_of_another_machine_are_told_with_those_here(tmp_path, capsys):
-    """Its results.json is enough; a run that is in both places counts once, as the folder has it."""
+    """Only its results.json is needed; a run in both places counts once, with the folder's result."""
     there, here = tmp_path / "there", tmp_path / "here"
     for out, seeds in ((there, (0, 1)), (here, (1, 2))):
         assert study("toy", "--seeds", *seeds, "--out", out, "--jobs", 1) == 0
@@ -488,12 +488,12 @@ def test_checkpoints_are_named_as_shortly_as_tells_them_apart(tmp_path):
     [
         (("toy", "--arms", "g9"), "There is no arm 'g9' here: choose baseline, "),
         (("toy", "--budget", "5"), "budget is '5'"),
-        (("toy", "--budget", "1s", "--jobs", "1"), "too few to say anything"),
+        (("toy", "--budget", "1s", "--jobs", "1"), "too few for a result"),
         (("toy", "--jobs", "0"), "jobs is 0: give 1 or more."),
         (("lm", "--data", "/nowhere"), "There is nothing at /nowhere"),
         (("lm", "--model", "moe"), "has no moe model: choose dense, hybrid."),
-        (("ladder", "--precisions", "fp8", "--dry-run"), "'fp8' is no precision"),
-        (("ladder", "--rates", "-1", "--dry-run"), "-1 is no precision or rate"),
+        (("ladder", "--precisions", "fp8", "--dry-run"), "'fp8' is not a precision"),
+        (("ladder", "--rates", "-1", "--dry-run"), "-1 is not a precision or rate"),
         (("report",), "There are no finished runs"),
         (("report", "--checkpoint", "{out}"), "No tokenizer at"),
     ],
@@ -518,7 +518,7 @@ def test_extending_what_is_not_there(tmp_path, source, capsys):
 
 @pytest.mark.slow
 def test_a_compiled_run_has_the_same_losses(tmp_path):
-    """To fp32's rounding: kernels are fused, so the last bits differ. In a process without conftest.py's checks."""
+    """Equal to fp32 rounding, because kernels are fused. In a separate process, without conftest.py's checks."""
     (task,) = toy_tasks(tmp_path / "plain")
     compiled = replace(task, compiled=True, settings=replace(task.settings, out=tmp_path / "compiled"))
     child = multiprocessing.get_context("spawn").Process(target=_train_all, args=([task, compiled],))

@@ -1,4 +1,4 @@
-"""The program that waits for a GPU, run on a CPU with tiny sizes: all sections, and nothing lost where one fails."""
+"""The GPU check, run on a CPU with tiny sizes: all sections, and no lost rows if one fails."""
 
 import json
 import time

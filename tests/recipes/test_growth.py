@@ -1,4 +1,4 @@
-"""Models of one size against context: what must hold by counting. Times are not asserted: machines are noisy."""
+"""Models of one size against context: counts are checked. Times are not asserted, because they are noisy."""
 
 import json
 
@@ -18,13 +18,13 @@ TINY = {"preset": "tiny", "lengths": ("70", "140", "280"), "decode": 2, "rounds"
 
 
 def here(_module, job, _most_seconds):
-    """In place of a process a job, which would import torch each time."""
+    """Run the job in this process, because a new one would import torch each time."""
     return json.loads(json.dumps(worker(json.loads(json.dumps(job)))))
 
 
 @pytest.mark.parametrize("preset", ["tiny", "small", "medium", "large", "qwen3_5_27b"])
 def test_models_are_of_one_size(preset):
-    """All parameters and active ones, to 1 %; 16 columns of each feed-forward decide."""
+    """Total and active parameters are equal to 1 %, limited by the 16-column steps of the feed-forwards."""
     found = configs(preset, 4096)
     kinds = {name: set(config.layer_types) for name, config in found.items()}
     assert kinds["attention"] == {"full_attention"}
@@ -37,9 +37,9 @@ def test_models_are_of_one_size(preset):
 
 
 def test_memory_grows_as_counted(tmp_path, monkeypatch):
-    """In `tiny`, one layer of four is softmax attention: a quarter of the attention-only model's bytes a token."""
+    """`tiny` has softmax attention in one layer of four: a quarter of the attention-only model's bytes per token."""
     monkeypatch.setattr(growth, "in_own_process", here)
-    monkeypatch.setattr(growth, "random_bytes", lambda: torch.rand(1000))  # enough to count, and quickly
+    monkeypatch.setattr(growth, "random_bytes", lambda: torch.rand(1000))  # small, to be fast
     out = tmp_path / "new" / "growth"
     found = main(Options(**TINY, out=out))
     held = {(row["tokens"], row["model"]): row["held"] for row in found["rows"]}
@@ -57,11 +57,11 @@ def test_memory_grows_as_counted(tmp_path, monkeypatch):
     assert written["commit"]
     assert out.with_suffix(".md").read_text().count("\n| 140 |") == 4
     assert out.with_suffix(".png").stat().st_size > 10_000
-    assert len(list(out.parent.iterdir())) == 3  # nothing under a temporary name is left
+    assert len(list(out.parent.iterdir())) == 3  # no temporary files are left
 
 
 def test_theory_grows_as_counted():
-    """Behind n others, attention sees n + 1 keys; the delta rule, projections and experts do the same everywhere."""
+    """After n tokens attention has n + 1 keys; the work of delta rule, projections and experts is constant."""
     config, long = q.presets.small(mtp_num_hidden_layers=0), 100_000
     near, far = (flops_by_operation(config, 1, past=n) for n in (0, long))
     assert far["attention"] == (long + 1) * near["attention"] == (long + 1) * 4 * 2 * 6 * 64

@@ -1,4 +1,4 @@
-"""The recipe, small: it writes, limits, generates, and what it counts is consistent."""
+"""The recipe at a small size writes a checkpoint, limits memory and generates; its counts are consistent."""
 
 import json
 import random
@@ -32,7 +32,7 @@ def test_a_process_that_dies_is_said(tmp_path, monkeypatch):
 
 
 def test_least_misses_is_the_least():
-    """Against every way to evict, on short traces."""
+    """Against all eviction choices, on short traces."""
 
     def every_way(trace, slots, held=frozenset()):
         if not trace:

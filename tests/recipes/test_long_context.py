@@ -1,4 +1,4 @@
-"""The long-context recipe counts as theory does and writes what it measured. Speeds are not asserted."""
+"""The long-context recipe's counts agree with theory, and it writes its results. Speeds are not asserted."""
 
 import json
 

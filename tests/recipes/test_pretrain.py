@@ -1,4 +1,4 @@
-"""Pretraining: the same losses after any kill, one big batch from parts, and sentences where a run cannot go on."""
+"""Pretraining: equal losses after any kill, gradient accumulation, clear errors when a run cannot continue."""
 
 import errno
 import io
@@ -46,14 +46,14 @@ NANO = q.presets.tiny(
     moe_intermediate_size=16,
     shared_expert_intermediate_size=16,
 )
-# A fresh process that has torch already, forked in milliseconds from a server without threads.
+# A new process with torch already imported, forked within milliseconds from a server without threads.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["recipes.pretrain", "torch._dynamo", "matplotlib.figure"])
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    """A model of 30 thousand parameters on a corpus of a few kilobytes; `out` is for the test to choose."""
+    """A model of 30 thousand parameters on a corpus of a few kilobytes; the test sets `out`."""
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "text").mkdir()
     for i in range(12):
@@ -71,7 +71,7 @@ def settings(tmp_path_factory):
         save_every=3,
         eval_every=4,
         tensorboard=False,
-        precision="fp32",  # on "auto" the processor decides
+        precision="fp32",  # "auto" depends on the processor
         out=folder / "unused",
     )
 
@@ -81,7 +81,7 @@ def quiet() -> Console:
 
 
 def losses(out: Path) -> list[dict]:
-    """What must not depend on interruptions: everything but the clock's figures."""
+    """The metrics that must not depend on interruptions: all except times."""
     clock = {"elapsed", "seconds_per_step", "tokens_per_second"}
     return [{k: v for k, v in row.items() if k not in clock} for row in read_metrics(out)]
 
@@ -101,7 +101,7 @@ def finish(child: PROCESSES.Process) -> int | None:
 
 
 def run_with_fault(settings: Settings, fault: tuple[str, int] | None) -> None:
-    """Train in a process of its own that kills itself at the n-th time it comes by a place."""
+    """Train in a separate process that kills itself when it reaches a place for the n-th time."""
     torch.set_num_threads(1)
     if fault is not None:
         _plant(*fault)
@@ -144,7 +144,7 @@ def _plant(place: str, times: int) -> None:
         "step": lambda: wrap(pretrain.Run, "step", after=lambda *_: die()),
         "line": lambda: wrap(pretrain.Metrics, "add", before=half_a_line),
         "file": lambda: wrap(checkpoints, "save_file", before=half_a_file),
-        "synced": lambda: wrap(checkpoints, "_sync", after=lambda *_: die()),  # of the file, then of its folder
+        "synced": lambda: wrap(checkpoints, "_sync", after=lambda *_: die()),  # sync of the file, then of its folder
         "forget": lambda: wrap(checkpoints, "_forget", before=lambda *_: die()),
         "model": lambda: wrap(q.Qwen3Next, "save_pretrained", before=lambda *_: die()),
         "result": lambda: wrap(pretrain, "draw_loss", before=lambda *_: die()),
@@ -154,7 +154,7 @@ def _plant(place: str, times: int) -> None:
 
 @pytest.fixture(scope="module")
 def whole(settings, tmp_path_factory):
-    """The run that nothing interrupts."""
+    """The uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "run"
     assert finish(process(replace(settings, out=out))) == 0
     return out
@@ -186,7 +186,7 @@ def whole(settings, tmp_path_factory):
     ],
 )
 def test_killed_and_resumed_equals_never_killed(settings, whole, tmp_path, place, times):
-    """SIGKILL at a chosen instant, then one resume: the same losses, gradient norms and weights to the last bit."""
+    """SIGKILL at a chosen place, then one resume: losses, gradient norms and weights are bit-equal."""
     run = replace(settings, out=tmp_path / "run")
     assert finish(process(run, (place, times))) == -signal.SIGKILL
     for path in (run.out / "checkpoints").glob("step-*"):
@@ -196,13 +196,13 @@ def test_killed_and_resumed_equals_never_killed(settings, whole, tmp_path, place
     after = weights(run.out)
     assert all(torch.equal(after[name], p) for name, p in weights(whole).items())
     names = sorted(path.name for path in (run.out / "checkpoints").iterdir())
-    # Killed before it could forget, a run that has nothing left to save keeps one state more.
+    # A run killed before it deletes old states keeps one more state if it saves no other one.
     assert names[-2:] == ["step-00000006.safetensors", "step-00000008.safetensors"]
     assert len(names) == (3 if place == "forget" else 2)
 
 
 def test_killed_and_resumed_in_bf16(settings, tmp_path):
-    """Likewise where products are in bf16, whatever the processor."""
+    """The same with products in bf16, on any processor."""
     found = []
     for name, fault in (("whole", None), ("killed", ("step", 4))):
         run = replace(settings, out=tmp_path / name, precision="bf16", steps=5)
@@ -216,7 +216,7 @@ def test_killed_and_resumed_in_bf16(settings, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_killed_again_and_again_at_any_time(settings, tmp_path, seed):
-    """A clock kills, so anywhere: reading text, in a step, in saving, at the end."""
+    """Kills after random times: while reading text, in a step, while saving, at the end."""
     reference = replace(settings, out=tmp_path / "whole", steps=40)
     assert finish(process(reference)) == 0
     run = replace(reference, out=tmp_path / "run")
@@ -233,7 +233,7 @@ def test_killed_again_and_again_at_any_time(settings, tmp_path, seed):
 
 
 class Timed(pretrain.Run):
-    """A run on a clock that passes in steps, looks and saves alone, `slowness` being the seconds of a step."""
+    """A run whose clock advances only in steps, validations and saves; `slowness` is the seconds of a step."""
 
     def __init__(self, settings, slowness, monkeypatch, *, state=None, look=10, save=0.5):
         self.now, self.rates, self.totals, self.saved, self.slowness = 0.0, [], [], [], slowness
@@ -256,7 +256,7 @@ class Timed(pretrain.Run):
         return {"step_tokens": 1}
 
     def look(self, _model):
-        """Slowed down as steps are."""
+        """Slowed down like steps."""
         self.now += self.steps_of_a_look * self.slowness(self.state.step)
         return {}
 
@@ -265,7 +265,7 @@ class Timed(pretrain.Run):
         self.saved.append(replace(self.state))
 
     def whole(self):
-        """Seconds until everything is measured."""
+        """Seconds until the final measurement has ended."""
         self.to_the_end()
         return self.now + self.looks_after * self.steps_of_a_look * self.slowness(self.state.step)
 
@@ -288,7 +288,7 @@ SLOWNESS = {
 @pytest.mark.parametrize("schedule", ["wsd", "cosine"])
 @pytest.mark.parametrize("slowness", SLOWNESS.values(), ids=SLOWNESS)
 def test_minutes_are_kept(settings, monkeypatch, slowness, schedule):
-    """Other work comes and goes: with looks, saves and the last measurement the run ends within 3% of its minutes."""
+    """With changing other work, validations, saves and the final measurement, a run ends within 3% of its minutes."""
     timed = replace(settings, steps=None, minutes=4.0, save_every=100, eval_every=100, schedule=schedule)
     run = Timed(timed, slowness, monkeypatch)
     assert run.whole() == pytest.approx(240, rel=0.03)
@@ -311,7 +311,7 @@ def test_a_run_that_is_faster_at_the_end_keeps_its_falling_learning_rate(setting
 
 
 def test_a_run_that_becomes_much_slower_at_the_end_stops_soon(settings, monkeypatch):
-    """The last look and the measurement after it then take longer than was left: only a few more steps are made."""
+    """The last validation and the final measurement take longer than the remaining time: only a few steps follow."""
     timed = replace(settings, steps=None, minutes=4.0, save_every=100, eval_every=100)
     run = Timed(timed, slow_from(1800, 2.0), monkeypatch)
     run.whole()
@@ -321,7 +321,7 @@ def test_a_run_that_becomes_much_slower_at_the_end_stops_soon(settings, monkeypa
 
 @pytest.mark.parametrize("minutes", [1e-3, 0.2])
 def test_too_few_minutes_are_a_few_steps(settings, monkeypatch, minutes):
-    """Which the first plan begins to know after twenty."""
+    """The first plan is made after twenty steps."""
     timed = replace(settings, steps=None, minutes=minutes, save_every=100, eval_every=100, warmup=50)
     for schedule in ("wsd", "cosine"):
         run = Timed(replace(timed, schedule=schedule), SLOWNESS["steady"], monkeypatch)
@@ -331,7 +331,7 @@ def test_too_few_minutes_are_a_few_steps(settings, monkeypatch, minutes):
 
 
 def test_a_new_plan_is_saved_before_its_first_step(settings, monkeypatch):
-    """Every step is of the plan that was saved last: resumed from there, it has the same learning rate."""
+    """Every step follows the last saved plan, so it has the same learning rate after a resume."""
     timed = replace(settings, steps=None, minutes=4.0, save_every=10**6, eval_every=100)
     run = Timed(timed, SLOWNESS["slower from the middle"], monkeypatch)
     run.whole()
@@ -349,14 +349,14 @@ def test_a_new_plan_is_saved_before_its_first_step(settings, monkeypatch):
 
 
 def test_killed_after_a_new_plan(settings, tmp_path, monkeypatch):
-    """The files of a run whose steps become slow: resumed, it does again what it had done, to the last bit."""
+    """With the files of a run whose steps become slow, a resumed run repeats the same steps bit by bit."""
     timed = replace(settings, out=tmp_path / "run", steps=None, minutes=4.0, save_every=1000, eval_every=1000)
     clock, totals, real, kill = SimpleNamespace(now=0.0), [], pretrain.Run.step, [True]
     monkeypatch.setattr(pretrain.time, "perf_counter", lambda: clock.now)
 
     def step(run):
         if run.state.step == 45 and kill.pop():
-            raise KeyboardInterrupt  # which saves nothing
+            raise KeyboardInterrupt  # nothing is saved
         totals.append(run.state.total)
         clock.now += 1.0 if run.state.step < 30 else 8.0
         return real(run)
@@ -377,7 +377,7 @@ def test_killed_after_a_new_plan(settings, tmp_path, monkeypatch):
 
 
 def test_minutes_give_a_number_of_steps(settings, tmp_path):
-    """Until the clock asks for another, killed or not, the losses are those of a run with that number of steps."""
+    """Until the plan changes, killed or not, losses equal those of a run with the planned number of steps."""
     timed = replace(settings, out=tmp_path / "timed", steps=None, minutes=1.0, save_every=1000)
     child = process(timed)
     child.start()
@@ -391,7 +391,7 @@ def test_minutes_give_a_number_of_steps(settings, tmp_path):
     assert state.step == 20
     assert state.total is not None
     assert state.total > 20
-    # A run of a minute would be a long test: the schedule is the same function of the number of steps.
+    # A run with minutes would be slow; the schedule is the same function of the number of steps.
     for step in (0, 10, 19, 20, state.total - 1):
         known = learning_rate(step, state.total, replace(settings, steps=state.total, warmup=20))
         assert learning_rate(step, state.total, timed) == known
@@ -400,7 +400,7 @@ def test_minutes_give_a_number_of_steps(settings, tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_stop(settings, whole, tmp_path, capsys, monkeypatch, signum):
-    """The step under way ends, the state is saved, the way on is printed; that way ends as if never stopped."""
+    """The current step ends, the state is saved, and the printed command completes the run with equal losses."""
     out = tmp_path / "a run"
     run = replace(settings, out=out)
     real = pretrain.Run.step
@@ -439,10 +439,10 @@ def test_a_second_signal_interrupts_at_once():
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"lr": 1.0}, r"started with the setting lr = 0\.004, now it is 1\.0: resume with what it had"),
+        ({"lr": 1.0}, r"started with the setting lr = 0\.004, now it is 1\.0: resume with the old value"),
         ({"window": 16}, "setting window = 32, now it is 16"),
         ({"data": "stdlib"}, "setting data"),
-        ({"resume": False}, "already holds a run: add --resume to go on with it, or choose another --out"),
+        ({"resume": False}, "already holds a run: add --resume to continue it, or choose another --out"),
         ({"out": Path("nowhere")}, "There is no run to resume in nowhere: leave --resume out"),
     ],
 )
@@ -474,7 +474,7 @@ def test_a_damaged_state_is_named(settings, tmp_path):
     pretrain.train(run, console=quiet())
     path = newest(run.out / "checkpoints")
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"step-00000002\.safetensors is damaged .* takes the state before it"):
+    with pytest.raises(ValueError, match=r"step-00000002\.safetensors is damaged .* resume from the state before it"):
         pretrain.train(replace(run, resume=True), console=quiet())
     path.unlink()
     pretrain.train(replace(run, resume=True), console=quiet())
@@ -503,7 +503,7 @@ def test_settings_that_do_not_serve(settings, tmp_path, changes, sentence):
         pytest.skip("there is a CUDA device")
     with pytest.raises(ValueError, match=sentence):
         pretrain.train(replace(settings, **({"out": tmp_path / "run"} | changes)), console=quiet())
-    assert not (tmp_path / "run" / "settings.json").exists()  # so the same --out can be used again
+    assert not (tmp_path / "run" / "settings.json").exists()  # so that --out can be reused
 
 
 def test_the_command_line_says_a_sentence(tmp_path, capsys):
@@ -541,7 +541,7 @@ def test_gradients_that_are_not_finite_are_skipped_then_stop(settings, tmp_path,
 
     monkeypatch.setattr(pretrain, "accumulate_gradients", poisoned)
     console = quiet()
-    with pytest.raises(FloatingPointError, match="Step 15: 10 gradients in a row were not finite"):
+    with pytest.raises(FloatingPointError, match="Step 15: 10 consecutive gradients were not finite"):
         pretrain.train(run, console=console)
     assert "Step 3: the gradient is not finite; the step is skipped." in console.file.getvalue()
     assert torch.equal(seen[3], seen[2])
@@ -553,7 +553,7 @@ def test_gradients_that_are_not_finite_are_skipped_then_stop(settings, tmp_path,
 
 @pytest.mark.parametrize("fails", ["sync", "write"])
 def test_a_full_disk(settings, tmp_path, monkeypatch, fails):
-    """A sentence, the state before it kept, nothing half-written; and with space again the run goes on."""
+    """A clear error, the last state is kept, no partial files; with free space the run continues."""
     run = replace(settings, out=tmp_path / "run")
     calls, owner, name = [], checkpoints, {"sync": "_sync", "write": "save_file"}[fails]
     real = getattr(owner, name)
@@ -581,7 +581,7 @@ def test_a_full_disk(settings, tmp_path, monkeypatch, fails):
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_parts_add_up_to_one_big_batch(parts):
-    """Rows with 1 to 31 targets each, in fp64: losses and all gradients. Without the balance loss: it is per part."""
+    """Rows with 1 to 31 targets, in fp64: losses and all gradients, without the balance loss, which is per part."""
     torch.manual_seed(0)
     model = q.Qwen3Next(NANO.replace(router_aux_loss_coef=0.0, initializer_range=0.1)).double()
     ids = torch.randint(0, 257, (4, 32))
@@ -603,7 +603,7 @@ def test_parts_add_up_to_one_big_batch(parts):
 
 
 def test_a_part_without_targets_is_left_out():
-    """In fp64, with both router losses: as if the part were not there; of nothing else there is nothing."""
+    """In fp64, with both router losses: equal to a batch without the part; if no part has targets, losses are zero."""
     torch.manual_seed(0)
     model = q.Qwen3Next(NANO.replace(router_z_loss_coef=0.1, initializer_range=0.1)).double()
     ids = torch.randint(0, 257, (3, 8))
@@ -625,7 +625,7 @@ def test_a_part_without_targets_is_left_out():
 
 
 def test_router_losses_count_by_the_tokens():
-    """The z loss is a mean over tokens, so that of unequal parts is that of the whole."""
+    """The z loss is a mean over tokens, so it is the same for unequal parts."""
     torch.manual_seed(0)
     config = NANO.replace(router_aux_loss_coef=0.0, router_z_loss_coef=1.0, mtp_num_hidden_layers=0)
     model, ids = q.Qwen3Next(config).double(), torch.randint(0, 257, (2, 8))
@@ -637,7 +637,7 @@ def test_router_losses_count_by_the_tokens():
 
 
 def test_a_run_goes_on_where_a_step_has_nothing_to_predict(settings, tmp_path):
-    """Documents of one token and a window of two: every other window holds two documents."""
+    """Documents of one token and a window of two: every second window has two documents."""
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "long.txt").write_text("a" * 60)
     for i in range(200):
@@ -651,11 +651,11 @@ def test_a_run_goes_on_where_a_step_has_nothing_to_predict(settings, tmp_path):
     empty = [row["step"] for row in rows if not row["targets"]]
     assert 0 < len(empty) < 24
     assert [row["step"] for row in rows if row["skipped"]] == empty
-    assert f"Step {empty[0]}: no token has a next one" in console.file.getvalue()
+    assert f"Step {empty[0]} is skipped, because no token has a next token" in console.file.getvalue()
 
 
 def characters(folder):
-    """One token a character, of those that the test writes."""
+    """One token per character of the test's texts."""
     alphabet = ["<|endoftext|>", "a", *(chr(0x4E00 + i) for i in range(200))]
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(alphabet)}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -684,7 +684,7 @@ def test_norms_that_start_at_one_and_parts_that_are_not_there():
     assert decaying | spared == set(name_of.values())
     assert {name for name in spared if "norm" not in name} == {"embed_tokens.weight"}
     assert not [name for name in decaying if "norm" in name]
-    assert "blocks.1.self_attn.gate_constant" in decaying  # zero is where it starts
+    assert "blocks.1.self_attn.gate_constant" in decaying  # it starts at zero
 
 
 @pytest.mark.parametrize("kind, last", [("wsd", 1 / 20), ("cosine", 0.1)])
@@ -701,7 +701,7 @@ def test_learning_rate(settings, kind, last):
 
 
 def test_held_out_bits_against_plain_counting(whole):
-    """Every document by itself in fp64, window by window, the last token of one being the first of the next."""
+    """Every document separately in fp64, by windows that share one token."""
     model = q.load(whole / "model").double()
     batches = ValidationBatches(whole / "data", window=32, batch_size=3)
     nats = held_out_nats(model, batches, precision="fp32")
@@ -713,7 +713,7 @@ def test_held_out_bits_against_plain_counting(whole):
             window = ids[None, begin : begin + 32]
             logits = model(window).logits[0, :-1]
             expected += F.cross_entropy(logits, window[0, 1:], reduction="sum").item()
-        assert nats[document] == pytest.approx(expected, rel=1e-6)  # the sums are made in fp32
+        assert nats[document] == pytest.approx(expected, rel=1e-6)  # sums are fp32
     total = batches.bits_per_byte(sum(nats.values()))
     assert json.loads((whole / "result.json").read_text())["bits_per_byte"] == pytest.approx(total, rel=1e-5)
     part = batches.part(300)
@@ -769,7 +769,7 @@ def test_without_tensorboard_it_says_so(settings, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress(terminal):
-    """A moving bar on a terminal; elsewhere plain lines, one in ten seconds and those that measure."""
+    """A progress bar on a terminal; elsewhere plain lines, one every ten seconds and one per validation."""
     console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
     figures = {"lm": 5.0, "tokens_per_second": 1000.0, "max_load": 1.5, "seconds_per_step": 0.5}
     with Live(console) as live:
@@ -798,10 +798,10 @@ def test_precision_is_taken_where_it_pays(monkeypatch):
 
 
 def test_bf16_trains_and_measures(settings, tmp_path):
-    """What is measured in bf16 is what fp64 measures of the same weights, to the rounding of bf16.
+    """Validation in bf16 equals validation in fp64 of the same weights, up to the rounding of bf16.
 
-    A logit of a few units is rounded by up to 2⁻⁸ of itself, and so are the layers below it; the mean over thousands of
-    tokens of such errors is smaller than one of them.
+    Logits of a few units, and the layers below them, have relative rounding errors of up to 2⁻⁸; the mean of such
+    errors over thousands of tokens is smaller than a single one.
     """
     out = tmp_path / "run"
     result = pretrain.train(replace(settings, out=out, steps=2, precision="bf16"), console=quiet())

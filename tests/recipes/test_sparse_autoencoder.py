@@ -1,4 +1,4 @@
-"""The recipe from end to end at a tiny size; its autoencoder where the answer is known."""
+"""The recipe from end to end at a tiny size; its autoencoder on data with a known answer."""
 
 import io
 
@@ -41,7 +41,7 @@ def test_a_random_model_is_said_to_be_one(text, tmp_path):
     }
     saved = load_file(text.out / "autoencoder.safetensors")
     assert saved["decoder"].shape == (64, 128)
-    again = run(text, console=console)  # the activations are there; the seed gives the same dictionary
+    again = run(text, console=console)  # reuses the activations; the seed gives the same dictionary
     assert again.explained == scores.explained
     assert all(torch.equal(saved[n], x) for n, x in load_file(text.out / "autoencoder.safetensors").items())
 
@@ -56,7 +56,7 @@ def test_a_checkpoint_and_l1(text, tmp_path):
 
 
 def test_what_is_sparse_is_found(tmp_path):
-    """Rows made of three out of 24 orthogonal-ish directions: explained far better than by as many components."""
+    """Rows are sums of three of 24 nearly orthogonal directions, which features explain far better than components."""
     g = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(24, 64, generator=g), dim=-1)
     model = small_model(num_hidden_layers=1, layer_types=("linear_attention",))

@@ -1,4 +1,4 @@
-"""The study's rows as presets: parameters as printed, files and back, contradictions refused in a sentence."""
+"""The study's rows as presets: printed parameter counts, saving and loading, errors for contradictions."""
 
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from qwen3next.inspect import count_parameters, describe
 from qwen3next.study import PRESETS, ROWS, count, dense_1_7b, matched, moe_15b
 from qwen3next.variants import RELEASED
 
-# Printed by the paper, in millions; rows 16 to 25 have no column but are what their sizes say.
+# Printed by the paper, in millions; rows 16 to 25 have no such column, so their counts follow from their sizes.
 PRINTED = {
     "more_kv_heads": 50,
     "more_query_heads": 201,
@@ -39,12 +39,12 @@ PRINTED = {
 
 @cache
 def parameters(name: str) -> int:
-    """Of a row at the paper's size, built on meta tensors."""
+    """Parameters of a row at the paper's size, built on meta tensors."""
     return count_parameters(PRESETS[f"moe_15b_{name}"]()).main
 
 
 def added(name: str) -> float:
-    """Millions of parameters beside the baseline's."""
+    """Added parameters against the baseline, in millions."""
     return (parameters(name) - parameters("baseline")) / 1e6
 
 
@@ -55,7 +55,7 @@ def test_there_are_25_rows():
 
 @pytest.mark.parametrize("name", PRINTED)
 def test_added_parameters_are_the_papers_column(name):
-    """It prints two figures below 10 and whole millions above, of which the fraction is cut off: 100.66 is its 100."""
+    """The paper prints two digits below 10 and truncated whole millions above, such as 100 for 100.66."""
     printed, here = PRINTED[name], added(name)
     assert (round(here, 1) if printed < 10 else int(here)) == printed
 
@@ -71,7 +71,7 @@ def test_rows_without_a_column():
     assert added("output_norm") * 1e6 == 24 * 128
     assert added("g1_constant") * 1e6 == 24 * 32 * 128
     assert added("g1_additive_identity") == added("g1_ns_sigmoid") == added("g1_elementwise")
-    one = 24 * 2048 * 4 * 128  # a value projection more in every layer
+    one = 24 * 2048 * 4 * 128  # one more value projection in every layer
     for name, projections, routers in (
         ("switch_kv_8_top8", 14, 8),
         ("switch_kv_4_top4", 6, 4),
@@ -91,7 +91,7 @@ def test_sizes_are_the_papers():
         assert count(baseline) == count_parameters(baseline).main
         for row in ("g1_elementwise", "g1_headwise"):
             gated = dense_1_7b(row, layers=layers)
-            # Equal parameters: to half a hidden unit of every feed-forward.
+            # Equal parameters, up to half a hidden unit of every feed-forward.
             assert abs(count(gated) - count(baseline)) <= 1.5 * baseline.hidden_size * layers
             assert gated.intermediate_size < baseline.intermediate_size
     extra = count(dense_1_7b("sandwich_norm", layers=48)) - count(dense_1_7b(layers=48))
@@ -141,7 +141,7 @@ def test_released_families_say_nothing_of_variants(family):
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_5_text"])
 def test_flags_of_a_family_are_not_used_for_what_they_do_not_mean(family):
-    """A flag that other readers know says G1 by sigmoid; another gate is spelt in our words alone."""
+    """The flag of other readers means G1 with sigmoid; other gates are written with our keys only."""
     gate = {"attention_gate": "elementwise", "attention_gate_position": "G2", "linear_output_gate": "sigmoid"}
     values = small_config(model_type=family, num_experts=0, **gate).to_dict()
     assert values["attention_gate_position"] == "G2"
@@ -233,7 +233,7 @@ def test_a_mixture_without_a_shared_expert(tmp_path):
 
 
 def test_the_page_says_what_the_rows_are():
-    """Number, name, the paper's column and ours, of docs/gated_attention.md."""
+    """Number, name, the paper's column and ours, from docs/gated_attention.md."""
     page = (Path(__file__).parents[2] / "docs" / "gated_attention.md").read_text(encoding="utf-8")
     found = {}
     for line in page.splitlines():

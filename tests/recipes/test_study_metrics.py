@@ -1,4 +1,4 @@
-"""The study's figures against plain computations, its toy task, and text whose windows all begin alike."""
+"""The study's metrics against plain computations, its toy task, and its text windows with a common first token."""
 
 import math
 
@@ -31,7 +31,7 @@ def cached(model, point):
 
 @pytest.mark.parametrize("gate", ["elementwise", "headwise", "none"])
 def test_figures_are_what_the_points_give(gate):
-    """Computed at once from all rows, where `measure` adds up batches of unequal size."""
+    """The oracle uses all rows at once; `measure` adds up batches of unequal size."""
     model = softmax_model(attention_gate=gate)
     found = measure(model, IDS.split([1, 2, 3]))
     for layer, a in enumerate(cached(model, "self_attn.hook_pattern")):
@@ -64,7 +64,7 @@ def test_figures_are_what_the_points_give(gate):
 
 
 def test_attention_that_is_even_or_sinks():
-    """Scores made equal give 1 / (t + 1); scores that see the first token alone give 1."""
+    """Equal scores give 1 / (t + 1); scores that select the first token give 1."""
     model = softmax_model(attention_gate="none")
     model.set_backend("attention", "eager")
 
@@ -125,7 +125,7 @@ def test_outliers_do_not_count_the_noise_of_small_batches():
         [{"step": i + 1, "lm": float(x), "gradient_norm": 1.0} for i, x in enumerate(noisy)], warmup=0
     )
     assert found["outliers"] == 1
-    assert found["spikes"] > 500  # by the paper's 0.1 nats, which are less than the noise
+    assert found["spikes"] > 500  # with the paper's 0.1 nats, which are below the noise
 
 
 def test_running_median_at_the_ends():
@@ -139,7 +139,7 @@ def test_running_median_at_the_ends():
 
 
 def test_toy_sequences_obey_their_rules():
-    """Copies after triggers, never two triggers in a row, BOS first and nowhere else; a pure function of the number."""
+    """Copies after triggers, no consecutive triggers, BOS only at the start; a pure function of the sample number."""
     task = BigramBackcopy(window=50, seed=3)
     ids, documents = task.batch(7, 40)
     assert ids.shape == (40, 50)
@@ -169,7 +169,7 @@ def test_toy_tokens_are_drawn_as_the_chain_says():
 
 
 def test_toy_losses_are_told_apart():
-    """A model that copies after triggers and knows the chain has no loss there and the chain's entropy elsewhere."""
+    """An ideal model has no loss after triggers and the chain's entropy elsewhere."""
     task, p = BigramBackcopy(window=64, seed=0), torch.from_numpy(toy.transitions()).float()
 
     class Perfect(torch.nn.Module):
@@ -191,7 +191,7 @@ def test_toy_losses_are_told_apart():
     finally:
         recipes.study.toy.measure = before
     assert row["copy_nats"] == pytest.approx(0.0, abs=1e-6)
-    assert row["bigram_nats"] == pytest.approx(0.0, abs=0.05)  # of some 11,000 draws
+    assert row["bigram_nats"] == pytest.approx(0.0, abs=0.05)  # about 11,000 sampled tokens
 
 
 # ---- text

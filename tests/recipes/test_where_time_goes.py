@@ -1,4 +1,4 @@
-"""The table of where time goes: it runs, adds up and leaves the model as it was. Times are not asserted."""
+"""The timing recipe runs, its rows add up, and it does not change the model. Times are not asserted."""
 
 import json
 
@@ -25,7 +25,7 @@ def test_runs_and_writes(tmp_path, dtype):
     assert set(found["decode"]["before"]) == parts
     assert set(found["decode"]["after"]) == {"the compiled step", REST}
     for what in ("prefill", "decode"):
-        for side in ("before", "after"):  # the rest is not negative: no part is counted twice
+        for side in ("before", "after"):  # a non-negative rest means that no part is counted twice
             assert min(found[what][side].values()) > 0
         assert set(found[what]["least"]) == {"linear maps", "experts", "delta rule", "attention"}
     assert set(found["delta rule"]) == {"chunked", "piecewise", "cpp", "can", "least"}
@@ -35,7 +35,7 @@ def test_runs_and_writes(tmp_path, dtype):
 
 @torch.no_grad()
 def test_before_and_after_compute_the_same():
-    """To rounding of fp32 in sums of another order; afterwards everything is as it was."""
+    """Equal to fp32 rounding, with sums in another order; afterwards everything is restored."""
     torch.manual_seed(0)
     model, clock, forward = q.Qwen3Next(q.presets.tiny()), Clock(), Linear.forward
     ids = torch.randint(257, (1, 100))
@@ -51,7 +51,7 @@ def test_before_and_after_compute_the_same():
 
 
 def test_models_of_one_kind_of_layer():
-    """Nothing is asked for that a model does not have."""
+    """Models without some of the parts can be timed."""
     for kind in ("full_attention", "linear_attention"):
         config = q.presets.tiny(layer_types=(kind,) * 4, num_experts=0)
         with torch_alone(q.Qwen3Next(config)):

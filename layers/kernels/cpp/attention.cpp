@@ -1,5 +1,5 @@
-// Softmax attention of some queries over some keys, block by block, with the logarithm of each query's sum: no scores in
-// memory. Sums and softmax are fp32; where queries are bf16, probabilities are rounded to bf16 for their product.
+// Blockwise softmax attention, which also returns each query's logsumexp and never stores all scores. Sums and softmax
+// are fp32; for bf16 queries, probabilities are rounded to bf16 before their product with the values.
 #include <algorithm>
 
 #include "kernels.h"
@@ -11,10 +11,10 @@ namespace {
 struct Shape {
     int64_t batch, heads, kv_heads, queries, keys, width;
     int64_t q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token;  // strides, in elements
-    int64_t causal;  // whether query i sees the keys up to keys − queries + i only, else all
+    int64_t causal;  // nonzero: query i attends to keys up to keys − queries + i; zero: to all keys
 };
 
-// One block of queries: answers, and the largest score and the sum that they stand for so far. P: dtype of products.
+// A block of queries with its running output, maximum score and sum of exponentials. P: dtype of products.
 template <class P>
 struct Worker {
     const int width;
@@ -25,7 +25,8 @@ struct Worker {
 
     Worker(int width, float scale) : width(width), scale(scale), q(QUERIES * width), answer(QUERIES * width) {}
 
-    // Keys as a product's B (width, KEYS), values as a product's B (KEYS, width); query i of the block sees `seen(i)`.
+    // Add a block of keys (width, KEYS) and values (KEYS, width), both in the layout of a product's B; query i of the
+    // block attends to the first `seen(i)` keys.
     template <class Seen>
     void add(const P* k, const P* v, Seen seen) {
         product<P>(scores, q, k, QUERIES, KEYS, width, false);
@@ -64,7 +65,7 @@ void attend(const Shape& s, const T* q, const T* k, const T* v, T* out, float* l
     const int width = int((s.width + 15) / 16 * 16);
     const int64_t key_blocks = (s.keys + KEYS - 1) / KEYS, query_blocks = (s.queries + QUERIES - 1) / QUERIES;
     const int64_t share = s.heads / s.kv_heads, size = int64_t(KEYS) * width;
-    const float scale = 1.44269504f / std::sqrt(float(s.width));  // of scores, for powers of two
+    const float scale = 1.44269504f / std::sqrt(float(s.width));  // scale of scores, for base-2 exponentials
     Buffer<P> k_packed(size_t(s.batch * s.kv_heads * key_blocks * size)), v_packed(size_t(s.batch * s.kv_heads * key_blocks * size));
 #pragma omp parallel
     {
@@ -99,7 +100,7 @@ void attend(const Shape& s, const T* q, const T* k, const T* v, T* out, float* l
                 const T* from = q + b * s.q_batch + head * s.q_head + (block * QUERIES + i) * s.q_token;
                 for (int64_t j = 0; j < s.width; j++) store(worker.q[i * width + j], to_float(from[j]));
             }
-            const int64_t before = s.causal ? s.keys - s.queries + block * QUERIES + 1 : s.keys;  // seen by query 0
+            const int64_t before = s.causal ? s.keys - s.queries + block * QUERIES + 1 : s.keys;  // keys seen by query 0
             for (int64_t i = 0; i < key_blocks && i * KEYS < before + (s.causal ? count - 1 : 0); i++) {
                 const int64_t at = ((b * s.kv_heads + head / share) * key_blocks + i) * size;
                 worker.add(k_packed + at, v_packed + at, [&](int row) {

@@ -1,14 +1,14 @@
-// The gated delta rule, forward: one memory at a time, everything but inputs and outputs in a core's caches.
+// Forward of the gated delta rule, one recurrent state at a time; intermediate results stay in a core's caches.
 #include "delta_rule.h"
 
 #include <omp.h>
 
 namespace {
 
-// `kept`: the memory before every PIECE-th chunk, (b, h, pieces, k, v), or null.
+// `kept`: the state before every PIECE-th chunk, (b, h, pieces, k, v), or null.
 template <class T, class V>
 void delta_rule(const Shape& s, const Inputs<V>& in, const float* before, V* out, float* after, float* kept) {
-    // The memories that share a key head go together, so that their keys are multiplied once, unless threads would idle.
+    // A task has all value heads of a key head, to multiply their keys once, unless threads would be idle.
     const bool together = s.batch * s.key_heads >= omp_get_max_threads();
     const int64_t share = together ? s.heads / s.key_heads : 1, tasks = s.heads / share;
     const int64_t size = s.key_width * s.value_width, pieces = (s.tokens + PIECE * CHUNK - 1) / (PIECE * CHUNK);

@@ -1,21 +1,22 @@
-// What forward and backward of the gated delta rule share: a chunk's keys, decays and solved triangle.
+// Shared by forward and backward of the gated delta rule: a chunk's keys, decays and inverse triangular matrix.
 //
-// The algebra is `_chunked` of layers/delta_rule.py with one difference: V* = T diag(β) (V − diag(γ) K S), which needs no
-// product of T and K. Decays, the triangular solve, sums and the memory are fp32. T below is the dtype of products.
+// The algebra is that of `_chunked` in layers/delta_rule.py with one difference: V* = T diag(β) (V − diag(γ) K S)
+// avoids the product of T and K. Decays, the triangular solve, sums and the recurrent state are fp32. The template
+// parameter T is the dtype of products.
 #pragma once
 #include <algorithm>
 
 #include "kernels.h"
 
 constexpr int CHUNK = 64;
-constexpr int PIECE = 4;  // chunks from one kept memory to the next
+constexpr int PIECE = 4;  // chunks between two kept states
 
 inline int padded(int64_t n) { return int((n + 15) / 16 * 16); }
-inline int up_to(int i) { return padded(i + 1); }  // columns of row i of a lower triangle, in whole vectors
+inline int up_to(int i) { return padded(i + 1); }  // columns of row i of a lower triangle, rounded up to whole vectors
 
 struct Shape {
     int64_t batch, tokens, key_heads, heads, key_width, value_width;
-    int64_t v_row;  // elements from one token's values to the next's
+    int64_t v_row;  // stride between the values of consecutive tokens, in elements
 };
 
 template <class V>
@@ -26,7 +27,8 @@ struct Inputs {
     const uint8_t* starts;             // (b t), or null
 };
 
-// The chunk of one key head that begins at token `token` of the flattened batch, and of the memories that share it.
+// A chunk of one key head, starting at token `token` of the flattened batch, with the states of the value heads that
+// share it.
 template <class T, class V>
 struct Chunk {
     const Shape& s;
@@ -34,8 +36,8 @@ struct Chunk {
     const int k_width = padded(s.key_width), v_width = padded(s.value_width);
     const size_t square = CHUNK * CHUNK, by_k = size_t(CHUNK) * k_width, by_v = size_t(CHUNK) * v_width;
     const size_t state = size_t(k_width) * v_width;
-    int count = 0, number[CHUNK];  // tokens; sequences that began in this chunk up to each
-    // Sums of log decays in two parts, of 48 bits together: one of 24 has no digits for weak decays beside strong ones.
+    int count = 0, number[CHUNK];  // number: sequences that started in this chunk, up to each token
+    // Cumulative log decays in two fp32 parts, together 48 bits: 24 bits would lose weak decays next to strong ones.
     float since_start[CHUNK], rest[CHUNK];
     float beta[CHUNK], gamma[CHUNK], to_end[CHUNK];
     Buffer<T> q{by_k}, k{by_k}, k_rows{by_k}, k_packed{by_k}, by_beta{square}, state_packed{state}, values_packed{by_v};
@@ -50,7 +52,7 @@ struct Chunk {
         std::memset((void*)(to + count * k_width), 0, (CHUNK - count) * k_width * sizeof(T));
     }
 
-    // What all memories of a key head need.
+    // Load and multiply the keys and queries that all states of a key head share.
     void load_keys(int64_t token, int64_t key_head, int tokens) {
         count = tokens;
         const int64_t at = (token * s.key_heads + key_head) * s.key_width;
@@ -63,10 +65,10 @@ struct Chunk {
             number[i] = (i ? number[i - 1] : 0) + (in.starts && i < count && in.starts[token + i]);
     }
 
-    // The log decay from token j to token i.
+    // Log decay from token j to token i.
     float between(int i, int j) const { return (since_start[i] - since_start[j]) + (rest[i] - rest[j]); }
 
-    // One memory's decays, and T with T diag(β).
+    // Compute one head's decays, T and T diag(β).
     void solve(int64_t token, int64_t head) {
         const float *g = in.log_decay + token * s.heads + head, *b = in.beta + token * s.heads + head;
         double sum = 0.0;
@@ -86,7 +88,7 @@ struct Chunk {
                 decay[i * CHUNK + j] = kept = (j <= i) & (number[i] == number[j]) ? kept : 0.0f;
                 system[i * CHUNK + j] = beta[i] * kept * kk[i * CHUNK + j];
             }
-        for (int i = 0; i < CHUNK; i++) {  // (I + tril(system, −1))⁻¹: row i is e_i minus the rows above, weighed
+        for (int i = 0; i < CHUNK; i++) {  // (I + tril(system, −1))⁻¹: row i is e_i minus the weighted rows above
             float row[CHUNK] = {};
             for (int r = 0; r < i; r++)
                 for (int j = 0; j < CHUNK; j++) row[j] -= system[i * CHUNK + r] * solved[r * CHUNK + j];
@@ -96,7 +98,7 @@ struct Chunk {
         }
     }
 
-    // K S, V − diag(γ) K S, and what is written: V*. `state_packed` is S.
+    // Compute K S, V − diag(γ) K S and the update V*. `state_packed` is S.
     void write(int64_t token, int64_t head) {
         product<T>(recalled, k, state_packed, CHUNK, v_width, k_width, false);
         const V* v = in.v + token * s.v_row + head * s.value_width;
@@ -117,7 +119,7 @@ struct Chunk {
         product<T>(memory, k_rows, values_packed, k_width, v_width, CHUNK, true);
     }
 
-    // A memory (k v) of a tensor, into and out of one with whole vectors.
+    // Copy a state (k v) between a tensor and a buffer whose rows are padded to whole vectors.
     void load_state(float* to, const float* from) {
         for (int i = 0; i < s.key_width; i++) std::copy_n(from + i * s.value_width, s.value_width, to + i * v_width);
     }

@@ -1,7 +1,7 @@
-// The gated delta rule, backward: chunks against time, each made again from the memory before it.
+// Backward of the gated delta rule: chunks in reverse order, each recomputed from the state before it.
 //
-// With R = V − diag(γ) K S, V* = T diag(β) R, O = diag(γ) Q S + P V*, S' = γ_C S + Kᵀ diag(τ) V*, τ = γ_C / γ. A name with
-// `to_` is the gradient of the loss with respect to what follows.
+// R = V − diag(γ) K S, V* = T diag(β) R, O = diag(γ) Q S + P V*, S' = γ_C S + Kᵀ diag(τ) V*, τ = γ_C / γ. A name `to_x`
+// is the gradient of the loss with respect to x.
 #include "delta_rule.h"
 
 namespace {
@@ -19,7 +19,7 @@ struct Gradients {
 
     explicit Gradients(Chunk<T, V>& chunk) : c(chunk) {}
 
-    // B of a product from its transpose in fp32.
+    // Convert a transposed fp32 matrix into the layout of a product's B.
     void turn(T* b, T* scratch, const float* from, int n, int k) {
         convert(scratch, from, size_t(n) * k);
         pack_transposed(b, (T*)nullptr, (const T*)scratch, n, k);
@@ -35,7 +35,7 @@ struct Gradients {
         }
     }
 
-    // After `load_keys`: what all memories of the key head need.
+    // Prepare what all states of the key head share, after `load_keys`.
     void begin() {
         pack_transposed(q_packed, q_rows, (const T*)c.q, CHUNK, k_width);
         pack(q_packed, (const T*)c.q, CHUNK, k_width);
@@ -44,10 +44,10 @@ struct Gradients {
         std::memset(to_k, 0, c.by_k * sizeof(float));
     }
 
-    // One memory, after `solve` and `write` with it; to_state is the gradient of S' and becomes that of S.
+    // Backward for one state, after `solve` and `write`; to_state is the gradient of S' and is replaced by that of S.
     void run(const float* memory, float* to_state, const V* to_o, int64_t row, V* to_v, float* to_g, float* to_b) {
         float to_gamma[CHUNK] = {}, to_tau[CHUNK] = {}, to_beta[CHUNK] = {};
-        double to_since[CHUNK] = {};  // all that passes a token by is in these sums once more and once less
+        double to_since[CHUNK] = {};  // fp64, because decays across a token are added and subtracted again
         std::memset(to_out, 0, c.by_v * sizeof(float));
         for (int i = 0; i < c.count; i++)
             for (int j = 0; j < c.s.value_width; j++) to_out[i * v_width + j] = to_float(to_o[i * row + j]);
@@ -80,7 +80,7 @@ struct Gradients {
         for (int i = 0; i < c.count; i++)
             for (int j = 0; j < c.s.value_width; j++) store(to_v[i * row + j], to_values[i * v_width + j]);
 
-        // K S, Q S and K as a writer: to_K and to_Q by Sᵀ and to_S'ᵀ, then S itself.
+        // Gradients through K S, Q S and the update Kᵀ diag(τ) V*: to_K and to_Q by Sᵀ and to_S'ᵀ, then to_S.
         dot(to_gamma, to_values, c.recalled, v_width, -1.0f);
         product<T>(answered, c.q, c.state_packed, CHUNK, v_width, k_width, false);
         dot(to_gamma, to_out, answered, v_width, 1.0f);
@@ -121,7 +121,7 @@ struct Gradients {
         }
     }
 
-    // The C x C part: of the solve, −tril(Tᵀ to_T Tᵀ, −1), and then of key products and decays.
+    // Gradients of the C x C matrices: of the solve, −tril(Tᵀ to_T Tᵀ, −1), then of key products and decays.
     void triangle(double* to_since, float* to_beta) {
         for (int i = 0; i < CHUNK; i++)
             for (int j = 0; j < CHUNK; j++) {
@@ -140,7 +140,7 @@ struct Gradients {
                 const float to_system = j < i ? -work[at] * c.decay[at] : 0.0f;
                 const float to_qk = j <= i ? to_pattern[at] * c.decay[at] : 0.0f;
                 const float kk = j < i ? c.kk[at] : 0.0f, qk = j <= i ? c.qk[at] : 0.0f;
-                const float moved = to_system * c.beta[i] * kk + to_qk * qk;  // of the decay's exponent
+                const float moved = to_system * c.beta[i] * kk + to_qk * qk;  // gradient of the decay's exponent
                 to += to_system * kk;
                 along += moved;
                 to_since[j] -= moved;
@@ -179,7 +179,7 @@ void backward(const Shape& s, const Inputs<V>& in, const float* kept, const V* t
             for (int64_t piece = pieces - 1; piece >= 0; piece--) {
                 const int64_t begin = piece * PIECE * CHUNK;
                 const int chunks = int(std::min<int64_t>(PIECE, (s.tokens - begin + CHUNK - 1) / CHUNK));
-                for (int n = 0; n + 1 < chunks; n++) {  // the memories inside the piece, from the one before it
+                for (int n = 0; n + 1 < chunks; n++) {  // recompute the states inside the piece
                     const int64_t token = b * s.tokens + begin + n * CHUNK;
                     c.load_keys(token, key_head, CHUNK);
                     for (int64_t h = 0; h < share; h++) {

@@ -1,7 +1,7 @@
-// What the kernels share: two dtypes, an exponential that vectorises, and one small matrix product.
+// Shared by the kernels: two dtypes, a vectorisable exponential, and a small matrix product.
 //
-// Written for compilers that vectorise plain loops and know vector_size (GCC, Clang). Nothing here is a library: each
-// matrix lies in a core's caches, has a multiple of 16 columns, and is filled up with zeros.
+// It needs a compiler that vectorises plain loops and supports vector_size (GCC, Clang). All matrices must fit into a
+// core's caches, have a multiple of 16 columns, and be padded with zeros.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -14,7 +14,7 @@
 
 #define UNROLL _Pragma("GCC unroll 16")
 
-typedef uint32_t word __attribute__((may_alias));  // two bf16 at once
+typedef uint32_t word __attribute__((may_alias));  // a pair of bf16
 
 struct bf16 {
     uint16_t bits;
@@ -28,32 +28,32 @@ inline float to_float(bf16 x) {
     return y;
 }
 inline void store(float& to, float x) { to = x; }
-inline void store(bf16& to, float x) {  // to nearest, ties to even; a NaN stays one
+inline void store(bf16& to, float x) {  // round to nearest, ties to even; NaN stays NaN
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     to.bits = uint16_t(x == x ? rounded : 0x7fc0);
 }
 template <class T>
-inline float rounded(float x) {  // what is left of x once it has been stored
+inline float rounded(float x) {  // x rounded to T
     T y;
     store(y, x);
     return to_float(y);
 }
 
-// 2^(n + r) for a whole n from -126 to 127 and |r| <= 0.5; exp (to 1e-7, relative) and powers of two (to 2e-7) by it, 0 where
-// fp32 has no normal number for the result. The polynomials are minimax fits.
+// p · 2^n for an integer n from -126 to 127. exp (relative error 1e-7) and powers of two (2e-7) use it with p = 2^r,
+// |r| <= 0.5; they return 0 if the result is below the normal fp32 numbers. The polynomials are minimax fits.
 inline float scaled(float p, float n) {
     int32_t bits = (int32_t(n) + 127) << 23;
     float power;
     std::memcpy(&power, &bits, 4);
     return p * power;
 }
-inline float nearest(float x) { return (x + 12582912.0f) - 12582912.0f; }  // 1.5 · 2^23 leaves no room for fractions
+inline float nearest(float x) { return (x + 12582912.0f) - 12582912.0f; }  // fp32 has no fractions at 1.5 · 2^23
 inline float exponential(float x) {
     float from = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
     float n = nearest(from * 1.44269504f);
-    float r = std::fma(n, -0.69140625f, from);  // ln 2 in two parts: of n times the first, no digit is lost
+    float r = std::fma(n, -0.69140625f, from);  // ln 2 in two parts: n times the first part is exact
     r = std::fma(n, -1.740930560e-03f, r);
     float p = std::fma(1.381459176e-03f, r, 8.368717592e-03f);
     p = std::fma(p, r, 4.166838819e-02f);
@@ -74,7 +74,7 @@ inline float power_of_two(float x) {
 }
 inline float silu(float x) { return x / (1.0f + exponential(-x)); }
 
-// The dtype that products take: bf16 where the processor multiplies in it, else fp32.
+// The input dtype of products: bf16 if the processor multiplies in it, else fp32.
 #if defined(__AVX512BF16__)
 using low = bf16;
 #else
@@ -88,12 +88,12 @@ constexpr int LANES = 8, ROWS = 4, WIDE = 2;
 #endif
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4)));
 
-// B of a product lies as rows of pairs: in bf16, element (k, n) at (k / 2) · 2 columns + 2 n + k % 2, so that one
-// instruction takes two k at once; in fp32 simply row by row.
+// Layout of a product's B. bf16: rows of pairs, with element (k, n) at (k / 2) · 2 columns + 2 n + k % 2, so that one
+// instruction processes two k. fp32: row-major.
 template <class T>
 constexpr int PAIR = 4 / sizeof(T);
 
-// n zeros that begin where a cache line does.
+// n zeros, aligned to a cache line.
 template <class T>
 struct Buffer {
     struct Free {
@@ -123,8 +123,8 @@ inline vec multiply_add(vec sum, const bf16* a, const bf16* b) {
 }
 #endif
 
-// c (m n) = a (m k) b (k n), or += if `add`. `lower`: a is zero right of its diagonal. `below`: only what lies on and
-// below the diagonal of c is wanted. m, n, k: multiples of 16.
+// c (m n) = a (m k) b (k n), or += if `add`. `lower`: a is zero above its diagonal. `below`: only entries on and below
+// the diagonal of c are needed. m, n, k: multiples of 16.
 template <class T>
 void product(float* c, const T* a, const T* b, int m, int n, int k, bool add, bool lower = false, bool below = false) {
     constexpr int pair = PAIR<T>;
@@ -156,7 +156,7 @@ inline void convert(bf16* to, const float* from, size_t n) {
     for (size_t i = 0; i < n; i++) store(to[i], from[i]);
 }
 
-// Rows (k n) into the order of a product's B.
+// Copy rows (k n) into the layout of a product's B.
 inline void pack(float* to, const float* from, int k, int n) { std::memcpy(to, from, sizeof(float) * k * n); }
 template <class From>
 void pack_pairs(bf16* to, const From* from, int k, int n) {
@@ -171,7 +171,7 @@ void pack_pairs(bf16* to, const From* from, int k, int n) {
 inline void pack(bf16* to, const float* from, int k, int n) { pack_pairs(to, from, k, n); }
 inline void pack(bf16* to, const bf16* from, int k, int n) { pack_pairs(to, from, k, n); }
 
-// The transpose of rows (n k), into the order of a product's B (k n); and as rows (k n).
+// Transpose rows (n k) into the layout of a product's B (k n), and also into rows (k n) if `rows` is not null.
 inline void pack_transposed(float* b, float* rows, const float* from, int n, int k) {
     for (int p = 0; p < k; p++)
         for (int j = 0; j < n; j++) b[p * n + j] = from[j * k + p];

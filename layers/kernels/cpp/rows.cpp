@@ -1,18 +1,18 @@
-// What runs over rows between the products: norms, the convolution, gates, and the experts' bookkeeping, each in one pass
-// over memory. Sums are fp32; a value is rounded to the model's dtype wherever the definitions in torch round it.
+// Row-wise operations between the matrix products: norms, the convolution, gates and expert routing, each in one pass
+// over memory. Sums are fp32; values are rounded to the model's dtype where the definitions in torch round them.
 #include <algorithm>
 #include <type_traits>
 #include <vector>
 
 #include "kernels.h"
 
-constexpr int WIDEST = 1024;  // columns at a time
-constexpr int64_t SMALL = 1 << 14;  // elements below which a second thread is not worth waking
+constexpr int WIDEST = 1024;  // columns per block
+constexpr int64_t SMALL = 1 << 14;  // elements below which one thread is faster
 
 namespace {
 
-// x / √(Σx² / count + eps) · weight, for rows of `width` that begin `stride` apart within groups of `heads`.
-// `before`, `after`: rounded to dtype In before and after the weight. Where there is a gate, then times silu(gate).
+// x / √(Σx² / count + eps) · weight, for rows of `width` elements with distance `stride` in groups of `heads`.
+// `before`, `after`: round to dtype In before and after the weight. With a gate, multiplies by silu(gate) at the end.
 template <class In, class Out>
 void normalise(const In* x, const float* weight, const In* gate, Out* y, int64_t rows, int64_t heads, int64_t stride,
                int width, float count, float eps, bool before, bool after) {
@@ -40,7 +40,7 @@ void normalise(const In* x, const float* weight, const In* gate, Out* y, int64_t
     }
 }
 
-// silu(Σ_j weight[j] x[t + j − carried]) of one token's channels, the present input first, then from the oldest on.
+// silu(Σ_j weight[j] x[t + j − carried]) for one token's channels; sums the current input first, then from the oldest.
 template <class T, class Count>
 void filter(const T* const* inputs, const float* weight, T* to, int64_t n, int64_t d, Count taps) {
     for (int64_t c = 0; c < n; c++) {
@@ -50,10 +50,10 @@ void filter(const T* const* inputs, const float* weight, T* to, int64_t n, int64
     }
 }
 
-// Along time; what lies before token 0 is in `state` (b, taps − 1, d).
+// Causal convolution along time; `state` (b, taps − 1, d) has the inputs before token 0.
 template <class T>
 void convolve(const T* x, const float* weight, const T* state, T* y, int64_t batch, int64_t tokens, int64_t d, int taps) {
-    constexpr int64_t CHANNELS = 512, TOKENS = 32;  // whose weights and inputs stay in the nearest cache
+    constexpr int64_t CHANNELS = 512, TOKENS = 32;  // a block whose weights and inputs fit into the L1 cache
     const int64_t carried = taps - 1, blocks = (tokens + TOKENS - 1) / TOKENS;
 #pragma omp parallel for if (batch * tokens * d > SMALL)
     for (int64_t task = 0; task < batch * blocks; task++) {
@@ -67,7 +67,7 @@ void convolve(const T* x, const float* weight, const T* state, T* y, int64_t bat
                     inputs[j] = begin + (at < 0 ? state + (b * carried + at + carried) * d : x + (b * tokens + at) * d);
                 }
                 T* to = y + (b * tokens + t) * d + begin;
-                if (taps == 4)  // known to the compiler, the sum stays in registers
+                if (taps == 4)  // a compile-time constant, so that the sum stays in registers
                     filter(inputs.data(), weight + begin, to, n, d, std::integral_constant<int, 4>());
                 else
                     filter(inputs.data(), weight + begin, to, n, d, taps);
@@ -82,7 +82,7 @@ void silu_rows(const In* x, Out* y, int64_t n) {
     for (int64_t i = 0; i < n; i++) store(y[i], silu(to_float(x[i])));
 }
 
-// silu(gate) · up, rows of each lying their own stride apart.
+// silu(gate) · up, each with its own row stride.
 template <class T>
 void swiglu(const T* gate, const T* up, T* y, int64_t rows, int64_t width, int64_t gate_stride, int64_t up_stride) {
 #pragma omp parallel for if (rows * width > SMALL)
@@ -93,7 +93,7 @@ void swiglu(const T* gate, const T* up, T* y, int64_t rows, int64_t width, int64
     }
 }
 
-// y[token] = Σ weight · out[place] over a token's choices, in the order of their places, rounded once.
+// y[token] = Σ weight · out[place] over a token's choices, in the order of their places, with one rounding.
 template <class T, class Y>
 void combine(const T* out, const float* weights, const int64_t* places, Y* y, int64_t tokens, int64_t choices,
              int64_t width) {
@@ -124,7 +124,7 @@ void combine(const T* out, const float* weights, const int64_t* places, Y* y, in
 
 extern "C" {
 
-// Whether `count` places name each of as many rows once.
+// Returns 1 if `count` places are a permutation of the rows, else 0.
 int64_t each_once(const int64_t* places, int64_t count, int64_t rows) {
     if (count != rows) return 0;
     std::vector<char> seen(rows);
@@ -135,8 +135,8 @@ int64_t each_once(const int64_t* places, int64_t count, int64_t rows) {
     return 1;
 }
 
-// A stable counting sort of (token, expert) pairs: the token of each place, the place of each pair, where experts end.
-// Returns 1, or 0 and does nothing where an index names no expert.
+// Stable counting sort of (token, expert) pairs: each place's token, each pair's place, each expert's end.
+// Returns 1, or 0 without writing anything if an index is not an expert.
 int64_t route(const int64_t* indices, int64_t* token, int64_t* place, int32_t* ends, int64_t pairs, int64_t choices,
               int64_t experts) {
     for (int64_t i = 0; i < pairs; i++)
@@ -149,7 +149,7 @@ int64_t route(const int64_t* indices, int64_t* token, int64_t* place, int32_t* e
         begin += count;
     }
     for (int64_t i = 0; i < pairs; i++) {
-        place[i] = ends[indices[i]]++;  // which leaves each expert's end behind
+        place[i] = ends[indices[i]]++;  // afterwards `ends` has each expert's end
         token[place[i]] = i / choices;
     }
     return 1;
@@ -176,7 +176,7 @@ int64_t route(const int64_t* indices, int64_t* token, int64_t* place, int32_t* e
 FOR_DTYPE(fp32, float)
 FOR_DTYPE(bf16, bf16)
 
-// bf16 rows into fp32.
+// Variants with bf16 inputs and fp32 outputs.
 void combine_bf16_fp32(const bf16* out, const float* weights, const int64_t* places, float* y, int64_t tokens,
                        int64_t choices, int64_t width) {
     combine<bf16, float>(out, weights, places, y, tokens, choices, width);

@@ -1,4 +1,4 @@
-// Gradients of rows.cpp. Sums over rows are kept a thread and added in the order of threads, so that a run repeats itself.
+// Gradients of rows.cpp. Sums over rows are kept per thread and added in thread order, to make results reproducible.
 #include <omp.h>
 
 #include <algorithm>
@@ -6,7 +6,7 @@
 
 #include "kernels.h"
 
-constexpr int64_t SMALL = 1 << 14;  // elements below which a second thread is not worth waking
+constexpr int64_t SMALL = 1 << 14;  // elements below which one thread is faster
 
 namespace {
 
@@ -59,7 +59,7 @@ void normalise(const In* x, const float* weight, const In* gate, const Out* to_y
         }
 }
 
-// `convolve`, against time: input t served the outputs t to t + taps − 1.
+// Backward of `convolve`, in reverse time order: input t contributes to outputs t to t + taps − 1.
 template <class T>
 void convolve(const T* x, const float* weight, const T* state, const T* to_y, T* to_x, float* to_weight, T* to_state,
               int64_t batch, int64_t tokens, int64_t d, int taps) {
@@ -68,7 +68,7 @@ void convolve(const T* x, const float* weight, const T* state, const T* to_y, T*
 #pragma omp parallel for schedule(static)
     for (int64_t begin = 0; begin < d; begin += CHANNELS) {
         const int64_t n = std::min(CHANNELS, d - begin);
-        std::vector<float> recent(taps * CHANNELS), sums(taps * CHANNELS);  // gradients of the latest sums; of the taps
+        std::vector<float> recent(taps * CHANNELS), sums(taps * CHANNELS);  // gradients of sums and of weights
         std::vector<const T*> inputs(taps);
         for (int64_t b = 0; b < batch; b++) {
             std::fill(recent.begin(), recent.end(), 0.0f);
@@ -116,7 +116,7 @@ void swiglu(const T* gate, const T* up, const T* to_y, T* to_gate, T* to_up, int
     }
 }
 
-// `combine`: of each row, its weight times its token's gradient; of each weight, the product of the two rows.
+// Backward of `combine`. Row: its weight times its token's gradient. Weight: the dot product of the two rows.
 template <class T, class Y>
 void spread(const T* out, const float* weights, const int64_t* places, const Y* to_y, T* to_out, float* to_weights,
             int64_t tokens, int64_t choices, int64_t width) {
@@ -158,7 +158,7 @@ void spread(const T* out, const float* weights, const int64_t* places, const Y* 
 FOR_DTYPE(fp32, float)
 FOR_DTYPE(bf16, bf16)
 
-// Of bf16 rows into fp32.
+// Variants for bf16 inputs and fp32 outputs.
 extern "C" void spread_bf16_fp32(const bf16* out, const float* weights, const int64_t* places, const float* to_y,
                                  bf16* to_out, float* to_weights, int64_t tokens, int64_t choices, int64_t width) {
     spread<bf16, float>(out, weights, places, to_y, to_out, to_weights, tokens, choices, width);
