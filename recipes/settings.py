@@ -19,7 +19,7 @@ from recipes.tokenizer import byte_tokenizer, eos_id, load_tokenizer, save_token
 
 MEASURED_STEPS = 20  # that tell first how many fit into `minutes`
 # What a resumed run may change: nothing here changes the losses.
-FREE = {"out", "resume", "eval_every", "save_every", "device", "tensorboard"}
+FREE = {"out", "resume", "eval_every", "save_every", "device", "tensorboard", "recompute"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Settings:
         save_every: steps between saved states.
         device: "auto", "cpu" or "cuda".
         precision: "auto" takes bf16 where the hardware multiplies in it, else fp32.
+        recompute: parts of the model that are computed again in the backward pass instead of kept, see
+            `Qwen3Next.recompute`: less memory, the same losses.
         tensorboard: write TensorBoard's event files too.
     """
 
@@ -70,9 +72,11 @@ class Settings:
     save_every: int = 100
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    recompute: tuple[Literal["linear_attention", "full_attention", "mlp"], ...] = ()
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "recompute", tuple(self.recompute))  # JSON gives a list
         if self.steps is not None and self.minutes is not None:
             raise ValueError("Both steps and minutes are given: choose one of the two.")
         if self.steps is None and self.minutes is None:
