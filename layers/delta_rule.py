@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from layers.autocast import backward_without_autocast
 from layers.backends import choose
 from layers.chunk_decay import bounded, decays
 from layers.hook_point import HookPoint
@@ -110,10 +111,12 @@ def gated_delta_rule(
             o, state = piecewise(q.to(products), k.to(products), v.to(products), log_decay, beta, state, starts)
             return o.to(dtype), state
         q, k, v = (at_least_fp32(x) for x in (q, k, v))
+        before = state
         if looped:
-            o, state = _recurrent(q, k, v, log_decay, beta, state, starts, watch)
+            o, state = _recurrent(q, k, v, log_decay, beta, before, starts, watch)
         else:
-            o, state = _chunked(q, k, v, log_decay, beta, state, starts)
+            o, state = _chunked(q, k, v, log_decay, beta, before, starts)
+    backward_without_autocast((o, state), (q, k, v, log_decay, beta, before))
     return o.to(dtype), state
 
 
@@ -224,7 +227,8 @@ class _UnitLowerInverse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
         (inverse,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return -(inverse.mT @ grad @ inverse.mT).tril(-1)
+        with torch.autocast(grad.device.type, enabled=False):
+            return -(inverse.mT @ grad @ inverse.mT).tril(-1)
 
 
 def _fla(

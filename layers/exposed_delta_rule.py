@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from layers.autocast import backward_without_autocast
 from layers.delta_rule import Gates, Keys, State, Values, Watch, gated_delta_rule
 from layers.hook_point import HookPoint
 from layers.implicit_attention import carried, implicit_attention
@@ -160,4 +161,5 @@ def _through_matrix(
             o = a @ v
         if state is not None:
             o = o + carried(q, k, log_decay, beta, segments=segments, rule=rule) @ state
+    backward_without_autocast((o,), (*inputs, state))
     return o.transpose(1, 2).to(dtype)

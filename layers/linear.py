@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.backends import choose
+from layers.backends import choose, choose_for
 
 FEW = 16  # rows below which a call costs more than the faster product saves
 
@@ -30,7 +30,7 @@ def linear(
             "auto" picks, and leaves a few rows to F.linear.
     Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
     """
-    exact = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+    exact, backend = x.dtype == weight.dtype == torch.float32, under_autocast(x, backend)
     if backend != "auto":
         through_onednn = choose("linear", backend, x) == "onednn" and exact and x.numel() > 0
     else:
@@ -91,7 +91,7 @@ def under_autocast(x: Tensor, backend: str) -> str:
     """
     if not torch.is_autocast_enabled(x.device.type):
         return backend
-    choose("linear", backend, x)
+    choose_for("linear", backend, x.device, torch.float32)  # the weights'; x is often of a product before
     return "torch"
 
 

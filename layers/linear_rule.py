@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layers.autocast import backward_without_autocast
 from layers.backends import choose
 from layers.chunk_decay import bounded, decays
 from layers.delta_rule import Gates, Keys, State, Values, Watch
@@ -65,7 +66,9 @@ def gated_linear_rule(
         state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
     with torch.autocast(v.device.type, enabled=False):
         run = _recurrent if looped else _chunked
-        o, state = run(q, k, beta[..., None] * v, log_decay, state.to(v.dtype), starts)
+        written, before = beta[..., None] * v, state.to(v.dtype)
+        o, state = run(q, k, written, log_decay, before, starts)
+    backward_without_autocast((o, state), (q, k, written, log_decay, before))
     return o.to(dtype), state
 
 

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from layers.autocast import backward_without_autocast
 from layers.backends import choose, choose_for, generation
 from layers.grouped_linear import grouped_linear, runs, wide
 from layers.hook_point import HookPoint
@@ -253,8 +254,10 @@ class SparseMoE(nn.Module):
         """
         x = x if mask is None else x.masked_fill(~mask[..., None], 0.0)
         with torch.autocast(x.device.type, enabled=False):  # in mixed precision the router stays fp32
-            logits = self.hook_router_logits(self.router(x.to(_dtype_of(self.router, x.dtype))))
+            routed = x.to(_dtype_of(self.router, x.dtype))
+            logits = self.hook_router_logits(self.router(routed))
             probabilities = at_least_fp32(logits).softmax(-1)
+        backward_without_autocast((logits,), (routed,))
         indices = top_experts(logits, self.top_k)
         weights = probabilities.gather(-1, indices)
         indices = self.hook_router_indices(indices)

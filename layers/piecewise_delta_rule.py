@@ -75,17 +75,19 @@ class _Piecewise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, to_out: Tensor, to_state: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, found = ctx.saved_tensors[:6]
-        starts = ctx.saved_tensors[6] if len(ctx.saved_tensors) > 6 else None
+        saved = ctx.saved_tensors  # read once: torch's recomputation allows no more
+        *tensors, found = saved[:6]
+        starts = saved[6] if len(saved) > 6 else None
         v = tensors[2]
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
         memory = to_state.flatten(0, 1)
-        for i, piece in reversed(list(enumerate(_pieces(v)))):
-            cut = _cut([*tensors, to_out], starts, piece)
-            made = _make([*cut[:5], cut[6]], found[i])
-            *of_piece, memory = _backward(made, cut[5].flatten(0, 2), memory)
-            for grad, whole in zip(of_piece, grads, strict=True):
-                _back_to_tokens(grad, whole[:, piece])
+        with torch.autocast(v.device.type, enabled=False):
+            for i, piece in reversed(list(enumerate(_pieces(v)))):
+                cut = _cut([*tensors, to_out], starts, piece)
+                made = _make([*cut[:5], cut[6]], found[i])
+                *of_piece, memory = _backward(made, cut[5].flatten(0, 2), memory)
+                for grad, whole in zip(of_piece, grads, strict=True):
+                    _back_to_tokens(grad, whole[:, piece])
         return *grads, memory.view_as(to_state), None
 
 
