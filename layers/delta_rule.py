@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from layers.chunk_decay import CHUNK, bounded, decays
 from layers.dispatch.backends import run
+from layers.dispatch.backward_autocast import backward_without_autocast
 from layers.dispatch.registry import implements
 from layers.gradients import unit_lower_inverse
+from layers.kernels.chunk_decay import CHUNK, bounded, decays
 from layers.norm import at_least_fp32
 from layers.segments import Segments
 from layers.sequence_spans import each_sequence
@@ -67,7 +68,9 @@ def gated_delta_rule(
             return each_sequence(gated_delta_rule, segments, state, v, *inputs, backend=backend)
         inputs = tuple(segments.real(x) for x in inputs)  # at padding nothing is forgotten and nothing is written
     with torch.autocast(v.device.type, enabled=False):  # each backend says in which precision it multiplies
-        return run("delta_rule", backend, v, *inputs, state=state, segments=segments)
+        o, after = run("delta_rule", backend, v, *inputs, state=state, segments=segments)
+    backward_without_autocast((o, after), (*inputs, state))
+    return o, after
 
 
 @implements("delta_rule", "recurrent", definition=True)

@@ -60,4 +60,5 @@ class UnitLowerInverse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (inverse,) = ctx.saved_tensors
-        return -(inverse.mT @ grad @ inverse.mT).tril(-1)
+        with torch.autocast(grad.device.type, enabled=False):
+            return -(inverse.mT @ grad @ inverse.mT).tril(-1)

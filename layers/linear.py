@@ -23,7 +23,7 @@ def linear(
             "auto" picks, and leaves a few rows to F.linear.
     Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
     """
-    return run("linear", backend, x, x, weight, bias)
+    return run("linear", backend, weight, x, weight, bias)  # under autocast x may have another dtype
 
 
 @implements("linear", "torch", definition=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from layers.dispatch.autocast import as_multiplied
 from layers.dispatch.backends import run
+from layers.dispatch.backward_autocast import backward_without_autocast
 from layers.dispatch.registry import implements
 from layers.expert_choices import check_experts, choice_by_choice, expert_numbers, top_experts
 from layers.hook_point import HookPoint
@@ -133,8 +134,10 @@ class SparseMoE(nn.Module):
         """
         x = x if mask is None else x.masked_fill(~mask[..., None], 0.0)
         with torch.autocast(x.device.type, enabled=False):  # in mixed precision the router stays fp32
-            logits = self.hook_router_logits(self.router(x.to(dtype_of(self.router, x.dtype))))
+            routed = x.to(dtype_of(self.router, x.dtype))
+            logits = self.hook_router_logits(self.router(routed))
             probabilities = at_least_fp32(logits).softmax(-1)
+        backward_without_autocast((logits,), (routed,))
         indices = top_experts(logits, self.top_k)
         weights = probabilities.gather(-1, indices)
         indices = self.hook_router_indices(indices)

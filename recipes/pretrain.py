@@ -109,6 +109,7 @@ def train(settings: Settings, *, console: Console | None = None) -> Result:
 
     torch.manual_seed(settings.seed)
     model = q.Qwen3Next(model_config(settings.preset, tokenizer)).to(device)
+    model.recompute(*settings.recompute)
     optimizer, state = start_or_resume(settings, model, meta.fingerprint)
     parameters = sum(p.numel() for p in model.parameters())
     console.print(

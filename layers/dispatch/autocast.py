@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from layers.dispatch.backends import Like, choose
+from layers.dispatch.backends import Like, choose_for
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -24,5 +24,5 @@ def under_autocast(x: Tensor, backend: str) -> str:
     """
     if not torch.is_autocast_enabled(x.device.type):
         return backend
-    choose("linear", backend, x)
+    choose_for("linear", backend, x.device, torch.float32)  # the weights' dtype; x may be a product in another
     return "torch"

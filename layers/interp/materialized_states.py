@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from layers.delta_rule import Gates, Keys, Rule, State, Values, gated_delta_rule
+from layers.dispatch.backward_autocast import backward_without_autocast
 from layers.dispatch.registry import implements
 from layers.hook_point import HookPoint
 from layers.interp.implicit_attention import carried, implicit_attention
@@ -192,4 +193,5 @@ def _through_matrix(
             o = a @ v
         if state is not None:
             o = o + carried(q, k, log_decay, beta, segments=segments, rule=rule) @ state
+    backward_without_autocast((o,), (*inputs, state))
     return o.transpose(1, 2).to(dtype)

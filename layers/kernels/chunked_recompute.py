@@ -6,6 +6,7 @@ Shapes: n chunks of C tokens; m = b · kh, p = n · b · h, g = n · b · kh; ch
 is one batch of products.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from layers.chunk_decay import CHUNK, decays
+from layers.kernels.chunk_decay import CHUNK, decays
 from layers.norm import at_least_fp32
 
 AT_ONCE = 64  # chunks times heads times batch: their temporaries, some 300 KiB each, stay near a CPU core
@@ -52,7 +53,15 @@ def piecewise(
         starts: (b t) True where a sequence begins and the memory must be clear; None where none does.
     Returns: output (b t h v) in v's dtype and the memory after the last token.
     """
-    return _Piecewise.apply(q, k, v, log_decay, beta, state, starts)
+    if torch.is_grad_enabled():
+        return _Piecewise.apply(q, k, v, log_decay, beta, state, starts)
+    out, after, _ = _run(q, k, v, log_decay, beta, state, starts, keep=False)
+    return out, after
+
+
+def _run(*inputs: Any, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    outputs: Callable[..., Any] = _outputs_op if torch.compiler.is_compiling() else _outputs
+    return outputs(*inputs, keep)
 
 
 class _Piecewise(torch.autograd.Function):
@@ -60,38 +69,105 @@ class _Piecewise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        *tensors, state, starts = inputs
-        v = tensors[2]
-        memory, found = state.flatten(0, 1), []
-        out = torch.empty_like(v, memory_format=torch.contiguous_format)
-        for piece in _pieces(v):
-            found.append(memory)
-            made = _make(_cut(tensors, starts, piece), memory)
-            memory = made.after
-            _back_to_tokens(_answer(made), out[:, piece])
-        ctx.save_for_backward(*tensors, torch.stack(found), *([] if starts is None else [starts]))
-        return out, memory.clone().view_as(state)  # a view would keep a piece's memories alive
+        out, after, found = _run(*inputs, keep=True)
+        ctx.save_for_backward(*inputs[:5], found, inputs[6])
+        return out, after
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, to_out: Tensor, to_state: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, found = ctx.saved_tensors[:6]
-        starts = ctx.saved_tensors[6] if len(ctx.saved_tensors) > 6 else None
-        v = tensors[2]
-        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
-        memory = to_state.flatten(0, 1)
+        gradients: Callable[..., Any] = _gradients_op if torch.compiler.is_compiling() else _gradients
+        return *gradients(*ctx.saved_tensors, to_out, to_state), None  # read once: recomputation allows no more
+
+
+def _outputs(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, starts: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, the memory after the last token, and if `keep` the memory (pieces, b · h, k, v) before each piece."""
+    tensors = [q, k, v, log_decay, beta]
+    memory, found = state.flatten(0, 1), []
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    for piece in _pieces(v):
+        found += [memory] if keep else []
+        made = _make(_cut(tensors, starts, piece), memory)
+        memory = made.after
+        _back_to_tokens(_answer(made), out[:, piece])
+    before = torch.stack(found) if keep else memory.new_empty(0, *memory.shape)
+    return out, memory.clone().view_as(state), before  # a view would keep a piece's memories alive
+
+
+def _gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    found: Tensor,
+    starts: Tensor | None,
+    to_out: Tensor,
+    to_state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of q, k, v, log_decay, beta and the state."""
+    tensors = [q, k, v, log_decay, beta]
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+    memory = to_state.flatten(0, 1)
+    with torch.autocast(v.device.type, enabled=False):
         for i, piece in reversed(list(enumerate(_pieces(v)))):
             cut = _cut([*tensors, to_out], starts, piece)
             made = _make([*cut[:5], cut[6]], found[i])
             *of_piece, memory = _backward(made, cut[5].flatten(0, 2), memory)
             for grad, whole in zip(of_piece, grads, strict=True):
                 _back_to_tokens(grad, whole[:, piece])
-        return *grads, memory.view_as(to_state), None
+    to_q, to_k, to_v, to_log_decay, to_beta = grads
+    return to_q, to_k, to_v, to_log_decay, to_beta, memory.view_as(to_state).clone()
+
+
+# A traced graph has no number of pieces to loop over: it takes these as operators, whole.
+_outputs_op = torch.library.custom_op("qwen3next::piecewise_delta_rule", _outputs, mutates_args=())
+_gradients_op = torch.library.custom_op("qwen3next::piecewise_delta_rule_backward", _gradients, mutates_args=())
+
+
+@_outputs_op.register_fake
+def _(
+    _q: Tensor,
+    _k: Tensor,
+    v: Tensor,
+    _log_decay: Tensor,
+    _beta: Tensor,
+    state: Tensor,
+    _starts: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    pieces = -(-v.shape[1] // _tokens(v)) if keep else 0
+    after = torch.empty_like(state, memory_format=torch.contiguous_format)
+    return out, after, state.new_empty(pieces, v.shape[0] * v.shape[2], *state.shape[2:])
+
+
+@_gradients_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    _found: Tensor,
+    _starts: Tensor | None,
+    _to_out: Tensor,
+    to_state: Tensor,
+) -> tuple[Tensor, ...]:
+    shapes = (q, k, v, log_decay, beta, to_state)
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in shapes)
+
+
+def _tokens(v: Tensor) -> int:
+    """Of a piece: whole chunks that together have some AT_ONCE memories."""
+    return CHUNK * max(1, AT_ONCE // (v.shape[0] * v.shape[2]))
 
 
 def _pieces(v: Tensor) -> list[slice]:
-    """Whole chunks that together have some AT_ONCE memories; the last piece may end inside a chunk."""
-    size = CHUNK * max(1, AT_ONCE // (v.shape[0] * v.shape[2]))
+    """Pieces of the tokens; the last one may end inside a chunk."""
+    size = _tokens(v)
     return [slice(i, min(i + size, v.shape[1])) for i in range(0, v.shape[1], size)]
 
 

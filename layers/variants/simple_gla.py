@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.chunk_decay import CHUNK, bounded, decays
 from layers.delta_rule import Gates, Keys, State, Values
 from layers.dispatch.backends import run
+from layers.dispatch.backward_autocast import backward_without_autocast
 from layers.dispatch.registry import implements
+from layers.kernels.chunk_decay import CHUNK, bounded, decays
 from layers.kernels.isolation import one_by_one, wild
 from layers.norm import at_least_fp32
 from layers.segments import Segments
@@ -43,7 +44,9 @@ def gated_linear_rule(
             return each_sequence(gated_linear_rule, segments, state, v, *inputs, backend=backend)
         inputs = tuple(segments.real(x) for x in inputs)  # at padding nothing is forgotten and nothing is written
     with torch.autocast(v.device.type, enabled=False):
-        return run("linear_rule", backend, v, *inputs, state=state, segments=segments)
+        o, after = run("linear_rule", backend, v, *inputs, state=state, segments=segments)
+    backward_without_autocast((o, after), (*inputs, state))
+    return o, after
 
 
 @implements("linear_rule", "recurrent", definition=True)

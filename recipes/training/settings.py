@@ -26,7 +26,7 @@ from recipes.training.tokenizer import (
 
 MEASURED_STEPS = 20  # steps timed for the first plan of how many fit into `minutes`
 # Settings that a resumed run may change, because they do not affect the losses.
-FREE = {"out", "resume", "eval_every", "save_every", "device", "tensorboard"}
+FREE = {"out", "resume", "eval_every", "save_every", "device", "tensorboard", "recompute"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Settings:
         save_every: steps between saved states.
         device: "auto", "cpu" or "cuda".
         precision: "fp32", "bf16" or "auto"; "auto" uses bf16 if the hardware multiplies in it, else fp32.
+        recompute: parts of the model to compute again in the backward pass instead of keeping them, see
+            `Qwen3Next.recompute`: less memory, the same losses.
         tensorboard: also write TensorBoard's event files.
     """
 
@@ -77,9 +79,11 @@ class Settings:
     save_every: int = 100
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    recompute: tuple[Literal["linear_attention", "full_attention", "mlp"], ...] = ()
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "recompute", tuple(self.recompute))  # JSON gives a list
         if self.steps is not None and self.minutes is not None:
             raise ValueError("Both steps and minutes are given: choose one of the two.")
         if self.steps is None and self.minutes is None:

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim
 
+import layers.kernels.chunked_recompute as piecewise_delta_rule
 import qwen3next as q
 from layers.segments import Segments
 
@@ -89,6 +91,20 @@ def losses(dtype: str, masked: str) -> None:
         assert torch.equal(got, expected)
 
 
+def operators() -> None:
+    """The delta rule in torch: what is traced without numbers has the shapes of what runs. 300 tokens are 3 pieces."""
+    b, t, kh, h, k, v = 2, 300, 8, 16, 8, 12
+    keys = [F.normalize(torch.randn(b, t, kh, k), dim=-1) for _ in range(2)]
+    given = (*keys, torch.randn(b, t, h, v), -torch.rand(b, t, h), torch.rand(b, t, h), torch.randn(b, h, k, v))
+    for starts in (None, torch.rand(b, t) < 0.02):
+        for keep in (False, True):
+            torch.library.opcheck(piecewise_delta_rule._outputs_op, (*given, starts, keep))
+        out, after, found = piecewise_delta_rule._outputs(*given, starts, True)
+        assert len(found) == 3
+        upstream = torch.randn_like(out), torch.randn_like(after)
+        torch.library.opcheck(piecewise_delta_rule._gradients_op, (*given[:5], found, starts, *upstream))
+
+
 SLOW = pytest.mark.slow
 CASES = [
     pytest.param("exported", "fp32", "masked"),
@@ -99,12 +115,31 @@ CASES = [
 ]
 
 
+def run(*case: str, **variables: str) -> None:
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    command, environment = [sys.executable, __file__, *case], os.environ | {"PYTHONPATH": paths} | variables
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("case", [pytest.param(c.values, marks=c.marks, id="-".join(c.values)) for c in CASES])
 def test_traced(case):
-    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, __file__, *case]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(*case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("exported", "fp32", ""),
+        *(
+            pytest.param(case, marks=SLOW)
+            for case in (("operators",), ("exported", "bf16", "masked"), ("losses", "fp32", "masked"))
+        ),
+    ],
+    ids="-".join,
+)
+def test_traced_without_a_compiler(case):
+    run(*case, QWEN3NEXT_CPU="none")
 
 
 if __name__ == "__main__":

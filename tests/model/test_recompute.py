@@ -9,6 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 import qwen3next as q
+from layers.dispatch.backends import why_not
 from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import GatedDeltaNet
 from layers.moe import Experts, SparseMoE
@@ -45,6 +46,18 @@ def test_losses_statistics_and_gradients_are_the_same_to_the_bit(parts, segments
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
         model.recompute()
         assert not any(getattr(m, "recomputed", False) for m in model.modules())
+
+
+@pytest.mark.parametrize("rule", ["recurrent", "chunked", "piecewise", "cpp"])
+@pytest.mark.parametrize("segments", SEGMENTS)
+def test_every_form_of_the_delta_rule_can_be_made_again(rule, segments):
+    if (reason := why_not("delta_rule", rule, torch.device("cpu"), torch.float32)) is not None:
+        pytest.skip(reason)
+    model = small_model(num_experts=0, num_hidden_layers=1, layer_types=["linear_attention"])
+    model.set_backend("delta_rule", rule)
+    expected = run(model, SEGMENTS[segments])
+    model.recompute("linear_attention")
+    assert all(torch.equal(a, b) for a, b in zip(run(model, SEGMENTS[segments]), expected, strict=True))
 
 
 def test_what_is_named_runs_twice_and_the_router_once():

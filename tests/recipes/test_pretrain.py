@@ -19,6 +19,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import layers.recompute
 import qwen3next as q
 import recipes.pretrain as pretrain
 import recipes.training.checkpoints as checkpoints
@@ -211,6 +212,58 @@ def test_killed_and_resumed_in_bf16(settings, tmp_path):
             assert finish(process(replace(run, resume=True))) == 0
         found.append(losses(run.out))
     assert found[0] == found[1]
+
+
+@pytest.fixture
+def one_thread():
+    """As `whole` was trained: the number of threads decides the order of sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recomputing_changes_no_loss(settings, whole, tmp_path, precision, monkeypatch):
+    """Losses, gradient norms and weights of a run that keeps everything, to the last bit."""
+    made, real = [], layers.recompute.checkpoint
+    monkeypatch.setattr(
+        layers.recompute, "checkpoint", lambda run, *args, **options: made.append(run) or real(run, *args, **options)
+    )
+    kept = whole
+    if precision == "bf16":
+        kept = tmp_path / "kept"
+        pretrain.train(replace(settings, out=kept, precision=precision), console=quiet())
+    assert not made
+    run = replace(settings, out=tmp_path / "run", precision=precision)
+    run = replace(run, recompute=("linear_attention", "full_attention", "mlp"))
+    pretrain.train(run, console=quiet())
+    assert made
+    assert recorded(run.out) == replace(run, resume=True)
+    assert losses(run.out) == losses(kept)
+    after = weights(run.out)
+    assert all(torch.equal(after[name], p) for name, p in weights(kept).items())
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_resumed_run_recomputes_what_it_did_or_what_is_given(settings, whole, tmp_path, monkeypatch):
+    run, chosen = replace(settings, out=tmp_path / "run", recompute=("mlp",)), []
+    assert finish(process(run, ("step", 4))) == -signal.SIGKILL
+    path, real = newest(run.out / "checkpoints"), q.Qwen3Next.recompute
+    state = path.read_bytes()
+    monkeypatch.setattr(q.Qwen3Next, "recompute", lambda model, *parts: chosen.append(parts) or real(model, *parts))
+    for given, expected in (
+        ([], ("mlp",)),
+        (["--recompute", "linear_attention", "full_attention"], ("linear_attention", "full_attention")),
+        (["--recompute"], ()),
+    ):
+        for later in (run.out / "checkpoints").glob("step-*"):
+            later.unlink()
+        path.write_bytes(state)
+        assert pretrain.main(["--resume", "--out", str(run.out), *given]) == 0
+        assert chosen.pop() == recorded(run.out).recompute == expected
+        assert losses(run.out) == losses(whole)
 
 
 @pytest.mark.slow
@@ -496,6 +549,7 @@ def test_a_damaged_state_is_named(settings, tmp_path):
         ({"data": "nowhere"}, "There is nothing at nowhere"),
         ({"window": 10**6}, "choose a window between 1 and that, or give more text"),
         ({"device": "cuda:99"}, "CUDA"),
+        ({"recompute": ("attention",)}, "This model has no 'attention' to compute again: choose of linear_attention, "),
     ],
 )
 def test_settings_that_do_not_serve(settings, tmp_path, changes, sentence):
