@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from layers.chunk_decay import CHUNK, bounded, decays
 from layers.dispatch.backends import run
 from layers.dispatch.backward_autocast import backward_without_autocast
 from layers.dispatch.registry import implements
 from layers.gradients import unit_lower_inverse
-from layers.kernels.chunk_decay import CHUNK, bounded, decays
 from layers.norm import at_least_fp32
 from layers.segments import Segments
 from layers.sequence_spans import each_sequence

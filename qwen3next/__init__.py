@@ -14,8 +14,8 @@ if getattr(layers, "__version__", None) != __version__:
 
 from qwen3next import presets
 from qwen3next.api import Qwen3Next, load
-from qwen3next.cache.hybrid.hybrid import Cache, HybridCache
-from qwen3next.chat.session.document import Document
+from qwen3next.cache.hybrid import Cache, HybridCache
+from qwen3next.chat.document import Document
 from qwen3next.checkpoints.save import save
 from qwen3next.checkpoints.state_dict_adapter import Layout
 from qwen3next.config import ModelConfig

@@ -22,7 +22,7 @@ from layers.rope import Rotation, rotation
 from layers.segments import Segments
 from layers.variants.attention import AttentionVariant
 from qwen3next.block import Block, BlockState
-from qwen3next.cache.hybrid.hybrid import Extension, HybridCache
+from qwen3next.cache.hybrid import Extension, HybridCache
 from qwen3next.config import ModelConfig
 from qwen3next.inputs import as_ids, check_labels, check_segments, check_vocabulary
 from qwen3next.mtp import MTP

@@ -14,7 +14,7 @@ from layers.segments import Segments
 from layers.state.kv_cache import KVState
 from qwen3next.block import Block
 from qwen3next.config import ModelConfig
-from qwen3next.hooks.hooked.wrappers import unwrapped
+from qwen3next.hooks.wrappers import unwrapped
 
 
 class MTP(nn.Module):

@@ -8,7 +8,7 @@ from conftest import small_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import qwen3next as q
-from qwen3next.cache.hybrid.hybrid import Cache
+from qwen3next.cache.hybrid import Cache
 
 PLAIN = """\
 {% for message in messages %}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import qwen3next as q
 from layers.segments import Segments
-from qwen3next.chat.session.template import ChatTemplate
+from qwen3next.chat.template import ChatTemplate
 
 OURS = (str(Path(q.__file__).parent), str(Path(q.__file__).parent.parent / "layers"))
 HERE = Path(__file__).parent

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from layers.kernels.chunk_decay import CHUNK, decays
+from layers.chunk_decay import CHUNK, decays
 from layers.norm import at_least_fp32
 
 AT_ONCE = 64  # chunks times heads times batch: their temporaries, some 300 KiB each, stay near a CPU core

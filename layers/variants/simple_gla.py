@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layers.chunk_decay import CHUNK, bounded, decays
 from layers.delta_rule import Gates, Keys, State, Values
 from layers.dispatch.backends import run
 from layers.dispatch.backward_autocast import backward_without_autocast
 from layers.dispatch.registry import implements
-from layers.kernels.chunk_decay import CHUNK, bounded, decays
 from layers.kernels.isolation import one_by_one, wild
 from layers.norm import at_least_fp32
 from layers.segments import Segments

@@ -9,8 +9,8 @@ from torch import Tensor
 from layers.gated_deltanet import DeltaNetState
 from layers.rope import Yarn
 from layers.state.kv_cache import NAMES, KVState
-from qwen3next.cache.hybrid.mark import Mark
-from qwen3next.cache.hybrid.rollback_log import State
+from qwen3next.cache.mark import Mark
+from qwen3next.cache.rollback_log import State
 from qwen3next.files.checksummed import read_about, read_sealed, write_sealed
 from qwen3next.files.fingerprint import fingerprint
 

@@ -14,9 +14,9 @@ from layers.norm import at_least_fp32
 from layers.rope import Yarn
 from layers.segments import Segments
 from layers.state.kv_cache import KVState
-from qwen3next.cache.hybrid.files import CacheFiles
-from qwen3next.cache.hybrid.mark import Mark
-from qwen3next.cache.hybrid.rollback_log import Journal, State
+from qwen3next.cache.files import CacheFiles
+from qwen3next.cache.mark import Mark
+from qwen3next.cache.rollback_log import Journal, State
 from qwen3next.config import ModelConfig
 
 # What a cache's contents depend on, of a model's configuration.

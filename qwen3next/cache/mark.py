@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from layers.state.kv_cache import KVState
-from qwen3next.cache.hybrid.rollback_log import State
+from qwen3next.cache.rollback_log import State
 
 
 @dataclass

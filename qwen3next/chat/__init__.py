@@ -1,5 +1,7 @@
-"""Chat: templates, messages, thinking, replies, and questions about a document."""
+"""Conversations: templates, messages, thinking, replies, and questions about a document."""
 
-from qwen3next.chat.session.session import Conversation
+from qwen3next.chat.session import Conversation
+from qwen3next.chat.template import ChatTemplate
+from qwen3next.generation.generation_config import GenerationConfig
 
-__all__ = ["Conversation"]
+__all__ = ["ChatTemplate", "Conversation", "GenerationConfig"]

@@ -8,10 +8,10 @@ import torch
 from tokenizers import Tokenizer
 
 from qwen3next.api import Qwen3Next
-from qwen3next.cache.hybrid.hybrid import common_prefix
-from qwen3next.chat.session.reply import ReplyReader, Stats
-from qwen3next.chat.session.template import ChatTemplate
-from qwen3next.chat.session.thinking import OPEN, Piece
+from qwen3next.cache.hybrid import common_prefix
+from qwen3next.chat.reply import ReplyReader, Stats
+from qwen3next.chat.template import ChatTemplate
+from qwen3next.chat.thinking import OPEN, Piece
 from qwen3next.generation.generate import stream
 from qwen3next.generation.text import TextStream
 from qwen3next.prefix.store import Prefill, PrefixStore

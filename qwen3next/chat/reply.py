@@ -6,7 +6,7 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
-from qwen3next.chat.session.thinking import CLOSE, OPEN, Piece, ThinkingSplitter
+from qwen3next.chat.thinking import CLOSE, OPEN, Piece, ThinkingSplitter
 from qwen3next.generation.text import TextStream
 
 

@@ -8,11 +8,11 @@ import torch
 from tokenizers import Tokenizer
 
 from qwen3next.api import Qwen3Next
-from qwen3next.cache.hybrid.hybrid import HybridCache, common_prefix
-from qwen3next.chat.session.messages import Content, History, Message, check_messages
-from qwen3next.chat.session.reply import ReplyReader, Stats
-from qwen3next.chat.session.template import ChatTemplate
-from qwen3next.chat.session.thinking import OPEN, Piece, ThinkingSplitter
+from qwen3next.cache.hybrid import HybridCache, common_prefix
+from qwen3next.chat.messages import Content, History, Message, check_messages
+from qwen3next.chat.reply import ReplyReader, Stats
+from qwen3next.chat.template import ChatTemplate
+from qwen3next.chat.thinking import OPEN, Piece, ThinkingSplitter
 from qwen3next.generation.generate import stream
 from qwen3next.generation.generation_config import GenerationConfig
 

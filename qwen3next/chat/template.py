@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, meta
 
-from qwen3next.chat.session.sandbox import environment
+from qwen3next.chat.sandbox import environment
 from qwen3next.files.json_files import read_object
 
 # Templates that accept arguments as JSON text test the type of the arguments.

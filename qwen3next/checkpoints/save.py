@@ -17,7 +17,7 @@ from qwen3next.checkpoints.reader import INDEX, SINGLE, some
 from qwen3next.checkpoints.state_dict_adapter import Entry, Layout, entries
 from qwen3next.files.atomic import fresh_folder
 from qwen3next.files.tensor_files import write
-from qwen3next.hooks.hooked.wrappers import plain_name
+from qwen3next.hooks.wrappers import plain_name
 
 # Sidecar files of a text model, copied along with its weights.
 COMPANIONS = (

@@ -11,9 +11,9 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from qwen3next.chat.session.document import Document
-from qwen3next.chat.session.template import ChatTemplate
-from qwen3next.chat.session.thinking import Piece
+from qwen3next.chat.document import Document
+from qwen3next.chat.template import ChatTemplate
+from qwen3next.chat.thinking import Piece
 from qwen3next.commands.common import Dtype, ExpertPlace, Folder, open_model, open_tokenizer, say_reads
 from qwen3next.commands.screen import Screen, note
 from qwen3next.prefix.store import PrefixStore

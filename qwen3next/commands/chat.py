@@ -4,8 +4,8 @@ import sys
 from collections.abc import Generator
 from typing import Literal
 
-from qwen3next.chat.session.session import ChatTemplate, Conversation, GenerationConfig
-from qwen3next.chat.session.thinking import Piece
+from qwen3next.chat import ChatTemplate, Conversation, GenerationConfig
+from qwen3next.chat.thinking import Piece
 from qwen3next.commands.chat_session import Session
 from qwen3next.commands.common import Dtype, ExpertPlace, Folder, open_model, open_tokenizer, say_reads
 

@@ -4,8 +4,8 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 
-from qwen3next.chat.session.session import Conversation
-from qwen3next.chat.session.thinking import Piece
+from qwen3next.chat import Conversation
+from qwen3next.chat.thinking import Piece
 from qwen3next.commands.interrupt import patient_ctrl_c
 from qwen3next.commands.screen import Screen, note
 

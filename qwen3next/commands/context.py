@@ -3,7 +3,7 @@
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from qwen3next.cache.hybrid.hybrid import HybridCache
+from qwen3next.cache.hybrid import HybridCache
 from qwen3next.commands.common import Target, config_of, show
 from qwen3next.files.sizes import binary
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from qwen3next.chat.session.thinking import CLOSE, OPEN, Kind
+from qwen3next.chat.thinking import CLOSE, OPEN, Kind
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 # A model may write control sequences: replace all control characters except newline and tab.

@@ -19,7 +19,7 @@ from layers.rope import Rotation
 from layers.segments import Segments
 from layers.state.kv_cache import KVState
 from layers.state.static_kv_cache import StaticKV
-from qwen3next.cache.hybrid.hybrid import HybridCache
+from qwen3next.cache.hybrid import HybridCache
 from qwen3next.decoding.guard import Guard
 from qwen3next.decoding.protocol import Decodable, like
 from qwen3next.decoding.why_not import why_not

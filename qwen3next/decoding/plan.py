@@ -14,7 +14,7 @@ from torch import Tensor
 from layers.kernels.cpp.operands import address, operand
 from layers.kernels.cpp.step import DTYPES, kernels
 from layers.segments import Segments
-from qwen3next.cache.hybrid.hybrid import HybridCache
+from qwen3next.cache.hybrid import HybridCache
 from qwen3next.decoding.arguments import Arguments
 from qwen3next.decoding.describe_model import describe
 from qwen3next.decoding.guard import Guard

@@ -16,7 +16,7 @@ from layers.kernels.cpp.operands import address, side_by_side
 from layers.kernels.cpp.step import DTYPES, KeysAndValues, Part, RecurrentState
 from layers.segments import Segments
 from layers.state.kv_cache import KVState
-from qwen3next.cache.hybrid.hybrid import HybridCache
+from qwen3next.cache.hybrid import HybridCache
 from qwen3next.decoding.arguments import Arguments
 from qwen3next.decoding.describe_model import FLOATS
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from layers.dispatch.attached import attached
 from layers.segments import Segments
-from qwen3next.cache.hybrid.hybrid import HybridCache, new_cache
+from qwen3next.cache.hybrid import HybridCache, new_cache
 from qwen3next.config import ModelConfig
 from qwen3next.decoding.cuda_graph import graph_for
 from qwen3next.decoding.plan import Slot, plan_for

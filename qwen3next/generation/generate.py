@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from layers.segments import Segments
-from qwen3next.cache.hybrid.hybrid import HybridCache
+from qwen3next.cache.hybrid import HybridCache
 from qwen3next.generation.prefill import Prefilling
 from qwen3next.generation.sampling_rules import SamplingRules
-from qwen3next.hooks.hooked.hooked import Hooks
+from qwen3next.hooks.hooked import Hooks
 from qwen3next.inputs import check_ids
 
 

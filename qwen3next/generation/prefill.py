@@ -15,14 +15,14 @@ from layers.norm import at_least_fp32
 from layers.rope import Rotation
 from layers.segments import Segments
 from layers.state.kv_cache import KVState
-from qwen3next.cache.hybrid.hybrid import HybridCache
+from qwen3next.cache.hybrid import HybridCache
 from qwen3next.config import ModelConfig
 from qwen3next.decoding.stepping import Stepping
 from qwen3next.files.sizes import binary, parse_bytes
 from qwen3next.generation.block_parts import TOKENS as PART
 from qwen3next.generation.block_parts import run_block
 from qwen3next.generation.generation_config import GenerationConfig
-from qwen3next.hooks.hooked.hooked import Hooked
+from qwen3next.hooks.hooked import Hooked
 from qwen3next.inputs import check_ids
 
 GRID = 64  # tokens: chunks that end on it leave no trace in bf16

@@ -1,5 +1,5 @@
 """Hooks on named tensors: names, recording, materialised states, module wrappers."""
 
-from qwen3next.hooks.hooked.hooked import Hooked
+from qwen3next.hooks.hooked import Hooked
 
 __all__ = ["Hooked"]

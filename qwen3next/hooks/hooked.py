@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from layers.hook_point import HookPoint
-from qwen3next.hooks.hooked.materialize import expose
-from qwen3next.hooks.hooked.names import Chosen, Filter, aliases, choose
-from qwen3next.hooks.hooked.recording import Metric, PosSlice, Recording, next_token_loss
-from qwen3next.hooks.hooked.wrappers import plain_name
+from qwen3next.hooks.materialize import expose
+from qwen3next.hooks.names import Chosen, Filter, aliases, choose
+from qwen3next.hooks.recording import Metric, PosSlice, Recording, next_token_loss
+from qwen3next.hooks.wrappers import plain_name
 
 Hook = Callable[[Tensor, HookPoint], Tensor | None]
 Hooks = Sequence[tuple[Filter, Hook]]

@@ -15,7 +15,7 @@ from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import GatedDeltaNet
 from layers.norm import RMSNorm, at_least_fp32
 from qwen3next.block import Block
-from qwen3next.hooks.hooked.wrappers import unwrapped
+from qwen3next.hooks.wrappers import unwrapped
 from qwen3next.interp.points import CachedPoints, Index, as_index
 
 Components = Float[Tensor, "c b t width"]

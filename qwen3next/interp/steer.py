@@ -9,8 +9,8 @@ from torch import Tensor
 
 from layers.gated_deltanet import DeltaNetState
 from layers.hook_point import HookPoint
-from qwen3next.cache.hybrid.hybrid import HybridCache
-from qwen3next.hooks.hooked.names import Filter
+from qwen3next.cache.hybrid import HybridCache
+from qwen3next.hooks.names import Filter
 
 
 @contextmanager

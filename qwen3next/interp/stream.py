@@ -23,7 +23,7 @@ from layers.segments import Segments
 from qwen3next.files import json_files
 from qwen3next.files.atomic import fresh_file
 from qwen3next.files.tensor_files import write
-from qwen3next.hooks.hooked.names import Filter
+from qwen3next.hooks.names import Filter
 from qwen3next.interp.points import identity
 
 INDEX = "index.json"

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from layers.gated_deltanet import DeltaNetState
 from qwen3next.api import Qwen3Next
-from qwen3next.cache.hybrid.files import identity
-from qwen3next.cache.hybrid.hybrid import HybridCache
+from qwen3next.cache.files import identity
+from qwen3next.cache.hybrid import HybridCache
 from qwen3next.files.sizes import binary, parse_bytes
 from qwen3next.generation.prefill import GRID
 from qwen3next.prefix.files import PrefixFolder

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from layers.state.kv_cache import KVState, Stored
-from qwen3next.cache.hybrid.hybrid import HybridCache, common_prefix
+from qwen3next.cache.hybrid import HybridCache, common_prefix
 
 Piece = list[Stored]  # keys and values per softmax layer, the MTP layer last
 

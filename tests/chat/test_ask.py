@@ -12,7 +12,7 @@ from conftest import small_model
 
 import qwen3next as q
 from qwen3next import cli
-from qwen3next.chat.session.template import ChatTemplate
+from qwen3next.chat.template import ChatTemplate
 
 BOOK = "It was a dark night. " * 30
 

@@ -8,7 +8,7 @@ from chatting import PLAIN, PREFILLED, TEMPLATES, THINKING, scripted, tokenizer
 from conftest import small_model
 
 import qwen3next as q
-from qwen3next.chat.session.session import ChatTemplate, Conversation, GenerationConfig
+from qwen3next.chat import ChatTemplate, Conversation, GenerationConfig
 
 TOKENS = {"eos_token": "<|im_end|>"}
 

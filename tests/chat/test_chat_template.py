@@ -6,7 +6,7 @@ import pytest
 from chatting import PLAIN, TEMPLATES, tokenizer, write_chat_files
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qwen3next.chat.session.template import ChatTemplate
+from qwen3next.chat.template import ChatTemplate
 
 WEATHER = {
     "type": "function",

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qwen3next.chat.session.messages import History, check_messages
+from qwen3next.chat.messages import History, check_messages
 
 EXCHANGE = [{"role": "user", "content": "ä"}, {"role": "assistant", "content": "b", "reasoning_content": "c"}]
 

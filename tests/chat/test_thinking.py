@@ -2,7 +2,7 @@
 
 import pytest
 
-from qwen3next.chat.session.thinking import ThinkingSplitter
+from qwen3next.chat.thinking import ThinkingSplitter
 
 # text, whether the prompt opened the thinking, thinking, answer
 CASES = {

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import qwen3next as q
+from layers.chunk_decay import FORGOTTEN, bounded
 from layers.delta_rule import gated_delta_rule
 from layers.dispatch.backends import why_not
 from layers.kernels import chunked_recompute as piecewise_delta_rule
-from layers.kernels.chunk_decay import FORGOTTEN, bounded
 from layers.norm import l2_normalise
 from layers.segments import Segments
 from layers.variants.simple_gla import gated_linear_rule
