@@ -27,7 +27,7 @@ demo: $(READY) ## train a tiny model on this machine and inspect it
 test: $(READY) ## the tests that need no GPU, without the slow ones
 	$(ONE_THREAD) $(RUN) -m pytest -n 2
 
-# layers/kernels/cpp/cpu.py explains the choice of a processor and its limits.
+# layers/cpp/cpu.py explains the choice of a processor and its limits.
 CPU ?= native
 PRECISION ?= auto
 TESTS ?= tests
@@ -38,7 +38,7 @@ test-cpu: $(READY) ## the tests with another CPU's instructions: make test-cpu C
 
 test-cpus: $(READY) ## the tests with each instruction set that this CPU supports; results in test-cpus.txt
 	@: > test-cpus.txt; failed=0; \
-	cpus=$$($(RUN) -c "from layers.kernels.cpp.cpu import possible; print(*possible())") || exit 1; \
+	cpus=$$($(RUN) -c "from layers.cpp.cpu import possible; print(*possible())") || exit 1; \
 	for choice in $$cpus native/fp32 native/bf16; do \
 	  cpu=$${choice%/*}; precision=auto; case $$choice in */*) precision=$${choice#*/};; esac; \
 	  $(call FORCED,$$cpu,$$precision) > test-cpus.log 2>&1 || { failed=1; grep -E "^(FAILED|ERROR)" test-cpus.log >> test-cpus.txt; }; \

@@ -6,7 +6,7 @@ Shapes: b batch, t time (tokens), s time of keys, h heads, k key width, v value 
 a flattened batch.
 """
 
-from layers.kernels.cpp.cpu import bound_torch
+from layers.cpp.cpu import bound_torch
 
 bound_torch()  # before torch runs anything
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import qwen3next as q
-from layers.kernels.cpp import build, ops
-from layers.kernels.cpp.signatures import ARGUMENTS
+from layers.cpp import build, ops
+from layers.cpp.signatures import ARGUMENTS
 from layers.state.update_log import _replay_compiled
 from qwen3next.decoding.plan import MOST_TOKENS
 

@@ -11,9 +11,9 @@ from functools import cache
 
 import torch
 
+from layers.cpp import cpu
+from layers.cpp.build import missing
 from layers.dispatch import self_check
-from layers.kernels.cpp import cpu
-from layers.kernels.cpp.build import missing
 
 
 class Refusal(str):

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layers.causal_conv import convolve, inputs_with_state, last_inputs
+from layers.cpp import functions as native
 from layers.dispatch.registry import implements
 from layers.kernels import cases
-from layers.kernels.cpp import functions as native
 from layers.segments import Segments
 
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from layers.chunk_decay import bounded
+from layers.cpp import functions as native
 from layers.delta_rule import Rule, chunked, exact, recurrent
 from layers.dispatch.registry import implements
 from layers.kernels import cases
 from layers.kernels.chunked_recompute import piecewise as chunked_recompute
-from layers.kernels.cpp import functions as native
 from layers.kernels.isolation import one_by_one, wild
 from layers.segments import Segments
 

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
+from layers.cpp import functions as native
+from layers.cpp import ops
 from layers.dispatch.autocast import product_dtype, under_autocast
 from layers.dispatch.availability import generation
 from layers.dispatch.backends import choose
 from layers.dispatch.registry import implements, on_auto
 from layers.expert_choices import check_experts, expert_numbers
-from layers.kernels.cpp import functions as native
-from layers.kernels.cpp import ops
 from layers.kernels.grouped_linear import grouped_linear, runs, wide
 from layers.kernels.linear import spans
 from layers.mlp import activate

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from layers.cpp import functions as native
 from layers.dispatch.registry import implements
 from layers.hook_point import HookPoint
-from layers.kernels.cpp import functions as native
 from layers.mlp import swiglu
 from layers.norm import gated_rms_norm, rms_norm, scaled
 

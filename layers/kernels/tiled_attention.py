@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from layers.cpp import ops as native
 from layers.dispatch.backends import choose
-from layers.kernels.cpp import ops as native
 from layers.norm import at_least_fp32
 from layers.segments import Run, Segments
 from layers.state.kv_cache import KVState

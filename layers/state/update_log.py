@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from layers.kernels.cpp.operands import address, operand
-from layers.kernels.cpp.step import DTYPES, Sizes, kernels
+from layers.cpp.operands import address, operand
+from layers.cpp.step import DTYPES, Sizes, kernels
 from layers.norm import at_least_fp32
 from layers.state.written import written
 
@@ -154,7 +154,7 @@ def _replay(state: Tensor, keys: Tensor, writes: Tensor, decay: Tensor) -> Tenso
 
 
 def _replay_compiled(state: Tensor, keys: Tensor, writes: Tensor, decay: Tensor) -> Tensor:
-    """As layers/kernels/cpp/decode.cpp."""
+    """As layers/cpp/decode.cpp."""
     (b, h, key_dim, value_dim), (_, n, key_heads, _) = state.shape, keys.shape
     if not key_heads or h % key_heads or state.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{key_heads} key heads cannot serve {h} memories in {state.dtype}.")

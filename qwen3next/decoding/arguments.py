@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from layers.kernels.cpp.operands import address
-from layers.kernels.cpp.step import DTYPES, EmbeddingAndHead, Layer, Mat, Sizes, set_field
+from layers.cpp.operands import address
+from layers.cpp.step import DTYPES, EmbeddingAndHead, Layer, Mat, Sizes, set_field
 from qwen3next.decoding.description import Description
 
 

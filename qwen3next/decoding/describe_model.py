@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 import qwen3next.decoding.kinds  # noqa: F401  # registers the kinds
-from layers.kernels.cpp.step import has_field
+from layers.cpp.step import has_field
 from qwen3next.decoding.description import CALLS, KINDS, REFUSED, Description, Held, Layer, Needed, Number, Place
 from qwen3next.decoding.protocol import Decodable, like
 

@@ -1,7 +1,7 @@
 """The kinds of modules that a compiled step can run, one entry each.
 
 To add a kind of weight (int8, int4, LoRA): register its module here for the role "linear" or "experts", and teach `Mat`
-(layers/kernels/cpp/step.py, decode_arguments.h) how it lies in memory.
+(layers/cpp/step.py, decode_arguments.h) how it lies in memory.
 """
 
 from torch import nn

@@ -1,6 +1,6 @@
 """One decoding step as one call into compiled code, on the CPU.
 
-layers/kernels/cpp/decode.cpp does the arithmetic. A plan holds what it reads: the C structures that were filled from
+layers/cpp/decode.cpp does the arithmetic. A plan holds what it reads: the C structures that were filled from
 the model's description (describe_model.py). The plan is kept in the model's `Slot`. Before every step a guard compares
 the model with the state in which the plan was made (guard.py), so that a change acts on the next step.
 """
@@ -11,8 +11,8 @@ import threading
 import torch
 from torch import Tensor
 
-from layers.kernels.cpp.operands import address, operand
-from layers.kernels.cpp.step import DTYPES, kernels
+from layers.cpp.operands import address, operand
+from layers.cpp.step import DTYPES, kernels
 from layers.segments import Segments
 from qwen3next.cache.hybrid import HybridCache
 from qwen3next.decoding.arguments import Arguments

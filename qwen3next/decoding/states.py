@@ -11,9 +11,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from layers.cpp.operands import address, side_by_side
+from layers.cpp.step import DTYPES, KeysAndValues, Part, RecurrentState
 from layers.gated_deltanet import DeltaNetState
-from layers.kernels.cpp.operands import address, side_by_side
-from layers.kernels.cpp.step import DTYPES, KeysAndValues, Part, RecurrentState
 from layers.segments import Segments
 from layers.state.kv_cache import KVState
 from qwen3next.cache.hybrid import HybridCache

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from layers.kernels.cpp.build import missing
+from layers.cpp.build import missing
 from layers.kernels.linear import FEW, spans
 from layers.moe import RouterStats
 from layers.norm import at_least_fp32

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 import qwen3next as q
-from layers.kernels.cpp import cpu
+from layers.cpp import cpu
 from recipes.training.data import Baseline, compression_baselines
 from recipes.training.documents import plan_split, split_documents
 from recipes.training.shards import Meta, build_shards, read_meta

@@ -11,8 +11,8 @@ from conftest import small_model
 from parity import tokens
 
 import qwen3next as q
+from layers.cpp import build
 from layers.gated_deltanet import DeltaNetState
-from layers.kernels.cpp import build
 from layers.segments import Segments
 from qwen3next.decoding import plan as decode
 from qwen3next.decoding import rotations

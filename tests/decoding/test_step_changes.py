@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
-from layers.kernels.cpp import build
+from layers.cpp import build
 from layers.norm import RMSNorm
 from qwen3next.decoding.plan import Plan
 

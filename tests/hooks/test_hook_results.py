@@ -5,8 +5,8 @@ import torch
 from conftest import small_model
 from parity import tokens
 
+from layers.cpp.build import missing
 from layers.hook_point import HookPoint
-from layers.kernels.cpp.build import missing
 
 PATCHES = {
     "mean over rows": lambda x: x.mean(0, keepdim=True),

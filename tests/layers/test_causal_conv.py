@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from layers.causal_conv import causal_conv
-from layers.kernels.cpp.build import missing
+from layers.cpp.build import missing
 from layers.segments import Segments
 
 

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
+import layers.cpp.build as build
 import layers.dispatch.availability as availability
-import layers.kernels.cpp.build as build
-from layers.kernels.cpp import cpu
+from layers.cpp import cpu
 from recipes.training.settings import pick_precision
 
 FEATURES = {

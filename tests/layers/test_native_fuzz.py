@@ -10,9 +10,9 @@ import pytest
 import torch
 from native_fuzz import ENTRIES, Random, wrong
 
-from layers.kernels.cpp import build, ops
-from layers.kernels.cpp.operands import address, operand
-from layers.kernels.cpp.signatures import ARGUMENTS
+from layers.cpp import build, ops
+from layers.cpp.operands import address, operand
+from layers.cpp.signatures import ARGUMENTS
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"compiled code cannot run: {build.missing()}")
 

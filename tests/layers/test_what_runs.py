@@ -27,7 +27,7 @@ import layers.moe as moe
 import layers.norm as norm
 import qwen3next as q
 import qwen3next.decoding.plan as decode
-from layers.kernels.cpp import attention_ops, conv_ops, expert_ops, operators, row_ops, rule_ops
+from layers.cpp import attention_ops, conv_ops, expert_ops, operators, row_ops, rule_ops
 
 CPU = torch.device("cpu")
 # The C++ functions with their operation.

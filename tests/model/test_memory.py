@@ -6,7 +6,7 @@ import sys
 import pytest
 from test_cli import ROOT
 
-from layers.kernels.cpp.build import missing
+from layers.cpp.build import missing
 
 PROGRAM = """
 import sys, warnings

@@ -23,7 +23,7 @@ import layers.recompute
 import qwen3next as q
 import recipes.pretrain as pretrain
 import recipes.training.checkpoints as checkpoints
-from layers.kernels.cpp import cpu
+from layers.cpp import cpu
 from layers.segments import Segments
 from recipes.training.checkpoints import newest, read_state
 from recipes.training.data import Batch, PackedWindows, ValidationBatches

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from layers.kernels.cpp import ops
+from layers.cpp import ops
 
 
 def delta_rule(

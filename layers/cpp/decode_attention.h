@@ -102,7 +102,7 @@ void weighted_sum(const W* rows, int64_t count, int64_t d, const real* weights, 
         }
 }
 
-// Scores of one query, scaled by `root`, to exp(score - max) in place. Returns their sum and max. score[count …] are 0.
+// Scores of one query, scaled by `root`, to exp(score - max) in place, 0 behind `count`. Returns their sum and max.
 template <class real>
 std::pair<real, real> softmax_parts(real* score, int64_t count, real root) {
     constexpr int64_t L = WIDTH<real>;
@@ -259,7 +259,8 @@ struct AttentionStep {
             if (kv.dtype == BF16 && single) return use((const bf16*)from + at);
             if (kv.dtype == (single ? F32 : F64) && s.dtype != BF16) return use((const real*)from + at);
         }
-        for (int64_t done = 0; done < count;) done += convert_rows(i, h, first + done, count - done, key, to + done * d);
+        for (int64_t done = 0; done < count;)
+            done += convert_rows(i, h, first + done, count - done, key, to + done * d);
         use((const real*)to);
     }
 

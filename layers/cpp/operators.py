@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from layers.kernels.cpp.build import library
-from layers.kernels.cpp.operands import address
+from layers.cpp.build import library
+from layers.cpp.operands import address
 
 FP32, BF16 = torch.float32, torch.bfloat16
 NAMES = {FP32: "fp32", BF16: "bf16"}

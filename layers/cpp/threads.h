@@ -1,7 +1,7 @@
 // Threads that share the work of one call.
 //
-// Work comes in phases of many small items. A thread takes items until none is left, and goes on when all are done. No
-// thread waits for one that the OS has descheduled before it took any. (OpenMP's regions do: beside other busy processes
+// Work comes in phases of many small items. A thread takes items until none is left, and goes on when all are done.
+// No thread waits for one that the OS has descheduled before it took any. (OpenMP's regions do: beside other busy processes
 // they took a third of a step.)
 #pragma once
 #include <atomic>

@@ -67,7 +67,9 @@ void multiply(const Mat& w, int64_t rows, int64_t columns, int64_t n, const void
     const Linear all[] = {{w, {}, rows}};
     pool().run(threads, [&] {
         Worker<real> worker(step);
-        worker.products(all, columns, x, n, [&](int, int64_t row, int64_t r, real v) { save(out, dtype, r * rows + row, v); });
+        worker.products(all, columns, x, n, [&](int, int64_t row, int64_t r, real v) {
+            save(out, dtype, r * rows + row, v);
+        });
     });
 }
 

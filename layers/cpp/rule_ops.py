@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layers.kernels.cpp.operands import operand
-from layers.kernels.cpp.operators import BF16, FP32, NAMES, call, operator
+from layers.cpp.operands import operand
+from layers.cpp.operators import BF16, FP32, NAMES, call, operator
 
 PIECE = 256  # tokens from one kept memory to the next: delta_rule.h
 

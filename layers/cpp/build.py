@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from layers.kernels.cpp import cpu
-from layers.kernels.cpp.signatures import declare
+from layers.cpp import cpu
+from layers.cpp.signatures import declare
 
 FOLDER = Path(__file__).parent
 FLAGS = (

@@ -31,10 +31,12 @@ struct Step {
     Numbers<real> mixed;                                   // what the mixer's output projection reads
     Numbers<real> router_logits, hidden, shared_weight;    // feed-forward
 
-    Step(const Sizes& sizes, const int64_t* before, const void* const* cosines, const void* const* sines, int64_t threads)
-        : s(sizes), past(before), cos(cosines), sin(sines), n(s.b * s.t), threads(threads), longest(longest_context()),
-          phases(s.layers * 8 + 1), x(n * s.width) {
-        const int64_t keys = s.key_heads * s.key_dim, values = s.value_heads * s.value_dim, query = s.heads * s.head_dim;
+    Step(const Sizes& sizes, const int64_t* before, const void* const* cosines, const void* const* sines,
+         int64_t thread_count)
+        : s(sizes), past(before), cos(cosines), sin(sines), n(s.b * s.t), threads(thread_count),
+          longest(longest_context()), phases(s.layers * 8 + 1), x(n * s.width) {
+        const int64_t keys = s.key_heads * s.key_dim, values = s.value_heads * s.value_dim;
+        const int64_t query = s.heads * s.head_dim;
         qkv.resize(n * (2 * keys + values)), z.resize(n * values);
         beta_logit.resize(n * s.value_heads), decay_logit.resize(n * s.value_heads);
         q.resize(n * query), gate.resize(n * query), mixed.resize(n * std::max(values, query));
@@ -93,8 +95,8 @@ struct Worker {
         return std::max<int64_t>(1, std::clamp<int64_t>(wanted, 1 << 13, BYTES) / bytes);
     }
 
-    // Rows of several matrices times `vectors` rows of `in`: give(matrix, row, vector, value), biases added. A matrix of
-    // another dtype than the model's (a router in fp32) gives values that are not rounded.
+    // Rows of several matrices times `vectors` rows of `in`: give(matrix, row, vector, value), biases added. A matrix
+    // of another dtype than the model's (a router in fp32) gives values that are not rounded.
     template <int count, class Give>
     void products(const Linear (&w)[count], int64_t columns, const Numbers<real>& in, int64_t vectors, Give&& give) {
         int64_t begin[count + 1] = {0}, size[count];

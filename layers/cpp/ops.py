@@ -4,11 +4,11 @@ Each checks its arguments: tensors of the dtypes and shapes that its docstring n
 Where a kernel wants contiguous numbers, it gets a contiguous copy.
 """
 
-from layers.kernels.cpp.attention_ops import attend
-from layers.kernels.cpp.conv_ops import convolve, convolve_backward
-from layers.kernels.cpp.expert_ops import combine, route, spread
-from layers.kernels.cpp.row_ops import normalise, normalise_backward, silu_fp32, swiglu, swiglu_backward
-from layers.kernels.cpp.rule_ops import delta_rule, delta_rule_backward
+from layers.cpp.attention_ops import attend
+from layers.cpp.conv_ops import convolve, convolve_backward
+from layers.cpp.expert_ops import combine, route, spread
+from layers.cpp.row_ops import normalise, normalise_backward, silu_fp32, swiglu, swiglu_backward
+from layers.cpp.rule_ops import delta_rule, delta_rule_backward
 
 __all__ = [
     "attend",

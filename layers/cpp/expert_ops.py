@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from layers.kernels.cpp.operands import operand
-from layers.kernels.cpp.operators import BF16, FP32, call, names, operator
+from layers.cpp.operands import operand
+from layers.cpp.operators import BF16, FP32, call, names, operator
 
 
 @operator("(Tensor out, Tensor weights, Tensor places, bool exact) -> Tensor")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from layers.kernels.cpp.build import library
+from layers.cpp.build import library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2, torch.int8: 3}
 

@@ -44,7 +44,8 @@ struct DeltaNetStep {
     }
 
     void project() {
-        const Linear in[] = {{w.in_qkv, {}, channels}, {w.in_z, {}, values}, {w.in_b, {}, s.value_heads}, {w.in_a, {}, s.value_heads}};
+        const Linear in[] = {{w.in_qkv, {}, channels}, {w.in_z, {}, values}, {w.in_b, {}, s.value_heads},
+                             {w.in_a, {}, s.value_heads}};
         real* to[] = {step.qkv.data(), step.z.data(), step.beta_logit.data(), step.decay_logit.data()};
         worker.products(in, s.width, worker.normed, step.n, [&](int m, int64_t row, int64_t r, real v) {
             to[m][r * in[m].rows + row] = v;
@@ -57,7 +58,8 @@ struct DeltaNetStep {
         const int64_t kh = h / share, dk = s.key_dim, dv = s.value_dim, t = s.t;
         const bool first = h % share == 0;  // of those that share the key head: keeps what is the key head's
         worker.scratch.resize(t * (2 * dk + dv) + 2 * dv + dk * dv);
-        real *q = worker.scratch.data(), *k = q + t * dk, *v = k + t * dk, *delta = v + t * dv, *out = delta + dv, *S = out + dv;
+        real *q = worker.scratch.data(), *k = q + t * dk, *v = k + t * dk;  // a row a token
+        real *delta = v + t * dv, *out = delta + dv, *S = out + dv;
         convolve(i, kh * dk, dk, q, first);
         convolve(i, keys + kh * dk, dk, k, first);
         convolve(i, 2 * keys + h * dv, dv, v, true);
@@ -77,7 +79,8 @@ struct DeltaNetStep {
     }
 
     // The delta rule for one token: S decays, recalls for k, takes up the difference to v, and answers q.
-    void update(real* S, real decay, real beta, const real* q, const real* k, const real* v, real* delta, real* out) const {
+    void update(real* S, real decay, real beta, const real* q, const real* k, const real* v, real* delta,
+                real* out) const {
         const int64_t dk = s.key_dim, dv = s.value_dim;
         std::fill(delta, delta + dv, real(0));
         for (int64_t e = 0; e < dk; e++) {

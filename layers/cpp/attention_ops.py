@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from layers.kernels.cpp.operands import operand
-from layers.kernels.cpp.operators import BF16, FP32, NAMES, call, operator
+from layers.cpp.operands import operand
+from layers.cpp.operators import BF16, FP32, NAMES, call, operator
 
 
 @operator("(Tensor q, Tensor k, Tensor v, bool causal) -> Tensor[]")
