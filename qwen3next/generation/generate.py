@@ -161,7 +161,7 @@ def _rest(input_ids: Tensor, segments: Segments, cache: HybridCache) -> tuple[Te
     Raises: ValueError for prompts that do not start with the cache's tokens.
     """
     if segments.sequences != cache.batch:
-        raise ValueError(f"There are {segments.sequences} prompts, but the cache holds {cache.batch} sequences.")
+        raise ValueError(f"The cache holds {cache.batch} sequences, but {segments.sequences} prompts are given.")
     held, number = torch.tensor(cache.lengths, device=input_ids.device), segments.document_ids
     if number is None:
         number = torch.arange(cache.batch, device=input_ids.device)[:, None].expand_as(input_ids)

@@ -184,5 +184,5 @@ def test_a_text_that_a_row_does_not_begin_with_is_named(model):
     other[1, 3] += 1
     with pytest.raises(ValueError, match="Row 1 of the cache holds 5 tokens that the prompt does not start with"):
         q.generate(model, other % 97, cache=cache, max_new_tokens=2)
-    with pytest.raises(ValueError, match="holds 2 sequences and 3 prompts"):
+    with pytest.raises(ValueError, match="holds 2 sequences, but 3 prompts are given"):
         q.generate(model, ids(3, 8), cache=cache, max_new_tokens=2)

@@ -245,7 +245,7 @@ def test_a_failed_save_leaves_the_old_file(cache, tmp_path, monkeypatch):
 def test_what_is_missing_is_said_with_the_filter_that_keeps_it():
     model = small_model()
     cache = cached(model, names_filter="hook_embed")
-    with pytest.raises(NotCachedError, match=r"names_filter='blocks\.0\.hook_resid_mid'\) keeps it"):
+    with pytest.raises(NotCachedError, match=r"call run_with_cache\(…, names_filter='blocks\.0\.hook_resid_mid'\)"):
         cache["resid_mid", 0]
     with pytest.raises(NotCachedError, match=r"'hook_embed', 'blocks\.\*\.hook_attn_out'"):
         cache.decompose_resid()

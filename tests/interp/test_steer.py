@@ -61,7 +61,7 @@ def test_a_state_is_pushed_at_every_step(model64):
 
 
 def test_what_does_not_fit_is_refused(model64):
-    with pytest.raises(ValueError, match=r"width 64, the vector 3"), steer(model64, "hook_embed", torch.ones(3)):
+    with pytest.raises(ValueError, match=r"size 64, the vector 3"), steer(model64, "hook_embed", torch.ones(3)):
         model64(IDS)
     with pytest.raises(RuntimeError, match="did not fire"), steer(model64, "hook_embed", torch.ones(64)):
         pass
