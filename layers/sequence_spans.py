@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Generic, NamedTuple, Self, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
+Spans = TypeVar("Spans", bound="SequenceSpans")  # not Self, which the checker of shapes refuses outside of classes
 
 
 class cached_property(Generic[T]):
@@ -60,13 +61,13 @@ class SequenceSpans:
         """Every row is one whole sequence, and all rows have the same number of tokens before this call."""
         return self.document_ids is None and (len(self.past) == 1 or len(set(self.past)) == 1)
 
-    def after(self, past: Sequence[int]) -> Self:
+    def after(self: Spans, past: Sequence[int]) -> Spans:
         """The same tokens as continuations of sequences of which a cache holds `past` tokens already."""
         if self.document_ids is None:  # quicker than `replace`, which counts in decoding
             return type(self)(self.batch, self.length, self.device, None, self.sequences, tuple(past))  # type: ignore[call-arg]
         return self._with(past=tuple(past))
 
-    def part(self, begin: int, end: int) -> Self:
+    def part(self: Spans, begin: int, end: int) -> Spans:
         """The columns from `begin` up to `end`, with the same sequences. `past` stays: `after` says what is new."""
         if self.document_ids is None:
             return self._with(length=end - begin)
@@ -74,7 +75,7 @@ class SequenceSpans:
         plain = not self.packed and bool((ids >= 0).all())
         return self._with(length=end - begin, document_ids=None if plain else ids)
 
-    def closed(self, x: Tensor) -> tuple[Tensor, Self]:
+    def closed(self: Spans, x: Tensor) -> tuple[Tensor, Spans]:
         """(b, t, …) with the tokens of each row moved together, absent ones behind them, and the segments of that."""
         if x.shape[:2] != (self.batch, self.length):
             raise ValueError(f"segments describe {self.batch} x {self.length} tokens, got {tuple(x.shape[:2])}.")
@@ -115,7 +116,7 @@ class SequenceSpans:
         where = zip(numbers, rows.tolist(), columns.tolist(), strict=True)
         return [Run(n, r, c, c + self.real_lengths[n], self.past[n]) for n, r, c in where]
 
-    def pairs(self) -> tuple[Self | None, int]:
+    def pairs(self: Spans) -> tuple[Spans | None, int]:
         """Each token with the one before it: a sequence's first makes none, so there is one fewer in each.
 
         Returns: where the second ones stand, in columns from the returned number on; None where there are no pairs.
@@ -139,7 +140,7 @@ class SequenceSpans:
         last = (index * self.mask).amax(1, keepdim=True)
         return (~self.mask & (self._previous >= 0) & (index < last)).int().argsort(dim=1, stable=True)
 
-    def _with(self, **changes: Any) -> Self:
+    def _with(self: Spans, **changes: Any) -> Spans:
         return replace(self, **changes)  # type: ignore[type-var]  # every instance is a dataclass
 
     def together(self) -> None:
