@@ -179,9 +179,9 @@ class HybridCache(CacheFiles):
     def _admitted(self, input_ids: Tensor, segments: Segments | None) -> Segments:
         """The segments as continuations of what is held. Raises: ValueError where they do not fit."""
         if segments is None:
-            b, t = input_ids.shape
-            whole = Segments(b, t, input_ids.device, None, b, self.lengths)
-            given = whole if b == self.batch else Segments.full(input_ids)
+            given = Segments.full(input_ids)
+            if given.batch == self.batch:
+                given = Segments(given.batch, given.length, given.device, None, given.batch, self.lengths)
         else:
             given = segments.after(self.lengths) if segments.sequences == self.batch else segments
         if given.sequences != self.batch:

@@ -400,5 +400,5 @@ def test_a_zero_in_a_mask_is_a_token_that_is_not_there(model64):
     assert torch.equal(seen[0], acts["blocks.1.hook_resid_post"])
     with pytest.raises(ValueError, match=r"segments that segments\.closed"):
         model64.run_with_cache(ids, segments=segments)
-    with pytest.raises(ValueError, match="segments describe 3 x 90 tokens, got"):
+    with pytest.raises(ValueError, match="segments describe 3 x 90 tokens, but"):
         model64(ids[:, :5], segments=segments)
