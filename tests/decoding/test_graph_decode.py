@@ -12,7 +12,6 @@ from conftest import small_config, small_model
 from parity import tokens
 from test_decode import SHAPES, apart
 
-import layers.delta_rule as delta_rule
 import layers.dispatch.backends as backends
 import qwen3next as q
 from layers.segments import Segments
@@ -208,7 +207,7 @@ def test_what_cannot_be_captured_runs_in_the_modules_and_says_so(monkeypatch):
 def test_no_value_is_read_on_the_host(monkeypatch, batch):
     monkeypatch.setattr(torch, "autocast", lambda *_args, **_options: nullcontext())  # the meta device has no autocast
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_args: False)
-    assert delta_rule.choose("delta_rule", "auto", torch.empty(1, device="meta")) == "chunked"
+    assert backends.choose("delta_rule", "auto", torch.empty(1, device="meta")) == "chunked"
     with torch.device("meta"), torch.no_grad():
         model = q.Qwen3Next(small_config()).eval()
         cache = model.new_cache(batch, max_len=30)
