@@ -266,7 +266,7 @@ def one_strong_token() -> None:
     Outputs are of order 1; the other log decays lie between 0 and −0.05.
     """
     theirs = transformers.models.qwen3_next.modeling_qwen3_next.torch_chunk_gated_delta_rule
-    backends = ("chunked", "piecewise", "cpp", "recurrent")
+    backends = ("chunked", "chunked_recompute", "cpp", "recurrent")
     head("log decay", *backends, "transformers, chunked")
     for strong in (-1e2, -1e4, -1e6, -torch.inf):
         rng = torch.Generator().manual_seed(0)

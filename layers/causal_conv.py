@@ -17,26 +17,26 @@ State = Float[Tensor, "n carried d"]  # n is b, or the number of packed sequence
 
 def causal_conv(
     x: Float[Tensor, "b t d"],
-    weight: Float[Tensor, "d taps"],
+    weight: Float[Tensor, "d kernel_size"],
     *,
     state: State | None = None,
     segments: Segments | None = None,
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "b t d"], State]:
-    """silu(Σ_j weight[:, taps − 1 − j] · x[t − j]) over the tokens of the same sequence.
+    """silu(Σ_j weight[:, kernel_size − 1 − j] · x[t − j]) over the tokens of the same sequence.
 
     Args:
         x: inputs; outputs at padding are meaningless but finite.
         weight: one filter a channel, the last tap meets the present token (torch's conv1d order).
-        state: the taps − 1 inputs before the first token of each row, oldest first; None means zeros. Where rows are
-            packed, it may hold those of each sequence instead. Not modified.
+        state: the kernel_size − 1 inputs before the first token of each row, oldest first; None means zeros. For packed
+            rows it may hold those of each sequence instead. Not modified.
         segments: where sequences begin and end; None means every row is one sequence.
         backend: "torch", "cpp" (CPU) or "fla" (CUDA); "auto" picks.
     Returns: output (b t d) and the state after each row's last real token (b taps−1 d), or after each sequence's where
         `state` holds one for each.
     Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
     """
-    segments = None if segments is None or segments.plain else segments
+    segments = None if segments is None or segments.unpadded else segments
     if state is not None and segments is not None and segments.has_state_each(state):
         return each_sequence(causal_conv, segments, state, x, x, weight=weight, backend=backend)
     x = x if segments is None else segments.real(x)
@@ -57,7 +57,7 @@ def convolve(x: Tensor, weight: Tensor, *, state: Tensor, segments: Segments | N
 
 
 def inputs_with_state(x: Tensor, state: Tensor, segments: Segments | None) -> Tensor:
-    """(b, taps − 1 + t, d): x behind the inputs carried, which stand directly before each row's first real token."""
+    """(b, kernel_size − 1 + t, d): x behind the state, which is placed directly before each row's first real token."""
     history = torch.cat((state.to(x.dtype), x), dim=1)
     if segments is None:
         return history
@@ -66,9 +66,9 @@ def inputs_with_state(x: Tensor, state: Tensor, segments: Segments | None) -> Te
 
 
 def _without_leaks(y: Tensor, history: Tensor, weight: Tensor, segments: Segments) -> Tensor:
-    """Recompute the few tokens, the first taps − 1 of each sequence, whose filter reached into the sequence before."""
+    """Recompute the first kernel_size − 1 tokens of each sequence, whose filter reached into the sequence before."""
     tap = torch.arange(weight.shape[1], device=y.device)
-    row, column = ((segments.number > 0) & (segments.positions < len(tap) - 1)).nonzero(as_tuple=True)
+    row, column = ((segments.segment_ids > 0) & (segments.positions < len(tap) - 1)).nonzero(as_tuple=True)
     window = history[row[:, None], column[:, None] + tap]  # (n, taps, d)
     own = tap >= len(tap) - 1 - segments.positions[row, column, None]
     return y.index_put((row, column), (window.masked_fill(~own[..., None], 0.0) * weight.mT.to(y.dtype)).sum(1))
@@ -77,11 +77,11 @@ def _without_leaks(y: Tensor, history: Tensor, weight: Tensor, segments: Segment
 def last_inputs(history: Tensor, carried: int, segments: Segments | None) -> Tensor:
     """The inputs that the token after each row's last one will need."""
     if segments is None:
-        return history[:, history.shape[1] - carried :].clone()  # a view would keep all inputs of a long prompt alive
+        return history[:, history.shape[1] - carried :].clone()  # not a view, which keeps all inputs
     place = segments.end[:, None] + torch.arange(carried, device=history.device)  # history lags x by `carried`
     last = history.gather(1, place[..., None].expand(-1, -1, history.shape[2]))
     # A short last sequence must not hand on the inputs of the one before it.
     final = segments.end.clamp(min=1)[:, None] - 1
-    position, number = segments.positions.gather(1, final), segments.number.gather(1, final)
+    position, number = segments.positions.gather(1, final), segments.segment_ids.gather(1, final)
     own = (number <= 0) | (torch.arange(carried, device=history.device) >= carried - 1 - position)
     return last.masked_fill(~own[..., None], 0.0)

@@ -51,9 +51,9 @@ def gated_delta_rule(
         state: before the first token of each row; None means zeros. Where rows are packed, it may hold one state for
             each sequence instead. Not modified.
         segments: where sequences begin and end; None means every row is one sequence.
-        backend: "recurrent" (token loop, the definition), "chunked" (torch, the algebra to read), "piecewise" (the same
-            a few chunks at a time), "cpp" (CPU), "fla" (Triton, CUDA); "auto" picks. The last three
-            multiply in bf16 where v is bf16.
+        backend: "recurrent" (token loop, the definition), "chunked" (torch, the algebra to read), "chunked_recompute"
+            (the same a few chunks at a time, which the backward pass computes again), "cpp" (CPU), "fla" (Triton,
+            CUDA); "auto" picks. The last three multiply in bf16 where v is bf16.
     Returns: output (b t h v) in v's dtype and the state after each row's last token (b h k v), or after each
         sequence's where `state` holds one for each; fp32 or better.
     Raises: ValueError for an unknown backend or head counts that do not divide; RuntimeError where a named backend
@@ -61,7 +61,7 @@ def gated_delta_rule(
     """
     if v.shape[2] % k.shape[2]:
         raise ValueError(f"{v.shape[2]} value heads cannot share {k.shape[2]} key heads: make it a multiple.")
-    segments = None if segments is None or segments.plain else segments
+    segments = None if segments is None or segments.unpadded else segments
     inputs: tuple[Tensor, ...] = (q, k, v, log_decay, beta)
     if segments is not None:
         if state is not None and segments.has_state_each(state):
@@ -95,11 +95,11 @@ def recurrent(
 
     q, k = (heads_first(x.repeat_interleave(share, dim=2)) for x in (q, k))
     v, beta, decay = (heads_first(x) for x in (v, beta[..., None], log_decay.exp()[..., None]))
-    starts = None if segments is None else segments.starts.repeat_interleave(h, dim=0)[..., None, None]
+    resets = None if segments is None else segments.resets.repeat_interleave(h, dim=0)[..., None, None]
     state, outputs = state.flatten(0, 1), []
     for i in range(t):
         q_i, k_i, v_i, beta_i, decay_i = (x[:, i : i + 1] for x in (q, k, v, beta, decay))
-        state = decay_i * (state if starts is None else state.masked_fill(starts[:, i], 0.0))
+        state = decay_i * (state if resets is None else state.masked_fill(resets[:, i], 0.0))
         recalled = k_i @ state
         delta = beta_i * (v_i - recalled) if write is None else write(i, recalled, v_i, beta_i)
         state = torch.baddbmm(state, k_i.mT, delta)
@@ -136,8 +136,8 @@ def chunked(
 
     q, k, v = chunks(q, 1), chunks(k, 1), chunks(v, share)
     beta, log_decay = chunks(beta, share), chunks(log_decay, share)  # (b, kh, share, n, C)
-    starts = None if segments is None else F.pad(segments.starts, (0, pad)).unflatten(1, (-1, CHUNK))[:, None, None]
-    gamma, to_end, pairwise = decays(log_decay, starts)
+    resets = None if segments is None else F.pad(segments.resets, (0, pad)).unflatten(1, (-1, CHUNK))[:, None, None]
+    gamma, to_end, pairwise = decays(log_decay, resets)
 
     solved = unit_lower_inverse(beta[..., None] * pairwise * (k @ k.mT))  # (k @ k.mT) once a key head and shared
     values = ((solved * beta[..., None, :]) @ v).flatten(0, 2).unbind(1)  # n of (b · h, C, ·)

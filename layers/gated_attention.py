@@ -14,8 +14,8 @@ from layers.linear import Linear
 from layers.norm import RMSNorm, at_least_fp32
 from layers.rope import Rotation
 from layers.segments import Segments
-from layers.state.kv_cache import KVState
-from layers.state.static_kv_cache import StaticKV
+from layers.state.kv_cache import KVCache
+from layers.state.static_kv_cache import StaticKVCache
 
 Heads = Float[Tensor, "b t h d"]
 KVHeads = Float[Tensor, "b t kvh d"]
@@ -82,7 +82,7 @@ class GatedAttention(nn.Module):
 
     def __init__(
         self,
-        width: int,
+        hidden_size: int,
         *,
         heads: int,
         kv_heads: int,
@@ -100,21 +100,21 @@ class GatedAttention(nn.Module):
         if gate not in GATE_ROWS:
             raise ValueError(f"There is no gate {gate!r}: choose {', '.join(GATE_ROWS)}.")
         self.heads, self.kv_heads, self.head_dim, self.backend = heads, kv_heads, head_dim, backend
-        self.q_proj = Linear(width, heads * head_dim, bias=bias)
+        self.q_proj = Linear(hidden_size, heads * head_dim, bias=bias)
         gate_rows = GATE_ROWS[gate](head_dim)
-        self.gate_proj = Linear(width, heads * gate_rows, bias=bias) if gate_rows else None
-        self.k_proj = Linear(width, kv_heads * head_dim, bias=bias)
-        self.v_proj = Linear(width, kv_heads * head_dim, bias=bias)
-        self.o_proj = Linear(heads * head_dim, width, bias=bias)
+        self.gate_proj = Linear(hidden_size, heads * gate_rows, bias=bias) if gate_rows else None
+        self.k_proj = Linear(hidden_size, kv_heads * head_dim, bias=bias)
+        self.v_proj = Linear(hidden_size, kv_heads * head_dim, bias=bias)
+        self.o_proj = Linear(heads * head_dim, hidden_size, bias=bias)
         self.q_norm = RMSNorm(head_dim, eps=eps, zero_centred=zero_centred) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim, eps=eps, zero_centred=zero_centred) if qk_norm else nn.Identity()
 
-        self.exposed_pattern = False  # `model.expose(pattern=…)`: run "eager" whatever the backend
+        self.materialized_pattern = False  # `model.materialize(pattern=…)`: run "eager" whatever the backend
         queries, keys = "b t h d", "b t kh d"
         self.hook_q_pre, self.hook_k_pre = HookPoint(queries), HookPoint(keys)  # before their norms
         self.hook_q, self.hook_k, self.hook_v = HookPoint(queries), HookPoint(keys), HookPoint(keys)
         self.hook_rot_q, self.hook_rot_k = HookPoint(queries), HookPoint(keys)  # after RoPE
-        eager = 'model.set_backend("attention", "eager") or model.expose(pattern=[LAYER])'
+        eager = 'model.set_backend("attention", "eager") or model.materialize(pattern=[LAYER])'
         self.hook_scores, self.hook_pattern = HookPoint("b h t s", route=eager), HookPoint("b h t s", route=eager)
         self.hook_o = HookPoint(queries)  # attention's answer before the gate
         if self.gate_proj is not None:
@@ -128,7 +128,7 @@ class GatedAttention(nn.Module):
         rope: Rotation,
         *,
         segments: Segments | None = None,
-        state: KVState | StaticKV | None = None,
+        state: KVCache | StaticKVCache | None = None,
     ) -> Float[Tensor, "b t width"]:
         """Mix tokens. `state`, where given, holds the tokens before, and takes those of this call."""
         x = x if segments is None else segments.real(x)
@@ -147,12 +147,14 @@ class GatedAttention(nn.Module):
         v = self.hook_v(self.v_proj(x).unflatten(-1, (self.kv_heads, -1)))
         return self.hook_rot_k(rope(k)), v
 
-    def attend(self, q: Heads, k: KVHeads, v: KVHeads, segments: Segments, state: KVState | StaticKV | None) -> Heads:
+    def attend(
+        self, q: Heads, k: KVHeads, v: KVHeads, segments: Segments, state: KVCache | StaticKVCache | None
+    ) -> Heads:
         """`attend` in every sequence: over its keys and values of this call, behind those that `state` holds."""
         q, k, v = (segments.real(x) for x in (q, k, v))
         if state is not None:
             state.append(k, v, segments)
-        backend = "eager" if self.exposed_pattern else self.backend
+        backend = "eager" if self.materialized_pattern else self.backend
         points = {"hook_scores": self.hook_scores, "hook_pattern": self.hook_pattern}
         like = as_multiplied(q, head_dim=self.head_dim)
         return run("attention.sequences", backend, like, q, k, v, segments=segments, state=state, **points)

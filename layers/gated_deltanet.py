@@ -26,21 +26,21 @@ class GatedDeltaNet(nn.Module):
 
     Attributes:
         rule: what mixes tokens along time.
-        exposed_positions: absolute positions after which the recurrent state passes `hook_state`.
-        exposed_pattern: whether the rule runs as a matrix, which passes `hook_pattern`.
+        materialized_positions: absolute positions after which the recurrent state passes `hook_state`.
+        materialized_pattern: whether the rule runs as a matrix, which passes `hook_pattern`.
     """
 
     rule: Rule = staticmethod(gated_delta_rule)
 
     def __init__(
         self,
-        width: int,
+        hidden_size: int,
         *,
         key_heads: int,
         value_heads: int,
         key_dim: int,
         value_dim: int,
-        conv_taps: int = 4,
+        conv_kernel_size: int = 4,
         eps: float = 1e-6,
         backend: str = "auto",
     ):
@@ -51,17 +51,17 @@ class GatedDeltaNet(nn.Module):
         self.eps, self.backend, self.elementwise_backend = eps, backend, "auto"
         self.split = (key_heads * key_dim, key_heads * key_dim, value_heads * value_dim)
         channels = sum(self.split)
-        self.in_proj_qkv = Linear(width, channels, bias=False)
-        self.in_proj_z = Linear(width, value_heads * value_dim, bias=False)
-        self.in_proj_b = Linear(width, value_heads, bias=False)
-        self.in_proj_a = Linear(width, value_heads, bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(channels, conv_taps))
+        self.in_proj_qkv = Linear(hidden_size, channels, bias=False)
+        self.in_proj_z = Linear(hidden_size, value_heads * value_dim, bias=False)
+        self.in_proj_b = Linear(hidden_size, value_heads, bias=False)
+        self.in_proj_a = Linear(hidden_size, value_heads, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(channels, conv_kernel_size))
         self.A_log = nn.Parameter(torch.empty(value_heads))
         self.dt_bias = nn.Parameter(torch.empty(value_heads))
         self.norm = GatedRMSNorm(value_dim, eps=eps)
-        self.out_proj = Linear(value_heads * value_dim, width, bias=False)
-        self.exposed_positions: tuple[int, ...] = ()
-        self.exposed_pattern = False
+        self.out_proj = Linear(value_heads * value_dim, hidden_size, bias=False)
+        self.materialized_positions: tuple[int, ...] = ()
+        self.materialized_pattern = False
         self._make_points()
         self.reset_parameters()
 
@@ -75,10 +75,10 @@ class GatedDeltaNet(nn.Module):
         self.hook_beta_logit, self.hook_beta = HookPoint(gates), HookPoint(gates, dtype="fp32")
         self.hook_log_decay = HookPoint(gates, dtype="fp32")
         looped = 'model.set_backend("delta_rule", "recurrent")'  # and in decoding on CPU, which is that loop
-        self.hook_erased = HookPoint("b 1 h v", dtype="fp32", route=looped)  # once a token
+        self.hook_recalled = HookPoint("b 1 h v", dtype="fp32", route=looped)  # once a token
         self.hook_written = HookPoint("b 1 h v", dtype="fp32", route=looped)
-        self.hook_state = HookPoint("b h k v", dtype="fp32", route="model.expose(state={LAYER: [position]})")
-        self.hook_pattern = HookPoint("b h t s", dtype="fp32", route="model.expose(pattern=[LAYER])")
+        self.hook_state = HookPoint("b h k v", dtype="fp32", route="model.materialize(state={LAYER: [position]})")
+        self.hook_pattern = HookPoint("b h t s", dtype="fp32", route="model.materialize(pattern=[LAYER])")
         self.hook_o = HookPoint(values)  # what the rule returns
         self.hook_gate_logit, self.hook_gate = HookPoint(values), HookPoint(values, dtype="fp32")  # z, silu(z)
         self.hook_gated = HookPoint(values)  # the input of out_proj
@@ -124,8 +124,8 @@ class GatedDeltaNet(nn.Module):
             o, _ = rule(*parts, state=None, segments=segments)
         else:
             corrects = self.rule is gated_delta_rule
-            o, memory = state.extend(rule, inputs, *parts, segments=segments, hooked=hooked, corrects=corrects)
-            state.replace(conv, memory)
+            o, recurrent = state.extend(rule, inputs, *parts, segments=segments, hooked=hooked, corrects=corrects)
+            state.replace(conv, recurrent)
         return self.out_proj(self.hook_gated(self._normed_and_gated(self.hook_o(o), x)).flatten(-2))
 
     def _rule(self) -> tuple[Rule, bool]:
@@ -164,9 +164,9 @@ class GatedDeltaNet(nn.Module):
     @property
     def inside(self) -> tuple[HookPoint, ...]:
         """Points inside the rule."""
-        return self.hook_state, self.hook_pattern, self.hook_erased, self.hook_written
+        return self.hook_state, self.hook_pattern, self.hook_recalled, self.hook_written
 
     @property
     def conv_backend(self) -> str:
         """The convolution follows the delta rule: fused with fused, torch with torch."""
-        return "torch" if self.backend in ("piecewise", "chunked", "recurrent") else self.backend
+        return "torch" if self.backend in ("chunked_recompute", "chunked", "recurrent") else self.backend

@@ -30,12 +30,12 @@ def swiglu(gate: Inner, up: Inner) -> Inner:
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) · up(x)), without biases. Source: arXiv:2002.05202."""
 
-    def __init__(self, width: int, inner: int):
+    def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
         self.backend = "auto"
-        self.gate_proj = Linear(width, inner, bias=False)
-        self.up_proj = Linear(width, inner, bias=False)
-        self.down_proj = Linear(inner, width, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         return self.down_proj(activate(self.gate_proj(x), self.up_proj(x), backend=self.backend))

@@ -67,11 +67,11 @@ class Experts(nn.Module):
         linear_backend, elementwise_backend: of their products and activations.
     """
 
-    def __init__(self, width: int, inner: int, count: int, *, backend: str = "auto"):
+    def __init__(self, hidden_size: int, intermediate_size: int, count: int, *, backend: str = "auto"):
         super().__init__()
         self.backend, self.linear_backend, self.elementwise_backend = backend, "auto", "auto"
-        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * inner, width))
-        self.down_proj = nn.Parameter(torch.empty(count, width, inner))
+        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * intermediate_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(count, hidden_size, intermediate_size))
 
     def forward(
         self, x: Float[Tensor, "n width"], weights: Float[Tensor, "n k"], indices: Int[Tensor, "n k"]
@@ -85,43 +85,43 @@ class Experts(nn.Module):
         return run("experts", self.backend, as_multiplied(x), x, weights, indices, *matrices, **backends)
 
     def extra_repr(self) -> str:
-        e, width, inner = self.down_proj.shape
-        return f"{e} x ({width} -> {inner} -> {width})"
+        e, hidden_size, intermediate_size = self.down_proj.shape
+        return f"{e} x ({hidden_size} -> {intermediate_size} -> {hidden_size})"
 
 
 class SparseMoE(nn.Module):
     """A router picks top_k of the experts for every token; a shared expert serves all, scaled by its own gate.
 
-    With `shared_inner` 0 there is no shared expert.
+    With `shared_intermediate_size` 0 there is no shared expert.
 
-    Router: linear → fp32 softmax over **all** experts → top-k → renormalise → cast, in this order. Of experts with
+    Router: linear → fp32 softmax over **all** experts → top-k → norm_topk_prob → cast, in this order. Of experts with
     equal logits the lower number comes first.
     """
 
     def __init__(
         self,
-        width: int,
+        hidden_size: int,
         *,
         experts: int,
         top_k: int,
-        inner: int,
-        shared_inner: int,
-        renormalise: bool = True,
+        intermediate_size: int,
+        shared_intermediate_size: int,
+        norm_topk_prob: bool = True,
         backend: str = "auto",
     ):
         super().__init__()
         if not 1 <= top_k <= experts:
             raise ValueError(f"Cannot route to {top_k} of {experts} experts: choose 1 to {experts}.")
-        self.top_k, self.renormalise = top_k, renormalise
-        self.router = Linear(width, experts, bias=False)
-        self.experts: nn.Module = Experts(width, inner, experts, backend=backend)
-        self.shared_expert = SwiGLU(width, shared_inner) if shared_inner else None
+        self.top_k, self.norm_topk_prob = top_k, norm_topk_prob
+        self.router = Linear(hidden_size, experts, bias=False)
+        self.experts: nn.Module = Experts(hidden_size, intermediate_size, experts, backend=backend)
+        self.shared_expert = SwiGLU(hidden_size, shared_intermediate_size) if shared_intermediate_size else None
 
         self.hook_router_logits, self.hook_router_weights = HookPoint("b t e"), HookPoint("b t top_k")
         self.hook_router_indices = HookPoint("b t top_k", dtype="int64")
         self.hook_expert_out = HookPoint("b t top_k width")  # each choice's row before its weight
         if self.shared_expert is not None:
-            self.shared_expert_gate = Linear(width, 1, bias=False)
+            self.shared_expert_gate = Linear(hidden_size, 1, bias=False)
             self.hook_shared_gate = HookPoint("b t 1")
             self.hook_shared_out = HookPoint("b t width")  # before its gate
 
@@ -143,7 +143,7 @@ class SparseMoE(nn.Module):
         indices = self.hook_router_indices(indices)
         if self.hook_router_indices.active:
             check_experts(indices, logits.shape[-1])
-        if self.renormalise:
+        if self.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         weights = self.hook_router_weights(weights.to(x.dtype))
         y = recomputing(self, x, weights, indices, run=self._expert_sum)  # of the same choices, whatever is made again

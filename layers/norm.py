@@ -66,10 +66,10 @@ class RMSNorm(nn.Module):
     Both orders are the checkpoints'.
     """
 
-    def __init__(self, width: int, *, eps: float = 1e-6, zero_centred: bool = True):
+    def __init__(self, dim: int, *, eps: float = 1e-6, zero_centred: bool = True):
         super().__init__()
         self.eps, self.zero_centred, self.backend = eps, zero_centred, "auto"
-        self.weight = nn.Parameter(torch.zeros(width) if zero_centred else torch.ones(width))
+        self.weight = nn.Parameter(torch.zeros(dim) if zero_centred else torch.ones(dim))
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, 0.0 if self.zero_centred else 1.0)
@@ -106,10 +106,10 @@ class GatedRMSNorm(nn.Module):
         activation: "silu", the checkpoints', or "sigmoid".
     """
 
-    def __init__(self, width: int, *, eps: float = 1e-6, activation: str = "silu"):
+    def __init__(self, dim: int, *, eps: float = 1e-6, activation: str = "silu"):
         super().__init__()
         self.eps, self.backend, self.activation = eps, "auto", activation
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.ones(dim))
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from layers.sequence_spans import Run, SequenceSpans, cached_property
+from layers.sequence_spans import SequenceSpan, SequenceSpans, cached_property
 
-__all__ = ["UNKNOWN", "Run", "Segments"]
+__all__ = ["UNKNOWN", "Segments", "SequenceSpan"]
 UNKNOWN = -1  # sequences: in a traced graph, which cannot count them
 
 
@@ -25,7 +25,7 @@ class Segments(SequenceSpans):
         sequences: how many there are, row by row; a row without tokens is one of no tokens. 0: counted (UNKNOWN where
             a graph is traced). Where it is given, document_ids are numbers of sequences, some of which may have no
             token here (see `part`).
-        past: tokens of each sequence that a cache already holds.
+        offsets: tokens of each sequence that a cache already holds.
         gapped: absent tokens stand within a sequence; a model moves such tokens together, layers refuse them.
     """
 
@@ -34,23 +34,27 @@ class Segments(SequenceSpans):
     device: torch.device
     document_ids: Tensor | None = None
     sequences: int = 0
-    past: tuple[int, ...] = ()
+    offsets: tuple[int, ...] = ()
     gapped: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         tracing = torch.compiler.is_compiling()
         if not self.sequences and self.document_ids is not None and tracing:
-            for name, value in (("sequences", UNKNOWN), ("past", (0,)), ("gapped", True)):  # gapped, for all it knows
+            for name, value in (
+                ("sequences", UNKNOWN),
+                ("offsets", (0,)),
+                ("gapped", True),
+            ):  # gapped, for all it knows
                 object.__setattr__(self, name, value)
         if not self.sequences:
             count = self.batch
             if self.document_ids is not None:
-                count = int((self.number.amax(1) + 1).clamp(min=1).sum())
+                count = int((self.segment_ids.amax(1) + 1).clamp(min=1).sum())
                 object.__setattr__(self, "document_ids", self._numbered())
             object.__setattr__(self, "sequences", count)
-        if not self.past:
-            object.__setattr__(self, "past", (0,) * self.sequences)
-        assert len(self.past) == self.sequences or self.sequences == UNKNOWN
+        if not self.offsets:
+            object.__setattr__(self, "offsets", (0,) * self.sequences)
+        assert len(self.offsets) == self.sequences or self.sequences == UNKNOWN
         if self.document_ids is not None and not tracing and bool((self._gaps & self.mask).any()):
             object.__setattr__(self, "gapped", True)
 
@@ -86,11 +90,11 @@ class Segments(SequenceSpans):
 
     def _numbered(self) -> Tensor:
         """document_ids as numbers of the sequences, counted through the rows."""
-        first = torch.nn.functional.pad((self.number.amax(1) + 1).clamp(min=1).cumsum(0)[:-1], (1, 0))
-        return (first[:, None] + self.number).masked_fill(~self.mask, -1)
+        first = torch.nn.functional.pad((self.segment_ids.amax(1) + 1).clamp(min=1).cumsum(0)[:-1], (1, 0))
+        return (first[:, None] + self.segment_ids).masked_fill(~self.mask, -1)
 
     @property
-    def plain(self) -> bool:
+    def unpadded(self) -> bool:
         """Every row is one sequence without padding."""
         return self.document_ids is None
 
@@ -118,10 +122,10 @@ class Segments(SequenceSpans):
         return torch.where(index == 0, -1, latest.roll(1, dims=1))
 
     @cached_property
-    def starts(self) -> Tensor:
+    def resets(self) -> Tensor:
         """(b, t) True where the recurrent state must be cleared: first tokens of all sequences but a row's first.
 
-        A row's first sequence starts from the state that it is given: zeros, or a cache.
+        A row's first sequence resets from the state that it is given: zeros, or a cache.
         """
         if self.document_ids is None:
             return torch.zeros(self.batch, self.length, dtype=torch.bool, device=self.device)
@@ -131,21 +135,21 @@ class Segments(SequenceSpans):
     @cached_property
     def _gaps(self) -> Tensor:
         index = torch.arange(self.length, device=self.device)
-        return (self._previous >= 0) & (self._previous != index - 1) & ~self.starts
+        return (self._previous >= 0) & (self._previous != index - 1) & ~self.resets
 
     @cached_property
-    def number(self) -> Tensor:
+    def segment_ids(self) -> Tensor:
         """(b, t) number of each token's segment in its row, from 0; -1 for padding."""
-        return self.starts.long().cumsum(1).masked_fill(~self.mask, -1)
+        return self.resets.long().cumsum(1).masked_fill(~self.mask, -1)
 
     @cached_property
     def positions(self) -> Tensor:
         """(b, t) position of each token in its sequence, counting what a cache holds; 0 for padding."""
-        past = torch.tensor(self.past, device=self.device)[:, None]
+        past = torch.tensor(self.offsets, device=self.device)[:, None]
         if self.document_ids is None:
             return past + torch.arange(self.length, device=self.device)
         count = self.mask.long().cumsum(1) - 1
-        begin = torch.where(self.starts, count, 0).cummax(dim=1).values
+        begin = torch.where(self.resets, count, 0).cummax(dim=1).values
         positions = count - begin
         if self.sequences != UNKNOWN:
             positions = positions + past.flatten()[self.document_ids.clamp(min=0)]
@@ -168,7 +172,7 @@ class Segments(SequenceSpans):
     def attention_mask(self) -> Tensor:
         """(b, 1, t, t) True where a query may look: causal, inside its segment. Padding sees itself, to stay finite."""
         self.together()
-        same = self.number[:, :, None] == self.number[:, None, :]
+        same = self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
         causal = torch.ones(self.length, self.length, dtype=torch.bool, device=self.device).tril()
         diagonal = torch.eye(self.length, dtype=torch.bool, device=self.device)
         return ((same & causal & self.mask[:, :, None]) | diagonal)[:, None]
@@ -180,7 +184,7 @@ class Segments(SequenceSpans):
         Padding belongs to the segment before it, or to its row's first: kernels must be given a neutral input there.
         """
         self.together()
-        edge = self.starts.clone()
+        edge = self.resets.clone()
         edge[:, 0] = True
         begins = edge.flatten().nonzero().flatten()
         return torch.nn.functional.pad(begins, (0, 1), value=self.batch * self.length).int()
@@ -190,5 +194,5 @@ class Segments(SequenceSpans):
         self.together()
         same = torch.zeros(self.batch, self.length, dtype=torch.bool, device=self.device)
         if ahead < self.length:
-            same[:, :-ahead] = (self.number[:, ahead:] == self.number[:, :-ahead]) & self.mask[:, :-ahead]
+            same[:, :-ahead] = (self.segment_ids[:, ahead:] == self.segment_ids[:, :-ahead]) & self.mask[:, :-ahead]
         return same

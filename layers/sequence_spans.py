@@ -24,14 +24,14 @@ class cached_property(Generic[T]):
         return made
 
 
-class Run(NamedTuple):
+class SequenceSpan(NamedTuple):
     """Where a sequence's tokens lie: its number, its row, first column, column after its last, tokens before them."""
 
     sequence: int
     row: int
     begin: int
     end: int
-    past: int
+    offset: int
 
 
 class SequenceSpans:
@@ -45,10 +45,10 @@ class SequenceSpans:
     device: torch.device
     document_ids: Tensor | None
     sequences: int
-    past: tuple[int, ...]
+    offsets: tuple[int, ...]
     gapped: bool
     mask: cached_property[Tensor]
-    starts: cached_property[Tensor]
+    resets: cached_property[Tensor]
     _previous: cached_property[Tensor]
 
     @property
@@ -57,18 +57,18 @@ class SequenceSpans:
         return self.sequences > self.batch
 
     @property
-    def aligned(self) -> bool:
+    def uniform_offset(self) -> bool:
         """Every row is one whole sequence, and all rows have the same number of tokens before this call."""
-        return self.document_ids is None and (len(self.past) == 1 or len(set(self.past)) == 1)
+        return self.document_ids is None and (len(self.offsets) == 1 or len(set(self.offsets)) == 1)
 
     def after(self: Spans, past: Sequence[int]) -> Spans:
         """The same tokens as continuations of sequences of which a cache holds `past` tokens already."""
         if self.document_ids is None:  # quicker than `replace`, which counts in decoding
             return type(self)(self.batch, self.length, self.device, None, self.sequences, tuple(past))  # type: ignore[call-arg]
-        return self._with(past=tuple(past))
+        return self._with(offsets=tuple(past))
 
     def part(self: Spans, begin: int, end: int) -> Spans:
-        """The columns from `begin` up to `end`, with the same sequences. `past` stays: `after` says what is new."""
+        """The columns from `begin` up to `end`, with the same sequences. `offsets` stay: `after` says what is new."""
         if self.document_ids is None:
             return self._with(length=end - begin)
         ids = self.document_ids[:, begin:end]
@@ -100,38 +100,38 @@ class SequenceSpans:
     @cached_property
     def ends(self) -> tuple[int, ...]:
         """Tokens of each sequence with these counted in: where a cache stands afterwards."""
-        if self.document_ids is None and len(self.past) == 1:  # quicker, which counts in decoding
-            return (self.past[0] + self.length,)
-        return tuple(past + new for past, new in zip(self.past, self.real_lengths, strict=True))
+        if self.document_ids is None and len(self.offsets) == 1:  # quicker, which counts in decoding
+            return (self.offsets[0] + self.length,)
+        return tuple(past + new for past, new in zip(self.offsets, self.real_lengths, strict=True))
 
     @cached_property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[SequenceSpan]:
         """Where each sequence that has tokens here lies, in order."""
         self.together()
         if self.document_ids is None:
-            return [Run(r, r, 0, self.length, past) for r, past in enumerate(self.past)]
-        opens = self.mask & (self.starts | (self._previous < 0))
+            return [SequenceSpan(r, r, 0, self.length, past) for r, past in enumerate(self.offsets)]
+        opens = self.mask & (self.resets | (self._previous < 0))
         rows, columns = opens.nonzero(as_tuple=True)
         numbers = self.document_ids[rows, columns].tolist()
         where = zip(numbers, rows.tolist(), columns.tolist(), strict=True)
-        return [Run(n, r, c, c + self.real_lengths[n], self.past[n]) for n, r, c in where]
+        return [SequenceSpan(n, r, c, c + self.real_lengths[n], self.offsets[n]) for n, r, c in where]
 
     def pairs(self: Spans) -> tuple[Spans | None, int]:
         """Each token with the one before it: a sequence's first makes none, so there is one fewer in each.
 
         Returns: where the second ones stand, in columns from the returned number on; None where there are no pairs.
         """
-        past = tuple(max(n - 1, 0) for n in self.past)
-        if self.document_ids is None and min(self.past):
-            return self._with(past=past), 0
-        if self.document_ids is None and not max(self.past):
-            return (self._with(length=self.length - 1, past=past), 1) if self.length > 1 else (None, 0)
+        past = tuple(max(n - 1, 0) for n in self.offsets)
+        if self.document_ids is None and min(self.offsets):
+            return self._with(offsets=past), 0
+        if self.document_ids is None and not max(self.offsets):
+            return (self._with(length=self.length - 1, offsets=past), 1) if self.length > 1 else (None, 0)
         ids = torch.arange(self.batch, device=self.device)[:, None].expand(-1, self.length)
         ids = (ids if self.document_ids is None else self.document_ids).clone()
         for run in self.runs:
-            if not run.past:
+            if not run.offset:
                 ids[run.row, run.begin] = -1
-        return (self._with(document_ids=ids, past=past), 0) if bool((ids >= 0).any()) else (None, 0)
+        return (self._with(document_ids=ids, offsets=past), 0) if bool((ids >= 0).any()) else (None, 0)
 
     @cached_property
     def _order(self) -> Tensor:

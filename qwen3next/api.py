@@ -31,7 +31,7 @@ class Qwen3Next(Backends):
         self.weight_sums = WeightSums()
 
     def extend_context(self, factor: float) -> None:
-        """Stretch RoPE by YaRN for contexts `factor` times as long as in training; 1 takes it back.
+        """Span RoPE by YaRN for contexts `factor` times as long as in training; 1 takes it back.
 
         Caches made before are refused from now on. Short contexts lose a little: use the smallest factor that serves.
         """
@@ -64,7 +64,7 @@ def load(
             in, which their arithmetic uses.
         device: "auto" is CUDA where there is one, else the CPU.
         progress: show a bar on the terminal.
-        experts: where routed experts are. "memory"; "int8", in a byte a weight with a scale an output row; "mmap", in
+        experts: where routed experts are. "memory"; "int8", in a byte a weight with a scale an output row; "disk", in
             the files, from which the experts that tokens route to are read into a cache, so that a model runs that is
             several times larger than memory. docs/larger_than_memory.md has figures.
         expert_cache: bytes for experts read from the files, as "2GiB"; `model.expert_cache.report` tells the hit rate.

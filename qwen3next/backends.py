@@ -18,7 +18,7 @@ from layers.norm import GatedRMSNorm, RMSNorm
 from layers.segments import Segments
 from qwen3next.block import Block
 from qwen3next.config import ModelConfig
-from qwen3next.decoding.plan import Slot
+from qwen3next.decoding.plan import PlanCache
 from qwen3next.generation.prefill import Prefilling
 
 
@@ -61,7 +61,7 @@ class Backends(Prefilling):
             raise ValueError(f"There is no operation {operation!r} to choose for: {known}.")
         with torch.no_grad():
             choose_for(operation, name, self.device, self.dtype)
-        self.decode_slot = Slot()  # look anew at the next step
+        self.plan_cache = PlanCache()  # look anew at the next step
         if operation not in kinds:
             setattr(self, attribute, name)
             return

@@ -11,12 +11,12 @@ from layers.norm import RMSNorm
 from layers.recompute import recomputing
 from layers.rope import Rotation
 from layers.segments import Segments
-from layers.state.kv_cache import KVState
-from layers.state.static_kv_cache import StaticKV
+from layers.state.kv_cache import KVCache
+from layers.state.static_kv_cache import StaticKVCache
 from qwen3next.config import ModelConfig
 from qwen3next.mixers import linear_attention, softmax_attention
 
-BlockState = KVState | StaticKV | DeltaNetState | None  # what a block's mixer keeps between calls; None: nothing
+BlockState = KVCache | StaticKVCache | DeltaNetState | None  # what a block's mixer keeps between calls; None: nothing
 
 
 class Block(nn.Module):
@@ -37,9 +37,9 @@ class Block(nn.Module):
                 c.hidden_size,
                 experts=c.num_experts,
                 top_k=c.num_experts_per_tok,
-                inner=c.moe_intermediate_size,
-                shared_inner=c.shared_expert_intermediate_size,
-                renormalise=c.norm_topk_prob,
+                intermediate_size=c.moe_intermediate_size,
+                shared_intermediate_size=c.shared_expert_intermediate_size,
+                norm_topk_prob=c.norm_topk_prob,
             )
         else:
             self.mlp = SwiGLU(c.hidden_size, c.intermediate_size)

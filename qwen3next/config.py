@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from layers.rope import Yarn
-from qwen3next.families import FAMILIES, Family, check_beside, harmless, read, unwrap, with_yarn, write
+from qwen3next.families import FAMILIES, Family, check_beside, ignored_keys, read, unwrap, with_yarn, write
 from qwen3next.files.json_files import read_object, typed
 from qwen3next.variants import Variants
 
 LAYER_TYPES = ("linear_attention", "full_attention")
-MAY_BE_NONE = (
+MAY_BE_ZERO = (
     "mtp_num_hidden_layers",
     "num_experts",
     "shared_expert_intermediate_size",
@@ -27,8 +27,8 @@ class ModelConfig(Variants):
 
     These fields are not in a released config.json: the fields of `Variants`; `attention_gate` and `zero_centred_norms`
     (set there by the model_type or by flags of other names); `router_z_loss_coef` and `mtp_loss_coef` (weights of
-    training losses); `extra` (ignored keys, kept and written back); `outer` (the wrapper config: the keys around a
-    nested text_config, such as the vision tower's sizes). Loading a checkpoint sets `mtp_num_hidden_layers` from its
+    training losses); `extra` (ignored keys, kept and written back); `wrapper_config` (the keys around a nested
+    text_config, such as the vision tower's sizes). Loading a checkpoint sets `mtp_num_hidden_layers` from its
     tensors.
     Raises: ValueError, on construction, for sizes that contradict each other.
     """
@@ -79,7 +79,7 @@ class ModelConfig(Variants):
     eos_token_id: int | Sequence[int] | None = None
     pad_token_id: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    outer: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    wrapper_config: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -97,7 +97,7 @@ class ModelConfig(Variants):
             raise ValueError(f"model_type {self.model_type!r} is not supported: choose one of {', '.join(FAMILIES)}.")
         for f in fields(self):
             value = getattr(self, f.name)
-            least = 0 if f.name in MAY_BE_NONE else 1
+            least = 0 if f.name in MAY_BE_ZERO else 1
             if f.type is int and value < least:
                 raise ValueError(f"{f.name} must be at least {least}, got {value}.")
             if f.type is float and not 0 <= value < math.inf:
@@ -160,7 +160,7 @@ class ModelConfig(Variants):
     def bytes_per_sequence(self, conv_bytes: int = 2) -> int:
         """Bytes of recurrent state (fp32) and conv state of one sequence; independent of its length."""
         memory = self.linear_num_value_heads * self.linear_key_head_dim * self.linear_value_head_dim * 4
-        conv = self.conv_channels * (self.conv_taps - 1) * conv_bytes
+        conv = self.conv_channels * (self.conv_kernel_size - 1) * conv_bytes
         return self.layer_types.count("linear_attention") * (memory + conv)
 
     @property
@@ -177,7 +177,7 @@ class ModelConfig(Variants):
         return 2 * keys + self.linear_num_value_heads * self.linear_value_head_dim
 
     @property
-    def conv_taps(self) -> int:
+    def conv_kernel_size(self) -> int:
         """Kernel size of a Gated DeltaNet layer's causal convolution, in tokens; 1 without convolution."""
         return self.linear_conv_kernel_dim if self.linear_use_conv else 1
 
@@ -209,26 +209,28 @@ class ModelConfig(Variants):
 
         Raises: ValueError for another model_type, a missing size, an unknown key or contradicting values.
         """
-        family, text, outer = unwrap(values)
-        config = cls._read(family, text, outer)
-        if outer:
-            names = {f.name for f in fields(cls)} - {"extra", "outer", "model_type"}
+        family, text, wrapper_config = unwrap(values)
+        config = cls._read(family, text, wrapper_config)
+        if wrapper_config:
+            names = {f.name for f in fields(cls)} - {"extra", "wrapper_config", "model_type"}
 
             def changes(key: str, value: Any) -> bool:
                 if text.get(key) is not None:
                     return text[key] != value
-                return cls._read(family, text | {key: value}, outer).replace(extra={}) != config.replace(extra={})
+                return cls._read(family, text | {key: value}, wrapper_config).replace(extra={}) != config.replace(
+                    extra={}
+                )
 
-            check_beside(outer, names, changes)
+            check_beside(wrapper_config, names, changes)
         return config
 
     @classmethod
-    def _read(cls, family: Family, text: dict[str, Any], outer: dict[str, Any]) -> "ModelConfig":
+    def _read(cls, family: Family, text: dict[str, Any], wrapper_config: dict[str, Any]) -> "ModelConfig":
         # Keys that the file gives although the family implies them; `write` repeats them while the value is unchanged.
         spelt = {key: value for key, value in text.items() if key in family.implied and value is not None}
         text = read(family, text)
-        known = {f.name: f.type for f in fields(cls) if f.name not in ("extra", "outer", "model_type")}
-        if unknown := sorted(k for k, v in text.items() if k not in known and not harmless(k, v)):
+        known = {f.name: f.type for f in fields(cls) if f.name not in ("extra", "wrapper_config", "model_type")}
+        if unknown := sorted(k for k, v in text.items() if k not in known and not ignored_keys(k, v)):
             raise ValueError(
                 f"config.json has unknown keys that may change the computation: {', '.join(unknown)}. "
                 "Remove those that do not change it."
@@ -236,26 +238,26 @@ class ModelConfig(Variants):
         extra = spelt | {key: text[key] for key in text if key not in known}
         given = {key: v for key, v in text.items() if key in known and v is not None}
         given = {key: v if isinstance(v, Yarn) else typed(key, known[key], v) for key, v in given.items()}
-        return cls(model_type=family.model_type, extra=extra, outer=outer, **given)
+        return cls(model_type=family.model_type, extra=extra, wrapper_config=wrapper_config, **given)
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a config.json in the released form; `from_dict` turns them into an equal configuration."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("outer", "model_type")}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("wrapper_config", "model_type")}
         text = write(FAMILIES[self.model_type], values)
         if self.rope_scaling is not None:
             text = with_yarn(text, self.rope_scaling)
         text = {key: list(value) if isinstance(value, tuple) else value for key, value in text.items()}
-        if not self.outer:
+        if not self.wrapper_config:
             return text
         for key in ("architectures", "quantization_config"):
-            if key in self.outer:
+            if key in self.wrapper_config:
                 text.pop(key, None)
-        return {**self.outer, "text_config": text}
+        return {**self.wrapper_config, "text_config": text}
 
     def text_only(self) -> "ModelConfig":
         """The configuration of the language model alone, without the wrapper config of a vision tower."""
-        kept = {key: self.outer[key] for key in ("torch_dtype", "dtype") if key in self.outer}
-        return self.replace(outer={}, extra={**kept, **self.extra}) if self.outer else self
+        kept = {key: self.wrapper_config[key] for key in ("torch_dtype", "dtype") if key in self.wrapper_config}
+        return self.replace(wrapper_config={}, extra={**kept, **self.extra}) if self.wrapper_config else self
 
     @classmethod
     def load(cls, path: str | Path) -> "ModelConfig":

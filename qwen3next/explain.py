@@ -13,12 +13,12 @@ from layers.linear import Linear
 from layers.moe import Experts
 from layers.norm import RMSNorm
 from qwen3next.api import Qwen3Next
-from qwen3next.decoding.observers import named_backend, watched
+from qwen3next.decoding.observers import hooked, named_backend
 from qwen3next.decoding.protocol import decoding_modules, like
 from qwen3next.decoding.why_not import why_not
 from qwen3next.inputs import as_device, as_dtype
 
-LOOKS = "it is blocked by hooks, model.expose, a replaced forward of a module, or a torch mode"
+LOOKS = "it is blocked by hooks, model.materialize, a replaced forward of a module, or a torch mode"
 
 
 class Table(list[Explanation]):
@@ -48,7 +48,7 @@ def explain(
     rows = {"decode": explain_operation("decode", model.decode_backend, where, kind)}
     runs = rows["decode"].runs
     reason = None if runs == "torch" else why_not(model, runs, where, kind)
-    if reason is None and runs != "torch" and watched(model):
+    if reason is None and runs != "torch" and hooked(model):
         named = any(map(named_backend, decoding_modules(model)))
         reason = "it fuses all operations, and a backend of another operation was chosen by name" if named else LOOKS
     if reason is not None:
@@ -60,7 +60,7 @@ def explain(
         elif isinstance(module, Linear):
             rows["linear"] = explain_operation("linear", module.backend, where, kind)
         elif isinstance(module, GatedDeltaNet):
-            name = "delta_rule" if module.rule is gated_delta_rule else "linear_rule"
+            name = "delta_rule" if module.rule is gated_delta_rule else "simple_gla"
             rows[name] = explain_operation(name, module.backend, where, kind)
             if hasattr(module, "conv_weight"):
                 rows["causal_conv"] = explain_operation("causal_conv", module.conv_backend, where, kind)
@@ -72,7 +72,7 @@ def explain(
             )
         elif isinstance(module, OffloadedExperts):
             faster = "load with experts='memory' or 'int8' if they fit in memory; a larger expert_cache"
-            rows["experts"] = Explanation("experts", "mmap", "read from files when a token is routed to them", faster)
+            rows["experts"] = Explanation("experts", "disk", "read from files when a token is routed to them", faster)
         elif isinstance(module, Int8Experts):
             faster = "for many tokens at once: load with experts='memory'"
             rows["experts"] = Explanation("experts", "int8", "one byte per weight and one scale per output row", faster)

@@ -151,7 +151,7 @@ EITHER = ("tie_word_embeddings", "quantization_config", "eos_token_id")  # valid
 ROPE = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")  # keys of a RoPE dictionary
 
 
-def harmless(key: str, value: Any) -> bool:
+def ignored_keys(key: str, value: Any) -> bool:
     """Whether an unknown key cannot change the mathematics: an ignored key, a tool's note, an empty or false value."""
     off = value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
     return key in IRRELEVANT or key.startswith(_NOTE_PREFIXES) or off
@@ -177,23 +177,27 @@ def unwrap(values: Mapping[str, Any]) -> tuple[Family, dict[str, Any], dict[str,
         )
     if text.get("model_type", family.model_type) not in (family.model_type, kind):
         raise ValueError(f"text_config has model_type {text['model_type']!r}, which {kind!r} cannot contain.")
-    outer = {key: value for key, value in values.items() if key != "text_config"}
+    wrapper_config = {key: value for key, value in values.items() if key != "text_config"}
     inner = {key: value for key, value in text.items() if key != "model_type"}
     for key in EITHER:
-        if outer.get(key) is None:
+        if wrapper_config.get(key) is None:
             continue
         if inner.get(key) is None:
-            inner[key] = outer[key]
-        elif inner[key] != outer[key]:
-            raise ValueError(f"config.json gives {key} twice: {inner[key]} in text_config, {outer[key]} outside it.")
-    return family, inner, outer
+            inner[key] = wrapper_config[key]
+        elif inner[key] != wrapper_config[key]:
+            raise ValueError(
+                f"config.json gives {key} twice: {inner[key]} in text_config, {wrapper_config[key]} outside it."
+            )
+    return family, inner, wrapper_config
 
 
-def check_beside(outer: Mapping[str, Any], fields: Collection[str], changes: Callable[[str, Any], bool]) -> None:
+def check_beside(
+    wrapper_config: Mapping[str, Any], fields: Collection[str], changes: Callable[[str, Any], bool]
+) -> None:
     """Refuse keys outside text_config that would change the text model.
 
     Args:
-        outer: the keys outside text_config.
+        wrapper_config: the keys outside text_config.
         fields: field names of the configuration.
         changes: whether this key and value would change the text model.
     Raises: ValueError for such a key, or for an unknown key that may change the computation.
@@ -201,13 +205,13 @@ def check_beside(outer: Mapping[str, Any], fields: Collection[str], changes: Cal
     spelt = {"hidden_act", "qkv_bias", "rope_parameters", "rope_scaling", *ROPE}
     for family in FAMILIES.values():
         spelt |= family.fixed.keys() | family.gate_flags.keys()
-    for key, value in outer.items():
+    for key, value in wrapper_config.items():
         if value is None or key in AROUND or key in EITHER:
             continue
         if (key in fields or key in spelt) and key not in IRRELEVANT:
             if changes(key, value):
                 raise ValueError(f"config.json has {key} outside text_config, where it is not read: move it inside.")
-        elif not harmless(key, value):
+        elif not ignored_keys(key, value):
             raise ValueError(
                 f"config.json has an unknown key outside text_config that may change the computation: {key}. "
                 "Remove it if it does not."
@@ -283,7 +287,7 @@ def read_rope(values: dict[str, Any]) -> None:
         elif kind not in ("default", "mrope"):  # mrope: on text, its three positions are all the token's position
             raise ValueError(f"config.json asks for {kind!r} RoPE in {name}; supported are 'default' and 'yarn'.")
         for key, value in given.items():
-            if key not in ROPE and (key in IRRELEVANT or not harmless(key, value)):
+            if key not in ROPE and (key in IRRELEVANT or not ignored_keys(key, value)):
                 raise ValueError(
                     f"config.json has an unknown key in {name}: {key}. Remove it if it does not change the computation."
                 )

@@ -16,7 +16,7 @@ def linear_attention(c: ModelConfig) -> GatedDeltaNet:
         "value_heads": c.linear_num_value_heads,
         "key_dim": c.linear_key_head_dim,
         "value_dim": c.linear_value_head_dim,
-        "conv_taps": c.linear_conv_kernel_dim,
+        "conv_kernel_size": c.linear_conv_kernel_dim,
         "eps": c.rms_norm_eps,
     }
     if not c.chosen("linear_"):

@@ -173,11 +173,11 @@ class Qwen3Next(nn.Module):
     ) -> tuple[Tensor, list[RouterStats]]:
         """The residual stream after as many blocks as there are states, and router statistics of the sparse ones."""
         self._warn_of_length(segments)
-        same = len(set(segments.past)) == 1
-        self.hook_call["position"] = segments.past[0] if same else segments.past
+        same = len(set(segments.offsets)) == 1
+        self.hook_call["position"] = segments.offsets[0] if same else segments.offsets
         x = segments.real(self.hook_embed(self.embed_tokens(input_ids)))
         rope = self._rotation(segments.positions, x.dtype)
-        counted, aux = None if segments.plain else segments.mask, []
+        counted, aux = None if segments.unpadded else segments.mask, []
         for block, state in zip(self.blocks, states, strict=False):
             x, router = self._run_block(block, x, rope, segments=segments, state=state, counted=counted, stats=stats)
             aux += [] if router is None else [router]
@@ -211,7 +211,7 @@ class Qwen3Next(nn.Module):
         return rotation(positions, rotary_dim=c.rotary_dim, theta=c.rope_theta, dtype=dtype, yarn=c.rope_scaling)
 
     def _warn_of_length(self, segments: Segments) -> None:
-        if torch.compiler.is_compiling() or self._warned_of_length or not segments.plain:
+        if torch.compiler.is_compiling() or self._warned_of_length or not segments.unpadded:
             return
         if (longest := max(segments.ends)) > self.config.longest_context:
             self._warned_of_length = True

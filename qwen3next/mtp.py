@@ -11,7 +11,7 @@ from layers.linear import Linear
 from layers.norm import RMSNorm
 from layers.rope import Rotation
 from layers.segments import Segments
-from layers.state.kv_cache import KVState
+from layers.state.kv_cache import KVCache
 from qwen3next.block import Block
 from qwen3next.config import ModelConfig
 from qwen3next.hooks.wrappers import unwrapped
@@ -46,12 +46,12 @@ class MTP(nn.Module):
         next_embedding: Float[Tensor, "b t width"],
         rope: Rotation,
         segments: Segments,
-        state: KVState | None = None,
+        state: KVCache | None = None,
     ) -> tuple[Float[Tensor, "b t width"], list]:
         """Hidden states for the head, and the router statistics of the block; `state` holds the pairs before."""
         # A sequence's last token has no next one: what it computes is read by nobody and counted nowhere.
         counted = segments.next_is_same()
-        if not segments.plain:  # elsewhere stands another sequence's token, or none
+        if not segments.unpadded:  # elsewhere stands another sequence's token, or none
             paired = counted if state is None else segments.mask  # with a state every token is a pair's
             next_embedding = next_embedding.masked_fill(~paired[..., None], 0.0)
         x, aux = self._pairs(hidden, next_embedding), []
@@ -67,7 +67,7 @@ class MTP(nn.Module):
         embedding: Float[Tensor, "b t width"],
         rope: Rotation,
         segments: Segments,
-        state: KVState,
+        state: KVCache,
     ) -> None:
         """Add the pairs that these tokens complete: their keys and values, which is all that later ones need of them.
 

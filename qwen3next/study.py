@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from qwen3next.checkpoints.state_dict_adapter import entries
+from qwen3next.checkpoints.state_dict_adapter import tensor_specs
 from qwen3next.config import ModelConfig
 
 Changes = Mapping[str, Any]
@@ -158,7 +158,7 @@ def dense_1_7b(row: str = "baseline", *, layers: int = 28, **changes: Any) -> Mo
 
 def count(config: ModelConfig) -> int:
     """Number of parameters, from the shapes of the tensors; nothing is allocated."""
-    return sum(math.prod(entry.shape) for entry in entries(config))
+    return sum(math.prod(entry.shape) for entry in tensor_specs(config))
 
 
 def matched(config: ModelConfig, *, like: ModelConfig, multiple_of: int = 1) -> ModelConfig:

@@ -121,7 +121,7 @@ class Report:
         sequences: number of windows.
         prompt: prompt whose attention is drawn; default a few lines of Python.
         device: "auto", "cpu" or "cuda".
-        experts: how routed experts are held: "memory", "int8", or "mmap" for models larger than memory.
+        experts: how routed experts are held: "memory", "int8", or "disk" for models larger than memory.
     """
 
     out: Path = OUT
@@ -132,7 +132,7 @@ class Report:
     sequences: int = DEFAULT_SEQUENCES
     prompt: str = ""
     device: str = "auto"
-    experts: Literal["memory", "int8", "mmap"] = "memory"
+    experts: Literal["memory", "int8", "disk"] = "memory"
 
 
 def experiment(options: Options, console: Console) -> None:

@@ -36,11 +36,11 @@ def ours(model: q.Qwen3Next, ids: torch.Tensor) -> list[Row]:
     places = list(range(t // 64 - 1, t, t // 64))[:64]
 
     def states() -> object:
-        with model.expose(state={LAYER: places}):
+        with model.materialize(state={LAYER: places}):
             return model.run_with_cache(ids, names_filter=f"blocks.{LAYER}.linear_attn.hook_state")
 
     def matrix() -> object:
-        with model.expose(pattern=[LAYER]):
+        with model.materialize(pattern=[LAYER]):
             return model.run_with_cache(ids, names_filter=f"blocks.{LAYER}.linear_attn.hook_pattern")
 
     one = f"blocks.{LAYER}.linear_attn.hook_beta"

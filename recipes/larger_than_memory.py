@@ -31,7 +31,7 @@ from torch import Tensor
 import qwen3next as q
 from qwen3next.checkpoints.progress import tracked
 from qwen3next.checkpoints.save import write_config, write_shards
-from qwen3next.checkpoints.state_dict_adapter import entries
+from qwen3next.checkpoints.state_dict_adapter import tensor_specs
 from qwen3next.files.sizes import binary, parse_bytes
 
 CGROUPS = (
@@ -62,7 +62,7 @@ def config_of(size: int, width: int) -> q.ModelConfig:
 def write_random(config: q.ModelConfig, folder: Path, *, seed: int) -> None:
     """Write a checkpoint of random bf16 weights, with one tensor in memory at a time."""
     generator = torch.Generator().manual_seed(seed)
-    plan = [(entry, torch.bfloat16) for entry in entries(config)]
+    plan = [(entry, torch.bfloat16) for entry in tensor_specs(config)]
 
     def make(name: str, shape: tuple[int, ...]) -> Tensor:
         if name.endswith("A_log"):
@@ -134,7 +134,7 @@ def least_misses(trace: list[tuple[int, int]], slots: int) -> int:
 def measure(folder: Path, cache: str, prompt: int, new: int, seed: int) -> dict[str, Any]:
     """The limited process: load, prefill a prompt, generate, and measure all of it."""
     began = time.perf_counter()
-    model = q.load(folder, experts="mmap", expert_cache=cache)
+    model = q.load(folder, experts="disk", expert_cache=cache)
     experts = model.expert_cache
     assert experts is not None
     loaded = time.perf_counter() - began

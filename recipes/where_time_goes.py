@@ -183,7 +183,7 @@ def delta_rules(config: q.ModelConfig, options: Options, tick: Callable[[], dict
     turns = []
     for _ in range(options.repetitions + 1):
         turn: Turn = {}
-        for name in ("chunked", "piecewise", "cpp"):
+        for name in ("chunked", "chunked_recompute", "cpp"):
             if name in able:
                 forward = seconds_of(partial(run, name, False))
                 turn[name] = {"forward": forward, "with gradients": seconds_of(partial(run, name, True))}

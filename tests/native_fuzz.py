@@ -117,18 +117,18 @@ def swiglu_backward(r: Random) -> dict:
 
 def combine(r: Random) -> dict:
     n, k, d = r.size(least=0), 1 + r.below(4), r.size()
-    places = torch.randperm(n * k, generator=r.made).view(n, k)
+    inverse = torch.randperm(n * k, generator=r.made).view(n, k)
     out = r.normal(n * k, d, dtype=r.pick((FP32, BF16)))
-    return {"out": out, "weights": r.normal(n, k), "places": places, "exact": bool(r.below(2))}
+    return {"out": out, "weights": r.normal(n, k), "inverse": inverse, "exact": bool(r.below(2))}
 
 
-def spread(r: Random) -> dict:
+def combine_backward(r: Random) -> dict:
     x = combine(r)
     del x["exact"]
-    return x | {"to_y": r.normal(len(x["places"]), x["out"].shape[1], dtype=r.pick((FP32, x["out"].dtype)))}
+    return x | {"to_y": r.normal(len(x["inverse"]), x["out"].shape[1], dtype=r.pick((FP32, x["out"].dtype)))}
 
 
-def route(r: Random) -> dict:
+def permute(r: Random) -> dict:
     n, k, experts = r.size(least=0), 1 + r.below(4), 1 + r.below(9)
     return {"indices": torch.randint(0, experts, (n, k), generator=r.made), "experts": experts}
 
@@ -155,8 +155,8 @@ ENTRIES = {
     "swiglu": (ops.swiglu, swiglu),
     "swiglu_backward": (ops.swiglu_backward, swiglu_backward),
     "combine": (ops.combine, combine),
-    "spread": (ops.spread, spread),
-    "route": (ops.route, route),
+    "combine_backward": (ops.combine_backward, combine_backward),
+    "permute": (ops.permute, permute),
     "replay": (_replay_compiled, replay),
 }
 THROUGH_OTHERS = {"each_once", "structure_size", "decode_step", "linear"}  # combine; nothing; steps of a model

@@ -20,12 +20,12 @@ from layers.moe import SparseMoE
 from layers.norm import l2_normalise
 from layers.rope import rotation
 from layers.segments import Segments
-from layers.variants.simple_gla import gated_linear_rule
+from layers.variants.simple_gla import simple_gla
 
 T = 90
 GARBAGE = pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e38])
-RULES = [(gated_delta_rule, b) for b in ("recurrent", "chunked", "piecewise", "cpp")]
-RULES += [(gated_linear_rule, b) for b in ("recurrent", "chunked")]
+RULES = [(gated_delta_rule, b) for b in ("recurrent", "chunked", "chunked_recompute", "cpp")]
+RULES += [(simple_gla, b) for b in ("recurrent", "chunked")]
 EVERY_RULE = pytest.mark.parametrize("rule, backend", RULES)
 
 PADDED = torch.tensor([[-1] * 7 + [0] * (T - 12) + [-1] * 5, [0] * (T - 20) + [-1] * 20])
@@ -166,7 +166,7 @@ def test_attention(garbage, backend, ids, where):
 def test_experts_and_what_is_counted_of_them(garbage, backend):
     skip_unless("experts", backend)
     torch.manual_seed(0)
-    layer = SparseMoE(32, experts=8, top_k=2, inner=16, shared_inner=16, backend=backend)
+    layer = SparseMoE(32, experts=8, top_k=2, intermediate_size=16, shared_intermediate_size=16, backend=backend)
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=0.1)
     x, found = torch.randn(2, T, 32), []

@@ -9,7 +9,7 @@ from layers.cpp.operators import BF16, FP32, NAMES, call, operator
 
 @operator("(Tensor x, Tensor weight, Tensor state) -> Tensor")
 def convolve(x: Tensor, weight: Tensor, state: Tensor) -> Tensor:
-    """silu of each channel's filter over x (b t d) after state (b taps−1 d); weight (taps d) in fp32."""
+    """silu of each channel's filter over x (b t d) after state (b kernel_size−1 d); weight (kernel_size d) in fp32."""
     x, weight, state = _filter_operands("convolve", x, weight, state)
     y = torch.empty_like(x)
     call(f"convolve_{NAMES[x.dtype]}", x, weight, state, y, *x.shape, weight.shape[0])
@@ -29,7 +29,7 @@ def convolve_backward(x: Tensor, weight: Tensor, state: Tensor, to_y: Tensor) ->
 def _filter_operands(name: str, x: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if x.ndim != 3 or weight.ndim != 2 or not len(weight):
         raise ValueError(
-            f"{name}: x must be (b, t, d) and weight (taps, d) with at least one tap; "
+            f"{name}: x must be (b, t, d) and weight (kernel_size, d) with at least one tap; "
             f"they are {tuple(x.shape)} and {tuple(weight.shape)}."
         )
     b, _, d = x.shape

@@ -10,12 +10,12 @@ from layers.cpp import ops
 
 
 def delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, starts: Tensor | None, state: Tensor
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, resets: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Output and last state; arguments as `ops.delta_rule` takes them."""
     if torch.is_grad_enabled():
-        return _DeltaRule.apply(q, k, v, log_decay, beta, starts, state)
-    out, after, _ = ops.delta_rule(q, k, v, log_decay, beta, starts, state, False)
+        return _DeltaRule.apply(q, k, v, log_decay, beta, resets, state)
+    out, after, _ = ops.delta_rule(q, k, v, log_decay, beta, resets, state, False)
     return out, after
 
 
@@ -120,39 +120,39 @@ class _SwiGLU(torch.autograd.Function):
         return tuple(ops.swiglu_backward(*ctx.saved_tensors, to_y.contiguous()))
 
 
-def gather(x: Tensor, token: Tensor, places: Tensor) -> Tensor:
-    """x[token], where token and places come from `ops.route`."""
-    return _Gather.apply(x, token, places) if torch.is_grad_enabled() else x.index_select(0, token)
+def gather(x: Tensor, token: Tensor, inverse: Tensor) -> Tensor:
+    """x[token], where token and inverse come from `ops.permute`."""
+    return _Gather.apply(x, token, inverse) if torch.is_grad_enabled() else x.index_select(0, token)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
+    def forward(ctx: Any, x: Tensor, token: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
         return x.index_select(0, token)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, to_rows: Tensor) -> tuple[Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        return ops.combine(to_rows.contiguous(), torch.ones(places.shape), places, False), None, None
+        (inverse,) = ctx.saved_tensors
+        return ops.combine(to_rows.contiguous(), torch.ones(inverse.shape), inverse, False), None, None
 
 
-def combine(out: Tensor, weights: Tensor, places: Tensor, *, exact: bool) -> Tensor:
+def combine(out: Tensor, weights: Tensor, inverse: Tensor, *, exact: bool) -> Tensor:
     """See `ops.combine`."""
     if torch.is_grad_enabled():
-        return _Combine.apply(out, weights, places, exact)
-    return ops.combine(out, weights, places, exact)
+        return _Combine.apply(out, weights, inverse, exact)
+    return ops.combine(out, weights, inverse, exact)
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out: Tensor, weights: Tensor, places: Tensor, exact: bool) -> Tensor:
-        ctx.save_for_backward(out, weights, places)
-        return ops.combine(out, weights, places, exact)
+    def forward(ctx: Any, out: Tensor, weights: Tensor, inverse: Tensor, exact: bool) -> Tensor:
+        ctx.save_for_backward(out, weights, inverse)
+        return ops.combine(out, weights, inverse, exact)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, to_y: Tensor) -> tuple[Tensor | None, ...]:
-        to_out, to_weights = ops.spread(*ctx.saved_tensors, to_y.contiguous())
+        to_out, to_weights = ops.combine_backward(*ctx.saved_tensors, to_y.contiguous())
         return to_out, to_weights, None, None

@@ -6,22 +6,22 @@ Where a kernel wants contiguous numbers, it gets a contiguous copy.
 
 from layers.cpp.attention_ops import attend
 from layers.cpp.conv_ops import convolve, convolve_backward
-from layers.cpp.expert_ops import combine, route, spread
+from layers.cpp.expert_ops import combine, combine_backward, permute
 from layers.cpp.row_ops import normalise, normalise_backward, silu_fp32, swiglu, swiglu_backward
 from layers.cpp.rule_ops import delta_rule, delta_rule_backward
 
 __all__ = [
     "attend",
     "combine",
+    "combine_backward",
     "convolve",
     "convolve_backward",
     "delta_rule",
     "delta_rule_backward",
     "normalise",
     "normalise_backward",
-    "route",
+    "permute",
     "silu_fp32",
-    "spread",
     "swiglu",
     "swiglu_backward",
 ]

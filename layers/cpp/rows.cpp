@@ -93,9 +93,9 @@ void swiglu(const T* gate, const T* up, T* y, int64_t rows, int64_t width, int64
     }
 }
 
-// y[token] = Σ weight · out[place] over a token's choices, in the order of their places, with one rounding.
+// y[token] = Σ weight · out[place] over a token's choices, in the order of their inverse, with one rounding.
 template <class T, class Y>
-void combine(const T* out, const float* weights, const int64_t* places, Y* y, int64_t tokens, int64_t choices,
+void combine(const T* out, const float* weights, const int64_t* inverse, Y* y, int64_t tokens, int64_t choices,
              int64_t width) {
 #pragma omp parallel if (tokens * width > SMALL)
     {
@@ -106,10 +106,10 @@ void combine(const T* out, const float* weights, const int64_t* places, Y* y, in
             for (int64_t done = 0, last = -1; done < choices; done++) {
                 int64_t next = -1;
                 for (int64_t c = 0; c < choices; c++) {
-                    const int64_t place = places[t * choices + c];
-                    if (place > last && (next < 0 || place < places[t * choices + next])) next = c;
+                    const int64_t place = inverse[t * choices + c];
+                    if (place > last && (next < 0 || place < inverse[t * choices + next])) next = c;
                 }
-                last = places[t * choices + next];
+                last = inverse[t * choices + next];
                 const T* from = out + last * width;
                 const float w = weights[t * choices + next];
                 float* sum = sums;
@@ -124,20 +124,20 @@ void combine(const T* out, const float* weights, const int64_t* places, Y* y, in
 
 extern "C" {
 
-// Returns 1 if `count` places are a permutation of the rows, else 0.
-int64_t each_once(const int64_t* places, int64_t count, int64_t rows) {
+// Returns 1 if `count` inverse are a permutation of the rows, else 0.
+int64_t each_once(const int64_t* inverse, int64_t count, int64_t rows) {
     if (count != rows) return 0;
     std::vector<char> seen(rows);
     for (int64_t i = 0; i < count; i++) {
-        if (places[i] < 0 || places[i] >= rows || seen[places[i]]) return 0;
-        seen[places[i]] = 1;
+        if (inverse[i] < 0 || inverse[i] >= rows || seen[inverse[i]]) return 0;
+        seen[inverse[i]] = 1;
     }
     return 1;
 }
 
 // Stable counting sort of (token, expert) pairs: each place's token, each pair's place, each expert's end.
 // Returns 1, or 0 without writing anything if an index is not an expert.
-int64_t route(const int64_t* indices, int64_t* token, int64_t* place, int32_t* ends, int64_t pairs, int64_t choices,
+int64_t permute(const int64_t* indices, int64_t* token, int64_t* place, int32_t* ends, int64_t pairs, int64_t choices,
               int64_t experts) {
     for (int64_t i = 0; i < pairs; i++)
         if (indices[i] < 0 || indices[i] >= experts) return 0;
@@ -169,17 +169,17 @@ int64_t route(const int64_t* indices, int64_t* token, int64_t* place, int32_t* e
                        int64_t up_stride) {                                                                             \
         swiglu<T>(gate, up, y, rows, width, gate_stride, up_stride);                                                    \
     }                                                                                                                   \
-    void combine_##name(const T* out, const float* weights, const int64_t* places, T* y, int64_t tokens,                \
+    void combine_##name(const T* out, const float* weights, const int64_t* inverse, T* y, int64_t tokens,                \
                         int64_t choices, int64_t width) {                                                               \
-        combine<T, T>(out, weights, places, y, tokens, choices, width);                                                 \
+        combine<T, T>(out, weights, inverse, y, tokens, choices, width);                                                 \
     }
 FOR_DTYPE(fp32, float)
 FOR_DTYPE(bf16, bf16)
 
 // Variants with bf16 inputs and fp32 outputs.
-void combine_bf16_fp32(const bf16* out, const float* weights, const int64_t* places, float* y, int64_t tokens,
+void combine_bf16_fp32(const bf16* out, const float* weights, const int64_t* inverse, float* y, int64_t tokens,
                        int64_t choices, int64_t width) {
-    combine<bf16, float>(out, weights, places, y, tokens, choices, width);
+    combine<bf16, float>(out, weights, inverse, y, tokens, choices, width);
 }
 void normalise_bf16_fp32(const bf16* x, const float* w, const bf16* gate, float* y, int64_t rows, int64_t heads,
                          int64_t stride, int64_t width, float count, float eps, int64_t before, int64_t after) {

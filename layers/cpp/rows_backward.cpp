@@ -118,13 +118,13 @@ void swiglu(const T* gate, const T* up, const T* to_y, T* to_gate, T* to_up, int
 
 // Backward of `combine`. Row: its weight times its token's gradient. Weight: the dot product of the two rows.
 template <class T, class Y>
-void spread(const T* out, const float* weights, const int64_t* places, const Y* to_y, T* to_out, float* to_weights,
+void combine_backward(const T* out, const float* weights, const int64_t* inverse, const Y* to_y, T* to_out, float* to_weights,
             int64_t tokens, int64_t choices, int64_t width) {
 #pragma omp parallel for if (tokens * width > SMALL)
     for (int64_t i = 0; i < tokens * choices; i++) {
         const Y* to = to_y + i / choices * width;
-        const T* row = out + places[i] * width;
-        T* to_row = to_out + places[i] * width;
+        const T* row = out + inverse[i] * width;
+        T* to_row = to_out + inverse[i] * width;
         const float w = weights[i];
         float sum = 0.0f;
         for (int64_t j = 0; j < width; j++) store(to_row[j], to_float(to[j]) * w);
@@ -151,17 +151,17 @@ void spread(const T* out, const float* weights, const int64_t* places, const Y* 
                                            int64_t rows, int64_t width, int64_t gate_stride, int64_t up_stride) {       \
         swiglu<T>(gate, up, to_y, to_gate, to_up, rows, width, gate_stride, up_stride);                                 \
     }                                                                                                                   \
-    extern "C" void spread_##name(const T* out, const float* weights, const int64_t* places, const T* to_y, T* to_out,  \
+    extern "C" void combine_backward_##name(const T* out, const float* weights, const int64_t* inverse, const T* to_y, T* to_out,  \
                                   float* to_weights, int64_t tokens, int64_t choices, int64_t width) {                  \
-        spread<T, T>(out, weights, places, to_y, to_out, to_weights, tokens, choices, width);                           \
+        combine_backward<T, T>(out, weights, inverse, to_y, to_out, to_weights, tokens, choices, width);                           \
     }
 FOR_DTYPE(fp32, float)
 FOR_DTYPE(bf16, bf16)
 
 // Variants for bf16 inputs and fp32 outputs.
-extern "C" void spread_bf16_fp32(const bf16* out, const float* weights, const int64_t* places, const float* to_y,
+extern "C" void combine_backward_bf16_fp32(const bf16* out, const float* weights, const int64_t* inverse, const float* to_y,
                                  bf16* to_out, float* to_weights, int64_t tokens, int64_t choices, int64_t width) {
-    spread<bf16, float>(out, weights, places, to_y, to_out, to_weights, tokens, choices, width);
+    combine_backward<bf16, float>(out, weights, inverse, to_y, to_out, to_weights, tokens, choices, width);
 }
 extern "C" void normalise_backward_bf16_fp32(const bf16* x, const float* w, const bf16* gate, const float* to_y, bf16* to_x,
                                              float* to_w, bf16* to_gate, int64_t rows, int64_t heads, int64_t stride,

@@ -22,15 +22,15 @@ ARGUMENTS: dict[str, str] = {
     **{f"swiglu_{name}": "pppiiii" for name in _TWO},
     **{f"swiglu_backward_{name}": "pppppiiii" for name in _TWO},
     **{f"combine_{name}": "ppppiii" for name in _WIDENING},
-    **{f"spread_{name}": "ppppppiii" for name in _WIDENING},
+    **{f"combine_backward_{name}": "ppppppiii" for name in _WIDENING},
     "each_once": "pii",
-    "route": "ppppiii",
+    "permute": "ppppiii",
     "decode_step": "ppppppi",
     "linear": "piiippii",
     "replay": "pppppi",
     "structure_size": "i",
 }
-ANSWERS = {"each_once", "route", "structure_size"}
+ANSWERS = {"each_once", "permute", "structure_size"}
 
 
 def declare(kernels: ctypes.CDLL) -> ctypes.CDLL:

@@ -66,8 +66,8 @@ class Sizes(ctypes.Structure):
     _fields_ = [
         *_fields(
             "#layers #b #t #width #dtype #heads #kv_heads #head_dim #rotary #zero_centred "
-            "#key_heads #value_heads #key_dim #value_dim #taps "
-            "#experts #top_k #inner #shared_inner #dense_inner #renormalise"
+            "#key_heads #value_heads #key_dim #value_dim #kernel_size "
+            "#experts #top_k #inner #shared_intermediate_size #dense_inner #norm_topk_prob"
         ),
         ("eps", ctypes.c_double),
     ]

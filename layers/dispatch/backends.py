@@ -72,7 +72,7 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
         Implementation("fla", "fused Triton kernels", can.fla_rule),
         Implementation("cpp", "a memory at a time in a core's caches", can.cpp, except_for=_ONE_TOKEN),
         Implementation(
-            "piecewise",
+            "chunked_recompute",
             "chunks of 64 tokens, a few at a time, in torch",
             passed_over=can.for_caches,
             except_for=_ONE_TOKEN,
@@ -80,7 +80,7 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
         Implementation("chunked", "matrix products over chunks of 64 tokens, in torch", except_for=_ONE_TOKEN),
         Implementation("recurrent", "token loop, the definition"),
     ),
-    "linear_rule": (  # the delta rule's place in layers without the delta
+    "simple_gla": (  # the delta rule's place in layers without the delta
         Implementation("chunked", "matrix products over chunks of 64 tokens, in torch", except_for=_ONE_TOKEN),
         Implementation("recurrent", "token loop, the definition"),
     ),

@@ -69,12 +69,12 @@ class ExpertCache:
         self.__dict__.update(state)
         self._empty()
 
-    def join(self, width: int, inner: int, dtype: torch.dtype) -> int:
+    def join(self, hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> int:
         """Serve one more layer; its number.
 
         Raises: ValueError where the budget holds no expert, or another layer's experts are of another size or dtype.
         """
-        like, size = (width, inner, dtype), 3 * width * inner * dtype.itemsize
+        like, size = (hidden_size, intermediate_size, dtype), 3 * hidden_size * intermediate_size * dtype.itemsize
         if self._like not in (None, like):
             raise ValueError(f"This cache serves experts of {self._like}: give those of {like} a cache of their own.")
         if self.max_bytes < size:
@@ -144,10 +144,10 @@ class ExpertCache:
             first = next(iter(self._kept), None)
             return None if first is None or first in spare else self._kept.pop(first)
         assert self._like is not None
-        width, inner, dtype = self._like
+        hidden_size, intermediate_size, dtype = self._like
         with torch.inference_mode(False):  # another thread could not fill an inference tensor
-            gate_up = torch.empty(2 * inner, width, dtype=dtype, device="cpu")
-            down = torch.empty(width, inner, dtype=dtype, device="cpu")
+            gate_up = torch.empty(2 * intermediate_size, hidden_size, dtype=dtype, device="cpu")
+            down = torch.empty(hidden_size, intermediate_size, dtype=dtype, device="cpu")
         self._allocated += 1
         return gate_up, down
 

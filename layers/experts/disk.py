@@ -27,12 +27,21 @@ class OffloadedExperts(nn.Module):
     which such a copy has let go when it returns, so that they can be refilled.
     """
 
-    def __init__(self, width: int, inner: int, count: int, *, read: Read, cache: ExpertCache, dtype: torch.dtype):
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        count: int,
+        *,
+        read: Read,
+        cache: ExpertCache,
+        dtype: torch.dtype,
+    ):
         super().__init__()
-        self.width, self.inner, self.count, self.dtype = width, inner, count, dtype
+        self.hidden_size, self.intermediate_size, self.count, self.dtype = hidden_size, intermediate_size, count, dtype
         self.linear_backend = self.elementwise_backend = "auto"
         self.read, self.cache = read, cache
-        self.layer = cache.join(width, inner, dtype)
+        self.layer = cache.join(hidden_size, intermediate_size, dtype)
 
     def forward(
         self, x: Float[Tensor, "n width"], weights: Float[Tensor, "n k"], indices: Int[Tensor, "n k"]
@@ -61,4 +70,5 @@ class OffloadedExperts(nn.Module):
         return matrix.clone() if x.requires_grad and torch.is_grad_enabled() else matrix
 
     def extra_repr(self) -> str:
-        return f"{self.count} x ({self.width} -> {self.inner} -> {self.width}), layer {self.layer} of the cache"
+        sizes = f"{self.hidden_size} -> {self.intermediate_size} -> {self.hidden_size}"
+        return f"{self.count} x ({sizes}), layer {self.layer} of the cache"

@@ -73,16 +73,16 @@ def int8_linear(
 class Int8Experts(nn.Module):
     """`Experts` in int8. Made empty; `fill` quantises one matrix at a time, so that a loader can stream."""
 
-    def __init__(self, width: int, inner: int, count: int):
+    def __init__(self, hidden_size: int, intermediate_size: int, count: int):
         super().__init__()
         self.gate_up_proj: Tensor
         self.down_proj: Tensor
         self.gate_up_scale: Tensor
         self.down_scale: Tensor
-        self.register_buffer("gate_up_proj", torch.zeros(count, 2 * inner, width, dtype=torch.int8))
-        self.register_buffer("down_proj", torch.zeros(count, width, inner, dtype=torch.int8))
-        self.register_buffer("gate_up_scale", torch.ones(count, 2 * inner, dtype=torch.float32))
-        self.register_buffer("down_scale", torch.ones(count, width, dtype=torch.float32))
+        self.register_buffer("gate_up_proj", torch.zeros(count, 2 * intermediate_size, hidden_size, dtype=torch.int8))
+        self.register_buffer("down_proj", torch.zeros(count, hidden_size, intermediate_size, dtype=torch.int8))
+        self.register_buffer("gate_up_scale", torch.ones(count, 2 * intermediate_size, dtype=torch.float32))
+        self.register_buffer("down_scale", torch.ones(count, hidden_size, dtype=torch.float32))
         self._squares: dict[str, dict[int, tuple[float, float]]] = {}  # by matrix and expert: of error, of weights
 
     def fill(self, name: str, e: int, weight: Float[Tensor, "rows cols"]) -> None:
@@ -90,11 +90,11 @@ class Int8Experts(nn.Module):
 
         Raises: ValueError for another name or shape, and for weights that are not finite.
         """
-        inner = self.down_proj.shape[2]
+        intermediate_size = self.down_proj.shape[2]
         if name == "down_proj":
             q, scale = self.down_proj[e], self.down_scale[e]
         elif name in ("gate_proj", "up_proj"):
-            half = slice(0, inner) if name == "gate_proj" else slice(inner, None)
+            half = slice(0, intermediate_size) if name == "gate_proj" else slice(intermediate_size, None)
             q, scale = self.gate_up_proj[e, half], self.gate_up_scale[e, half]
         else:
             raise ValueError(f"Experts have no {name!r}: choose 'gate_proj', 'up_proj' or 'down_proj'.")
@@ -136,5 +136,5 @@ class Int8Experts(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        e, width, inner = self.down_proj.shape
-        return f"{e} x ({width} -> {inner} -> {width}), int8"
+        e, hidden_size, intermediate_size = self.down_proj.shape
+        return f"{e} x ({hidden_size} -> {intermediate_size} -> {hidden_size}), int8"

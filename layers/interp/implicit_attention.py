@@ -34,19 +34,19 @@ def implicit_attention(
     segments: Segments | None = None,
     rule: Rule = gated_delta_rule,
 ) -> Float[Tensor, "b h t s"]:
-    """The matrix A with o = A v for a state that starts at zero. Signed; rows do not sum to 1. Differentiable.
+    """The matrix A with o = A v for a state that resets at zero. Signed; rows do not sum to 1. Differentiable.
 
     Args:
         q, k, log_decay, beta: as `gated_delta_rule` takes them; key head i serves h / kh neighbouring value heads.
         segments: where sequences begin and end. Nothing reads across a boundary and nothing reads padding.
-        rule: the layer's, `gated_delta_rule` or `gated_linear_rule`; likewise in the other functions.
+        rule: the layer's, `gated_delta_rule` or `simple_gla`; likewise in the other functions.
     Returns: A in fp32 or better, exactly zero above the diagonal. A[b, h, t, s] is what one unit of v_s adds to o_t.
     """
     q, k, log_decay, beta = (masked(at_least_fp32(x), segments) for x in (q, k, log_decay, beta))
     number = numbers(segments)
     b, t, h = beta.shape
     columns = []
-    for begin in range(0, t, COLUMNS):  # v_s reaches no token before s, so a block of columns starts at its own tokens
+    for begin in range(0, t, COLUMNS):  # v_s reaches no token before s, so a block of columns resets at its own tokens
         end = min(begin + COLUMNS, t)
         unit = torch.eye(t - begin, end - begin, dtype=beta.dtype, device=beta.device)
         o, _ = rule(

@@ -23,7 +23,7 @@ from layers.segments import Segments
 
 
 @dataclass(frozen=True)
-class Exposed:
+class Materialized:
     """What passes which hook point.
 
     Attributes:
@@ -55,7 +55,7 @@ def layer_rule_with_hooks(
 ) -> tuple[Tensor, Tensor]:
     """The rule of a `GatedDeltaNet`, which passes the points inside it.
 
-    Raises: beside those of `exposed_delta_rule`, RuntimeError where a hook waits and packed sequences go on from a
+    Raises: beside those of `materialized_delta_rule`, RuntimeError where a hook waits and packed sequences go on from a
         state each.
     """
     inputs = (q, k, v, log_decay, beta)
@@ -63,21 +63,23 @@ def layer_rule_with_hooks(
         for point in layer.inside:
             point.refuse()
         return layer.rule(*inputs, state=state, segments=segments, backend=backend)
-    points = (getattr(layer, name, None) for name in ("hook_erased", "hook_written"))
-    exposed = Exposed(layer.exposed_positions, layer.exposed_pattern, layer.hook_state, layer.hook_pattern, *points)
-    return exposed_delta_rule(
-        *inputs, exposed=exposed, state=state, segments=segments, backend=backend, rule=layer.rule
+    points = (getattr(layer, name, None) for name in ("hook_recalled", "hook_written"))
+    materialized = Materialized(
+        layer.materialized_positions, layer.materialized_pattern, layer.hook_state, layer.hook_pattern, *points
+    )
+    return materialized_delta_rule(
+        *inputs, materialized=materialized, state=state, segments=segments, backend=backend, rule=layer.rule
     )
 
 
-def exposed_delta_rule(
+def materialized_delta_rule(
     q: Keys,
     k: Keys,
     v: Values,
     log_decay: Gates,
     beta: Gates,
     *,
-    exposed: Exposed,
+    materialized: Materialized,
     state: State | None = None,
     segments: Segments | None = None,
     backend: str = "auto",
@@ -86,34 +88,38 @@ def exposed_delta_rule(
     """`gated_delta_rule`, or another `rule`, with hook points.
 
     Edits of A act on this layer's outputs, not on the state. Edits of the state and of what is written act on both.
-    Raises: beside `gated_delta_rule`'s, RuntimeError where a hook waits for what is not exposed; ValueError where the
-        rows of a batch reach a position in different columns.
+    Raises: beside `gated_delta_rule`'s, RuntimeError for a hook on a tensor that is not materialized; ValueError where
+        the rows of a batch reach a position in different columns.
     """
     inputs = (q, k, v, log_decay, beta)
     segments = Segments.full(q) if segments is None else segments
     cuts: list[tuple[int, int]] = []
-    if exposed.positions and exposed.state.active:
-        cuts = _columns(exposed.positions, segments)
-    elif not exposed.positions:
-        exposed.state.refuse()
+    if materialized.positions and materialized.state.active:
+        cuts = _columns(materialized.positions, segments)
+    elif not materialized.positions:
+        materialized.state.refuse()
     watch = None
-    if exposed.erased is not None and exposed.written is not None and (exposed.erased.active or exposed.written.active):
-        watch = Watch(exposed.erased, exposed.written, _positions(segments))
-    o, final = _through(rule, inputs, cuts, exposed.state, state, segments, backend, watch)
-    if exposed.matrix and exposed.pattern.active:
-        through_a = _through_matrix(rule, inputs, exposed.pattern, state, segments)
+    if (
+        materialized.erased is not None
+        and materialized.written is not None
+        and (materialized.erased.active or materialized.written.active)
+    ):
+        watch = Watch(materialized.erased, materialized.written, _positions(segments))
+    o, final = _through(rule, inputs, cuts, materialized.state, state, segments, backend, watch)
+    if materialized.matrix and materialized.pattern.active:
+        through_a = _through_matrix(rule, inputs, materialized.pattern, state, segments)
         if cuts or watch:  # A does not include patches there; by linearity, their effect can be added
             through_a = through_a + (o - rule(*inputs, state=state, segments=segments, backend=backend)[0])
         o = through_a
-    elif not exposed.matrix:
-        exposed.pattern.refuse()
+    elif not materialized.matrix:
+        materialized.pattern.refuse()
     return o, final
 
 
 def _columns(positions: Sequence[int], segments: Segments) -> list[tuple[int, int]]:
     """(column, position) of those that lie in this call."""
-    if segments.aligned:
-        past = segments.past[0]
+    if segments.uniform_offset:
+        past = segments.offsets[0]
         return [(p - past, p) for p in positions if 0 <= p - past < segments.length]
     columns = []
     for p in positions:
@@ -131,8 +137,8 @@ def _columns(positions: Sequence[int], segments: Segments) -> list[tuple[int, in
 
 def _positions(segments: Segments) -> list[int | tuple[int, ...]]:
     """Absolute position of every column; a tuple where rows differ."""
-    if segments.aligned:
-        return [segments.past[0] + i for i in range(segments.length)]
+    if segments.uniform_offset:
+        return [segments.offsets[0] + i for i in range(segments.length)]
     rows = segments.positions.T.tolist()
     return [row[0] if len(set(row)) == 1 else tuple(row) for row in rows]
 
@@ -172,7 +178,7 @@ def _enter(state: Tensor | None, segments: Segments, part: slice) -> tuple[Tenso
     if segments.document_ids is None:
         return state, None
     within = Segments.from_document_ids(segments.document_ids[:, part])
-    begins = segments.starts[:, part].gather(1, within.first[:, None])
+    begins = segments.resets[:, part].gather(1, within.first[:, None])
     return None if state is None else state.masked_fill(begins[..., None, None], 0.0), within
 
 

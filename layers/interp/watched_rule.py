@@ -58,7 +58,7 @@ def watched(
     inputs: tuple[Tensor, ...] = (q, k, v, log_decay, beta)
     if watch is not None:
         if rule is gated_delta_rule and _loops(backend, v):
-            segments = None if segments is None or segments.plain else segments
+            segments = None if segments is None or segments.unpadded else segments
             if segments is not None:
                 inputs = tuple(segments.real(x) for x in inputs)
             with torch.autocast(v.device.type, enabled=False):

@@ -28,8 +28,8 @@ from layers.kernels.flash_attention import attend_fused, fused_attention
 from layers.kernels.isolation import one_by_one, wild
 from layers.kernels.tiled_attention import attend_in_tiles
 from layers.segments import Segments
-from layers.state.kv_cache import KVState
-from layers.state.static_kv_cache import StaticKV
+from layers.state.kv_cache import KVCache
+from layers.state.static_kv_cache import StaticKVCache
 
 Point = HookPoint | None
 
@@ -93,12 +93,12 @@ def flash(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, **poin
     return attend_fused("flash", q, k, v)
 
 
-def _static(_q: Tensor, _k: Tensor, _v: Tensor, *, state: KVState | StaticKV | None, **_options: Any) -> bool:
-    return isinstance(state, StaticKV)
+def _static(_q: Tensor, _k: Tensor, _v: Tensor, *, state: KVCache | StaticKVCache | None, **_options: Any) -> bool:
+    return isinstance(state, StaticKVCache)
 
 
 @on_auto("attention.sequences", where=_static)
-def over_static_cache(q: Tensor, _k: Tensor, _v: Tensor, *, state: StaticKV, **_options: Any) -> Tensor:
+def over_static_cache(q: Tensor, _k: Tensor, _v: Tensor, *, state: StaticKVCache, **_options: Any) -> Tensor:
     return state.attend(q)
 
 
@@ -107,7 +107,7 @@ def _tiles_serve(q: Tensor, _k: Tensor, _v: Tensor, **_options: Any) -> bool:
 
 
 def _in_tiles(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, *, segments: Segments, state: KVState | None, **points: Point
+    backend: str, q: Tensor, k: Tensor, v: Tensor, *, segments: Segments, state: KVCache | None, **points: Point
 ) -> Tensor:
     _refuse(points)
     return attend_in_tiles(*_as_multiplied(q, k, v), segments=segments, state=state, backend=backend)
@@ -125,7 +125,7 @@ def sdpa_in_sequences(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor
 
 
 def _fused(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, *, segments: Segments, state: KVState | None, **points: Point
+    backend: str, q: Tensor, k: Tensor, v: Tensor, *, segments: Segments, state: KVCache | None, **points: Point
 ) -> Tensor:
     _refuse(points)
     return fused_attention(backend, *_as_multiplied(q, k, v), segments=segments, state=state)
@@ -136,7 +136,7 @@ implements("attention.sequences", "sdpa_flash")(partial(_fused, "sdpa_flash"))
 
 
 def _by_attend(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, *, segments: Segments, state: KVState | None, **points: Point
+    backend: str, q: Tensor, k: Tensor, v: Tensor, *, segments: Segments, state: KVCache | None, **points: Point
 ) -> Tensor:
     """`attend` of all rows at once, under a mask where they differ; of one sequence at a time where it must be."""
     if q.device.type == "cuda":  # fused kernels do not see autocast
@@ -149,7 +149,7 @@ def _by_attend(
 
         return one_by_one(segments, None, alone, q, k, v)[0]
     if state is None:
-        mask = None if segments.plain else segments.attention_mask
+        mask = None if segments.unpadded else segments.attention_mask
         return attend(q, k, v, mask=mask, backend=backend, **points)
     if segments.packed:
         _refuse(points)
@@ -160,7 +160,7 @@ def _by_attend(
         return y
     k, v = (x.transpose(1, 2) for x in state.read(0, max(segments.ends), dtype=q.dtype))
     mask = None
-    if not segments.aligned:  # rows end at different places
+    if not segments.uniform_offset:  # rows end at different places
         places = torch.arange(k.shape[1], device=k.device)
         mask = segments.positions[:, None, :, None] >= places
         stale = places >= torch.tensor(segments.ends, device=k.device)[:, None]  # another sequence's, from before

@@ -43,19 +43,19 @@ class _Piece(NamedTuple):
     after: Tensor  # (b · h, k, v) the memory after the piece
 
 
-def piecewise(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, starts: Tensor | None
+def chunked_recompute(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, resets: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`gated_delta_rule` from checked arguments: products in v's dtype, decays, solve and memory in fp32 or better.
 
     Args:
         q, k, v: in the dtype of products. log_decay, beta, state: fp32 or better.
-        starts: (b t) True where a sequence begins and the memory must be clear; None where none does.
+        resets: (b t) True where a sequence begins and the memory must be clear; None where none does.
     Returns: output (b t h v) in v's dtype and the memory after the last token.
     """
     if torch.is_grad_enabled():
-        return _Piecewise.apply(q, k, v, log_decay, beta, state, starts)
-    out, after, _ = _run(q, k, v, log_decay, beta, state, starts, keep=False)
+        return _Piecewise.apply(q, k, v, log_decay, beta, state, resets)
+    out, after, _ = _run(q, k, v, log_decay, beta, state, resets, keep=False)
     return out, after
 
 
@@ -81,19 +81,19 @@ class _Piecewise(torch.autograd.Function):
 
 
 def _outputs(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, starts: Tensor | None, keep: bool
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, resets: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, the memory after the last token, and if `keep` the memory (pieces, b · h, k, v) before each piece."""
     tensors = [q, k, v, log_decay, beta]
-    memory, found = state.flatten(0, 1), []
+    recurrent, found = state.flatten(0, 1), []
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     for piece in _pieces(v):
-        found += [memory] if keep else []
-        made = _make(_cut(tensors, starts, piece), memory)
-        memory = made.after
+        found += [recurrent] if keep else []
+        made = _make(_cut(tensors, resets, piece), recurrent)
+        recurrent = made.after
         _back_to_tokens(_answer(made), out[:, piece])
-    before = torch.stack(found) if keep else memory.new_empty(0, *memory.shape)
-    return out, memory.clone().view_as(state), before  # a view would keep a piece's memories alive
+    before = torch.stack(found) if keep else recurrent.new_empty(0, *recurrent.shape)
+    return out, recurrent.clone().view_as(state), before  # a view would keep a piece's memories alive
 
 
 def _gradients(
@@ -103,23 +103,23 @@ def _gradients(
     log_decay: Tensor,
     beta: Tensor,
     found: Tensor,
-    starts: Tensor | None,
+    resets: Tensor | None,
     to_out: Tensor,
     to_state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Of q, k, v, log_decay, beta and the state."""
     tensors = [q, k, v, log_decay, beta]
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
-    memory = to_state.flatten(0, 1)
+    recurrent = to_state.flatten(0, 1)
     with torch.autocast(v.device.type, enabled=False):
         for i, piece in reversed(list(enumerate(_pieces(v)))):
-            cut = _cut([*tensors, to_out], starts, piece)
+            cut = _cut([*tensors, to_out], resets, piece)
             made = _make([*cut[:5], cut[6]], found[i])
-            *of_piece, memory = _backward(made, cut[5].flatten(0, 2), memory)
+            *of_piece, recurrent = _backward(made, cut[5].flatten(0, 2), recurrent)
             for grad, whole in zip(of_piece, grads, strict=True):
                 _back_to_tokens(grad, whole[:, piece])
     to_q, to_k, to_v, to_log_decay, to_beta = grads
-    return to_q, to_k, to_v, to_log_decay, to_beta, memory.view_as(to_state).clone()
+    return to_q, to_k, to_v, to_log_decay, to_beta, recurrent.view_as(to_state).clone()
 
 
 # A traced graph has no number of pieces to loop over: it takes these as operators, whole.
@@ -171,16 +171,16 @@ def _pieces(v: Tensor) -> list[slice]:
     return [slice(i, min(i + size, v.shape[1])) for i in range(0, v.shape[1], size)]
 
 
-def _cut(tensors: list[Tensor], starts: Tensor | None, piece: slice) -> list[Any]:
-    """A piece of each (b t heads …), filled up to whole chunks, as (n, b, heads, C, …); and its starts as (n b 1 C)."""
-    every = [*tensors, *([] if starts is None else [starts[..., None]])]
+def _cut(tensors: list[Tensor], resets: Tensor | None, piece: slice) -> list[Any]:
+    """A piece of each (b t heads …), filled up to whole chunks, as (n, b, heads, C, …); and its resets as (n b 1 C)."""
+    every = [*tensors, *([] if resets is None else [resets[..., None]])]
     cut: list[Any] = []
     for x in every:
         x = x[:, piece]
         if x.shape[1] % CHUNK:
             x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, -x.shape[1] % CHUNK))
         cut.append(x.unflatten(1, (-1, CHUNK)).movedim((1, 3), (0, 2)).contiguous())
-    return cut if starts is not None else [*cut, None]
+    return cut if resets is not None else [*cut, None]
 
 
 def _back_to_tokens(x: Tensor, into: Tensor) -> None:
@@ -190,13 +190,13 @@ def _back_to_tokens(x: Tensor, into: Tensor) -> None:
     into.copy_(x[:, :t])
 
 
-def _make(cut: list[Any], memory: Tensor) -> _Piece:
+def _make(cut: list[Any], recurrent: Tensor) -> _Piece:
     """All of a piece but its output, from what `_cut` gives and the memory (b · h, k, v) before it."""
-    q, k, v, log_decay, beta, starts = cut
+    q, k, v, log_decay, beta, resets = cut
     n, b, h = v.shape[:3]
     share, low = h // k.shape[2], v.dtype
     q, k, v = q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
-    beta, gamma, to_end, pairwise = (x.flatten(0, 2) for x in (beta, *decays(log_decay, starts)))
+    beta, gamma, to_end, pairwise = (x.flatten(0, 2) for x in (beta, *decays(log_decay, resets)))
 
     def shared(x: Tensor) -> Tensor:  # (p …) → (g share …)
         return x.unflatten(0, (-1, share))
@@ -210,12 +210,12 @@ def _make(cut: list[Any], memory: Tensor) -> _Piece:
     read = (q[:, None] * shared(gamma)[..., None].to(low)).flatten(0, 1)
     pattern = (shared(pairwise) * qk).flatten(0, 1).to(low)
     kept = gamma.view(n, b * h, CHUNK)[..., -1, None, None]
-    exact = torch.empty(n + 1, *memory.shape, dtype=memory.dtype, device=memory.device)
-    before = exact[:-1] if low == memory.dtype else torch.empty_like(exact[:-1], dtype=low)
-    exact[0] = memory
+    exact = torch.empty(n + 1, *recurrent.shape, dtype=recurrent.dtype, device=recurrent.device)
+    before = exact[:-1] if low == recurrent.dtype else torch.empty_like(exact[:-1], dtype=low)
+    exact[0] = recurrent
     for i in range(n):
         torch.mul(kept[i], exact[i], out=exact[i + 1])
-        if low == memory.dtype:
+        if low == recurrent.dtype:
             written[i].baddbmm_(recall[i], before[i], alpha=-1)
             exact[i + 1].baddbmm_(writers[i].mT, written[i])
         else:

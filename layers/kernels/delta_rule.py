@@ -10,7 +10,7 @@ from layers.cpp import functions as native
 from layers.delta_rule import Rule, chunked, exact, recurrent
 from layers.dispatch.registry import implements
 from layers.kernels import cases
-from layers.kernels.chunked_recompute import piecewise as chunked_recompute
+from layers.kernels.chunked_recompute import chunked_recompute as recomputed
 from layers.kernels.isolation import one_by_one, wild
 from layers.segments import Segments
 
@@ -59,9 +59,9 @@ def _mixes(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, seg
 implements("delta_rule", "chunked")(over_chunks(chunked))
 
 
-@implements("delta_rule", "piecewise")
+@implements("delta_rule", "chunked_recompute")
 @over_chunks
-def piecewise(
+def chunked_recompute(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -74,8 +74,8 @@ def piecewise(
     """`chunked` a few chunks at a time, with its gradient written out; products in bf16 where v is."""
     log_decay, beta, state = exact(k, v, bounded(log_decay), beta, state)
     products = v.dtype if v.dtype == torch.bfloat16 else state.dtype
-    starts = None if segments is None else segments.starts
-    o, state = chunked_recompute(q.to(products), k.to(products), v.to(products), log_decay, beta, state, starts)
+    resets = None if segments is None else segments.resets
+    o, state = recomputed(q.to(products), k.to(products), v.to(products), log_decay, beta, state, resets)
     return o.to(v.dtype), state
 
 
@@ -94,7 +94,7 @@ def cpp(
     """One state at a time in a core's caches."""
     log_decay, beta, state = exact(k, v, bounded(log_decay), beta, state)
     q, k, log_decay, beta, state = (x.float().contiguous() for x in (q, k, log_decay, beta, state))
-    return native.delta_rule(q, k, v, log_decay, beta, None if segments is None else segments.starts, state)
+    return native.delta_rule(q, k, v, log_decay, beta, None if segments is None else segments.resets, state)
 
 
 @implements("delta_rule", "fla", checked_by=cases.delta_rule)
@@ -118,7 +118,7 @@ def fla(
     if segments is not None:
         cu_seqlens = segments.cu_seqlens.long()
         q, k, v, log_decay, beta = (x.flatten(0, 1)[None] for x in (q, k, v, log_decay, beta))
-        rows = segments.starts.sum(1) + 1  # segments of each row
+        rows = segments.resets.sum(1) + 1  # segments of each row
         last = rows.cumsum(0) - 1
         if state is not None:
             spread = state.new_zeros(int(last[-1]) + 1, *state.shape[1:])

@@ -76,8 +76,8 @@ def gathered(
     chosen, (n, k) = indices.flatten(), indices.shape
     rows = x.repeat_interleave(k, dim=0, output_size=n * k)[..., None].to(product_dtype(x))
     gate, up = (gate_up[chosen].to(rows.dtype) @ rows).chunk(2, dim=1)
-    inner = activate(gate, up, backend=elementwise_backend)
-    out = (down[chosen].to(rows.dtype) @ inner).view(n, k, -1)
+    intermediate_size = activate(gate, up, backend=elementwise_backend)
+    out = (down[chosen].to(rows.dtype) @ intermediate_size).view(n, k, -1)
     return (at_least_fp32(out) * weights[..., None]).sum(1).to(x.dtype)
 
 
@@ -108,8 +108,11 @@ def grouped(
     numbers = torch.arange(gate_up.shape[0], device=x.device)
     ends = torch.searchsorted(indices.flatten()[order], numbers, right=True, out_int32=True)
     gate, up = grouped_linear(x[token], gate_up, ends, backend=linear_backend).chunk(2, dim=-1)
-    inner = activate(gate, up, backend=elementwise_backend)
-    out = at_least_fp32(grouped_linear(inner, down, ends, backend=linear_backend)) * weights.flatten()[order, None]
+    intermediate_size = activate(gate, up, backend=elementwise_backend)
+    out = (
+        at_least_fp32(grouped_linear(intermediate_size, down, ends, backend=linear_backend))
+        * weights.flatten()[order, None]
+    )
     return torch.zeros_like(at_least_fp32(x)).index_add(0, token, out).to(x.dtype)
 
 
@@ -137,7 +140,7 @@ def _sorted(
 ) -> Tensor:
     exact, linear_backend = x.dtype == torch.float32, under_autocast(x, linear_backend)
     x = x.to(product_dtype(x))
-    token, places, ends = ops.route(indices.contiguous(), gate_up.shape[0])
+    token, inverse, ends = ops.permute(indices.contiguous(), gate_up.shape[0])
     one_by_one = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if one_by_one and choose("linear", linear_backend, x) == "onednn":
         out = x.new_empty(len(token), x.shape[1])
@@ -146,8 +149,8 @@ def _sorted(
             more, here = wide(run, len(out))
             out[run] = swiglu(x.index_select(0, token[more]), gate_up[e], down[e], **backends)[here]
     else:
-        rows = native.gather(x, token, places)
+        rows = native.gather(x, token, inverse)
         gate, up = grouped_linear(rows, gate_up, ends, backend=linear_backend).chunk(2, dim=-1)
-        inner = activate(gate, up, backend=elementwise_backend)
-        out = grouped_linear(inner, down, ends, backend=linear_backend)
-    return native.combine(out, weights.float().contiguous(), places, exact=exact)
+        intermediate_size = activate(gate, up, backend=elementwise_backend)
+        out = grouped_linear(intermediate_size, down, ends, backend=linear_backend)
+    return native.combine(out, weights.float().contiguous(), inverse, exact=exact)

@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from layers.dispatch.availability import flash_module, generation
-from layers.segments import Run, Segments
-from layers.state.kv_cache import KVState
+from layers.segments import Segments, SequenceSpan
+from layers.state.kv_cache import KVCache
 
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 NAMES = ("flash", "sdpa_flash")
@@ -28,7 +28,7 @@ KVHeads = Float[Tensor, "b s kvh d"]
 
 
 def fused_attention(
-    choice: str, q: Heads, k: KVHeads, v: KVHeads, *, segments: Segments, state: KVState | None = None
+    choice: str, q: Heads, k: KVHeads, v: KVHeads, *, segments: Segments, state: KVCache | None = None
 ) -> Heads:
     """softmax(q kᵀ / √d) v inside each sequence; padding gets zeros.
 
@@ -38,22 +38,22 @@ def fused_attention(
         state: keys and values of the tokens before, those of this call appended already.
     Raises: RuntimeError where torch has no fused kernel for such tensors.
     """
-    if segments.aligned:
+    if segments.uniform_offset:
         if state is not None:
             k, v = (x.transpose(1, 2) for x in state.read(0, max(segments.ends), dtype=q.dtype))
         return attend_fused(choice, q, k, v)
 
-    def read(run: Run) -> tuple[Tensor, Tensor]:  # each (n, kvh, d)
+    def read(run: SequenceSpan) -> tuple[Tensor, Tensor]:  # each (n, kvh, d)
         if state is None:
             return k[run.row, run.begin : run.end], v[run.row, run.begin : run.end]
-        end = run.past + run.end - run.begin
+        end = run.offset + run.end - run.begin
         seen = state.read(0, end, row=run.sequence, dtype=q.dtype)
         return seen.k[0].transpose(0, 1), seen.v[0].transpose(0, 1)
 
     runs = segments.runs
     keys, values = zip(*map(read, runs), strict=True)
     rows = q.flatten(0, 1)
-    if segments.plain:
+    if segments.unpadded:
         return _sequences(choice, rows, keys, values, runs).view_as(q)
     # Gathered and put back once: writing into slices in a loop would make the backward quadratic.
     real = segments.mask.flatten().nonzero().flatten()
@@ -61,7 +61,9 @@ def fused_attention(
     return torch.zeros_like(rows).index_copy(0, real, y).view_as(q)
 
 
-def _sequences(choice: str, q: Tensor, k: tuple[Tensor, ...], v: tuple[Tensor, ...], runs: list[Run]) -> Tensor:
+def _sequences(
+    choice: str, q: Tensor, k: tuple[Tensor, ...], v: tuple[Tensor, ...], runs: list[SequenceSpan]
+) -> Tensor:
     """Queries (n h d) of all sequences, one behind the other; keys and values a sequence."""
     lengths, seen = [run.end - run.begin for run in runs], [len(x) for x in k]
     if choice == "sdpa_flash":

@@ -13,8 +13,8 @@ from torch import Tensor
 from layers.cpp import ops as native
 from layers.dispatch.backends import choose
 from layers.norm import at_least_fp32
-from layers.segments import Run, Segments
-from layers.state.kv_cache import KVState
+from layers.segments import Segments, SequenceSpan
+from layers.state.kv_cache import KVCache
 
 FEW = 16  # queries below which calling the C++ kernel, which takes 64 at a time, is not worth it
 TILE = 128  # queries; two chunks of the delta rule
@@ -25,34 +25,34 @@ Read = Callable[[int, int], tuple[Tensor, Tensor]]
 
 
 def attend_in_tiles(
-    q: Tensor, k: Tensor, v: Tensor, *, segments: Segments, state: KVState | None, backend: str
+    q: Tensor, k: Tensor, v: Tensor, *, segments: Segments, state: KVCache | None, backend: str
 ) -> Tensor:
     """`tiled_attention` in every sequence: q (b t h d) over k, v (b t kvh d), or over what the state holds.
 
     All rows at once where they stand at the same position, else a sequence at a time.
     """
     if state is None and torch.compiler.is_compiling():
-        return _whole(q, k, v, None if segments.plain else segments.number, backend)
+        return _whole(q, k, v, None if segments.unpadded else segments.segment_ids, backend)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, time, d)
-    if segments.aligned:
+    if segments.uniform_offset:
 
         def read_all(first: int, last: int) -> tuple[Tensor, Tensor]:
             if state is None:
                 return k[:, :, first:last], v[:, :, first:last]
             return state.read(first, last, dtype=q.dtype)
 
-        return tiled_attention(q, read_all, past=segments.past[0], backend=backend).transpose(1, 2)
+        return tiled_attention(q, read_all, past=segments.offsets[0], backend=backend).transpose(1, 2)
     y = torch.zeros_like(q)
     for run in segments.runs:
 
-        def read(first: int, last: int, run: Run = run) -> tuple[Tensor, Tensor]:
+        def read(first: int, last: int, run: SequenceSpan = run) -> tuple[Tensor, Tensor]:
             if state is not None:
                 return state.read(first, last, row=run.sequence, dtype=q.dtype)
             here = slice(run.row, run.row + 1), slice(None), slice(run.begin + first, run.begin + last)
             return k[here], v[here]
 
         rows = slice(run.row, run.row + 1), slice(None), slice(run.begin, run.end)
-        y[rows] = tiled_attention(q[rows], read, past=run.past, backend=backend)
+        y[rows] = tiled_attention(q[rows], read, past=run.offset, backend=backend)
     return y.transpose(1, 2)
 
 

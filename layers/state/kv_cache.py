@@ -28,7 +28,7 @@ class Heads(NamedTuple):
     v: Float[Tensor, "b kvh n d"]
 
 
-class KVState:
+class KVCache:
     """Keys (rotated) and values: row r's token at position p lies in place p, whatever the padding was.
 
     What another state shares (`share`) is never changed. Each of the two continues in a buffer of its own behind the
@@ -83,30 +83,30 @@ class KVState:
         tensors = [x.untyped_storage() for part in (*self._parts, self._own) for x in part]
         return {s.data_ptr(): s.nbytes() for s in tensors if s.nbytes()}
 
-    def share(self, held: int) -> "KVState":
+    def share(self, held: int) -> "KVCache":
         """Another state of the first `held` tokens; nothing is copied."""
         other = self._like(self.size[0])
         other.hold(self.parts(0, held))
         self._seen = max(self._seen, held - self.base)
         return other
 
-    def _like(self, batch: int) -> "KVState":
+    def _like(self, batch: int) -> "KVCache":
         """An empty state of the same kind."""
         _, kv_heads, head_dim = self.size
         sizes = {"kv_heads": kv_heads, "head_dim": head_dim, "max_len": self.max_len}
-        return KVState(batch, **sizes, dtype=self.dtype, device=self._own[0].device)
+        return KVCache(batch, **sizes, dtype=self.dtype, device=self._own[0].device)
 
     def append(self, k: Float[Tensor, "b t kvh d"], v: Float[Tensor, "b t kvh d"], segments: Segments) -> None:
-        """Store the keys and values of real tokens behind `segments.past`, a sequence a row.
+        """Store the keys and values of real tokens behind `segments.offsets`, a sequence a row.
 
         Where rows have unequal lengths, stale or zero places follow the shorter ones.
         Raises: ValueError for more than `max_len` tokens.
         """
         self.reserve(segments)
-        past, end, base = max(segments.past), max(segments.ends), self.base
+        past, end, base = max(segments.offsets), max(segments.ends), self.base
         new = _encode(k.detach().transpose(1, 2), v.detach().transpose(1, 2), self.dtype)
         for to, x in zip(self._own, new, strict=True):
-            if segments.aligned:
+            if segments.uniform_offset:
                 to[:, :, past - base : end - base] = x
                 continue
             for n, row, begin, stop, place in segments.runs:
@@ -118,21 +118,21 @@ class KVState:
         self._parts = tuple(tuple(x.clone() if x.is_inference() else x for x in part) for part in self._parts)
 
     def whole(self, segments: Segments) -> Stored:
-        """`reserve`, and the buffer itself: all in one piece, its first `segments.past` places filled."""
+        """`reserve`, and the buffer itself: all in one piece, its first `segments.offsets` places filled."""
         self.reserve(segments, in_one=True)
         return self._own
 
     def reserve(self, segments: Segments, *, in_one: bool = False) -> None:
-        """Make places for the tokens of `segments`, behind `segments.past`, that only this state writes to.
+        """Make places for the tokens of `segments`, behind `segments.offsets`, that only this state writes to.
 
         Raises: ValueError for more than `max_len` tokens.
         """
-        first, past, end = min(segments.past), max(segments.past), max(segments.ends)
+        first, past, end = min(segments.offsets), max(segments.offsets), max(segments.ends)
         if end > self.max_len:
             raise ValueError(
                 f"The cache holds {self.max_len} tokens and {end} are needed: make it with a larger max_len."
             )
-        self._make_room(first, past, end, in_one=in_one or not segments.aligned)
+        self._make_room(first, past, end, in_one=in_one or not segments.uniform_offset)
 
     def _make_room(self, first: int, past: int, end: int, *, in_one: bool) -> None:
         """Make places `first` to `end` this state's own; those before `past` keep what they hold."""
@@ -178,7 +178,7 @@ class KVState:
         found = _joined(parts) if parts else _cut(self._empty, 0, 0)
         return found if len(parts) > 1 else tuple(x.clone(memory_format=torch.contiguous_format) for x in found)
 
-    def select(self, rows: Tensor, held: int) -> "KVState":
+    def select(self, rows: Tensor, held: int) -> "KVCache":
         """A state of its own with these rows, of which at most `held` tokens count."""
         other = self._like(len(rows))
         other.hold(tuple(tuple(x.index_select(0, rows) for x in part) for part in self.parts(0, held)))

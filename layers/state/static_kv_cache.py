@@ -8,8 +8,8 @@ from layers.norm import at_least_fp32
 from layers.segments import Segments
 
 
-class StaticKV:
-    """A view of what a KVState holds, for steps of one token a row.
+class StaticKVCache:
+    """A view of what a KVCache holds, for steps of one token a row.
 
     Args:
         k, v: the buffers, written in place.

@@ -19,11 +19,11 @@ from layers.state.written import written
 
 
 @dataclass
-class Tape:
+class UpdateLog:
     """A layer's state at some token, and the updates of the tokens since then.
 
     Attributes:
-        conv: (b, taps − 1, channels) last inputs of the convolution where the log begins.
+        conv: (b, kernel_size − 1, channels) last inputs of the convolution where the log begins.
         memory: (b, h, k, v) the recurrent state there.
         keys, writes, decay: k, u and e^g, (b n kh k), (b n h v), (b n h), of each call since.
         inputs: (b n channels) of the convolution.
@@ -33,7 +33,7 @@ class Tape:
     """
 
     conv: Tensor
-    memory: Tensor
+    recurrent: Tensor
     dtype: torch.dtype
     keys: list[Float[Tensor, "b n kh k"]] = field(default_factory=list)
     writes: list[Float[Tensor, "b n h v"]] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Tape:
 
     @property
     def nbytes(self) -> int:
-        parts = (self.conv, self.memory, *self.keys, *self.writes, *self.decay, *self.inputs)
+        parts = (self.conv, self.recurrent, *self.keys, *self.writes, *self.decay, *self.inputs)
         return sum(x.nbytes for x in parts)
 
     def add(
@@ -59,7 +59,7 @@ class Tape:
         v: Tensor,
         log_decay: Tensor,
         beta: Tensor,
-        memory: Tensor,
+        recurrent: Tensor,
         *,
         corrects: bool = True,
     ) -> None:
@@ -69,16 +69,16 @@ class Tape:
             memory: the state before them.
             corrects: whether the rule writes what is new in v (the delta rule), or else all of it.
         """
-        memory, v = at_least_fp32(memory), at_least_fp32(v)
+        recurrent, v = at_least_fp32(recurrent), at_least_fp32(v)
         if not corrects:
             u = beta[..., None] * v
         elif v.shape[1] == 1:  # the token loop's own step, bit by bit
             key = k.repeat_interleave(v.shape[2] // k.shape[2], dim=2)
-            decayed = log_decay.exp().mT[..., None] * memory
+            decayed = log_decay.exp().mT[..., None] * recurrent
             recalled = key.transpose(1, 2).flatten(0, 1) @ decayed.flatten(0, 1)
-            u = beta[..., None] * (v - recalled.unflatten(0, memory.shape[:2]).transpose(1, 2))
+            u = beta[..., None] * (v - recalled.unflatten(0, recurrent.shape[:2]).transpose(1, 2))
         else:
-            u = written(k, v, log_decay, beta, state=memory)
+            u = written(k, v, log_decay, beta, state=recurrent)
         self.note(inputs, k, u, log_decay.exp())
 
     def note(self, inputs: Tensor, k: Tensor, u: Tensor, decay: Tensor, *, compiled: bool = False) -> None:
@@ -98,15 +98,15 @@ class Tape:
             self.compiled[-count:] = self.compiled[-1:]
             self.ends[-count:] = self.ends[-1:]
 
-    def cut(self, length: int) -> "Tape":
+    def cut(self, length: int) -> "UpdateLog":
         """The same log with only its first `length` tokens; tensors are shared."""
-        return self._part(Tape(self.conv, self.memory, self.dtype), 0, length)
+        return self._part(UpdateLog(self.conv, self.recurrent, self.dtype), 0, length)
 
-    def skip(self, length: int) -> "Tape":
+    def skip(self, length: int) -> "UpdateLog":
         """A log that begins after the first `length` tokens and ends where this one does."""
-        return self._part(Tape(*self.state_after([length] * len(self.conv)), self.dtype), length, self.length)
+        return self._part(UpdateLog(*self.state_after([length] * len(self.conv)), self.dtype), length, self.length)
 
-    def _part(self, to: "Tape", first: int, last: int) -> "Tape":
+    def _part(self, to: "UpdateLog", first: int, last: int) -> "UpdateLog":
         begin = 0
         for i, end in enumerate(self.ends):
             a, b = max(first, begin) - begin, min(last, end) - begin
@@ -124,8 +124,8 @@ class Tape:
         """
         most = max(tokens)
         if not most:
-            return self.conv, self.memory.to(self.dtype)
-        state = self.memory.to(self.writes[0].dtype)
+            return self.conv, self.recurrent.to(self.dtype)
+        state = self.recurrent.to(self.writes[0].dtype)
         count, begin = torch.tensor(tokens, device=state.device), 0
         for i, end in enumerate(self.ends):
             if begin < most:
@@ -135,9 +135,9 @@ class Tape:
                 again = _replay_compiled if self.compiled[i] else _replay
                 state = again(state, self.keys[i], writes, decay).to(self.dtype).to(state.dtype)
             begin = end
-        taps = self.conv.shape[1]
+        kernel_size = self.conv.shape[1]
         history = torch.cat((self.conv, *(x.to(self.conv.dtype) for x in self.inputs)), dim=1)
-        place = count[:, None] + torch.arange(taps, device=state.device)
+        place = count[:, None] + torch.arange(kernel_size, device=state.device)
         conv = history.gather(1, place[..., None].expand(-1, -1, history.shape[2]))
         return conv, state.to(self.dtype)
 

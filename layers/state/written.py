@@ -78,9 +78,9 @@ def masked(x: Tensor, segments: Segments | None) -> Tensor:
 def numbers(segments: Segments | None) -> Tensor | None:
     """(b, t) each token's sequence, counted by row; None where every row is one.
 
-    Padding counts to the sequence before it: a piece that begins with padding still sees where the next one starts.
+    Padding counts to the sequence before it: a piece that begins with padding still sees where the next one resets.
     """
-    return None if segments is None or segments.plain else segments.starts.long().cumsum(1)
+    return None if segments is None or segments.unpadded else segments.resets.long().cumsum(1)
 
 
 def enter(state: Tensor, number: Tensor | None, piece: slice) -> tuple[Tensor, Segments | None]:

@@ -17,8 +17,8 @@ from layers.linear import Linear
 from layers.norm import RMSNorm
 from layers.rope import Rotation
 from layers.segments import Segments
-from layers.state.kv_cache import KVState
-from layers.state.static_kv_cache import StaticKV
+from layers.state.kv_cache import KVCache
+from layers.state.static_kv_cache import StaticKVCache
 
 POSITIONS = ("G1", "G2", "G3", "G4", "G5")
 GRANULARITIES = (*GATE_ROWS, "head_shared")
@@ -53,7 +53,7 @@ class AttentionVariant(GatedAttention):
 
     def __init__(
         self,
-        width: int,
+        hidden_size: int,
         *,
         heads: int,
         kv_heads: int,
@@ -75,7 +75,7 @@ class AttentionVariant(GatedAttention):
         backend: str = "auto",
     ):
         super().__init__(
-            width,
+            hidden_size,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
@@ -105,12 +105,12 @@ class AttentionVariant(GatedAttention):
 
         self.gate_constant: nn.Parameter | None = None
         if gate != "none":
-            groups, d = {"G1": (heads, head_dim), "G4": (heads, head_dim), "G5": (1, width)}.get(
+            groups, d = {"G1": (heads, head_dim), "G4": (heads, head_dim), "G5": (1, hidden_size)}.get(
                 position, (kv_heads, head_dim)
             )
             rows = 1 if gate == "headwise" else d
             if source == "hidden":
-                self.gate_proj = Linear(width, groups * rows, bias=bias)
+                self.gate_proj = Linear(hidden_size, groups * rows, bias=bias)
             else:
                 self.gate_constant = nn.Parameter(torch.zeros(groups, rows))
             self.gate_groups = groups
@@ -124,14 +124,14 @@ class AttentionVariant(GatedAttention):
             if not 1 <= switch_top_k <= switch_experts:
                 raise ValueError(f"Cannot mix {switch_top_k} of {switch_experts} projections: choose 1 to all of them.")
             mixed = kv_heads * switch_experts * head_dim
-            self.v_proj = Linear(width, mixed, bias=bias)
+            self.v_proj = Linear(hidden_size, mixed, bias=bias)
             if switch == "kv":
-                self.k_proj = Linear(width, mixed, bias=bias)
-            self.switch_proj = Linear(width, kv_heads * switch_experts, bias=bias)
+                self.k_proj = Linear(hidden_size, mixed, bias=bias)
+            self.switch_proj = Linear(hidden_size, kv_heads * switch_experts, bias=bias)
             self.hook_switch = HookPoint("b t kh switch")  # weights of the mixture, 0 for what is not chosen
 
     def reset_parameters(self) -> None:
-        """A constant gate starts at score 0; the linear maps are the caller's."""
+        """A constant gate resets at score 0; the linear maps are the caller's."""
         if self.gate_constant is not None:
             nn.init.zeros_(self.gate_constant)
 
@@ -141,7 +141,7 @@ class AttentionVariant(GatedAttention):
         rope: Rotation,
         *,
         segments: Segments | None = None,
-        state: KVState | StaticKV | None = None,
+        state: KVCache | StaticKVCache | None = None,
     ) -> Float[Tensor, "b t width"]:
         """As `GatedAttention`'s; each `_gated` does something at one of its places only."""
         x = x if segments is None else segments.real(x)

@@ -10,7 +10,7 @@ from layers.gated_deltanet import GatedDeltaNet
 from layers.hook_point import HookPoint
 from layers.norm import GATE_ACTIVATIONS, GatedRMSNorm, at_least_fp32
 from layers.segments import Segments
-from layers.variants.simple_gla import gated_linear_rule
+from layers.variants.simple_gla import simple_gla
 
 OUTPUT_GATES = (*GATE_ACTIVATIONS, "none")
 
@@ -31,13 +31,13 @@ class DeltaNetVariant(GatedDeltaNet):
 
     def __init__(
         self,
-        width: int,
+        hidden_size: int,
         *,
         key_heads: int,
         value_heads: int,
         key_dim: int,
         value_dim: int,
-        conv_taps: int = 4,
+        conv_kernel_size: int = 4,
         eps: float = 1e-6,
         output_gate: str = "silu",
         conv: bool = True,
@@ -48,12 +48,12 @@ class DeltaNetVariant(GatedDeltaNet):
         backend: str = "auto",
     ):
         super().__init__(
-            width,
+            hidden_size,
             key_heads=key_heads,
             value_heads=value_heads,
             key_dim=key_dim,
             value_dim=value_dim,
-            conv_taps=conv_taps,
+            conv_kernel_size=conv_kernel_size,
             eps=eps,
             backend=backend,
         )
@@ -74,8 +74,8 @@ class DeltaNetVariant(GatedDeltaNet):
         if not decay:
             del self.in_proj_a, self.A_log, self.dt_bias
         if not delta:
-            del self.hook_erased, self.hook_written
-            self.rule = gated_linear_rule
+            del self.hook_recalled, self.hook_written
+            self.rule = simple_gla
 
     def reset_convolution(self) -> None:
         """Nothing, where there is none."""

@@ -19,7 +19,7 @@ from layers.segments import Segments
 from layers.sequence_spans import each_sequence
 
 
-def gated_linear_rule(
+def simple_gla(
     q: Keys,
     k: Keys,
     v: Values,
@@ -37,19 +37,19 @@ def gated_linear_rule(
     """
     if v.shape[2] % k.shape[2]:
         raise ValueError(f"{v.shape[2]} value heads cannot share {k.shape[2]} key heads: make it a multiple.")
-    segments = None if segments is None or segments.plain else segments
+    segments = None if segments is None or segments.unpadded else segments
     inputs: tuple[Tensor, ...] = (q, k, v, log_decay, beta)
     if segments is not None:
         if state is not None and segments.has_state_each(state):
-            return each_sequence(gated_linear_rule, segments, state, v, *inputs, backend=backend)
+            return each_sequence(simple_gla, segments, state, v, *inputs, backend=backend)
         inputs = tuple(segments.real(x) for x in inputs)  # at padding nothing is forgotten and nothing is written
     with torch.autocast(v.device.type, enabled=False):
-        o, after = run("linear_rule", backend, v, *inputs, state=state, segments=segments)
+        o, after = run("simple_gla", backend, v, *inputs, state=state, segments=segments)
     backward_without_autocast((o, after), (*inputs, state))
     return o, after
 
 
-@implements("linear_rule", "recurrent", definition=True)
+@implements("simple_gla", "recurrent", definition=True)
 def recurrent(
     q: Tensor,
     k: Tensor,
@@ -67,13 +67,13 @@ def recurrent(
     outputs = []
     for t in range(q.shape[1]):
         if segments is not None:
-            state = state.masked_fill(segments.starts[:, t, None, None, None], 0.0)
+            state = state.masked_fill(segments.resets[:, t, None, None, None], 0.0)
         state = decay[:, t, :, None, None] * state + k[:, t, :, :, None] * added[:, t, :, None, :]
         outputs.append((q[:, t, :, None, :] @ state).squeeze(-2))
     return torch.stack(outputs, dim=1).to(dtype), state
 
 
-@implements("linear_rule", "chunked")
+@implements("simple_gla", "chunked")
 def chunked(
     q: Tensor,
     k: Tensor,
@@ -105,10 +105,10 @@ def chunked(
         return F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad)).unflatten(1, (-1, CHUNK)).movedim(3, 1)
 
     q, k, added, log_decay = (chunks(x) for x in (q, k, added, log_decay))
-    starts = None  # (b 1 n C)
+    resets = None  # (b 1 n C)
     if segments is not None:
-        starts = F.pad(segments.starts, (0, pad)).unflatten(1, (-1, CHUNK))[:, None]
-    gamma, to_end, pairwise = decays(bounded(log_decay), starts)
+        resets = F.pad(segments.resets, (0, pad)).unflatten(1, (-1, CHUNK))[:, None]
+    gamma, to_end, pairwise = decays(bounded(log_decay), resets)
     by_chunk = (k * to_end[..., None]).mT @ added  # (b, h, n, k, v): what each chunk adds to the state
     before = []
     for i in range(by_chunk.shape[2]):

@@ -8,17 +8,17 @@ from torch import Tensor
 
 from layers.gated_deltanet import DeltaNetState
 from layers.rope import Yarn
-from layers.state.kv_cache import NAMES, KVState
-from qwen3next.cache.mark import Mark
+from layers.state.kv_cache import NAMES, KVCache
 from qwen3next.cache.rollback_log import State
-from qwen3next.files.checksummed import read_about, read_sealed, write_sealed
+from qwen3next.cache.snapshot import Snapshot
+from qwen3next.files.checksummed import read_about, read_checksummed, write_checksummed
 from qwen3next.files.fingerprint import fingerprint
 
 FORMAT = "qwen3next cache 4"
 # Fields of a configuration that do not change the contents of a cache.
 _BESIDE = """
-    extra outer initializer_range max_position_embeddings mtp_num_hidden_layers rope_scaling router_aux_loss_coef
-    router_z_loss_coef mtp_loss_coef bos_token_id eos_token_id pad_token_id
+    extra wrapper_config initializer_range max_position_embeddings mtp_num_hidden_layers rope_scaling
+    router_aux_loss_coef router_z_loss_coef mtp_loss_coef bos_token_id eos_token_id pad_token_id
 """
 BESIDE = _BESIDE.split()
 
@@ -32,19 +32,19 @@ class CacheFiles:
     """The methods `save` and `load` of a cache."""
 
     layers: list[State]
-    mtp: KVState | None
+    mtp: KVCache | None
     yarn: Yarn | None
-    snapshots: dict[str, Mark]
+    snapshots: dict[str, Snapshot]
     model: Any
 
     @property
     def kv_dtype(self) -> Any:
         raise NotImplementedError
 
-    def mark(self) -> Mark:
+    def mark(self) -> Snapshot:
         raise NotImplementedError
 
-    def go_to(self, mark: Mark) -> None:
+    def go_to(self, mark: Snapshot) -> None:
         raise NotImplementedError
 
     def save(self, path: str | Path) -> None:
@@ -59,7 +59,7 @@ class CacheFiles:
         tensors: dict[str, Tensor] = {}
         numbers: dict[int, int] = {}  # address of a part of keys and values → its number
 
-        def parts_of(state: KVState, held: int) -> list[tuple[int, int]]:
+        def parts_of(state: KVCache, held: int) -> list[tuple[int, int]]:
             found = []
             for part in state.parts(0, held):
                 number, n = numbers.setdefault(part[0].data_ptr(), len(numbers)), part[0].shape[2]
@@ -70,14 +70,16 @@ class CacheFiles:
                         tensors[key] = x
             return found
 
-        def add(mark: Mark, prefix: str) -> dict[str, Any]:
+        def add(mark: Snapshot, prefix: str) -> dict[str, Any]:
             held = max(mark.lengths)
             kv: dict[str, list[tuple[int, int]]] = {}
             for i, state in enumerate(mark.layers):
-                if isinstance(state, KVState):
+                if isinstance(state, KVCache):
                     kv[str(i)] = parts_of(state, held)
                 else:
-                    tensors.update({f"{prefix}layers.{i}.conv": state.conv, f"{prefix}layers.{i}.memory": state.memory})
+                    tensors.update(
+                        {f"{prefix}layers.{i}.conv": state.conv, f"{prefix}layers.{i}.memory": state.recurrent}
+                    )
             if mark.mtp is not None:
                 kv["mtp"] = parts_of(mark.mtp, max(held - 1, 0))
             tensors[f"{prefix}tokens"] = mark.tokens
@@ -97,7 +99,7 @@ class CacheFiles:
             "mtp": self.mtp is not None,
             "marks": described,
         }
-        write_sealed(Path(path), tensors, about)
+        write_checksummed(Path(path), tensors, about)
 
     @classmethod
     def load(cls, path: str | Path, model: Any, *, max_len: int | None = None, history: int = 0) -> Any:
@@ -119,7 +121,7 @@ class CacheFiles:
                 "call model.extend_context with the same factor, or create the cache again."
             )
         device = model.device
-        tensors = {name: x.to(device) for name, x in read_sealed(path, about).items()}
+        tensors = {name: x.to(device) for name, x in read_checksummed(path, about).items()}
         marks = about["marks"]
         held = max(max(m["lengths"]) for m in marks.values())
         batch = len(marks[""]["lengths"])
@@ -137,8 +139,8 @@ class CacheFiles:
         return cache
 
 
-def _mark(cache: CacheFiles, tensors: dict[str, Tensor], described: dict[str, Any], prefix: str) -> Mark:
-    def keys_and_values(state: KVState, key: str) -> KVState:
+def _mark(cache: CacheFiles, tensors: dict[str, Tensor], described: dict[str, Any], prefix: str) -> Snapshot:
+    def keys_and_values(state: KVCache, key: str) -> KVCache:
         fresh = state.share(0)
         parts = [
             tuple(tensors[f"kv.{number}.{name}"][:, :, :n] for name in NAMES if f"kv.{number}.{name}" in tensors)
@@ -149,10 +151,10 @@ def _mark(cache: CacheFiles, tensors: dict[str, Tensor], described: dict[str, An
 
     layers: list[State] = []
     for i, state in enumerate(cache.layers):
-        if isinstance(state, KVState):
+        if isinstance(state, KVCache):
             layers.append(keys_and_values(state, str(i)))
         else:
             layers.append(DeltaNetState(tensors[f"{prefix}layers.{i}.conv"], tensors[f"{prefix}layers.{i}.memory"]))
     mtp = None if cache.mtp is None else keys_and_values(cache.mtp, "mtp")
     hidden, logits = (tensors.get(prefix + name) for name in ("hidden", "last_logits"))
-    return Mark(tuple(described["lengths"]), layers, mtp, tensors[f"{prefix}tokens"], hidden, logits)
+    return Snapshot(tuple(described["lengths"]), layers, mtp, tensors[f"{prefix}tokens"], hidden, logits)

@@ -13,10 +13,10 @@ from layers.gated_deltanet import DeltaNetState
 from layers.norm import at_least_fp32
 from layers.rope import Yarn
 from layers.segments import Segments
-from layers.state.kv_cache import KVState
+from layers.state.kv_cache import KVCache
 from qwen3next.cache.files import CacheFiles
-from qwen3next.cache.mark import Mark
-from qwen3next.cache.rollback_log import Journal, State
+from qwen3next.cache.rollback_log import RollbackLog, State
+from qwen3next.cache.snapshot import Snapshot
 from qwen3next.config import ModelConfig
 
 # What a cache's contents depend on, of a model's configuration.
@@ -41,7 +41,7 @@ class Extension:
 
     segments: Segments
     layers: list[State]
-    mtp: KVState | None
+    mtp: KVCache | None
     hidden_before: Tensor | None
     batch: int
     hidden: Tensor | None = None
@@ -55,7 +55,7 @@ class HybridCache(CacheFiles):
 
     Attributes:
         config: of the model that it belongs to.
-        layers: one KVState or DeltaNetState a layer.
+        layers: one KVCache or DeltaNetState a layer.
         tokens: (b, max_len) the token ids seen, row r's first `lengths[r]` places.
         lengths: tokens each row holds.
         yarn: how RoPE was stretched where the keys were turned.
@@ -73,12 +73,12 @@ class HybridCache(CacheFiles):
     lengths: tuple[int, ...]
     yarn: Yarn | None = None
     history: int = 0
-    mtp: KVState | None = None
+    mtp: KVCache | None = None
     hidden: Tensor | None = field(default=None, repr=False)
     last_logits: Tensor | None = field(default=None, repr=False)
-    snapshots: dict[str, Mark] = field(default_factory=dict, repr=False)
+    snapshots: dict[str, Snapshot] = field(default_factory=dict, repr=False)
     model: "weakref.ref[Any] | None" = field(default=None, repr=False)
-    _journal: Journal | None = field(default=None, repr=False)
+    _rollback_log: RollbackLog | None = field(default=None, repr=False)
     _resting: Sequence[int] = field(default=(), repr=False)
 
     def __getstate__(self) -> dict[str, object]:
@@ -97,12 +97,12 @@ class HybridCache(CacheFiles):
     @property
     def kv_dtype(self) -> torch.dtype | None:
         """Of keys and values; None in a model without softmax attention."""
-        return next((s.dtype for s in self.layers if isinstance(s, KVState)), None)
+        return next((s.dtype for s in self.layers if isinstance(s, KVCache)), None)
 
     @property
     def state_dtype(self) -> torch.dtype | None:
         """Of recurrent states; None in a model without Gated DeltaNet layers."""
-        return next((s.memory.dtype for s in self.layers if isinstance(s, DeltaNetState)), None)
+        return next((s.recurrent.dtype for s in self.layers if isinstance(s, DeltaNetState)), None)
 
     def check(self, config: ModelConfig) -> None:
         """Raises: ValueError where this is no cache for a model of that configuration."""
@@ -124,12 +124,12 @@ class HybridCache(CacheFiles):
         for i, state in enumerate(self.layers):
             if isinstance(state, DeltaNetState):
                 exact = torch.float64 if dtype == torch.float64 else torch.float32
-                memory = state.memory if state.memory.itemsize < 4 else state.memory.to(exact)
-                self.layers[i] = DeltaNetState(state.conv.to(dtype), memory)
+                recurrent = state.recurrent if state.recurrent.itemsize < 4 else state.recurrent.to(exact)
+                self.layers[i] = DeltaNetState(state.conv.to(dtype), recurrent)
         self.hidden = None if self.hidden is None else self.hidden.to(dtype)
         self.last_logits = None if self.last_logits is None else self.last_logits.to(dtype)
-        if self._journal is not None:
-            self._journal.clear()
+        if self._rollback_log is not None:
+            self._rollback_log.clear()
 
     @contextmanager
     def extend(self, input_ids: Tensor, segments: Segments | None, model: Any) -> Iterator[Extension]:
@@ -146,11 +146,11 @@ class HybridCache(CacheFiles):
         segments = self._admitted(input_ids, segments)
         if torch.is_grad_enabled():
             self._leave_inference_mode()
-        before: list[State] = [s if isinstance(s, KVState) else DeltaNetState(s.conv, s.memory) for s in self.layers]
+        before: list[State] = [s if isinstance(s, KVCache) else DeltaNetState(s.conv, s.recurrent) for s in self.layers]
         if self.history:
-            if self._journal is None:
-                self._journal = Journal(self.history)
-            self._journal.begin(
+            if self._rollback_log is None:
+                self._rollback_log = RollbackLog(self.history)
+            self._rollback_log.begin(
                 self.layers, segments, logits=self.last_logits, hidden=self.hidden, resting=self._resting
             )
         call = Extension(segments, self.layers, self.mtp, self.hidden, self.batch)
@@ -160,8 +160,8 @@ class HybridCache(CacheFiles):
             self._advance(input_ids, segments, call.hidden.detach())
         except BaseException:
             self.layers = before
-            if self._journal is not None:
-                self._journal.abandon(self.layers)
+            if self._rollback_log is not None:
+                self._rollback_log.abandon(self.layers)
             raise
 
     def _check_model(self, model: Any) -> None:
@@ -198,14 +198,14 @@ class HybridCache(CacheFiles):
 
     def _advance(self, input_ids: Tensor, segments: Segments, hidden: Tensor) -> None:
         """Note that these tokens are now part of every layer's state; `hidden` is (b t width)."""
-        if segments.aligned:
-            self.tokens[:, segments.past[0] : segments.ends[0]] = input_ids
+        if segments.uniform_offset:
+            self.tokens[:, segments.offsets[0] : segments.ends[0]] = input_ids
         else:
             for n, row, begin, end, past in segments.runs:
                 self.tokens[n, past : past + end - begin] = input_ids[row, begin:end]
-        if self._journal is not None:
-            self._journal.end(self.layers, hidden)
-        if segments.plain:
+        if self._rollback_log is not None:
+            self._rollback_log.end(self.layers, hidden)
+        if segments.unpadded:
             last = hidden[:, -1].clone()
         else:
             runs = segments.runs
@@ -216,7 +216,7 @@ class HybridCache(CacheFiles):
     @contextmanager
     def resting(self, rows: Sequence[int]) -> Iterator[None]:
         """A call of one token a row runs these rows along with the others and leaves them as they are."""
-        states: list[State] = [s if isinstance(s, KVState) else DeltaNetState(s.conv, s.memory) for s in self.layers]
+        states: list[State] = [s if isinstance(s, KVCache) else DeltaNetState(s.conv, s.recurrent) for s in self.layers]
         lengths, hidden, self._resting = self.lengths, self.hidden, rows
         try:
             yield
@@ -231,17 +231,17 @@ class HybridCache(CacheFiles):
 
         for now, then in zip(self.layers, states, strict=True):
             if isinstance(now, DeltaNetState) and isinstance(then, DeltaNetState):
-                now.conv, now.memory = put_back(now.conv, then.conv), put_back(now.memory, then.memory)
+                now.conv, now.recurrent = put_back(now.conv, then.conv), put_back(now.recurrent, then.recurrent)
         self.lengths = tuple(lengths[r] if r in rows else n for r, n in enumerate(self.lengths))
         if self.hidden is not None and hidden is not None:
             self.hidden = put_back(self.hidden, hidden)
 
     def _leave_inference_mode(self) -> None:
         for state in self.layers:
-            if isinstance(state, KVState):
+            if isinstance(state, KVCache):
                 state.leave_inference_mode()
-            elif state.conv.is_inference() or state.memory.is_inference():
-                state.conv, state.memory = state.conv.clone(), state.memory.clone()
+            elif state.conv.is_inference() or state.recurrent.is_inference():
+                state.conv, state.recurrent = state.conv.clone(), state.recurrent.clone()
 
     def snapshot(self, name: str) -> None:
         """Remember this point; costs no time and, for the recurrent states, their memory."""
@@ -268,17 +268,17 @@ class HybridCache(CacheFiles):
             raise ValueError(f"Cannot take back {max(back)} of {min(self.lengths)} tokens.")
         if not any(back):
             return
-        point = None if self._journal is None else self._journal.find(target)
+        point = None if self._rollback_log is None else self._rollback_log.find(target)
         if point is None:
             raise ValueError(
-                f"No state after {target[0]} tokens is kept (kept: {self._journal or 'none'}): make the cache with a "
-                "larger history=, or take a snapshot there."
+                f"No state after {target[0]} tokens is kept (kept: {self._rollback_log or 'none'}): make the cache "
+                "with a larger history=, or take a snapshot there."
             )
         states = iter(point.layers)
         for i, now in enumerate(self.layers):
             if isinstance(now, DeltaNetState):
                 then = next(states)
-                self.layers[i] = DeltaNetState(then.conv, then.memory.to(now.memory.dtype))
+                self.layers[i] = DeltaNetState(then.conv, then.recurrent.to(now.recurrent.dtype))
         self.lengths, self.hidden, self.last_logits = point.lengths, point.hidden, point.logits
         model = None if self.model is None else self.model()
         if self.last_logits is None and self.hidden is not None and model is not None:
@@ -287,9 +287,9 @@ class HybridCache(CacheFiles):
     def fork(self, n: int = 1) -> list["HybridCache"]:
         """Copies that go on independently, with the same past. Keys and values of it are shared for good."""
         forks = [self._with(self.mark()) for _ in range(n)]
-        if self._journal is not None:
+        if self._rollback_log is not None:
             for fork in forks:
-                fork._journal = self._journal.copy()
+                fork._rollback_log = self._rollback_log.copy()
         return forks
 
     def select(self, rows: Sequence[int] | Tensor) -> "HybridCache":
@@ -302,14 +302,14 @@ class HybridCache(CacheFiles):
         held = max(self.lengths)
         layers: list[State] = []
         for state in self.layers:
-            if isinstance(state, KVState):
+            if isinstance(state, KVCache):
                 layers.append(state.select(index, held))
             else:
-                layers.append(DeltaNetState(state.conv[index], state.memory[index]))
+                layers.append(DeltaNetState(state.conv[index], state.recurrent[index]))
         mtp = None if self.mtp is None else self.mtp.select(index, max(held - 1, 0))
         hidden, logits = (None if x is None else x[index] for x in (self.hidden, self.last_logits))
         lengths = tuple(self.lengths[i] for i in index.tolist())
-        return self._with(Mark(lengths, layers, mtp, self.tokens[index, : max(lengths)], hidden, logits))
+        return self._with(Snapshot(lengths, layers, mtp, self.tokens[index, : max(lengths)], hidden, logits))
 
     reorder = select
 
@@ -323,7 +323,7 @@ class HybridCache(CacheFiles):
         same = common_prefix(self.tokens[0, : self.lengths[0]], wanted)
         best, name = self.lengths[0], ""
         if same < best:
-            best = -1 if self._journal is None else self._journal.furthest(same)
+            best = -1 if self._rollback_log is None else self._rollback_log.furthest(same)
         for key, mark in self.snapshots.items():
             length = mark.lengths[0]
             if best < length <= len(ids) and torch.equal(mark.tokens[0], wanted[:length]):
@@ -338,7 +338,8 @@ class HybridCache(CacheFiles):
         """Bytes of the state and of the keys and values held (token ids, history and snapshots left out)."""
         held = max(self.lengths)
         layers = sum(
-            s.bytes_per_token * held if isinstance(s, KVState) else s.conv.nbytes + s.memory.nbytes for s in self.layers
+            s.bytes_per_token * held if isinstance(s, KVCache) else s.conv.nbytes + s.recurrent.nbytes
+            for s in self.layers
         )
         return layers + (0 if self.mtp is None else self.mtp.bytes_per_token * max(held - 1, 0))
 
@@ -349,7 +350,7 @@ class HybridCache(CacheFiles):
 
     def storages(self) -> dict[int, int]:
         """Address and bytes of all memory that states, keys and values keep alive; forks have some in common."""
-        return Mark(self.lengths, self.layers, self.mtp, self.tokens, None, None).storages()
+        return Snapshot(self.lengths, self.layers, self.mtp, self.tokens, None, None).storages()
 
     @staticmethod
     def estimate(config: ModelConfig, tokens: int, *, kv_bytes: int = 2, conv_bytes: int = 2, mtp: bool = False) -> int:
@@ -359,28 +360,28 @@ class HybridCache(CacheFiles):
             held += max(tokens - 1, 0) * config.bytes_per_token(kv_bytes, mtp=True)
         return held
 
-    def mark(self) -> Mark:
+    def mark(self) -> Snapshot:
         """This point. Recurrent states are replaced and never written to; keys and values are, behind what is held."""
         held = max(self.lengths)
         layers: list[State] = [
-            s.share(held) if isinstance(s, KVState) else DeltaNetState(s.conv, s.memory) for s in self.layers
+            s.share(held) if isinstance(s, KVCache) else DeltaNetState(s.conv, s.recurrent) for s in self.layers
         ]
         mtp = None if self.mtp is None else self.mtp.share(max(held - 1, 0))
-        return Mark(self.lengths, layers, mtp, self.tokens[:, :held].clone(), self.hidden, self.last_logits)
+        return Snapshot(self.lengths, layers, mtp, self.tokens[:, :held].clone(), self.hidden, self.last_logits)
 
-    def go_to(self, mark: Mark) -> None:
+    def go_to(self, mark: Snapshot) -> None:
         """Stand where the mark was made, of this cache or of one of the same shape; nothing can be rolled back then."""
         held = max(mark.lengths)
         self.layers = [
-            s.share(held) if isinstance(s, KVState) else DeltaNetState(s.conv, s.memory) for s in mark.layers
+            s.share(held) if isinstance(s, KVCache) else DeltaNetState(s.conv, s.recurrent) for s in mark.layers
         ]
         self.mtp = None if mark.mtp is None else mark.mtp.share(max(held - 1, 0))
         self.tokens[:, :held] = mark.tokens
         self.lengths, self.hidden, self.last_logits = mark.lengths, mark.hidden, mark.last_logits
-        if self._journal is not None:
-            self._journal.clear()
+        if self._rollback_log is not None:
+            self._rollback_log.clear()
 
-    def _with(self, mark: Mark) -> "HybridCache":
+    def _with(self, mark: Snapshot) -> "HybridCache":
         tokens = _no_tokens(len(mark.lengths), self.max_len, self.tokens.device)
         other = HybridCache(self.config, [], tokens, mark.lengths, self.yarn, self.history, model=self.model)
         other.go_to(mark)
@@ -423,19 +424,19 @@ def new_cache(
         raise ValueError("This model has no MTP layer to remember for: leave mtp out.")
     c = config
 
-    def keys_and_values() -> KVState:
+    def keys_and_values() -> KVCache:
         sizes = {"kv_heads": c.num_key_value_heads, "head_dim": c.head_dim, "max_len": max_len}
-        return KVState(batch, **sizes, dtype=kv_dtype, device=device)
+        return KVCache(batch, **sizes, dtype=kv_dtype, device=device)
 
     layers: list[State] = []
     for kind in c.layer_types:
         if kind == "full_attention":
             layers.append(keys_and_values())
         else:
-            conv = torch.zeros(batch, c.conv_taps - 1, c.conv_channels, dtype=dtype, device=device)
+            conv = torch.zeros(batch, c.conv_kernel_size - 1, c.conv_channels, dtype=dtype, device=device)
             heads = (c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
-            memory = torch.zeros(batch, *heads, dtype=dtype, device=device)
-            memory = at_least_fp32(memory) if state_dtype is None else memory.to(state_dtype)
-            layers.append(DeltaNetState(conv, memory))
+            recurrent = torch.zeros(batch, *heads, dtype=dtype, device=device)
+            recurrent = at_least_fp32(recurrent) if state_dtype is None else recurrent.to(state_dtype)
+            layers.append(DeltaNetState(conv, recurrent))
     tokens = _no_tokens(batch, max_len, device)
     return HybridCache(c, layers, tokens, (0,) * batch, c.rope_scaling, history, mtp=keys_and_values() if mtp else None)

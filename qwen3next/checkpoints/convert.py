@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from qwen3next.checkpoints.progress import tracked
-from qwen3next.checkpoints.reader import Opened, cast_dtype, open_checkpoint
+from qwen3next.checkpoints.reader import CheckpointReader, cast_dtype, open_checkpoint
 from qwen3next.checkpoints.save import is_weights, write_config, write_shards
-from qwen3next.checkpoints.state_dict_adapter import Entry, Place, entries
+from qwen3next.checkpoints.state_dict_adapter import ParamSlice, TensorSpec, tensor_specs
 from qwen3next.config import ModelConfig
 from qwen3next.files.atomic import fresh_folder
 from qwen3next.inputs import as_dtype
@@ -22,25 +22,25 @@ CARRIED = (".json", ".jinja", ".txt", ".md", ".model")  # files that describe a 
 class Source:
     """Reads the tensors of an opened folder in any other layout of the same parameters."""
 
-    def __init__(self, opened: Opened):
+    def __init__(self, opened: CheckpointReader):
         self.opened = opened
-        self._filling: dict[str, list[Entry]] = {}
+        self._filling: dict[str, list[TensorSpec]] = {}
         for entry in opened.wanted:
             for place in entry.places:
                 self._filling.setdefault(place.name, []).append(entry)
 
-    def dtype(self, entry: Entry) -> torch.dtype:
+    def dtype(self, entry: TensorSpec) -> torch.dtype:
         return self.opened.dtypes[entry.places[0].name]
 
-    def tensor(self, entry: Entry, dtype: torch.dtype | None = None) -> Tensor:
+    def tensor(self, entry: TensorSpec, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of the other layout, cast to `dtype`; None keeps the stored dtype, or gives fp32 for FP8 weights."""
         return entry.merge(*(self._piece(place, entry.shape, dtype) for place in entry.places))
 
-    def _read(self, entry: Entry, dtype: torch.dtype | None, index: int | None = None) -> Tensor:
+    def _read(self, entry: TensorSpec, dtype: torch.dtype | None, index: int | None = None) -> Tensor:
         x = self.opened.read(entry.name, index)
         return x if dtype is None else x.to(dtype)
 
-    def _piece(self, place: Place, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
+    def _piece(self, place: ParamSlice, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
         filling = self._filling[place.name]
         for entry in filling:
             for i, other in enumerate(entry.places):
@@ -99,11 +99,11 @@ def convert(
             layout = replace(layout, fused_experts=experts == "fused", fused_mtp_experts=experts == "fused")
         origin, kept = Source(opened), sorted(opened.vision.items()) if towered else []
         plan = []
-        for entry in entries(config, layout):
+        for entry in tensor_specs(config, layout):
             kind = origin.dtype(entry)
             plan.append((entry, kind if cast is None else cast_dtype(entry.name, kind, cast)))
         kinds = {entry.name: kind for entry, kind in plan}
-        tower = [(Entry(name, stored.shape, ()), stored.dtype) for name, stored in kept]
+        tower = [(TensorSpec(name, stored.shape, ()), stored.dtype) for name, stored in kept]
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             for entry, _ in plan:

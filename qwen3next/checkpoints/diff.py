@@ -10,8 +10,8 @@ from torch import Tensor
 
 from qwen3next.checkpoints.convert import Source
 from qwen3next.checkpoints.progress import tracked
-from qwen3next.checkpoints.reader import Opened, open_checkpoint
-from qwen3next.checkpoints.state_dict_adapter import entries
+from qwen3next.checkpoints.reader import CheckpointReader, open_checkpoint
+from qwen3next.checkpoints.state_dict_adapter import tensor_specs
 
 PIECE = 2**22  # elements compared at a time
 
@@ -35,23 +35,25 @@ class Difference:
     relative: float = 0.0
 
 
-def diff_config(a: Opened, b: Opened) -> dict[str, tuple[object, object]]:
+def diff_config(a: CheckpointReader, b: CheckpointReader) -> dict[str, tuple[object, object]]:
     """Keys of config.json that differ, with both values; None for a missing key."""
     left, right = a.config.to_dict(), b.config.to_dict()
     keys = [*left, *(key for key in right if key not in left)]
     return {key: (left.get(key), right.get(key)) for key in keys if left.get(key) != right.get(key)}
 
 
-def diff(a: str | Path | Opened, b: str | Path | Opened, *, progress: bool = False) -> Iterator[Difference]:
+def diff(
+    a: str | Path | CheckpointReader, b: str | Path | CheckpointReader, *, progress: bool = False
+) -> Iterator[Difference]:
     """Yield the tensors that differ. Layout does not matter: fused or single experts, name prefixes, FP8 (dequantised).
 
     Raises: ValueError for an invalid checkpoint folder.
     """
-    a = a if isinstance(a, Opened) else open_checkpoint(a)
-    b = b if isinstance(b, Opened) else open_checkpoint(b)
+    a = a if isinstance(a, CheckpointReader) else open_checkpoint(a)
+    b = b if isinstance(b, CheckpointReader) else open_checkpoint(b)
     with a.files, b.files:
-        left = {entry.name: entry for entry in entries(a.config, a.layout)}
-        right = {entry.name: entry for entry in entries(b.config, a.layout)}
+        left = {entry.name: entry for entry in tensor_specs(a.config, a.layout)}
+        right = {entry.name: entry for entry in tensor_specs(b.config, a.layout)}
         here, there = Source(a), Source(b)
         for name, entry in tracked(left.items(), progress, "comparing", len(left)):
             if name not in right:

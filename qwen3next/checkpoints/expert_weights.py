@@ -10,10 +10,10 @@ from layers.experts.cache import ExpertCache, Read
 from layers.experts.disk import OffloadedExperts
 from layers.experts.int8 import Int8Experts
 from layers.moe import Experts, SparseMoE
-from qwen3next.checkpoints.reader import Opened
-from qwen3next.checkpoints.state_dict_adapter import Entry, Place
+from qwen3next.checkpoints.reader import CheckpointReader
+from qwen3next.checkpoints.state_dict_adapter import ParamSlice, TensorSpec
 
-PLACES = ("memory", "mmap", "int8")
+PLACES = ("memory", "disk", "int8")
 
 
 def routed(name: str) -> bool:
@@ -21,15 +21,15 @@ def routed(name: str) -> bool:
     return ".mlp.experts." in name
 
 
-def replace_experts(model: Any, opened: Opened, place: str, *, dtype: torch.dtype | None, cache: int) -> None:
+def replace_experts(model: Any, opened: CheckpointReader, place: str, *, dtype: torch.dtype | None, cache: int) -> None:
     """Replace the `Experts` of a model on the meta device by the module for `place`.
 
     Args:
-        place: "int8" or "mmap".
+        place: "int8" or "disk".
         dtype: dtype of experts after they are read; None means as stored.
         cache: bytes of the cache for experts read from the files.
     """
-    if place == "mmap":
+    if place == "disk":
         model.expert_cache = ExpertCache(cache)
     for name, module in model.named_modules():
         if isinstance(module, SparseMoE):
@@ -47,7 +47,7 @@ def replace_experts(model: Any, opened: Opened, place: str, *, dtype: torch.dtyp
             module.experts = experts
 
 
-def fill_int8(model: Any, opened: Opened, entry: Entry) -> None:
+def fill_int8(model: Any, opened: CheckpointReader, entry: TensorSpec) -> None:
     """Quantise the experts in one tensor of the folder, with one expert in memory at a time."""
     (place,) = entry.places
     module_name, _, leaf = place.name.rpartition(".")
@@ -64,7 +64,7 @@ def fill_int8(model: Any, opened: Opened, entry: Entry) -> None:
             experts.fill("gate_proj" if rows.start == 0 else "up_proj", e, x)
 
 
-def _experts_in(opened: Opened, entry: Entry) -> Iterator[tuple[int, slice, Tensor]]:
+def _experts_in(opened: CheckpointReader, entry: TensorSpec) -> Iterator[tuple[int, slice, Tensor]]:
     (place,) = entry.places
     if place.index:
         yield *_expert(place), opened.read(entry.name)
@@ -73,7 +73,7 @@ def _experts_in(opened: Opened, entry: Entry) -> Iterator[tuple[int, slice, Tens
             yield e, slice(None), opened.read(entry.name, e)
 
 
-def _expert(place: Place) -> tuple[int, slice]:
+def _expert(place: ParamSlice) -> tuple[int, slice]:
     """The expert and the rows that a place selects."""
     e, rows = place.index
     assert isinstance(e, int)
@@ -81,7 +81,7 @@ def _expert(place: Place) -> tuple[int, slice]:
     return e, rows
 
 
-def reader(opened: Opened, ours: str) -> Read:
+def reader(opened: CheckpointReader, ours: str) -> Read:
     """A function that reads one expert from the folder's files, for the layer whose parameters start with `ours`.
 
     A tensor of the wanted dtype is read directly into its target; others are converted through a copy of one expert.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qwen3next.checkpoints.expert_weights import PLACES, fill_int8, replace_experts, routed
 from qwen3next.checkpoints.progress import tracked
-from qwen3next.checkpoints.reader import Opened, cast_dtype, open_checkpoint
+from qwen3next.checkpoints.reader import CheckpointReader, cast_dtype, open_checkpoint
 from qwen3next.config import ModelConfig
 from qwen3next.files.fingerprint import files_as_they_are
 from qwen3next.files.sizes import parse_bytes
@@ -54,17 +54,19 @@ def load_as(
                     continue
                 for place, piece in zip(entry.places, entry.split(opened.read(entry.name)), strict=True):
                     place.of(ours).copy_(piece)
-        if experts == "mmap":
+        if experts == "disk":
             failed.pop_all()  # the files stay open, as experts are read later
     model.layout, model.origin = opened.layout, opened.folder
     model.generation_config = generation
     model = model.to(target) if experts == "int8" else model
-    model.experts_in = files_as_they_are(opened.folder) if experts == "mmap" else ""
+    model.experts_in = files_as_they_are(opened.folder) if experts == "disk" else ""
     model.weight_sums.loaded(opened.folder, model.state_dict(keep_vars=True), f"{cast} {experts}")
     return model
 
 
-def _allocate(model: nn.Module, opened: Opened, dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
+def _allocate(
+    model: nn.Module, opened: CheckpointReader, dtype: torch.dtype | None, device: torch.device
+) -> dict[str, Tensor]:
     """Allocate every parameter in `dtype`, or in the dtype of its stored tensors if None; returns them by name."""
     shared: dict[Tensor, nn.Parameter] = {}
     for prefix, module in model.named_modules():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3next.checkpoints.state_dict_adapter import VISION, Entry, Layout, entries
+from qwen3next.checkpoints.state_dict_adapter import VISION, Layout, TensorSpec, tensor_specs
 from qwen3next.config import ModelConfig
 from qwen3next.files.atomic import usable
 from qwen3next.files.json_files import read_object
@@ -25,7 +25,7 @@ BRING = "load with one dtype, such as dtype='bfloat16', or rewrite the folder wi
 ENOUGH = 10_000  # stop counting missing tensors here: config.json belongs to another model
 
 
-class Opened:
+class CheckpointReader:
     """An open checkpoint folder.
 
     Attributes:
@@ -47,14 +47,14 @@ class Opened:
         self.files = Files()
         self.problems: list[str] = []
         every = self._headers()
-        self.vision = {n: s for n, s in every.items() if n.startswith(VISION)} if whole.outer else {}
+        self.vision = {n: s for n, s in every.items() if n.startswith(VISION)} if whole.wrapper_config else {}
         self.scales = {n.removesuffix("_scale_inv"): s for n, s in every.items() if n.endswith("_scale_inv")}
         self.stored = {n: s for n, s in every.items() if n not in self.vision and not n.endswith("_scale_inv")}
         self.mtp_promised = bool(self.config.mtp_num_hidden_layers)
         found = int(any(name.startswith("mtp.") for name in self.stored))
         self.config = self.config.replace(mtp_num_hidden_layers=found)
         self.layout = Layout.found(self.config, self.stored.keys())
-        self.wanted: list[Entry] = []
+        self.wanted: list[TensorSpec] = []
         self.torn = ""
         self.dtypes: dict[str, torch.dtype] = {}
         self.problems += self._compare()
@@ -169,7 +169,7 @@ class Opened:
     def _compare(self) -> Iterator[str]:
         """Error messages for tensors that are missing, unexpected or of another shape than config.json requires."""
         expected, missing = set(), []
-        for entry in entries(self.config, self.layout):
+        for entry in tensor_specs(self.config, self.layout):
             self.wanted.append(entry)
             expected.add(entry.name)
             if entry.name not in self.stored:
@@ -246,12 +246,12 @@ class Opened:
             del self.stored["lm_head.weight"]  # some writers repeat the tied embedding
 
 
-def open_checkpoint(path: str | Path) -> Opened:
+def open_checkpoint(path: str | Path) -> CheckpointReader:
     """Open a folder (or hub id) and check that it holds exactly the tensors that config.json requires.
 
     Raises: ValueError that names the file and tensor for a missing, unexpected or invalid one.
     """
-    opened = Opened(path)
+    opened = CheckpointReader(path)
     if opened.problems:
         opened.files.close()
         raise ValueError(opened.problems[0])

@@ -14,13 +14,13 @@ from layers.experts.disk import OffloadedExperts
 from layers.experts.int8 import Int8Experts
 from qwen3next.checkpoints.progress import tracked
 from qwen3next.checkpoints.reader import INDEX, SINGLE, some
-from qwen3next.checkpoints.state_dict_adapter import Entry, Layout, entries
+from qwen3next.checkpoints.state_dict_adapter import Layout, TensorSpec, tensor_specs
 from qwen3next.files.atomic import fresh_folder
 from qwen3next.files.tensor_files import write
 from qwen3next.hooks.wrappers import plain_name
 
 # Sidecar files of a text model, copied along with its weights.
-COMPANIONS = (
+SIDECAR_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -69,11 +69,11 @@ def save(
         config = config.replace(tie_word_embeddings=False)  # the head was replaced after loading
     found = model.layout or Layout.released(config)
     layout = layout or Layout(**{**vars(found), "prefix": "model."})  # other prefixes occur only with a vision tower
-    wanted = list(entries(config, layout))
+    wanted = list(tensor_specs(config, layout))
     _check_whole(ours, wanted, tied=config.tie_word_embeddings)
     with fresh_folder(folder, replaced=is_weights) as fresh:
         if model.origin is not None and model.origin.is_dir():
-            copy_companions(model.origin, fresh)
+            copy_sidecar_files(model.origin, fresh)
         plan = [(e, e.places[0].of(ours).dtype) for e in wanted]
         tensors = ((e.name, e.merge(*(p.of(ours).detach() for p in e.places))) for e, _ in plan)
         write_shards(fresh, plan, tracked(tensors, progress, f"saving {folder.name}", len(plan)), max_shard_bytes)
@@ -86,7 +86,7 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a.data_ptr() == b.data_ptr() or (a.dtype == b.dtype and torch.equal(a, b))
 
 
-def _check_whole(ours: dict[str, Tensor], wanted: list[Entry], *, tied: bool) -> None:
+def _check_whole(ours: dict[str, Tensor], wanted: list[TensorSpec], *, tied: bool) -> None:
     """Check that the wanted tensors hold all parameters of the model. Raises: ValueError otherwise."""
     places = {place.name for entry in wanted for place in entry.places}
     spare = ours.keys() - places - ({"lm_head.weight"} if tied else set())
@@ -118,8 +118,8 @@ def is_weights(name: str) -> bool:
     return name.endswith(".safetensors") or name in ("config.json", INDEX)
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    for name in COMPANIONS:
+def copy_sidecar_files(source: Path, target: Path) -> None:
+    for name in SIDECAR_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
@@ -135,7 +135,7 @@ def write_config(folder: Path, values: dict[str, object], dtype: torch.dtype) ->
 
 
 def write_shards(
-    folder: Path, plan: list[tuple[Entry, torch.dtype]], tensors: Iterator[tuple[str, Tensor]], limit: int
+    folder: Path, plan: list[tuple[TensorSpec, torch.dtype]], tensors: Iterator[tuple[str, Tensor]], limit: int
 ) -> None:
     """Write tensors, in the order of the plan, into as few files of at most `limit` bytes as possible, and an index."""
     if limit < 1:

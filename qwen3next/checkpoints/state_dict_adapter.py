@@ -1,6 +1,6 @@
 """State-dict adapter: maps the tensors of a released checkpoint to the model's parameters and back.
 
-One `Entry` describes one released tensor. Reading splits it into pieces, writing merges them; the two are exact
+One `TensorSpec` describes one released tensor. Reading splits it into pieces, writing merges them; the two are exact
 inverses, and also apply to gradients and optimizer moments. A `Layout` describes how a folder arranges its tensors.
 """
 
@@ -18,7 +18,7 @@ Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Place:
+class ParamSlice:
     """A model parameter, or the view of it that `index` selects."""
 
     name: str
@@ -29,12 +29,12 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorSpec:
     """One released tensor: `split` returns the pieces for `places`, `merge` rebuilds the tensor from them."""
 
     name: str
     shape: tuple[int, ...]
-    places: tuple[Place, ...]
+    places: tuple[ParamSlice, ...]
     split: Callable[[Tensor], tuple[Tensor, ...]] = lambda x: (x,)
     merge: Callable[..., Tensor] = lambda x: x
 
@@ -95,7 +95,7 @@ def _either(fused: list[str], single: list[str], usual: bool, *, mtp: bool) -> b
     return has_fused if has_fused != has_single else usual
 
 
-def entries(config: ModelConfig, layout: Layout | None = None) -> Iterator[Entry]:
+def tensor_specs(config: ModelConfig, layout: Layout | None = None) -> Iterator[TensorSpec]:
     """The tensors of a checkpoint, layer by layer, in `layout` (None: the released layout of the family)."""
     c, width = config, config.hidden_size
     layout = Layout.released(config) if layout is None else layout
@@ -114,13 +114,13 @@ def entries(config: ModelConfig, layout: Layout | None = None) -> Iterator[Entry
         yield from _block(c, layout, f"mtp.layers.{i}.", f"mtp.blocks.{i}.", "full_attention", sparse, fused)
 
 
-def _whole(released: str, ours: str, shape: tuple[int, ...]) -> Entry:
-    return Entry(released, shape, (Place(ours),))
+def _whole(released: str, ours: str, shape: tuple[int, ...]) -> TensorSpec:
+    return TensorSpec(released, shape, (ParamSlice(ours),))
 
 
 def _block(
     c: ModelConfig, layout: Layout, theirs: str, ours: str, kind: str, sparse: bool, fused: bool
-) -> Iterator[Entry]:
+) -> Iterator[TensorSpec]:
     width = c.hidden_size
     sandwich = ("attn_out_norm", "mlp_out_norm") if c.sandwich_norm else ()
     for norm in ("input_layernorm", "post_attention_layernorm", *sandwich):
@@ -140,12 +140,12 @@ def _block(
         yield _whole(f"{theirs}shared_expert_gate.weight", f"{ours}shared_expert_gate.weight", (1, width))
 
 
-def _swiglu(theirs: str, ours: str, width: int, inner: int) -> Iterator[Entry]:
+def _swiglu(theirs: str, ours: str, width: int, inner: int) -> Iterator[TensorSpec]:
     for name, shape in (("gate_proj", (inner, width)), ("up_proj", (inner, width)), ("down_proj", (width, inner))):
         yield _whole(f"{theirs}{name}.weight", f"{ours}{name}.weight", shape)
 
 
-def _experts(c: ModelConfig, theirs: str, ours: str, fused: bool) -> Iterator[Entry]:
+def _experts(c: ModelConfig, theirs: str, ours: str, fused: bool) -> Iterator[TensorSpec]:
     """Fused: gate rows above up rows in one tensor, down in another, for all experts. Else three tensors per expert."""
     width, inner = c.hidden_size, c.moe_intermediate_size
     if fused:
@@ -158,10 +158,10 @@ def _experts(c: ModelConfig, theirs: str, ours: str, fused: bool) -> Iterator[En
             ("up_proj", (inner, width), "gate_up_proj", slice(inner, 2 * inner)),
             ("down_proj", (width, inner), "down_proj", slice(None)),
         ):
-            yield Entry(f"{theirs}{e}.{name}.weight", shape, (Place(ours + tensor, (e, rows)),))
+            yield TensorSpec(f"{theirs}{e}.{name}.weight", shape, (ParamSlice(ours + tensor, (e, rows)),))
 
 
-def _full_attention(c: ModelConfig, layout: Layout, theirs: str, ours: str) -> Iterator[Entry]:
+def _full_attention(c: ModelConfig, layout: Layout, theirs: str, ours: str) -> Iterator[TensorSpec]:
     width, d = c.hidden_size, c.head_dim
     heads, kv = c.num_attention_heads, c.num_key_value_heads
     gate_rows = {"elementwise": d, "headwise": 1}[c.attention_gate] if c.has_released_gate else 0
@@ -171,11 +171,11 @@ def _full_attention(c: ModelConfig, layout: Layout, theirs: str, ours: str) -> I
     for kind, columns in kinds:
         q = f"{theirs}q_proj.{kind}"
         if gate_rows:
-            places = (Place(f"{ours}q_proj.{kind}"), Place(f"{ours}gate_proj.{kind}"))
+            places = (ParamSlice(f"{ours}q_proj.{kind}"), ParamSlice(f"{ours}gate_proj.{kind}"))
             groups = kv if layout.gate_by_group else heads
             parts = (heads // groups * d, heads // groups * gate_rows)  # rows of a group: queries, then gates
             split, merge = partial(_split_groups, groups, parts), partial(_merge_groups, groups)
-            yield Entry(q, (heads * (d + gate_rows), *columns), places, split, merge)
+            yield TensorSpec(q, (heads * (d + gate_rows), *columns), places, split, merge)
         else:
             yield _whole(q, f"{ours}q_proj.{kind}", (heads * d, *columns))
         for name, mixed in mixed_projections(c).items():
@@ -190,7 +190,7 @@ def _full_attention(c: ModelConfig, layout: Layout, theirs: str, ours: str) -> I
         yield _whole(f"{theirs}{name}", f"{ours}{name}", shape)
 
 
-def _linear_attention(c: ModelConfig, layout: Layout, theirs: str, ours: str) -> Iterator[Entry]:
+def _linear_attention(c: ModelConfig, layout: Layout, theirs: str, ours: str) -> Iterator[TensorSpec]:
     width, groups = c.hidden_size, c.linear_num_key_heads
     k, heads = c.linear_key_head_dim, c.linear_num_value_heads
     v = c.linear_value_head_dim * heads // groups  # value rows per key head
@@ -205,25 +205,25 @@ def _linear_attention(c: ModelConfig, layout: Layout, theirs: str, ours: str) ->
             yield _whole(f"{theirs}{name}.weight", f"{ours}{name}.weight", (rows, width))
     else:
         # Rows per key head: its q, its k, the v and the z of the value heads that share it; likewise b and a.
-        yield Entry(
+        yield TensorSpec(
             f"{theirs}in_proj_qkvz.weight",
             (channels + values, width),
-            (Place(f"{ours}in_proj_qkv.weight"), Place(f"{ours}in_proj_z.weight")),
+            (ParamSlice(f"{ours}in_proj_qkv.weight"), ParamSlice(f"{ours}in_proj_z.weight")),
             partial(_split_qkvz, groups, (k, k, v, v)),
             partial(_merge_qkvz, groups, (keys, keys, values)),
         )
-        yield Entry(
+        yield TensorSpec(
             f"{theirs}in_proj_ba.weight",
             (2 * heads, width),
-            (Place(f"{ours}in_proj_b.weight"), Place(f"{ours}in_proj_a.weight")),
+            (ParamSlice(f"{ours}in_proj_b.weight"), ParamSlice(f"{ours}in_proj_a.weight")),
             partial(_split_groups, groups, (heads // groups, heads // groups)),
             partial(_merge_groups, groups),
         )
     if c.linear_use_conv:
-        yield Entry(
+        yield TensorSpec(
             f"{theirs}conv1d.weight",
             (channels, 1, taps),
-            (Place(f"{ours}conv_weight"),),
+            (ParamSlice(f"{ours}conv_weight"),),
             lambda x: (x.squeeze(1),),
             lambda x: x.unsqueeze(1),
         )
@@ -255,5 +255,5 @@ def _merge_qkvz(groups: int, parts: tuple[int, ...], qkv: Tensor, z: Tensor) -> 
 
 def to_released(config: ModelConfig, ours: Tensors, layout: Layout | None = None) -> Iterator[tuple[str, Tensor]]:
     """The released names and tensors for the model's parameters, or for gradients or moments of the same shapes."""
-    for entry in entries(config, layout):
+    for entry in tensor_specs(config, layout):
         yield entry.name, entry.merge(*(place.of(ours) for place in entry.places))

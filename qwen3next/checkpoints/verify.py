@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer
 
 from qwen3next.checkpoints.progress import tracked
-from qwen3next.checkpoints.reader import INDEX, Opened, local_folder, some
+from qwen3next.checkpoints.reader import INDEX, CheckpointReader, local_folder, some
 from qwen3next.config import ModelConfig
 from qwen3next.files.json_files import read_object
 
@@ -41,7 +41,7 @@ def verify(path: str | Path, *, values: bool = False, progress: bool = False) ->
     """
     report = Report(local_folder(path))
     try:
-        opened = Opened(report.folder)
+        opened = CheckpointReader(report.folder)
     except ValueError as error:
         report.problems.append(str(error))
     else:
@@ -59,7 +59,7 @@ def verify(path: str | Path, *, values: bool = False, progress: bool = False) ->
     return report
 
 
-def _check_values(opened: Opened, report: Report, progress: bool) -> None:
+def _check_values(opened: CheckpointReader, report: Report, progress: bool) -> None:
     for name in tracked(sorted(opened.stored), progress, f"reading {opened.folder.name}", len(opened.stored)):
         tensor = opened.read(name)
         if bad := int((~torch.isfinite(tensor)).sum()):
@@ -68,7 +68,7 @@ def _check_values(opened: Opened, report: Report, progress: bool) -> None:
             report.notices.append(f"{name} is zero everywhere: check that it was written.")
 
 
-def _check_tokenizer(opened: Opened, report: Report) -> None:
+def _check_tokenizer(opened: CheckpointReader, report: Report) -> None:
     path = opened.folder / "tokenizer.json"
     if not path.is_file():
         report.notices.append("There is no tokenizer.json: the model can be used with token ids only.")

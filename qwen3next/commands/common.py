@@ -16,7 +16,7 @@ from qwen3next.files.sizes import binary
 from qwen3next.inputs import as_device
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-ExpertPlace = Literal["memory", "mmap", "int8"]
+ExpertPlace = Literal["memory", "disk", "int8"]
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 Target = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR|PRESET")]
 

@@ -55,5 +55,5 @@ def convert(
     if not quiet:
         files = sorted(target.glob("*.safetensors"))
         size = binary(sum(file.stat().st_size for file in files))
-        kind = config.outer.get("model_type", config.model_type)
+        kind = config.wrapper_config.get("model_type", config.model_type)
         print(f"{target}: {kind}, {size} in {len(files)} file{'s' * (len(files) > 1)}", file=sys.stderr)

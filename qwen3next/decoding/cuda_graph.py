@@ -17,8 +17,8 @@ from layers.kernels.experts import GATHERED, grouped_serves
 from layers.moe import Experts
 from layers.rope import Rotation
 from layers.segments import Segments
-from layers.state.kv_cache import KVState
-from layers.state.static_kv_cache import StaticKV
+from layers.state.kv_cache import KVCache
+from layers.state.static_kv_cache import StaticKVCache
 from qwen3next.cache.hybrid import HybridCache
 from qwen3next.decoding.guard import Guard
 from qwen3next.decoding.protocol import Decodable, like
@@ -65,31 +65,31 @@ class GraphStep:
         states = [s for s in cache.layers if isinstance(s, DeltaNetState)]
         # All layers' states in two tensors, so that a copy is two kernels.
         self._conv = torch.stack([s.conv for s in states]) if states else None
-        self._memory = torch.stack([s.memory for s in states]) if states else None
+        self._memory = torch.stack([s.recurrent for s in states]) if states else None
         self._ids = torch.zeros(cache.batch, 1, dtype=torch.long, device=device)
         self._position = torch.zeros(cache.batch, dtype=torch.long, device=device)
         self._at: tuple[int, ...] | None = None  # what _position holds
         self._given: list[tuple[Tensor, Tensor]] = []  # what the buffers of states hold, as the cache got it
         self._buffers: list[tuple[Tensor, ...]] = []
-        self._kv: list[StaticKV] = []
+        self._kv: list[StaticKVCache] = []
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def prepare(self, cache: HybridCache, segments: Segments) -> None:
         """Hold what the cache holds; captured anew where its buffers moved."""
-        buffers = [s.whole(segments) for s in cache.layers if isinstance(s, KVState)]
+        buffers = [s.whole(segments) for s in cache.layers if isinstance(s, KVCache)]
         addresses = [[x.data_ptr() for x in pair] + [pair[0].shape[2]] for pair in buffers]
         if self._at is None or addresses != [[x.data_ptr() for x in p] + [p[0].shape[2]] for p in self._buffers]:
             self._bind(buffers)
         states = [s for s in cache.layers if isinstance(s, DeltaNetState)]
         same = len(self._given) == len(states) and all(
-            s.conv is conv and s.memory is memory for s, (conv, memory) in zip(states, self._given, strict=True)
+            s.conv is conv and s.recurrent is memory for s, (conv, memory) in zip(states, self._given, strict=True)
         )
         if not same and self._conv is not None and self._memory is not None:
             torch.stack([s.conv for s in states], out=self._conv)
-            torch.stack([s.memory for s in states], out=self._memory)
-        if segments.past != self._at:
-            self._position.copy_(torch.tensor(segments.past))
-        self._at, self._given = segments.past, [(s.conv, s.memory) for s in states]
+            torch.stack([s.recurrent for s in states], out=self._memory)
+        if segments.offsets != self._at:
+            self._position.copy_(torch.tensor(segments.offsets))
+        self._at, self._given = segments.offsets, [(s.conv, s.recurrent) for s in states]
         if self._graph is None and self._ids.device.type == "cuda":
             self._capture()
 
@@ -107,12 +107,12 @@ class GraphStep:
         if self._conv is not None and self._memory is not None:
             self._given = list(zip(self._conv.clone().unbind(), self._memory.clone().unbind(), strict=True))
         given = iter(self._given)
-        cache.layers = [s if isinstance(s, KVState) else DeltaNetState(*next(given)) for s in cache.layers]
+        cache.layers = [s if isinstance(s, KVCache) else DeltaNetState(*next(given)) for s in cache.layers]
         return self.hidden, self.logits[:, 0].clone()
 
     def _bind(self, buffers: list[tuple[Tensor, ...]]) -> None:
         self._graph, self._buffers = None, buffers
-        self._kv = [StaticKV(pair[0], pair[1], self._position) for pair in buffers]
+        self._kv = [StaticKVCache(pair[0], pair[1], self._position) for pair in buffers]
         places = buffers[0][0].shape[2] if buffers else 1
         everywhere = torch.arange(places, device=self._ids.device)[None]
         self._turns = self.model._rotation(everywhere, like(self.model).dtype)
@@ -133,7 +133,7 @@ class GraphStep:
             state = DeltaNetState(self._conv[i], self._memory[i])
             x, _ = block(x, rope, segments=segments, state=state, stats=False)
             self._conv[i].copy_(state.conv)
-            self._memory[i].copy_(state.memory)
+            self._memory[i].copy_(state.recurrent)
             i += 1
         self.hidden = model.norm(x)
         self.logits = model.lm_head(self.hidden)
@@ -161,8 +161,8 @@ def graph_for(model: Decodable, segments: Segments, cache: HybridCache) -> Graph
 
     Raises: RuntimeError where a graph was asked for by name and cannot run.
     """
-    slot, named, weight = model.decode_slot, model.decode_backend == "graph", like(model)
-    if model.decode_backend not in ("auto", "graph") or segments.length != 1 or not segments.plain:
+    slot, named, weight = model.plan_cache, model.decode_backend == "graph", like(model)
+    if model.decode_backend not in ("auto", "graph") or segments.length != 1 or not segments.unpadded:
         return None
     if backend_why_not("decode", "graph", weight.device, weight.dtype) and not named:
         return None
@@ -171,7 +171,7 @@ def graph_for(model: Decodable, segments: Segments, cache: HybridCache) -> Graph
     guard = slot.current(model)
     if "graph" not in slot.reasons:
         slot.reasons["graph"] = why_not(model, "graph")
-    looks = "somebody looks inside: model.set_backend('decode', 'auto') lets hooks in" if guard.watched(model) else None
+    looks = "hooks are attached: model.set_backend('decode', 'auto') lets hooks in" if guard.hooked(model) else None
     reason = slot.reasons["graph"] or looks or _cache_refused(model, cache)
     if reason is None:
         reason = slot.reasons["graph"] = _prepared(model, segments, cache, guard)

@@ -67,8 +67,8 @@ class Guard:
         except (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError):
             return False  # something that cannot be compared has come: it is not what was there
 
-    def watched(self, model: Decodable) -> bool:
-        """Whether somebody looks inside, or chose how something inside runs: then the modules themselves run."""
+    def hooked(self, model: Decodable) -> bool:
+        """Whether hooks or tracers are attached, or a backend was chosen: then the modules themselves run."""
         registered = RemovableHandle.next_id  # grows with every hook that is registered anywhere
         if self._hooked or registered != self._registered:
             self._registered, self._hooked = (

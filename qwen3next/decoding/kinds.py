@@ -121,7 +121,7 @@ def _swiglu(m: SwiGLU, place: Place) -> StepSpec:
             "up_proj": Place("linear", "feed_forward.shared_up", (inner, width)),
             "down_proj": Place("linear", "feed_forward.shared_down", (width, inner)),
         },
-        sizes={"shared_inner" if place.role == "shared_expert" else "dense_inner": inner},
+        sizes={"shared_intermediate_size" if place.role == "shared_expert" else "dense_inner": inner},
     )
 
 
@@ -140,7 +140,7 @@ def _sparse_moe(m: SparseMoE, place: Place) -> StepSpec:
             "shared_expert": Place("shared_expert", "", (width,)),
             "shared_expert_gate": Place("linear", "feed_forward.shared_weight", (1, width)),
         },
-        sizes={"experts": experts, "top_k": m.top_k, "renormalise": m.renormalise},
+        sizes={"experts": experts, "top_k": m.top_k, "norm_topk_prob": m.norm_topk_prob},
         refusal=refusal,
     )
 

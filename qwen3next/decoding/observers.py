@@ -10,21 +10,21 @@ from qwen3next.decoding.protocol import Decodable, decoding_modules
 BACKENDS = ("backend", "linear_backend", "elementwise_backend")
 
 
-def watched(model: Decodable) -> bool:
-    """As `Guard.watched`, of a model as it is now."""
+def hooked(model: Decodable) -> bool:
+    """As `Guard.hooked`, of a model as it is now."""
     modules = decoding_modules(model)
     armed = any(m.armed for m in modules if isinstance(m, HookPoint))
     return armed or attached(*modules) or any(map(chooses, modules)) or modes_act()
 
 
 def chooses(module: nn.Module) -> bool:
-    """Whether a module was told how to run: by name, by `model.expose`, or by a `forward` of its own."""
+    """Whether a module was told how to run: by name, by `model.materialize`, or by a `forward` of its own."""
     settings = module.__dict__
     return bool(
         "forward" in settings
         or named_backend(module)
-        or settings.get("exposed_pattern")
-        or settings.get("exposed_positions")
+        or settings.get("materialized_pattern")
+        or settings.get("materialized_positions")
     )
 
 

@@ -1,7 +1,7 @@
 """One decoding step as one call into compiled code, on the CPU.
 
 layers/cpp/decode.cpp does the arithmetic. A plan holds what it reads: the C structures that were filled from
-the model's description (describe_model.py). The plan is kept in the model's `Slot`. Before every step a guard compares
+the model's description (describe_model.py). It is kept in the model's `PlanCache`. Before every step a guard compares
 the model with the state in which the plan was made (guard.py), so that a change acts on the next step.
 """
 
@@ -40,7 +40,7 @@ class Plan:
         """Whether the model is as it was when the plan was made; hooks aside."""
         return self.guard.holds(model)
 
-    def serves(self, cache: HybridCache) -> bool:
+    def supports(self, cache: HybridCache) -> bool:
         """Whether a cache is in dtypes that compiled code knows. Raises: ValueError for another model's cache."""
         return self._states.supports(cache)
 
@@ -53,7 +53,7 @@ class Plan:
         logits = torch.empty(b, ends.vocab, dtype=dtype)
         addresses = ctypes.c_void_p * (b * t)
         with self._lock:
-            turns = [self.rotations.at(model, past + j) for past in segments.past for j in range(t)]
+            turns = [self.rotations.at(model, past + j) for past in segments.offsets for j in range(t)]
             sizes.b, sizes.t = b, t
             ends.ids, ends.hidden, ends.logits = ids.data_ptr(), hidden.data_ptr(), logits.data_ptr()
             written, _alive = self._states.point_to(cache, segments)
@@ -61,7 +61,7 @@ class Plan:
                 ctypes.byref(sizes),
                 self._arguments.layers,
                 ctypes.byref(ends),
-                (ctypes.c_int64 * b)(*segments.past),
+                (ctypes.c_int64 * b)(*segments.offsets),
                 addresses(*(cos.data_ptr() + offset for cos, _, offset in turns)),
                 addresses(*(sin.data_ptr() + offset for _, sin, offset in turns)),
                 torch.get_num_threads(),
@@ -92,7 +92,7 @@ class Plan:
         return logits
 
 
-class Slot:
+class PlanCache:
     """Where a model keeps what its fast steps were made from. Addresses are no use to a copy: those begin without."""
 
     def __init__(self) -> None:
@@ -108,11 +108,11 @@ class Slot:
             self.guard = Guard(model)
         return self.guard
 
-    def __deepcopy__(self, _memo: dict) -> "Slot":
-        return Slot()
+    def __deepcopy__(self, _memo: dict) -> "PlanCache":
+        return PlanCache()
 
     def __reduce__(self) -> tuple:
-        return Slot, ()
+        return PlanCache, ()
 
 
 def plan_for(model: Decodable, segments: Segments, cache: HybridCache) -> Plan | None:
@@ -120,12 +120,12 @@ def plan_for(model: Decodable, segments: Segments, cache: HybridCache) -> Plan |
 
     Raises: RuntimeError where compiled code was asked for by name and cannot run; ValueError for another model's cache.
     """
-    slot: Slot = model.decode_slot
+    slot: PlanCache = model.plan_cache
     named = model.decode_backend == "cpp"
     if (
         model.decode_backend in ("torch", "graph")
         or segments.batch * segments.length > MOST_TOKENS
-        or not segments.plain
+        or not segments.unpadded
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
         or (like(model).device.type != "cpu" and not named)
@@ -140,13 +140,13 @@ def plan_for(model: Decodable, segments: Segments, cache: HybridCache) -> Plan |
         if named:
             raise RuntimeError(f"{refused} {slot.reasons['cpp']}.")
         return None
-    if guard.watched(model):
+    if guard.hooked(model):
         if named:
             raise RuntimeError(
                 "Compiled decoding shows nothing inside: model.set_backend('decode', 'auto') lets hooks in."
             )
         return None
-    if slot.plan.serves(cache):
+    if slot.plan.supports(cache):
         return slot.plan
     if named:
         raise RuntimeError(f"{refused} the cache has a dtype that it does not know.")

@@ -19,7 +19,7 @@ class Decodable(Protocol):
     Attributes:
         mtp: the multi-token prediction layer, which decoding leaves out, or None.
         decode_backend: "auto", "cpp", "graph" or "torch".
-        decode_slot: the `Slot` (plan.py) where its fast steps are kept.
+        plan_cache: the `PlanCache` (plan.py) where its fast steps are kept.
     """
 
     _modules: dict[str, nn.Module | None]
@@ -39,7 +39,7 @@ class Decodable(Protocol):
     @property
     def decode_backend(self) -> str: ...
     @property
-    def decode_slot(self) -> Any: ...
+    def plan_cache(self) -> Any: ...
     @property
     def vocab_size(self) -> int: ...
 

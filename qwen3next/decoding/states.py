@@ -15,7 +15,7 @@ from layers.cpp.operands import address, side_by_side
 from layers.cpp.step import DTYPES, KeysAndValues, Part, RecurrentState
 from layers.gated_deltanet import DeltaNetState
 from layers.segments import Segments
-from layers.state.kv_cache import KVState
+from layers.state.kv_cache import KVCache
 from qwen3next.cache.hybrid import HybridCache
 from qwen3next.decoding.arguments import Arguments
 from qwen3next.decoding.describe_model import FLOATS
@@ -32,9 +32,9 @@ class Written(NamedTuple):
     log: list[Tensor]  # what the update log takes: inputs, keys, deltas, decay; empty without one
 
     def commit(self) -> None:
-        if self.state.tape is not None:
-            self.state.tape.note(*self.log, compiled=True)
-        self.state.conv, self.state.memory = self.conv, self.memory
+        if self.state.update_log is not None:
+            self.state.update_log.note(*self.log, compiled=True)
+        self.state.conv, self.state.recurrent = self.conv, self.memory
 
 
 class States:
@@ -58,13 +58,13 @@ class States:
         b, known = cache.batch, True
         conv_size, memory_size = (b, *self._conv_size), (b, *self._memory_size)
         for state, arguments in zip(cache.layers, self._layers, strict=True):
-            if isinstance(state, KVState):
+            if isinstance(state, KVCache):
                 fits = type(arguments) is KeysAndValues and state.size == (b, *self._kv_size)
                 known = known and state.dtype in DTYPES
             else:
-                sizes = state.conv.shape, state.memory.shape
+                sizes = state.conv.shape, state.recurrent.shape
                 fits = type(arguments) is RecurrentState and sizes == (conv_size, memory_size)
-                known = known and state.conv.dtype == self._dtype and state.memory.dtype in FLOATS
+                known = known and state.conv.dtype == self._dtype and state.recurrent.dtype in FLOATS
             if not fits:
                 raise ValueError(OTHER_CACHE)
         return known
@@ -76,11 +76,11 @@ class States:
         """
         next_states, written, alive = self._next_states(cache), [], []
         for state, arguments in zip(cache.layers, self._layers, strict=True):
-            if isinstance(state, KVState):
+            if isinstance(state, KVCache):
                 alive.append(_point_to_keys(cast(KeysAndValues, arguments), state, segments))
             else:
                 conv, memory = next(next_states)
-                before = side_by_side(state.conv), side_by_side(state.memory)
+                before = side_by_side(state.conv), side_by_side(state.recurrent)
                 alive.append(before)
                 recurrent = cast(RecurrentState, arguments)
                 recurrent.conv_before, recurrent.before = map(address, before)
@@ -92,7 +92,7 @@ class States:
 
     def _next_states(self, cache: HybridCache) -> Iterator[tuple[Tensor, Tensor]]:
         """New memory for the convolution and recurrent state of each layer that has them."""
-        before = [state.memory for state in cache.layers if isinstance(state, DeltaNetState)]
+        before = [state.recurrent for state in cache.layers if isinstance(state, DeltaNetState)]
         if not before:
             return iter(())
         b, dtype = cache.batch, before[0].dtype
@@ -103,7 +103,7 @@ class States:
 
     def _log(self, arguments: RecurrentState, state: DeltaNetState, segments: Segments) -> list[Tensor]:
         """Tensors that the step fills for the update log, with the structure pointing to them; none without a log."""
-        if state.tape is None:
+        if state.update_log is None:
             arguments.log_inputs = arguments.log_keys = arguments.log_deltas = arguments.log_decay = None
             return []
         b, t = segments.batch, segments.length
@@ -116,7 +116,7 @@ class States:
         return log
 
 
-def _point_to_keys(arguments: KeysAndValues, state: KVState, segments: Segments) -> object:
+def _point_to_keys(arguments: KeysAndValues, state: KVCache, segments: Segments) -> object:
     state.reserve(segments)
     if state.native is None:
         state.native = Parts(state)
@@ -128,7 +128,7 @@ def _point_to_keys(arguments: KeysAndValues, state: KVState, segments: Segments)
 class Parts:
     """A state's keys and values as C++ finds them. Valid while the state has the same buffers; keeps them alive."""
 
-    def __init__(self, state: KVState):
+    def __init__(self, state: KVCache):
         self._held = state.parts(0, state.capacity)
         self._array = (Part * len(self._held))(*(_part(stored, state) for stored in self._held))
         self.address, self.count = ctypes.addressof(self._array), len(self._array)
@@ -140,7 +140,7 @@ class Parts:
         return type(None), ()
 
 
-def _part(stored: tuple[Tensor, ...], state: KVState) -> Part:
+def _part(stored: tuple[Tensor, ...], state: KVCache) -> Part:
     k, v, *scales = stored
     batch, kv_heads, d = state.size
     n = k.shape[2]

@@ -12,7 +12,7 @@ from layers.segments import Segments
 from qwen3next.cache.hybrid import HybridCache, new_cache
 from qwen3next.config import ModelConfig
 from qwen3next.decoding.cuda_graph import graph_for
-from qwen3next.decoding.plan import Slot, plan_for
+from qwen3next.decoding.plan import PlanCache, plan_for
 from qwen3next.inputs import as_dtype, as_ids, as_kv_dtype, check_vocabulary
 from qwen3next.model import Qwen3Next as Reference
 
@@ -23,7 +23,7 @@ class Stepping(Reference):
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.decode_backend = "auto"
-        self.decode_slot = Slot()
+        self.plan_cache = PlanCache()
 
     def new_cache(
         self,
@@ -107,7 +107,7 @@ class Stepping(Reference):
             raise ValueError(f"token holds {int(token.min())} to {int(token.max())} of 0 to {self.vocab_size - 1}.")
         segments = Segments.full(token[:, None]).after([n - 1 for n in cache.lengths])
         rope = self._rotation(segments.positions, cache.hidden.dtype)
-        state = cache.mtp.share(max(segments.past))  # continued here and forgotten
+        state = cache.mtp.share(max(segments.offsets))  # continued here and forgotten
         ahead, _ = self.mtp(cache.hidden[:, None], self.embed_tokens(token[:, None]), rope, segments, state)
         return self.mtp.hook_logits(self.lm_head(ahead[:, 0]))
 
@@ -122,10 +122,10 @@ class Stepping(Reference):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Stepping":
         """As torch's, for `.to()` and the like; the plan, which holds the weights before, is let go first."""
-        self.decode_slot = Slot()
+        self.plan_cache = PlanCache()
         return super()._apply(fn, recurse)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """torch's; the plan is let go first."""
-        self.decode_slot = Slot()
+        self.plan_cache = PlanCache()
         return super().load_state_dict(*args, **kwargs)

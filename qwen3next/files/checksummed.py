@@ -18,7 +18,7 @@ def sum_of(x: Tensor) -> str:
     return hashlib.sha256(memory_of(x.cpu().contiguous())).hexdigest()
 
 
-def write_sealed(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+def write_checksummed(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Write tensors and their description atomically.
 
     Args:
@@ -54,7 +54,7 @@ def read_about(path: Path, *, format: str, kind: str) -> dict[str, Any]:
     return about
 
 
-def read_sealed(path: Path, about: Mapping[str, Any], *, only: str | None = None) -> dict[str, Tensor]:
+def read_checksummed(path: Path, about: Mapping[str, Any], *, only: str | None = None) -> dict[str, Tensor]:
     """The file's tensors, or the one named `only`, on the CPU. Raises: ValueError if a checksum does not match."""
     stored, found = read_header(path), {}
     if stored.keys() != about["sums"].keys():

@@ -150,7 +150,7 @@ def fingerprint(
     model: Any,
     *,
     left_out: Callable[[str], bool],
-    beside: Collection[str] = ("extra", "outer"),
+    beside: Collection[str] = ("extra", "wrapper_config"),
     any_dtype: bool = False,
 ) -> str:
     """sha256 of the configuration and of the name, dtype, shape and all bytes of every tensor.

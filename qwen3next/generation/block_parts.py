@@ -15,8 +15,8 @@ from layers.moe import RouterStats
 from layers.norm import at_least_fp32
 from layers.rope import Rotation
 from layers.segments import Segments
-from layers.state.kv_cache import KVState
-from layers.state.update_log import Tape
+from layers.state.kv_cache import KVCache
+from layers.state.update_log import UpdateLog
 from qwen3next.block import Block, BlockState
 
 TOKENS = 2048  # of a long prompt in a part: whole chunks of the delta rule, whole tiles of attention
@@ -36,7 +36,7 @@ def run_block(
     if stats or torch.compiler.is_compiling() or x.shape[1] < TOKENS + FEW or not _may_split(block, x):
         return block(x, rope, segments=segments, state=state, counted=counted, stats=stats)
     assert isinstance(block, Block)
-    if segments.plain and segments.aligned and isinstance(state, (KVState, DeltaNetState)):
+    if segments.unpadded and segments.uniform_offset and isinstance(state, (KVCache, DeltaNetState)):
         return _in_parts(block, x, rope, segments, state), None
     x = block.mix(x, rope, segments, state)
     parts = [block.feed_forward(x[:, a:b], None, stats=False)[0] for a, b in spans(x.shape[1], TOKENS)]
@@ -50,10 +50,10 @@ def _may_split(block: nn.Module, x: Tensor) -> bool:
     return not attached(*block.modules())
 
 
-def _in_parts(block: Block, x: Tensor, rope: Rotation, segments: Segments, state: KVState | DeltaNetState) -> Tensor:
-    past, t, noted, lead = segments.past[0], x.shape[1], 0, 0
-    own = state if isinstance(state, KVState) else DeltaNetState(state.conv, at_least_fp32(state.memory))
-    if isinstance(state, KVState):
+def _in_parts(block: Block, x: Tensor, rope: Rotation, segments: Segments, state: KVCache | DeltaNetState) -> Tensor:
+    past, t, noted, lead = segments.offsets[0], x.shape[1], 0, 0
+    own = state if isinstance(state, KVCache) else DeltaNetState(state.conv, at_least_fp32(state.recurrent))
+    if isinstance(state, KVCache):
         lead = past % TILE  # attention's tiles, which lie on a grid of all positions, stay whole
         state.reserve(segments)  # once for all
     y = torch.empty_like(x)
@@ -65,20 +65,24 @@ def _in_parts(block: Block, x: Tensor, rope: Rotation, segments: Segments, state
         turn = Rotation(rope.cos[:, begin:end], rope.sin[:, begin:end])
         y[:, begin:end] = block(x[:, begin:end], turn, segments=here, state=own, stats=False)[0]
     if isinstance(state, DeltaNetState) and isinstance(own, DeltaNetState):
-        if own.tape is not None:
-            own.tape.join(noted)
-            own.tape.dtype = state.memory.dtype
-        state.conv, state.memory, state.tape = own.conv, own.memory.to(state.memory.dtype), own.tape
+        if own.update_log is not None:
+            own.update_log.join(noted)
+            own.update_log.dtype = state.recurrent.dtype
+        state.conv, state.recurrent, state.update_log = (
+            own.conv,
+            own.recurrent.to(state.recurrent.dtype),
+            own.update_log,
+        )
     return y
 
 
 def _noted(state: DeltaNetState, own: DeltaNetState, begin: int, end: int) -> bool:
-    """Whether the part from `begin` to `end` of a call is noted; its own state then has a tape to note it on."""
-    if state.tape is None or state.cut >= end:
+    """Whether the part from `begin` to `end` of a call is noted; its own state then has a update_log to note it on."""
+    if state.update_log is None or state.cut >= end:
         return False
     own.cut = max(state.cut - begin, 0)  # notes begin here, or go on
     if state.cut == begin and begin:
-        own.tape = Tape(own.conv, own.memory, own.memory.dtype)
-    elif own.tape is None:
-        own.tape = state.tape
+        own.update_log = UpdateLog(own.conv, own.recurrent, own.recurrent.dtype)
+    elif own.update_log is None:
+        own.update_log = state.update_log
     return True

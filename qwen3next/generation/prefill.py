@@ -14,7 +14,7 @@ from layers.moe import RouterStats
 from layers.norm import at_least_fp32
 from layers.rope import Rotation
 from layers.segments import Segments
-from layers.state.kv_cache import KVState
+from layers.state.kv_cache import KVCache
 from qwen3next.cache.hybrid import HybridCache
 from qwen3next.config import ModelConfig
 from qwen3next.decoding.stepping import Stepping
@@ -31,7 +31,7 @@ SLACK = 64 * 2**20  # bytes: what threads, tables and the allocator keep
 
 
 class Prefilling(Hooked, Stepping):
-    """The model with hooks, `prefill`, `score` and `stop_tokens`, and blocks that take long prompts in parts."""
+    """The model with hooks, `prefill`, `token_losses` and `stop_tokens`, and blocks that take long prompts in parts."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
@@ -65,7 +65,7 @@ class Prefilling(Hooked, Stepping):
         """
         return _prefill(self, input_ids, cache, chunk_size, segments=segments, max_memory=max_memory)
 
-    def score(
+    def token_losses(
         self, input_ids: Int[Tensor, "b t"], *, chunk_size: int = 1024, cache: HybridCache | None = None
     ) -> Iterator[tuple[int, Tensor]]:
         """The loss of each token, −ln p, a chunk at a time: yields (tokens done, (b, n) losses), never all logits.
@@ -101,7 +101,7 @@ def _prefill(
     if max_memory is not None:
         most = chunk_for(model, cache, segments.after(cache.lengths), parse_bytes(max_memory))
         chunk_size = min(chunk_size, most)
-    past = cache.lengths[0] if segments.plain and len(set(cache.lengths)) == 1 else 0
+    past = cache.lengths[0] if segments.unpadded and len(set(cache.lengths)) == 1 else 0
     return _chunks(model, input_ids, cache, segments, past, chunk_size // GRID * GRID or chunk_size)
 
 
@@ -111,9 +111,9 @@ def chunk_for(model: Stepping, cache: HybridCache, segments: Segments, max_memor
     Raises: ValueError where not even 64 tokens fit.
     """
     # A buffer that grows is there twice for a moment, its new place a quarter larger.
-    keys_and_values = max((s.bytes_per_token for s in cache.layers if isinstance(s, KVState)), default=0)
+    keys_and_values = max((s.bytes_per_token for s in cache.layers if isinstance(s, KVCache)), default=0)
     grown = cache.nbytes() + (max(segments.ends) - max(cache.lengths)) * sum(
-        s.bytes_per_token for s in (*cache.layers, cache.mtp) if isinstance(s, KVState)
+        s.bytes_per_token for s in (*cache.layers, cache.mtp) if isinstance(s, KVCache)
     )
     room = max_memory - int(1.25 * grown) - max(segments.ends) * keys_and_values
     weight = model.embed_tokens.weight
@@ -160,15 +160,15 @@ def _chunks(
     model: Stepping, input_ids: Tensor, cache: HybridCache, segments: Segments, past: int, chunk_size: int
 ) -> Iterator[tuple[int, int]]:
     total, last = input_ids.shape[1], cache.last_logits
-    if last is None and not segments.plain and cache.hidden is not None:
+    if last is None and not segments.unpadded and cache.hidden is not None:
         last = model.logits_after(cache)  # rows that get no tokens here keep theirs
     lead = past % chunk_size
-    few = FEW if segments.plain and chunk_size >= GRID else 1  # elsewhere bits differ anyway
+    few = FEW if segments.unpadded and chunk_size >= GRID else 1  # elsewhere bits differ anyway
     for place, stop in spans(lead + total, chunk_size, few) if total else []:
         begin, end = max(place - lead, 0), stop - lead
         chunk, part = input_ids[:, begin:end], segments.part(begin, end)
         with torch.no_grad():  # not around the yield: it would reach the caller's code
-            if part.plain:
+            if part.unpadded:
                 cache.last_logits = last = model(chunk, cache=cache, logits_to_keep=1).logits[:, -1]
             elif runs := part.runs:  # else all is padding
                 hidden = model(chunk, segments=part, cache=cache, logits_to_keep=1).hidden

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.hook_point import HookPoint
-from qwen3next.hooks.materialize import expose
+from qwen3next.hooks.materialize import materialize
 from qwen3next.hooks.names import Chosen, Filter, aliases, choose
 from qwen3next.hooks.recording import Metric, PosSlice, Recording, next_token_loss
 from qwen3next.hooks.wrappers import plain_name
@@ -55,7 +55,9 @@ class Hooked(nn.Module):
         known = list(self.hook_dict)
         return choose(names, known, aliases(known))
 
-    def expose(self, *, state: Mapping[int, Sequence[int]] | None = None, pattern: Sequence[int] = ()) -> ExitStack:
+    def materialize(
+        self, *, state: Mapping[int, Sequence[int]] | None = None, pattern: Sequence[int] = ()
+    ) -> ExitStack:
         """Materialize tensors that are computed only on request. Replaces the previous choice; no arguments clear it.
 
         Args:
@@ -66,7 +68,7 @@ class Hooked(nn.Module):
         Returns: a context manager that restores the previous choice at the end of a `with` block.
         Raises: ValueError for a layer that does not exist or has no state, and for negative positions.
         """
-        return expose(list(self.get_submodule("blocks").children()), state, pattern)
+        return materialize(list(self.get_submodule("blocks").children()), state, pattern)
 
     def add_hook(self, names: Filter, fn: Hook, dir: str = "fwd", is_permanent: bool = False) -> None:
         """Attach `fn` until `reset_hooks`; a permanent one stays until `reset_hooks(including_permanent=True)`.

@@ -11,7 +11,9 @@ from layers.gated_deltanet import GatedDeltaNet
 Mixer = GatedDeltaNet | GatedAttention
 
 
-def expose(blocks: Sequence[nn.Module], state: Mapping[int, Sequence[int]] | None, pattern: Sequence[int]) -> ExitStack:
+def materialize(
+    blocks: Sequence[nn.Module], state: Mapping[int, Sequence[int]] | None, pattern: Sequence[int]
+) -> ExitStack:
     """See `Hooked.expose`. If it raises, nothing has changed."""
     mixers: list[Mixer] = [m for b in blocks for m in b.modules() if isinstance(m, (GatedDeltaNet, GatedAttention))]
     positions = {_layer(layer, mixers): chosen for layer, chosen in (state or {}).items()}
@@ -24,9 +26,9 @@ def expose(blocks: Sequence[nn.Module], state: Mapping[int, Sequence[int]] | Non
     restore = ExitStack()
     for layer, mixer in enumerate(mixers):
         restore.callback(_setter(mixer))
-        mixer.exposed_pattern = layer in matrices
+        mixer.materialized_pattern = layer in matrices
         if isinstance(mixer, GatedDeltaNet):
-            mixer.exposed_positions = tuple(sorted(set(positions.get(layer, ()))))
+            mixer.materialized_positions = tuple(sorted(set(positions.get(layer, ()))))
     return restore
 
 
@@ -38,12 +40,12 @@ def _layer(layer: int, mixers: Sequence[Mixer]) -> int:
 
 def _setter(mixer: Mixer) -> Callable[[], None]:
     """A function that restores the present choice."""
-    pattern = mixer.exposed_pattern
-    positions = mixer.exposed_positions if isinstance(mixer, GatedDeltaNet) else ()
+    pattern = mixer.materialized_pattern
+    positions = mixer.materialized_positions if isinstance(mixer, GatedDeltaNet) else ()
 
     def put_back() -> None:
-        mixer.exposed_pattern = pattern
+        mixer.materialized_pattern = pattern
         if isinstance(mixer, GatedDeltaNet):
-            mixer.exposed_positions = positions
+            mixer.materialized_positions = positions
 
     return put_back

@@ -21,7 +21,7 @@ class Ledger:
         layer: index of the block.
         log_decay: g_t = ln α_t, natural log of the decay, which is applied before the read.
         beta: β_t, the write strength.
-        recalled: ‖α_t S_{t−1}ᵀ k_t‖, norm of the value that the state holds for this key (hook_erased).
+        recalled: ‖α_t S_{t−1}ᵀ k_t‖, norm of the value that the state holds for this key (hook_recalled).
         erased: β_t times that, the part that is removed.
         written: ‖u_t‖, norm of the new value minus the erased one: the size of the change of S.
         mask: (b, t) True for real tokens.

@@ -54,12 +54,14 @@ def steer_state(
     state = cache.layers[layer]
     if not isinstance(state, DeltaNetState):
         raise ValueError(f"Block {layer} is softmax attention and has no recurrent state: choose another block.")
-    memory = state.memory
-    if change.shape[1:] != memory.shape[1:] or change.shape[0] not in (1, len(memory)):
-        raise ValueError(f"The state is {tuple(memory.shape)} and the change {tuple(change.shape)}: make them equal.")
+    recurrent = state.recurrent
+    if change.shape[1:] != recurrent.shape[1:] or change.shape[0] not in (1, len(recurrent)):
+        raise ValueError(
+            f"The state is {tuple(recurrent.shape)} and the change {tuple(change.shape)}: make them equal."
+        )
 
     def push(_x: Tensor, _hook: HookPoint) -> None:  # fires before the block reads its state
-        state.memory = state.memory + (strength * change).to(state.memory)
+        state.recurrent = state.recurrent + (strength * change).to(state.recurrent)
 
     with model.hooks([(f"blocks.{layer % len(cache.layers)}.hook_resid_pre", push)]):
         yield

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layers.state.kv_cache import NAMES
 from qwen3next.files.atomic import usable
-from qwen3next.files.checksummed import read_about, read_sealed, write_sealed
+from qwen3next.files.checksummed import read_about, read_checksummed, write_checksummed
 from qwen3next.files.tensor_files import memory_of
 from qwen3next.prefix.tree import End, Node, Piece
 
@@ -40,8 +40,8 @@ class PrefixFolder:
         for i, stored in enumerate(node.piece):
             tensors |= {f"kv.{i}.{name}": x for name, x in zip(NAMES, stored, strict=False)}
         if node.finish is not None:
-            for i, (conv, memory) in enumerate(node.finish.states):
-                tensors |= {f"layers.{i}.conv": conv, f"layers.{i}.memory": memory}
+            for i, (conv, recurrent) in enumerate(node.finish.states):
+                tensors |= {f"layers.{i}.conv": conv, f"layers.{i}.memory": recurrent}
             tensors["hidden"] = node.finish.hidden
             if node.finish.logits is not None:
                 tensors["logits"] = node.finish.logits
@@ -53,7 +53,7 @@ class PrefixFolder:
             "ends": node.finish is not None,
         }
         path = self.folder / f"{_name(node.text)}.safetensors"
-        write_sealed(path, tensors, about)
+        write_checksummed(path, tensors, about)
         if self.make_room(kept={path, *(one.file for one in node.path if one.file is not None)}):
             node.file = path
         else:
@@ -70,7 +70,7 @@ class PrefixFolder:
         about = _about(node.file)
         if about["begin"] != node.begin or about["ends"] < node.ends:
             return None
-        tensors = read_sealed(node.file, about)
+        tensors = read_checksummed(node.file, about)
         if not torch.equal(tensors.pop("tokens"), node.tokens):
             raise ValueError(f"{node.file} holds other tokens than when it was first read.")
         tensors = {name: x.to(device) for name, x in tensors.items()}
@@ -98,7 +98,7 @@ class PrefixFolder:
                 continue
             try:
                 about = _about(path)
-                found.append((path, about, read_sealed(path, about, only="tokens")["tokens"]))
+                found.append((path, about, read_checksummed(path, about, only="tokens")["tokens"]))
             except ValueError:
                 path.unlink(missing_ok=True)
         return sorted(found, key=lambda entry: entry[1]["begin"])

@@ -151,7 +151,7 @@ class PrefixStore:
             node = partial.split(shared, mtp=self._mtp)
             self._write(node)
             self._write(partial)
-        states = [(s.conv, s.memory) for s in cache.layers if isinstance(s, DeltaNetState)]
+        states = [(s.conv, s.recurrent) for s in cache.layers if isinstance(s, DeltaNetState)]
         finish = End(states, cache.hidden, cache.last_logits)
         if node.end < len(ids):
             new = Node(ids[node.end :].clone(), node.end, node)

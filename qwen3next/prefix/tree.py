@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from layers.state.kv_cache import KVState, Stored
+from layers.state.kv_cache import KVCache, Stored
 from qwen3next.cache.hybrid import HybridCache, common_prefix
 
 Piece = list[Stored]  # keys and values per softmax layer, the MTP layer last
@@ -23,7 +23,7 @@ class End:
     @property
     def nbytes(self) -> int:
         logits = 0 if self.logits is None else self.logits.nbytes
-        return sum(conv.nbytes + memory.nbytes for conv, memory in self.states) + self.hidden.nbytes + logits
+        return sum(conv.nbytes + recurrent.nbytes for conv, recurrent in self.states) + self.hidden.nbytes + logits
 
 
 @dataclass(eq=False)
@@ -116,13 +116,13 @@ class Node:
         return upper
 
 
-def keys_and_values(cache: HybridCache) -> list[KVState]:
+def keys_and_values(cache: HybridCache) -> list[KVCache]:
     """The KV states of the softmax layers, the MTP layer last."""
-    softmax = [s for s in cache.layers if isinstance(s, KVState)]
+    softmax = [s for s in cache.layers if isinstance(s, KVCache)]
     return softmax if cache.mtp is None else [*softmax, cache.mtp]
 
 
-def places(cache: HybridCache, begin: int, end: int) -> list[tuple[KVState, int, int]]:
+def places(cache: HybridCache, begin: int, end: int) -> list[tuple[KVCache, int, int]]:
     """The KV states and positions of these tokens. MTP's are one position behind, as each needs the next token."""
     return [
         (s, max(begin - 1, 0), max(end - 1, 0)) if s is cache.mtp else (s, begin, end) for s in keys_and_values(cache)

@@ -58,7 +58,7 @@ def losses_by_position(model: q.Qwen3Next, windows: Tensor, edges: Sequence[int]
     sums = torch.zeros(windows.shape[1], dtype=torch.float64)
     device = model.embed_tokens.weight.device
     for ids in windows.split(4):
-        losses = torch.cat([chunk for _, chunk in model.score(ids.to(device))], dim=1)
+        losses = torch.cat([chunk for _, chunk in model.token_losses(ids.to(device))], dim=1)
         sums[1:] += losses.double().sum(0).cpu()
     return [float(sums[a:b].sum() / (len(windows) * (b - a))) for a, b in pairwise(edges)]
 

@@ -21,7 +21,7 @@ def head_averages(model: q.Qwen3Next, ids: Tensor) -> dict[int, Tensor]:
     """Attention of each softmax layer averaged over heads, (t, s), for one prompt (1, t)."""
     layers = [i for i, kind in enumerate(model.config.layer_types) if kind == "full_attention"]
     names = [f"blocks.{i}.self_attn.hook_pattern" for i in layers]
-    with model.expose(pattern=layers):
+    with model.materialize(pattern=layers):
         _, acts = model.run_with_cache(ids.to(model.embed_tokens.weight.device), names_filter=names)
     return {i: acts[name][0].float().mean(0).cpu() for i, name in zip(layers, names, strict=True)}
 

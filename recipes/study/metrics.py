@@ -99,7 +99,7 @@ def measure(model: q.Qwen3Next, batches: Iterable[Tensor], *, queries: Queries |
     wanted += [(f"self_attn.{point}", gate) for point in ("hook_gate", "hook_switch")]
     hooks = [(f"blocks.{i}.{point}", fn) for point, fn in wanted for i in layers]
     hooks = [(name, fn) for name, fn in hooks if name in model.hook_dict]
-    with model.expose(pattern=layers), model.hooks(hooks):
+    with model.materialize(pattern=layers), model.hooks(hooks):
         for ids in batches:
             ids = ids.to(device)
             masks = {} if queries is None else queries(ids)

@@ -10,7 +10,7 @@ from parity import tokens
 
 import qwen3next as q
 from layers.segments import Segments
-from layers.state.kv_cache import BLOCK, KVState
+from layers.state.kv_cache import BLOCK, KVCache
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_growth_changes_nothing(model):
     for begin in range(0, 700, 37):
         last = run(model, cache, ids[:, begin : begin + 37])
     assert same(last, cold(model, ids))
-    kv = next(s for s in cache.layers if isinstance(s, KVState))
+    kv = next(s for s in cache.layers if isinstance(s, KVCache))
     assert kv.capacity == 700
 
 
@@ -53,7 +53,7 @@ def test_forks_go_on_independently_and_share_until_then(model):
     cache = model.new_cache(max_len=100)
     run(model, cache, ids)
     a, b = cache.fork(2)
-    kv = [next(s for s in c.layers if isinstance(s, KVState)) for c in (cache, a, b)]
+    kv = [next(s for s in c.layers if isinstance(s, KVCache)) for c in (cache, a, b)]
     assert len({s.parts(0, 40)[0][0].data_ptr() for s in kv}) == 1
     more = [tokens(n, b=1) for n in (5, 6, 7)]
     for c, m in zip((a, b, cache), more, strict=True):
@@ -93,7 +93,7 @@ def test_what_others_see_is_never_changed(dtype):
     torch.manual_seed(0)
     rng = torch.Generator().manual_seed(0)
     kind = getattr(torch, dtype)
-    start = KVState(1, kv_heads=2, head_dim=4, max_len=4000, dtype=kind, device=torch.device("cpu"))
+    start = KVCache(1, kv_heads=2, head_dim=4, max_len=4000, dtype=kind, device=torch.device("cpu"))
     states = [(start, torch.zeros(1, 0, 2, 4, dtype=torch.float64))]
     for _ in range(300):
         i = int(torch.randint(len(states), (), generator=rng))

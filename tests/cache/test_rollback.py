@@ -15,7 +15,7 @@ def model():
 
 
 def states(cache):
-    return [x for s in cache.layers if isinstance(s, DeltaNetState) for x in (s.conv, s.memory)]
+    return [x for s in cache.layers if isinstance(s, DeltaNetState) for x in (s.conv, s.recurrent)]
 
 
 def test_rollback_is_bit_exact_or_refused(model):
@@ -134,7 +134,7 @@ def test_memory_is_bounded_by_the_history_and_not_by_what_was_run(model):
     sizes = []
     for _ in range(60):
         run(model, cache, tokens(1, b=1))
-        sizes.append(cache._journal.nbytes)
+        sizes.append(cache._rollback_log.nbytes)
     state = sum(x.nbytes for x in states(cache))
     assert max(sizes[30:]) <= max(sizes[:30]) < 8 * state
     cache.rollback(8)

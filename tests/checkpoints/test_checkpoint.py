@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import qwen3next as q
-from qwen3next.checkpoints.state_dict_adapter import entries, to_released
+from qwen3next.checkpoints.state_dict_adapter import tensor_specs, to_released
 
 
 def assert_same_bytes(a, b):
@@ -75,7 +75,7 @@ def test_layout_is_the_released_one():
 
 
 def test_names_and_shapes_of_the_80b_match_the_facts():
-    shapes = {e.name: e.shape for e in entries(q.presets.qwen3_next_80b_a3b())}
+    shapes = {e.name: e.shape for e in tensor_specs(q.presets.qwen3_next_80b_a3b())}
     layer = "model.layers.0.linear_attn."
     assert shapes[layer + "in_proj_qkvz.weight"] == (12288, 2048)
     assert shapes[layer + "in_proj_ba.weight"] == (64, 2048)

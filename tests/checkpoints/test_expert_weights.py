@@ -22,7 +22,7 @@ def folder(request, tmp_path):
 
 
 def test_mmap_equals_memory(folder):
-    whole, lazy = q.load(folder), q.load(folder, experts="mmap", expert_cache=5 * ONE)
+    whole, lazy = q.load(folder), q.load(folder, experts="disk", expert_cache=5 * ONE)
     assert not any(".mlp.experts." in name for name, _ in lazy.named_parameters())
     for model in (whole, lazy):
         model.eval()
@@ -37,7 +37,7 @@ def test_mmap_equals_memory(folder):
 
 def test_mmap_losses_and_gradients(folder):
     """Also MTP's experts, and the gradients of all weights in memory."""
-    whole, lazy = q.load(folder), q.load(folder, experts="mmap", expert_cache=ONE)
+    whole, lazy = q.load(folder), q.load(folder, experts="disk", expert_cache=ONE)
     ids = tokens(40)
     for model in (whole, lazy):
         model.loss(ids).total.backward()
@@ -47,7 +47,7 @@ def test_mmap_losses_and_gradients(folder):
 
 
 def test_only_what_is_routed_to_is_read(folder):
-    model = q.load(folder, experts="mmap", expert_cache=1000 * ONE)
+    model = q.load(folder, experts="disk", expert_cache=1000 * ONE)
     assert model.expert_cache.report.bytes_read == 0
     chosen = set()
     note = lambda x, hook: chosen.update((hook.name, int(e)) for e in x.flatten())  # noqa: E731
@@ -69,7 +69,7 @@ def test_fp8_and_a_cast_are_read_as_loaded(tmp_path, experts):
     quantise(tmp_path / "m")
     for dtype in ("auto", "float32"):
         whole = q.load(tmp_path / "m", dtype=dtype)
-        lazy = q.load(tmp_path / "m", dtype=dtype, experts="mmap")
+        lazy = q.load(tmp_path / "m", dtype=dtype, experts="disk")
         for module, other in zip(whole.blocks, lazy.blocks, strict=True):
             gate_up = torch.empty_like(module.mlp.experts.gate_up_proj[3])
             down = torch.empty_like(module.mlp.experts.down_proj[3])
@@ -98,7 +98,7 @@ def test_int8_is_close_and_says_how_close(folder):
 
 def test_the_files_may_be_replaced_meanwhile(folder):
     """A model that reads from files keeps using the files that it opened."""
-    lazy, ids = q.load(folder, experts="mmap", expert_cache=ONE), tokens(20)
+    lazy, ids = q.load(folder, experts="disk", expert_cache=ONE), tokens(20)
     with torch.no_grad():
         before = lazy(ids).logits
         q.save(small_model(seed=1), folder)
@@ -106,7 +106,7 @@ def test_the_files_may_be_replaced_meanwhile(folder):
 
 
 def test_copies_and_refusals(folder, tmp_path):
-    for experts in ("mmap", "int8"):
+    for experts in ("disk", "int8"):
         model = q.load(folder, experts=experts)
         with torch.no_grad():
             assert torch.equal(copy.deepcopy(model)(tokens(9)).logits, model(tokens(9)).logits)
@@ -116,15 +116,15 @@ def test_copies_and_refusals(folder, tmp_path):
     with pytest.raises(ValueError, match="experts 'disk' is unknown: choose one of memory, mmap, int8"):
         q.load(folder, experts="disk")
     with pytest.raises(ValueError, match="hold no expert"):
-        q.load(folder, experts="mmap", expert_cache=100)
+        q.load(folder, experts="disk", expert_cache=100)
     with pytest.raises(ValueError, match="'much' is not a size"):
-        q.load(folder, experts="mmap", expert_cache="much")
+        q.load(folder, experts="disk", expert_cache="much")
 
 
 def test_a_dense_model_has_no_experts_to_read(tmp_path):
     small_model(num_experts=0, model_type="qwen3_5_text").save_pretrained(tmp_path)
     with torch.no_grad():
-        assert torch.equal(q.load(tmp_path, experts="mmap")(tokens(9)).logits, q.load(tmp_path)(tokens(9)).logits)
+        assert torch.equal(q.load(tmp_path, experts="disk")(tokens(9)).logits, q.load(tmp_path)(tokens(9)).logits)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_sizes(text, expected):
 
 
 def test_a_file_that_shrinks_is_a_sentence(folder):
-    lazy = q.load(folder, experts="mmap", expert_cache=ONE)
+    lazy = q.load(folder, experts="disk", expert_cache=ONE)
     for file in folder.glob("*.safetensors"):
         with file.open("r+b") as f:
             f.truncate(100)

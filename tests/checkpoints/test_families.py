@@ -184,7 +184,7 @@ def test_a_vision_tower_is_left_out_and_named(name, tmp_path):
     make(name).save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match=r"vision tower \(\d+ tensors, .* GiB\), which is left out"):
         model = q.load(tmp_path)
-    assert model.config.outer == {}
+    assert model.config.wrapper_config == {}
     assert "vision_config" in q.ModelConfig.load(tmp_path).to_dict()
 
 

@@ -59,7 +59,7 @@ def apart(found):
     parts = []
     for x, y in zip(one.layers, two.layers, strict=True):
         if isinstance(x, DeltaNetState):
-            parts += [(x.conv, y.conv), (x.memory, y.memory)]
+            parts += [(x.conv, y.conv), (x.recurrent, y.recurrent)]
         else:
             parts += zip(x.read(0, min(one.lengths)), y.read(0, min(one.lengths)), strict=True)
     return (a - b).abs().max().item(), max((x.double() - y.double()).abs().max().item() for x, y in parts)
@@ -513,7 +513,7 @@ def test_rotations_that_others_fetch_meanwhile_stay():
     cache = model.new_cache(2, max_len=5000)
     list(model.prefill(ids, cache, segments=Segments.from_mask(mask)))
     model.step(tokens(1, b=1), model.new_cache(1))
-    plan = model.decode_slot.plan
+    plan = model.plan_cache.plan
     for place in range(0, 4096, rotations.TABLE):
         plan.rotations.at(model, place)  # as a text decoded from its beginning would
     for _ in range(3):
@@ -527,9 +527,9 @@ def test_weights_that_are_let_go_are_not_kept(monkeypatch):
     """`.to()` does not hold a second copy of all weights: the plan releases the old ones first."""
     model = small_model()
     model.step(tokens(1), model.new_cache(2))
-    assert model.decode_slot.plan is not None
+    assert model.plan_cache.plan is not None
     seen = []
-    monkeypatch.setattr(torch.nn.Module, "_apply", lambda self, fn, recurse=True: seen.append(model.decode_slot.plan))
+    monkeypatch.setattr(torch.nn.Module, "_apply", lambda self, fn, recurse=True: seen.append(model.plan_cache.plan))
     model.double()
     assert seen == [None]
 

@@ -84,7 +84,7 @@ def test_a_graph_goes_with_its_cache():
     """It lies in a map beside the cache, which it must not keep alive."""
     model = small_model()
     cache, other = model.new_cache(2), model.new_cache(2)
-    graph = cuda_graph.GraphStep(model, cache, model.decode_slot.current(model))
+    graph = cuda_graph.GraphStep(model, cache, model.plan_cache.current(model))
     cuda_graph._set_graph(cache, graph)
     assert cuda_graph.graph_of(cache) is graph
     assert cuda_graph.graph_of(other) is None

@@ -155,7 +155,7 @@ def test_where_somebody_looks_the_modules_run(steps):
     cache = model.new_cache(2, max_len=30)
     model.step(tokens(1), cache)
     handle = model.hook_dict["blocks.2.linear_attn.hook_beta"].register_forward_hook(lambda *_: seen.append(1))
-    with pytest.raises(RuntimeError, match="somebody looks inside"):
+    with pytest.raises(RuntimeError, match="hooks are attached"):
         model.step(tokens(1), cache)
     model.decode_backend = "auto"
     model.step(tokens(1), cache)

@@ -311,7 +311,7 @@ class Changes(RuleBasedStateMachine):
         setattr(model, name, new)
         self.new_cache(1, "none")  # its saved logits have another size
 
-    @rule(n=some, what=st.sampled_from(["eps", "top_k", "renormalise", "max_norm", "zero_centred"]))
+    @rule(n=some, what=st.sampled_from(["eps", "top_k", "norm_topk_prob", "max_norm", "zero_centred"]))
     def setting(self, n, what):
         owners = [m for part in (self.model.embed_tokens, self.model.blocks, self.model.norm) for m in part.modules()]
         owners = [m for m in owners if hasattr(m, what)]

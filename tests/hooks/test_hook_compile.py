@@ -46,7 +46,10 @@ def exposed_later():
     compiled = torch.compile(model, backend="eager")
     compiled(TOKENS)
     seen = []
-    with model.expose(state={0: [3]}, pattern=[3]), model.hooks([(LATER, lambda _x, hook: seen.append(hook.name))]):
+    with (
+        model.materialize(state={0: [3]}, pattern=[3]),
+        model.hooks([(LATER, lambda _x, hook: seen.append(hook.name))]),
+    ):
         compiled(TOKENS)
     assert seen == LATER
 

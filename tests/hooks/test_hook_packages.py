@@ -36,7 +36,7 @@ def test_nnsight_reads_and_patches_what_is_exposed():
     nnsight = pytest.importorskip("nnsight")
     model = small_model()
     traced = nnsight.NNsight(model)
-    with torch.no_grad(), model.expose(state={0: [3]}, pattern=[1, 3]):
+    with torch.no_grad(), model.materialize(state={0: [3]}, pattern=[1, 3]):
         plain = model(TOKENS).logits
         with traced.trace(TOKENS):
             state = traced.blocks[0].linear_attn.hook_state.output.save()

@@ -115,7 +115,7 @@ def test_every_point_of_the_mtp_head_acts_in_the_loss(route):
 def test_shapes_and_dtypes_are_as_listed(dtype):
     model = small_model(dtype=dtype)
     model.set_backend("delta_rule", "recurrent")
-    model.expose(state={i: [3] for i in range(3)}, pattern=range(4))
+    model.materialize(state={i: [3] for i in range(3)}, pattern=range(4))
     seen: dict[str, HookPoint] = {}
 
     def check(x, hook):
@@ -136,7 +136,7 @@ def test_inspect_lists_them_with_the_numbers_of_the_config():
     lines = hook_lines(small_config())
     assert [line.split()[0] for line in lines] == list(small_model().hook_dict)
     text = "\n".join(re.sub(" +", " ", line) for line in lines)
-    assert "blocks.0.linear_attn.hook_state b h=4 k=16 v=24 fp32 model.expose(state={0: [position]})" in text
+    assert "blocks.0.linear_attn.hook_state b h=4 k=16 v=24 fp32 model.materialize(state={0: [position]})" in text
     assert "blocks.3.self_attn.hook_k b t kh=2 d=32 model\n" in text
 
 

@@ -11,7 +11,7 @@ import qwen3next as q
 from layers.segments import Segments
 
 STATE, PATTERN = "blocks.1.linear_attn.hook_state", "blocks.1.linear_attn.hook_pattern"
-WRITTEN, ERASED = "blocks.1.linear_attn.hook_written", "blocks.1.linear_attn.hook_erased"
+WRITTEN, ERASED = "blocks.1.linear_attn.hook_written", "blocks.1.linear_attn.hook_recalled"
 BETA, VALUE, OUTPUT = (f"blocks.1.linear_attn.hook_{name}" for name in ("beta", "v", "o"))
 EXACT = {"rtol": 0, "atol": 1e-10}
 
@@ -48,7 +48,7 @@ def test_a_patched_state_acts_alike_on_every_route_in_values_and_gradients(model
         model.zero_grad()
         extra = torch.randn(2, 4, 16, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         extra.requires_grad_()
-        with model.expose(state={1: positions}):
+        with model.materialize(state={1: positions}):
             hooks = [(STATE, lambda state, _hook, extra=extra: state * 0.5 + extra)]
             logits = model.run_with_hooks(tokens, fwd_hooks=hooks).logits
         logits.square().mean().backward()
@@ -68,7 +68,7 @@ def test_a_patched_state_acts_alike_on_every_route_in_values_and_gradients(model
 def test_the_state_at_a_position_is_what_a_cache_holds_and_a_patch_is_what_a_changed_cache_does(model, backend, p):
     model.set_backend("delta_rule", backend)
     tokens, cache = ids(2, 90), model.new_cache(batch=2, max_len=90)
-    with torch.no_grad(), model.expose(state={1: [p]}):
+    with torch.no_grad(), model.materialize(state={1: [p]}):
         plain = model(tokens).logits
         before, acts = model.run_with_cache(tokens, names_filter=STATE)
         patched = logits_of(model, tokens, [(STATE, lambda state, _hook: state.flip(0))])
@@ -89,7 +89,7 @@ def test_positions_are_absolute_in_chunks_and_in_generation(model):
     def note(state, hook):
         fired.append(hook.ctx["position"])
 
-    with model.expose(state={1: [2, 7, 13, 19, 400]}):
+    with model.materialize(state={1: [2, 7, 13, 19, 400]}):
         with model.hooks([(STATE, note)]):
             list(model.prefill(tokens, cache, chunk_size=5))
         assert fired == [2, 7]
@@ -102,7 +102,7 @@ def test_positions_are_absolute_in_chunks_and_in_generation(model):
 def test_positions_are_absolute_where_a_cache_logs_updates(model):
     tokens, cache, fired = ids(1, 15), model.new_cache(max_len=20, history=4), []
     note = (STATE, lambda state, hook: fired.append(hook.ctx["position"]))
-    with torch.no_grad(), model.expose(state={1: [7, 12, 13]}), model.hooks([note]):
+    with torch.no_grad(), model.materialize(state={1: [7, 12, 13]}), model.hooks([note]):
         for part in tokens.split([5, 7, 1, 1, 1], dim=1):
             model(part, cache=cache)
     assert fired == [7, 12, 13]
@@ -111,7 +111,7 @@ def test_positions_are_absolute_where_a_cache_logs_updates(model):
 def test_a_state_patched_in_generation_is_one_patched_in_prefill(model):
     tokens = ids(1, 30)
     hooks = [(STATE, lambda state, _hook: -state)]
-    with torch.no_grad(), model.expose(state={1: [12, 25]}):
+    with torch.no_grad(), model.materialize(state={1: [12, 25]}):
         whole = logits_of(model, tokens, hooks)
         cache = model.new_cache(max_len=30)
         with model.hooks(hooks):
@@ -126,12 +126,12 @@ def test_states_of_packed_and_padded_rows(model, backend):
     model.set_backend("delta_rule", backend)
     hooks, lengths = [(STATE, lambda state, _hook: -state)], [50, 3, 30]
     tokens, packed = ids(1, 83), Segments.from_lengths([[50, 3, 30]])
-    with torch.no_grad(), model.expose(state={1: [40]}):
+    with torch.no_grad(), model.materialize(state={1: [40]}):
         whole = logits_of(model, tokens, hooks, segments=packed).split(lengths, dim=1)
         for part, got in zip(tokens.split(lengths, dim=1), whole, strict=True):
             alone = logits_of(model, part, hooks) if part.shape[1] > 40 else model(part).logits
             torch.testing.assert_close(got, alone, **EXACT)
-    with torch.no_grad(), model.expose(state={1: [1, 8]}):
+    with torch.no_grad(), model.materialize(state={1: [1, 8]}):
         mask = torch.ones(2, 70, dtype=torch.long)
         mask[:, :3] = 0  # equal in both rows
         mask[1, 60:] = 0
@@ -182,7 +182,7 @@ def test_what_is_kept_rebuilds_the_state(model):
     """S_t = Σ exp(G_t − G_s) k_s u_sᵀ, with the tensors of points that fire per token joined along time."""
     model.set_backend("delta_rule", "recurrent")
     names = [f"blocks.1.linear_attn.hook_{n}" for n in ("k", "written", "erased", "v", "beta", "log_decay", "state")]
-    with model.expose(state={1: [3, 11]}):
+    with model.materialize(state={1: [3, 11]}):
         _, acts = model.run_with_cache(ids(2, 12), names_filter=names)
     k, u, erased, v, beta, g, states = (acts[name] for name in names)
     torch.testing.assert_close(u, beta[..., None] * (v - erased), **EXACT)
@@ -197,7 +197,7 @@ def test_the_matrix_gives_the_output_also_after_a_cache(model, t):
     tokens, cache = ids(2, 20 + t), model.new_cache(batch=2, max_len=20 + t)
     with torch.no_grad():
         plain = model(tokens).logits
-        with model.expose(pattern=[1]), model.hooks([(PATTERN, lambda a, _hook: a.clone())]):
+        with model.materialize(pattern=[1]), model.hooks([(PATTERN, lambda a, _hook: a.clone())]):
             torch.testing.assert_close(model(tokens).logits, plain, **EXACT)
             model(tokens[:, :20], cache=cache)
             torch.testing.assert_close(model(tokens[:, 20:], cache=cache).logits, plain[:, 20:], **EXACT)
@@ -222,7 +222,7 @@ def test_an_edited_entry_is_an_exact_knockout_of_one_edge(model, backend):
             return model.run_with_cache(tokens, names_filter=OUTPUT)[1][OUTPUT]
 
     plain, without = output([]), output([(VALUE, no_value)])
-    with model.expose(pattern=[1]):
+    with model.materialize(pattern=[1]):
         knocked = output([(PATTERN, cut)])
     wanted = plain.clone()
     wanted[:, t] = without[:, t]
@@ -232,16 +232,16 @@ def test_an_edited_entry_is_an_exact_knockout_of_one_edge(model, backend):
 
 def test_the_matrix_and_a_patched_state_of_one_layer_add_up(model):
     tokens, hooks = ids(2, 70), [(STATE, lambda state, _hook: -state)]
-    with model.expose(state={1: [30]}):
+    with model.materialize(state={1: [30]}):
         wanted = logits_of(model, tokens, hooks)
-    with model.expose(state={1: [30]}, pattern=[1]):
+    with model.materialize(state={1: [30]}, pattern=[1]):
         got = logits_of(model, tokens, [*hooks, (PATTERN, lambda a, _hook: a.clone())])
     torch.testing.assert_close(got, wanted, **EXACT)
 
 
 def test_gradients_reach_matrix_and_state(model):
     tokens = ids(1, 20)
-    with model.expose(state={1: [4, 9]}, pattern=[1]):
+    with model.materialize(state={1: [4, 9]}, pattern=[1]):
         _, acts = model.run_with_cache(tokens, names_filter=[STATE, PATTERN], incl_bwd=lambda logits: logits[0, -1, 0])
         assert acts[f"{STATE}_grad"].shape == (1, 2, 4, 16, 24)
         gradient = acts[f"{PATTERN}_grad"]
@@ -260,15 +260,15 @@ def test_gradients_reach_matrix_and_state(model):
 
 def test_what_is_exposed_is_put_back(model):
     layer, softmax = model.blocks[1].linear_attn, model.blocks[3].self_attn
-    model.expose(state={1: [5]}, pattern=[-1])
-    with model.expose(state={1: [7, 2, 7]}):
-        assert layer.exposed_positions == (2, 7)
-        assert not softmax.exposed_pattern
-    assert layer.exposed_positions == (5,)
-    assert softmax.exposed_pattern
-    model.expose()
-    assert layer.exposed_positions == ()
-    assert not softmax.exposed_pattern
+    model.materialize(state={1: [5]}, pattern=[-1])
+    with model.materialize(state={1: [7, 2, 7]}):
+        assert layer.materialized_positions == (2, 7)
+        assert not softmax.materialized_pattern
+    assert layer.materialized_positions == (5,)
+    assert softmax.materialized_pattern
+    model.materialize()
+    assert layer.materialized_positions == ()
+    assert not softmax.materialized_pattern
 
 
 @pytest.mark.parametrize(
@@ -281,14 +281,14 @@ def test_what_is_exposed_is_put_back(model):
     ],
 )
 def test_what_cannot_be_exposed_is_refused_and_nothing_changes(model, request_, sentence):
-    model.expose(state={0: [1]})
+    model.materialize(state={0: [1]})
     with pytest.raises(ValueError, match=sentence):
-        model.expose(**request_)
-    assert model.blocks[0].linear_attn.exposed_positions == (1,)
+        model.materialize(**request_)
+    assert model.blocks[0].linear_attn.materialized_positions == (1,)
 
 
 def test_exposing_without_looking_changes_no_bit(model):
     tokens = ids(1, 70)
     plain = model(tokens).logits
-    with model.expose(state={0: [3]}, pattern=[0, 1]):
+    with model.materialize(state={0: [3]}, pattern=[0, 1]):
         assert torch.equal(model(tokens).logits, plain)

@@ -41,7 +41,7 @@ def test_run_with_cache(model):
     assert acts[BETA].shape == (2, 6, 4)
     _, everything = model.run_with_cache(TOKENS)
     missing = {n for n in model.hook_dict if n not in everything}
-    ends = ("hook_erased", "hook_written", "hook_state", "hook_pattern", "hook_scores")
+    ends = ("hook_recalled", "hook_written", "hook_state", "hook_pattern", "hook_scores")
     assert all(n.startswith("mtp.") or n.endswith(ends) for n in missing)
     assert "blocks.0.linear_attn.hook_o" in everything
     assert model.run_with_cache(TOKENS, names_filter=None)[1].keys() == everything.keys()

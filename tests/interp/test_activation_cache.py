@@ -199,7 +199,7 @@ def test_patterns_are_sliced_by_query():
 
 def test_states_and_gradients_are_sliced_where_they_have_tokens():
     model = small_model()
-    with model.expose(state={0: [3, 7]}, pattern=[1]):
+    with model.materialize(state={0: [3, 7]}, pattern=[1]):
         _, acts = model.run_with_cache(IDS, incl_bwd=True)
     short = acts.slice(batch=1, pos=slice(0, 5))
     assert torch.equal(short["state", 0], acts["state", 0][1:])

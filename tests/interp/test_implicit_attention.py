@@ -43,7 +43,7 @@ def token_loop(k, v, log_decay, beta, state, segments):
     for t in range(v.shape[1]):
         real = torch.ones(len(v)) if segments is None else segments.mask[:, t].to(v)
         if segments is not None:
-            state = state * (~segments.starts[:, t]).to(v)[:, None, None, None]
+            state = state * (~segments.resets[:, t]).to(v)[:, None, None, None]
         state = state * (log_decay[:, t] * real[:, None]).exp()[..., None, None]
         answer = torch.einsum("bhkv,bhk->bhv", state, keys[:, t]) * real[:, None, None]
         u = beta[:, t, :, None] * (v[:, t] - answer) * real[:, None, None]
@@ -79,7 +79,7 @@ def test_output_is_a_v_plus_c_s0(t, kind, narrow):
     again = a @ v.transpose(1, 2) + c @ state
     torch.testing.assert_close(again.transpose(1, 2), o, rtol=0, atol=1e-12)
     if segments is not None:
-        across = segments.number[:, :, None] != segments.number[:, None, :]
+        across = segments.segment_ids[:, :, None] != segments.segment_ids[:, None, :]
         across |= ~segments.mask[:, None, :]
         real = across & segments.mask[:, :, None]
         assert not a.masked_select(real[:, None]).any()  # exactly no edge between sequences, none from padding

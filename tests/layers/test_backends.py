@@ -29,8 +29,8 @@ def test_auto_takes_the_fastest_that_can_run(monkeypatch):
                 assert {name: backends.choose(name, "auto", cpu) for name in backends.OPERATIONS} == {
                     "decode": "cpp" if compiler is None else "torch",
                     "linear": linear,
-                    "delta_rule": kernels or "piecewise",
-                    "linear_rule": "chunked",
+                    "delta_rule": kernels or "chunked_recompute",
+                    "simple_gla": "chunked",
                     "causal_conv": kernels or "torch",
                     "attention": "cpp" if kernels and not grad else "sdpa",
                     "elementwise": kernels or "torch",
@@ -39,14 +39,14 @@ def test_auto_takes_the_fastest_that_can_run(monkeypatch):
                 }
     monkeypatch.setattr(availability, "fla_missing", lambda: None)
     assert backends.choose_for("delta_rule", "auto", CUDA, torch.float64) == "chunked"  # pieces are sized for a CPU
-    assert backends.choose_for("delta_rule", "piecewise", CUDA, torch.float64) == "piecewise"
+    assert backends.choose_for("delta_rule", "chunked_recompute", CUDA, torch.float64) == "chunked_recompute"
     assert backends.why_not("delta_rule", "fla", CUDA, torch.bfloat16) is None
     assert "float64" in backends.why_not("delta_rule", "fla", CUDA, torch.float64)
     monkeypatch.setattr(availability, "fla_missing", lambda: "not installed")
     assert backends.why_not("delta_rule", "fla", CUDA, torch.bfloat16) == "not installed"
 
 
-@pytest.mark.parametrize("operation", ["delta_rule", "linear_rule", "causal_conv"])
+@pytest.mark.parametrize("operation", ["delta_rule", "simple_gla", "causal_conv"])
 def test_implementations_are_registered_and_have_one_signature(operation):
     """Beside options that have a default, which are an implementation's own."""
     signatures = {}
@@ -69,7 +69,7 @@ def test_explain_says_what_runs_and_what_would_be_faster():
     model.set_backend("attention", "eager")
     table = q.explain(model)
     rows = {row.operation: row for row in table}
-    assert rows.keys() == backends.OPERATIONS.keys() - {"linear_rule"}  # which only variants have
+    assert rows.keys() == backends.OPERATIONS.keys() - {"simple_gla"}  # which only variants have
     assert (rows["attention"].runs, rows["attention"].why[:5]) == ("eager", "named")
     assert "fla: " in rows["delta_rule"].faster
     assert "delta_rule" in str(table)

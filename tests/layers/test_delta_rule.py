@@ -8,7 +8,7 @@ from layers.delta_rule import gated_delta_rule
 from layers.kernels import chunked_recompute as piecewise_delta_rule
 from layers.norm import l2_normalise
 from layers.segments import Segments
-from layers.variants.simple_gla import gated_linear_rule
+from layers.variants.simple_gla import simple_gla
 
 
 def inputs(t, *, b=2, key_heads=2, heads=4, k=16, v=24, dtype=torch.float64, seed=0, state=True):
@@ -45,7 +45,7 @@ def oracle(q, k, v, log_decay, beta, state):
     return torch.from_numpy(out), torch.from_numpy(final)
 
 
-BACKENDS = ["recurrent", "chunked", "piecewise"]
+BACKENDS = ["recurrent", "chunked", "chunked_recompute"]
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_equals_the_papers_recurrence(t, backend):
 
 @pytest.mark.parametrize("t", [1, 63, 64, 65, 200])  # around the chunk size of 64
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("backend", ["chunked", "piecewise"])
+@pytest.mark.parametrize("backend", ["chunked", "chunked_recompute"])
 def test_gradients_equal_recurrent(t, packed, backend, short_pieces):
     """Output, final state and all six gradients, from a non-zero state, in float64, with one and several sequences."""
     ids = (torch.rand(2, t, generator=torch.Generator().manual_seed(1)) < 0.05).cumsum(1)
@@ -90,7 +90,7 @@ def test_a_piece_more_or_less_changes_nothing(monkeypatch):
         for at_once in (1, 16, 64):
             monkeypatch.setattr(piecewise_delta_rule, "AT_ONCE", at_once)
             x = {name: value.requires_grad_() for name, value in inputs(300, dtype=dtype).items()}
-            o, state = gated_delta_rule(**x, backend="piecewise")
+            o, state = gated_delta_rule(**x, backend="chunked_recompute")
             (o.float().square().sum() + state.sum()).backward()
             results.append((o, state, *(value.grad for value in x.values())))
         for other in results[1:]:
@@ -104,7 +104,7 @@ def test_products_in_bf16_are_exact_to_bf16(short_pieces):
     """
     rounded = inputs(300, dtype=torch.bfloat16)
     results = []
-    for backend, dtype in (("recurrent", torch.float64), ("piecewise", torch.bfloat16)):
+    for backend, dtype in (("recurrent", torch.float64), ("chunked_recompute", torch.bfloat16)):
         x = {name: value.to(dtype).requires_grad_() for name, value in rounded.items()}
         o, state = gated_delta_rule(**x, backend=backend)
         assert (o.dtype, state.dtype) == (dtype, torch.promote_types(dtype, torch.float32))
@@ -123,7 +123,7 @@ def test_chunks_in_fp32_are_as_exact_as_the_loop():
         assert (o - exact).abs().max() < 2e-6  # values of order 1, 1e-7 per rounding
 
 
-@pytest.mark.parametrize("backend", ["chunked", "piecewise"])
+@pytest.mark.parametrize("backend", ["chunked", "chunked_recompute"])
 def test_identical_keys_do_not_blow_up(backend):
     """64 equal keys give the worst triangular system; a series for its inverse would overflow."""
     x = inputs(128, dtype=torch.float32, state=False)
@@ -134,7 +134,7 @@ def test_identical_keys_do_not_blow_up(backend):
     torch.testing.assert_close(o, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["chunked", "piecewise"])
+@pytest.mark.parametrize("backend", ["chunked", "chunked_recompute"])
 def test_strong_decay_stays_finite_with_gradients(backend):
     """exp of the upper half of the decay matrix overflows unless masked before the exponential."""
     x = {n: v if v is None else v.float().requires_grad_() for n, v in inputs(130, state=False).items()}
@@ -168,7 +168,7 @@ def test_packed_equals_separate_and_padding_writes_nothing(backend, short_pieces
     torch.testing.assert_close(state, final, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", [gated_delta_rule, gated_linear_rule])
+@pytest.mark.parametrize("rule", [gated_delta_rule, simple_gla])
 @pytest.mark.parametrize("backend", ["recurrent", "chunked"])
 def test_packed_sequences_go_on_from_a_state_each(rule, backend):
     """Also one of a single token, and one without tokens in this call, which keeps its state."""

@@ -11,7 +11,7 @@ import qwen3next as q
 from layers.gated_deltanet import GatedDeltaNet
 from layers.segments import Segments
 from layers.variants.deltanet import DeltaNetVariant
-from layers.variants.simple_gla import gated_linear_rule
+from layers.variants.simple_gla import simple_gla
 from qwen3next.mixers import linear_attention
 
 CHOICES = {
@@ -130,7 +130,7 @@ def test_the_rule_without_delta_in_chunks_equals_its_loop(t, packed):
         segments = Segments.from_document_ids(document_ids)
     results = []
     for backend in ("recurrent", "chunked"):
-        o, state = gated_linear_rule(*inputs[:5], state=inputs[5], segments=segments, backend=backend)
+        o, state = simple_gla(*inputs[:5], state=inputs[5], segments=segments, backend=backend)
         real = 1.0 if segments is None else segments.mask[..., None, None]
         total = (o * real * torch.linspace(-1, 1, 6)).sum() + (state * torch.linspace(0, 1, 6)).sum()
         results.append((o * real, state, *torch.autograd.grad(total, inputs)))
@@ -141,9 +141,9 @@ def test_the_rule_without_delta_in_chunks_equals_its_loop(t, packed):
 def test_a_rule_without_delta_has_no_other_backend():
     y = torch.zeros(1, 2, 1, 4)
     with pytest.raises(ValueError, match="has no backend 'fla'"):
-        gated_linear_rule(y, y, y, y[..., 0], y[..., 0], backend="fla")
+        simple_gla(y, y, y, y[..., 0], y[..., 0], backend="fla")
     with pytest.raises(ValueError, match="cannot share"):
-        gated_linear_rule(y.repeat(1, 1, 2, 1), y.repeat(1, 1, 2, 1), y, y[..., 0], y[..., 0])
+        simple_gla(y.repeat(1, 1, 2, 1), y.repeat(1, 1, 2, 1), y, y[..., 0], y[..., 0])
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -172,8 +172,8 @@ def test_every_point_fires_and_acts(name):
     changes = {"num_hidden_layers": 1, "num_experts": 0, "mtp_num_hidden_layers": 0}
     model, tokens = small_model(**changes, **CHOICES[name]), ids(2, 7)
     model.set_backend("delta_rule", "recurrent")
-    model.expose(state={0: [5]}, pattern=[0])
-    left_out = {"linear_output_gate": ("none", "hook_gate"), "linear_delta": (False, "hook_erased")}
+    model.materialize(state={0: [5]}, pattern=[0])
+    left_out = {"linear_output_gate": ("none", "hook_gate"), "linear_delta": (False, "hook_recalled")}
     for field, (value, point) in left_out.items():
         present = CHOICES[name].get(field) != value
         assert (f"blocks.0.linear_attn.{point}" in model.hook_dict) == present
@@ -217,7 +217,7 @@ def test_edits_of_states_reach_what_follows_without_a_delta():
     changes = {"num_hidden_layers": 1, "num_experts": 0, "mtp_num_hidden_layers": 0}
     model, tokens = small_model(**changes, linear_delta=False), ids(1, 20)
     plain = model(tokens).logits
-    with model.expose(state={0: [9]}):
+    with model.materialize(state={0: [9]}):
         cut = model.run_with_hooks(tokens, fwd_hooks=[("*hook_state", lambda s, hook: s * 0)]).logits
     torch.testing.assert_close(cut[:, :10], plain[:, :10])
     assert not torch.allclose(cut[:, 10], plain[:, 10])
@@ -254,7 +254,7 @@ def test_a_cache_of_a_layer_without_convolution_is_saved(tmp_path):
 
 def test_explain_names_the_rule_and_no_convolution_that_is_not_there():
     rows = {row.operation: row.runs for row in q.explain(small_model(linear_delta=False, linear_use_conv=False))}
-    assert rows["linear_rule"] == "chunked"
+    assert rows["simple_gla"] == "chunked"
     assert not {"delta_rule", "causal_conv"} & rows.keys()
 
 
@@ -275,7 +275,7 @@ def test_single_tokens_are_taken_back_to_the_bit(name):
     model(tokens[:, :70], cache=cache)
 
     def states():
-        return [x.clone() for s in cache.layers if hasattr(s, "memory") for x in (s.conv, s.memory)]
+        return [x.clone() for s in cache.layers if hasattr(s, "memory") for x in (s.conv, s.recurrent)]
 
     seen = []
     for t in range(70, 78):
@@ -310,4 +310,4 @@ def test_packed_and_padded_prompts_leave_the_states_of_single_ones(name):
         for n, (alone, _) in enumerate(single):
             for x, y in zip(cache.layers, alone.layers, strict=True):
                 if hasattr(x, "memory"):
-                    torch.testing.assert_close(x.memory[n], y.memory[0], rtol=0, atol=1e-10)
+                    torch.testing.assert_close(x.recurrent[n], y.recurrent[0], rtol=0, atol=1e-10)

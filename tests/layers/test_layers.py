@@ -118,21 +118,21 @@ def test_odd_widths_fall_back_to_the_loop():
 
 def moe(**changes):
     torch.manual_seed(0)
-    layer = SparseMoE(16, **({"experts": 6, "top_k": 2, "inner": 8, "shared_inner": 12} | changes))
+    layer = SparseMoE(16, **({"experts": 6, "top_k": 2, "inner": 8, "shared_intermediate_size": 12} | changes))
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return layer.double()
 
 
-@pytest.mark.parametrize("renormalise", [True, False])
-def test_router_order(renormalise):
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_router_order(norm_topk_prob):
     """Softmax over all experts, then top-k; normalised only if norm_topk_prob is set."""
-    layer, x = moe(renormalise=renormalise), normal(1, 3, 16)
+    layer, x = moe(norm_topk_prob=norm_topk_prob), normal(1, 3, 16)
     y, _ = layer(x)
     for t in range(3):
         p = (layer.router.weight @ x[0, t]).softmax(0)
         top = p.topk(2)
-        weights = top.values / top.values.sum() if renormalise else top.values
+        weights = top.values / top.values.sum() if norm_topk_prob else top.values
         expected = torch.sigmoid(layer.shared_expert_gate.weight @ x[0, t]) * layer.shared_expert(x[0, t])
         for w, e in zip(weights, top.indices, strict=True):
             gate, up = (layer.experts.gate_up_proj[e] @ x[0, t]).chunk(2)
@@ -218,7 +218,7 @@ def test_equal_logits_are_ordered_by_number(dtype):
 def test_equal_experts_are_chosen_alike_whatever_runs():
     """A zero router chooses the first experts, for many tokens and for one, on every backend."""
     torch.manual_seed(0)
-    layer = SparseMoE(16, experts=8, top_k=3, inner=8, shared_inner=8)
+    layer = SparseMoE(16, experts=8, top_k=3, intermediate_size=8, shared_intermediate_size=8)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     torch.nn.init.zeros_(layer.router.weight)

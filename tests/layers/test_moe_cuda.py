@@ -14,7 +14,7 @@ import layers.moe as moe
 from layers.moe import Experts, SparseMoE
 
 
-def made(dtype, width=32, inner=16):
+def made(dtype, width=32, intermediate_size=16):
     torch.manual_seed(0)
     experts = Experts(width, inner, 8)
     for p in experts.parameters():
@@ -56,7 +56,7 @@ def test_nothing_waits_for_the_device(monkeypatch, n, gpu, dtype):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_args: False)
     monkeypatch.setattr(kernels, "generation", lambda _device: gpu)
     with torch.device("meta"), torch.no_grad():
-        layer = SparseMoE(32, experts=8, top_k=3, inner=16, shared_inner=16).to(dtype)
+        layer = SparseMoE(32, experts=8, top_k=3, intermediate_size=16, shared_intermediate_size=16).to(dtype)
         serves = kernels.grouped_serves(torch.empty(1, dtype=dtype), layer.experts.down_proj)
         assert serves == (gpu == 9 and dtype == torch.bfloat16)
         y, stats = layer(torch.empty(1, n, 32, dtype=dtype))

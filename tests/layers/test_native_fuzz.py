@@ -57,14 +57,14 @@ def test_memory_that_is_gone_is_refused():
         operand("x", turned, (8, 4), torch.float32)
 
 
-@pytest.mark.parametrize("places", [[[0, 1], [2, 2]], [[0, 1], [2, 4]], [[0, 1], [2, -1]], [[0, 1]]])
-def test_places_name_every_row_once(places):
-    places = torch.tensor(places)
-    out, weights = torch.ones(4, 3), torch.ones(places.shape)
+@pytest.mark.parametrize("inverse", [[[0, 1], [2, 2]], [[0, 1], [2, 4]], [[0, 1], [2, -1]], [[0, 1]]])
+def test_places_name_every_row_once(inverse):
+    inverse = torch.tensor(inverse)
+    out, weights = torch.ones(4, 3), torch.ones(inverse.shape)
     with pytest.raises(ValueError, match="each of the 4 rows of out once"):
-        ops.combine(out, weights, places, False)
+        ops.combine(out, weights, inverse, False)
     with pytest.raises(ValueError, match="each of the 4 rows of out once"):
-        ops.spread(out, weights, places, torch.ones(len(places), 3))
+        ops.combine_backward(out, weights, inverse, torch.ones(len(inverse), 3))
 
 
 def test_wrong_is_something_else():

@@ -20,7 +20,7 @@ def test_positions_and_numbers_of_packed_rows(lengths, left):
     segments = Segments.from_document_ids(ids)
     for r, row in enumerate(expected):
         row += [(-1, 0)] * (t - len(row))
-        assert segments.number[r].tolist() == [n for n, _ in row]
+        assert segments.segment_ids[r].tolist() == [n for n, _ in row]
         assert segments.positions[r].tolist() == [p for _, p in row]
         look = [[i == j or (row[i][0] == row[j][0] >= 0 and j <= i) for j in range(t)] for i in range(t)]
         assert segments.attention_mask[r, 0].tolist() == look
@@ -31,7 +31,7 @@ def test_positions_and_numbers_of_packed_rows(lengths, left):
 
 def test_an_id_that_comes_back_is_another_sequence():
     segments = Segments.from_document_ids(torch.tensor([[0, 0, 1, 0]]))
-    assert segments.number.tolist() == [[0, 0, 1, 2]]
+    assert segments.segment_ids.tolist() == [[0, 0, 1, 2]]
     assert not segments.attention_mask[0, 0, 3, 0]
 
 
@@ -49,7 +49,7 @@ def test_boundaries_for_varlen_kernels():
 
 def test_from_lengths():
     segments = Segments.from_lengths([[2, 3], [4]])
-    assert segments.number.tolist() == [[0, 0, 1, 1, 1], [0, 0, 0, 0, -1]]
+    assert segments.segment_ids.tolist() == [[0, 0, 1, 1, 1], [0, 0, 0, 0, -1]]
 
 
 def test_bad_input_is_refused():
@@ -76,16 +76,16 @@ def test_parts_know_their_sequences():
     assert part.positions.tolist() == [[1, 2, 0], [0, 0, 0], [3, 0, 0]]
     assert part.ends == (2, 3, 1, 0, 4)
     padded = Segments.from_mask(torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]]))
-    assert padded.part(1, 3).plain
-    assert not padded.part(0, 1).plain
+    assert padded.part(1, 3).unpadded
+    assert not padded.part(0, 1).unpadded
     assert [run.row for run in padded.part(3, 4).runs] == [0]
 
 
 def test_rows_of_one_whole_sequence_are_plain():
-    assert Segments.from_mask(torch.ones(2, 3)).plain
-    assert Segments.from_document_ids(torch.tensor([[4, 4], [5, 5]])).plain
-    assert not Segments.from_document_ids(torch.tensor([[4, 4], [4, 5]])).plain
-    assert not Segments.from_mask(torch.tensor([[1, 1], [0, 0]])).plain
+    assert Segments.from_mask(torch.ones(2, 3)).unpadded
+    assert Segments.from_document_ids(torch.tensor([[4, 4], [5, 5]])).unpadded
+    assert not Segments.from_document_ids(torch.tensor([[4, 4], [4, 5]])).unpadded
+    assert not Segments.from_mask(torch.tensor([[1, 1], [0, 0]])).unpadded
 
 
 def test_rows_with_holes_are_moved_together():

@@ -15,12 +15,12 @@ from layers.dispatch.backends import why_not
 from layers.kernels import chunked_recompute as piecewise_delta_rule
 from layers.norm import l2_normalise
 from layers.segments import Segments
-from layers.variants.simple_gla import gated_linear_rule
+from layers.variants.simple_gla import simple_gla
 
 INF = math.inf
 TOLERANCE = 2e-6
 T = 130  # two chunks and two tokens
-RULES = [(gated_delta_rule, backend) for backend in ("chunked", "piecewise", "cpp")] + [(gated_linear_rule, "chunked")]
+RULES = [(gated_delta_rule, backend) for backend in ("chunked", "chunked_recompute", "cpp")] + [(simple_gla, "chunked")]
 EVERY_RULE = pytest.mark.parametrize("rule, backend", RULES)
 
 PATTERNS = {
@@ -103,7 +103,7 @@ def test_what_is_wholly_forgotten_has_no_gradient():
     assert torch.tensor(FORGOTTEN, dtype=torch.float64).exp() == 0
 
 
-@pytest.mark.parametrize("backend", ["chunked", "piecewise", "cpp"])
+@pytest.mark.parametrize("backend", ["chunked", "chunked_recompute", "cpp"])
 def test_a_model_that_forgets_strongly_runs_in_chunks_as_by_tokens(backend):
     """Large decay projections: log decays from 0 to about −1e4 in the same chunk."""
     if why_not("delta_rule", backend, torch.device("cpu"), torch.float32):

@@ -8,7 +8,7 @@ from parity import tokens
 from layers.gated_attention import attend
 from layers.kernels.tiled_attention import TILE, tiled_attention
 from layers.segments import Segments
-from layers.state.kv_cache import KVState
+from layers.state.kv_cache import KVCache
 from qwen3next import Qwen3Next, block, presets
 
 
@@ -66,7 +66,7 @@ def test_parts_of_a_long_prompt_leave_no_trace(past, dtype, monkeypatch):
         if past:
             model(ids[:, :past], cache=cache)
         logits = model(ids[:, past:], cache=cache, logits_to_keep=3).logits
-        held = [s.read(0, past + 4500) if isinstance(s, KVState) else (s.conv, s.memory) for s in cache.layers]
+        held = [s.read(0, past + 4500) if isinstance(s, KVCache) else (s.conv, s.recurrent) for s in cache.layers]
         found.append([logits, *(x for state in held for x in state)])
     for a, b in zip(*found, strict=True):
         if dtype == torch.bfloat16:

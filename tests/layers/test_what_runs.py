@@ -36,7 +36,7 @@ NATIVE = {
     "attention": ("attend",),
     "elementwise": ("normalise", "silu", "swiglu"),
     "causal_conv": ("convolve",),
-    "experts": ("route", "combine", "spread", "each_once"),
+    "experts": ("permute", "combine", "combine_backward", "each_once"),
 }
 TORCH_OPERATORS = {
     "mkldnn::_linear_pointwise": ("linear", "onednn"),
@@ -46,7 +46,7 @@ TORCH_OPERATORS = {
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": ("attention", "sdpa"),
 }
 PYTHON = {
-    ("delta_rule", "piecewise"): (rule_kernels, "chunked_recompute"),
+    ("delta_rule", "chunked_recompute"): (rule_kernels, "chunked_recompute"),
     ("delta_rule", "chunked"): (delta_rule, "unit_lower_inverse"),
     ("delta_rule", "recurrent"): (rule_kernels, "recurrent"),  # of a token by itself; chosen, it is in the registry
     ("causal_conv", "torch"): (gradients.FilterTaps, "apply"),
@@ -124,7 +124,7 @@ CHOICES = [
     (operation, implementation.name)
     for operation, implementations in backends.OPERATIONS.items()
     for implementation in implementations
-    if operation not in ("linear_rule", "causal_conv", "decode") and runs(operation, implementation.name)
+    if operation not in ("simple_gla", "causal_conv", "decode") and runs(operation, implementation.name)
 ]
 
 

@@ -15,7 +15,7 @@ from layers.dispatch.backward_autocast import backward_without_autocast
 from layers.experts.int8 import Int8Experts
 from layers.moe import SparseMoE
 from layers.segments import Segments
-from layers.variants.simple_gla import gated_linear_rule
+from layers.variants.simple_gla import simple_gla
 
 CPU = torch.device("cpu")
 DTYPES = [torch.bfloat16, torch.float16]
@@ -23,7 +23,7 @@ LAYERS = ("linear_attention", "full_attention")
 TOKENS = torch.arange(140).view(2, 70) * 7 % 97
 PACKED = Segments.from_lengths([[50, 20], [20, 45]])
 # The convolution follows the delta rule; `linear_rule` is no operation of this model.
-OPERATION = [op for op in OPERATIONS if op not in ("decode", "causal_conv", "linear_rule")]
+OPERATION = [op for op in OPERATIONS if op not in ("decode", "causal_conv", "simple_gla")]
 BACKENDS = [(op, i.name) for op in OPERATION for i in OPERATIONS[op]]
 
 
@@ -93,7 +93,10 @@ def test_other_models(made, dtype):
     if made == "recomputed":
         model.recompute("linear_attention", "full_attention", "mlp")
     if made == "exposed":
-        with model.expose(pattern=[0]), model.hooks([("blocks.0.linear_attn.hook_pattern", lambda x, hook: x * 0.5)]):
+        with (
+            model.materialize(pattern=[0]),
+            model.hooks([("blocks.0.linear_attn.hook_pattern", lambda x, hook: x * 0.5)]),
+        ):
             same_inside(model, dtype)
         return
     same_inside(model, dtype)
@@ -104,8 +107,8 @@ def normal(*shape, seed):
 
 
 RULES = {
-    **{name: partial(gated_delta_rule, backend=name) for name in ("recurrent", "chunked", "piecewise", "cpp")},
-    **{f"linear, {name}": partial(gated_linear_rule, backend=name) for name in ("recurrent", "chunked")},
+    **{name: partial(gated_delta_rule, backend=name) for name in ("recurrent", "chunked", "chunked_recompute", "cpp")},
+    **{f"linear, {name}": partial(simple_gla, backend=name) for name in ("recurrent", "chunked")},
 }
 
 

@@ -5,7 +5,7 @@ import torch
 
 import qwen3next as q
 from layers.kernels.linear import spans
-from layers.state.kv_cache import KVState
+from layers.state.kv_cache import KVCache
 from qwen3next import block
 
 # Around multiples of 64 and attention's tiles of 128, with remainders of every kind.
@@ -19,7 +19,7 @@ def prefilled(model, ids, size, past=0):
             pass
     found = [cache.last_logits, cache.hidden]
     for state in cache.layers:
-        found += state.read(0, ids.shape[1]) if isinstance(state, KVState) else [state.conv, state.memory]
+        found += state.read(0, ids.shape[1]) if isinstance(state, KVCache) else [state.conv, state.recurrent]
     return found
 
 

@@ -48,7 +48,7 @@ def test_losses_statistics_and_gradients_are_the_same_to_the_bit(parts, segments
         assert not any(getattr(m, "recomputed", False) for m in model.modules())
 
 
-@pytest.mark.parametrize("rule", ["recurrent", "chunked", "piecewise", "cpp"])
+@pytest.mark.parametrize("rule", ["recurrent", "chunked", "chunked_recompute", "cpp"])
 @pytest.mark.parametrize("segments", SEGMENTS)
 def test_every_form_of_the_delta_rule_can_be_made_again(rule, segments):
     if (reason := why_not("delta_rule", rule, torch.device("cpu"), torch.float32)) is not None:
@@ -182,7 +182,7 @@ def test_wrapped_blocks(wrap, tmp_path, request):
     results = [a.stack_head_results(pos_slice=3) for a in (acts, kept)]
     assert torch.equal(*results)
     layers, patterns = [0, 3], ["*0.linear_attn.hook_pattern", "*blocks.3.self_attn.hook_pattern"]
-    with model.expose(pattern=layers), plain.expose(pattern=layers), torch.no_grad():
+    with model.materialize(pattern=layers), plain.materialize(pattern=layers), torch.no_grad():
         got, expected = (m.run_with_cache(TOKENS, names_filter=patterns)[1] for m in (model, plain))
     assert got.keys() == expected.keys()
     steps = []

@@ -24,7 +24,7 @@ def softmax_model(**changes):
 
 def cached(model, point):
     names = [f"blocks.{i}.{point}" for i in range(2)]
-    with torch.no_grad(), model.expose(pattern=[0, 1]):
+    with torch.no_grad(), model.materialize(pattern=[0, 1]):
         _, acts = model.run_with_cache(IDS, names_filter=names)
     return [acts[name] for name in names]
 

@@ -28,7 +28,7 @@ def test_runs_and_writes(tmp_path, dtype):
         for side in ("before", "after"):  # a non-negative rest means that no part is counted twice
             assert min(found[what][side].values()) > 0
         assert set(found[what]["least"]) == {"linear maps", "experts", "delta rule", "attention"}
-    assert set(found["delta rule"]) == {"chunked", "piecewise", "cpp", "can", "least"}
+    assert set(found["delta rule"]) == {"chunked", "chunked_recompute", "cpp", "can", "least"}
     assert json.loads(out.with_suffix(".json").read_text())["prefill"] == found["prefill"]
     assert "| delta rule of one layer |" in out.with_suffix(".md").read_text()
 

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from layers.state.kv_cache import KVState
+from layers.state.kv_cache import KVCache
 from qwen3next.cache.rollback_log import State
 
 
 @dataclass
-class Mark:
+class Snapshot:
     """A snapshot of a cache. It shares states with the cache, which replaces states and never modifies them in place.
 
     Attributes:
@@ -18,7 +18,7 @@ class Mark:
 
     lengths: tuple[int, ...]
     layers: list[State]
-    mtp: KVState | None
+    mtp: KVCache | None
     tokens: Tensor
     hidden: Tensor | None
     last_logits: Tensor | None
@@ -27,8 +27,10 @@ class Mark:
         """Address → bytes of the storages that this keeps alive, without token ids and logits."""
         found: dict[int, int] = {}
         for s in self.layers if self.mtp is None else [*self.layers, self.mtp]:
-            if isinstance(s, KVState):
+            if isinstance(s, KVCache):
                 found |= s.storages
             else:
-                found |= {m.data_ptr(): m.nbytes() for x in (s.conv, s.memory) if (m := x.untyped_storage()).nbytes()}
+                found |= {
+                    m.data_ptr(): m.nbytes() for x in (s.conv, s.recurrent) if (m := x.untyped_storage()).nbytes()
+                }
         return found
