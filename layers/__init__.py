@@ -23,4 +23,7 @@ import layers.kernels.attention  # noqa: E402
 import layers.kernels.cross_entropy  # noqa: E402
 import layers.kernels.experts  # noqa: E402
 import layers.kernels.linear  # noqa: E402
-import layers.kernels.rows  # noqa: E402, F401
+import layers.kernels.rows  # noqa: E402
+import layers.old_names  # noqa: E402
+
+layers.old_names.install()

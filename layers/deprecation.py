@@ -68,6 +68,13 @@ def renamed_arguments(**names: str) -> Callable[[F], F]:
     return decorate
 
 
+class MovedModule(types.ModuleType):
+    """A module by its old name. Callable like the function of that name, which its import hides in the package."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
 class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds modules by the names they had: old → (new, old names in it → new ones)."""
 
@@ -83,8 +90,8 @@ class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         new = self.moved[spec.name]
-        warn_renamed(f"The module {spec.name}", new, stacklevel=2)
-        target, made = importlib.import_module(new), types.ModuleType(spec.name, f"The old name of {new}.")
+        warn_renamed(f"The module {spec.name}", new)
+        target, made = importlib.import_module(new), MovedModule(spec.name, f"The old name of {new}.")
 
         def find(name: str) -> Any:
             if name.startswith("__"):

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from layers.deprecation import renamed_arguments
 from layers.dispatch.autocast import as_multiplied
 from layers.dispatch.backends import Like, run
 from layers.dispatch.registry import implements
@@ -80,6 +81,7 @@ class GatedAttention(nn.Module):
     Source: arXiv:2505.06708, the gates on the attention's output (G1).
     """
 
+    @renamed_arguments(width="hidden_size")
     def __init__(
         self,
         hidden_size: int,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from layers.causal_conv import causal_conv
 from layers.delta_rule import Rule, gated_delta_rule
+from layers.deprecation import renamed_arguments, renamed_attribute
 from layers.dispatch.registry import function_of
 from layers.hook_point import HookPoint
 from layers.linear import Linear
@@ -32,6 +33,7 @@ class GatedDeltaNet(nn.Module):
 
     rule: Rule = staticmethod(gated_delta_rule)
 
+    @renamed_arguments(width="hidden_size", conv_taps="conv_kernel_size")
     def __init__(
         self,
         hidden_size: int,
@@ -161,6 +163,8 @@ class GatedDeltaNet(nn.Module):
         parts = zip(points, qkv.split(self.split, dim=-1), heads, strict=True)
         return torch.cat([point(x.unflatten(-1, (n, -1))).flatten(-2) for point, x, n in parts], dim=-1)
 
+    hook_erased = renamed_attribute("hook_erased", "hook_recalled")
+
     @property
     def inside(self) -> tuple[HookPoint, ...]:
         """Points inside the rule."""
@@ -169,4 +173,4 @@ class GatedDeltaNet(nn.Module):
     @property
     def conv_backend(self) -> str:
         """The convolution follows the delta rule: fused with fused, torch with torch."""
-        return "torch" if self.backend in ("chunked_recompute", "chunked", "recurrent") else self.backend
+        return self.backend if self.backend in ("auto", "cpp", "fla") else "torch"

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from layers.deprecation import renamed_arguments
 from layers.dispatch.backends import run
 from layers.dispatch.registry import implements
 from layers.linear import Linear
@@ -30,6 +31,7 @@ def swiglu(gate: Inner, up: Inner) -> Inner:
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) · up(x)), without biases. Source: arXiv:2002.05202."""
 
+    @renamed_arguments(width="hidden_size", inner="intermediate_size")
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
         self.backend = "auto"

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from layers.deprecation import renamed_arguments
 from layers.dispatch.autocast import as_multiplied
 from layers.dispatch.backends import run
 from layers.dispatch.backward_autocast import backward_without_autocast
@@ -67,6 +68,7 @@ class Experts(nn.Module):
         linear_backend, elementwise_backend: of their products and activations.
     """
 
+    @renamed_arguments(width="hidden_size", inner="intermediate_size")
     def __init__(self, hidden_size: int, intermediate_size: int, count: int, *, backend: str = "auto"):
         super().__init__()
         self.backend, self.linear_backend, self.elementwise_backend = backend, "auto", "auto"
@@ -98,6 +100,12 @@ class SparseMoE(nn.Module):
     equal logits the lower number comes first.
     """
 
+    @renamed_arguments(
+        width="hidden_size",
+        inner="intermediate_size",
+        shared_inner="shared_intermediate_size",
+        renormalise="norm_topk_prob",
+    )
     def __init__(
         self,
         hidden_size: int,

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from layers.deprecation import renamed_arguments
 from layers.dispatch.backends import run
 from layers.dispatch.registry import implements
 from layers.hook_point import HookPoint
@@ -66,6 +67,7 @@ class RMSNorm(nn.Module):
     Both orders are the checkpoints'.
     """
 
+    @renamed_arguments(width="dim")
     def __init__(self, dim: int, *, eps: float = 1e-6, zero_centred: bool = True):
         super().__init__()
         self.eps, self.zero_centred, self.backend = eps, zero_centred, "auto"
@@ -106,6 +108,7 @@ class GatedRMSNorm(nn.Module):
         activation: "silu", the checkpoints', or "sigmoid".
     """
 
+    @renamed_arguments(width="dim")
     def __init__(self, dim: int, *, eps: float = 1e-6, activation: str = "silu"):
         super().__init__()
         self.eps, self.backend, self.activation = eps, "auto", activation

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from layers.deprecation import renamed_attribute, renamed_names
 from layers.sequence_spans import SequenceSpan, SequenceSpans, cached_property
 
 __all__ = ["UNKNOWN", "Segments", "SequenceSpan"]
@@ -36,6 +37,12 @@ class Segments(SequenceSpans):
     sequences: int = 0
     offsets: tuple[int, ...] = ()
     gapped: bool = field(default=False, init=False)
+
+    plain = renamed_attribute("plain", "unpadded")
+    aligned = renamed_attribute("aligned", "uniform_offset")
+    past = renamed_attribute("past", "offsets")
+    number = renamed_attribute("number", "segment_ids")
+    starts = renamed_attribute("starts", "resets")
 
     def __post_init__(self) -> None:
         tracing = torch.compiler.is_compiling()
@@ -196,3 +203,6 @@ class Segments(SequenceSpans):
         if ahead < self.length:
             same[:, :-ahead] = (self.segment_ids[:, ahead:] == self.segment_ids[:, :-ahead]) & self.mask[:, :-ahead]
         return same
+
+
+__getattr__ = renamed_names(__name__, {"Run": "SequenceSpan"})

@@ -7,6 +7,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from layers.deprecation import warn_renamed
+
 T = TypeVar("T")
 Spans = TypeVar("Spans", bound="SequenceSpans")  # not Self, which the checker of shapes refuses outside of classes
 
@@ -32,6 +34,12 @@ class SequenceSpan(NamedTuple):
     begin: int
     end: int
     offset: int
+
+    @property
+    def past(self) -> int:
+        """The old name of `offset`."""
+        warn_renamed("SequenceSpan.past", "offset")
+        return self.offset
 
 
 class SequenceSpans:

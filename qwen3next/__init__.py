@@ -12,9 +12,10 @@ if getattr(layers, "__version__", None) != __version__:
         "Rename or remove that one, or put qwen3next before it on the path."
     )
 
-from qwen3next import presets
+from layers.deprecation import renamed_names
+from qwen3next import old_names, presets
 from qwen3next.api import Qwen3Next, load
-from qwen3next.cache.hybrid import Cache, HybridCache
+from qwen3next.cache.hybrid import HybridCache
 from qwen3next.chat.document import Document
 from qwen3next.checkpoints.save import save
 from qwen3next.checkpoints.state_dict_adapter import Layout
@@ -26,7 +27,6 @@ from qwen3next.model import Losses, Output
 from qwen3next.prefix.store import PrefixStore
 
 __all__ = [
-    "Cache",
     "Document",
     "HybridCache",
     "Layout",
@@ -44,3 +44,6 @@ __all__ = [
     "save",
     "stream",
 ]
+
+old_names.install()
+__getattr__ = renamed_names(__name__, {"Cache": "HybridCache"})

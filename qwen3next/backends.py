@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from layers.cross_entropy import linear_cross_entropy
 from layers.dispatch.attached import attached
-from layers.dispatch.backends import choose_for
+from layers.dispatch.backends import choose_for, current_name
 from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import GatedDeltaNet
 from layers.hook_point import HookPoint
@@ -60,7 +60,7 @@ class Backends(Prefilling):
             known = ", ".join((*kinds, "decode", "cross_entropy"))
             raise ValueError(f"There is no operation {operation!r} to choose for: {known}.")
         with torch.no_grad():
-            choose_for(operation, name, self.device, self.dtype)
+            choose_for(operation, name := current_name(name), self.device, self.dtype)
         self.plan_cache = PlanCache()  # look anew at the next step
         if operation not in kinds:
             setattr(self, attribute, name)

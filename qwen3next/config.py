@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from layers.deprecation import renamed_attribute
 from layers.rope import Yarn
 from qwen3next.families import FAMILIES, Family, check_beside, ignored_keys, read, unwrap, with_yarn, write
 from qwen3next.files.json_files import read_object, typed
@@ -175,6 +176,9 @@ class ModelConfig(Variants):
         """Channels of a Gated DeltaNet layer's convolution: those of q, k and v together."""
         keys = self.linear_num_key_heads * self.linear_key_head_dim
         return 2 * keys + self.linear_num_value_heads * self.linear_value_head_dim
+
+    conv_taps = renamed_attribute("conv_taps", "conv_kernel_size")
+    outer = renamed_attribute("outer", "wrapper_config")
 
     @property
     def conv_kernel_size(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from layers.deprecation import warn_renamed
 from layers.dispatch import availability as can
 from layers.dispatch.availability import Refusal
 from layers.dispatch.registry import function_of, special_cases
@@ -135,11 +136,20 @@ def why_not(operation: str, name: str, device: torch.device, dtype: torch.dtype,
 
     Raises: ValueError for a backend that the operation does not have.
     """
+    name = current_name(name)
     for implementation in OPERATIONS[operation]:
         if implementation.name == name:
             return implementation.cannot(device, dtype, head_dim)
     known = ", ".join(repr(i.name) for i in OPERATIONS[operation])
     raise ValueError(f"{operation} has no backend {name!r}: choose 'auto', {known}.")
+
+
+def current_name(backend: str) -> str:
+    """The name of a backend, also where it is given by the name that it had before release 0.2."""
+    if backend != "piecewise":
+        return backend
+    warn_renamed("The backend 'piecewise'", "'chunked_recompute'", stacklevel=4)
+    return "chunked_recompute"
 
 
 class Like(NamedTuple):
@@ -161,6 +171,7 @@ def choose(operation: str, backend: str, like: Tensor, *, head_dim: int = 0) -> 
 def choose_for(operation: str, backend: str, device: torch.device, dtype: torch.dtype, *, head_dim: int = 0) -> str:
     """`choose` for tensors that need not exist."""
     if backend != "auto":
+        backend = current_name(backend)
         reason = why_not(operation, backend, device, dtype, head_dim=head_dim)
         if reason is not None:
             raise RuntimeError(f"The {backend!r} backend of {operation} cannot run here: {reason}.")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from layers.delta_rule import Rule
+from layers.deprecation import renamed_attribute
 from layers.segments import Segments
 from layers.state.update_log import UpdateLog
 
@@ -25,6 +26,9 @@ class DeltaNetState:
     recurrent: Tensor
     update_log: UpdateLog | None = None
     cut: int = 0
+
+    memory = renamed_attribute("memory", "recurrent")
+    tape = renamed_attribute("tape", "update_log")
 
     def replace(self, conv: Tensor, recurrent: Tensor) -> None:
         """Take the place of what came before; the recurrent state keeps its dtype."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layers.deprecation import warn_renamed
 from layers.gated_deltanet import DeltaNetState
 from layers.norm import at_least_fp32
 from layers.rope import Yarn
@@ -311,7 +312,10 @@ class HybridCache(CacheFiles):
         lengths = tuple(self.lengths[i] for i in index.tolist())
         return self._with(Snapshot(lengths, layers, mtp, self.tokens[index, : max(lengths)], hidden, logits))
 
-    reorder = select
+    def reorder(self, rows: Sequence[int] | Tensor) -> "HybridCache":
+        """The old name of `select`."""
+        warn_renamed("HybridCache.reorder", "select")
+        return self.select(rows)
 
     def rewind_to(self, ids: Sequence[int]) -> int:
         """Go to the furthest point known that is a beginning of `ids`; returns its tokens, 0 where there is none.
@@ -386,9 +390,6 @@ class HybridCache(CacheFiles):
         other = HybridCache(self.config, [], tokens, mark.lengths, self.yarn, self.history, model=self.model)
         other.go_to(mark)
         return other
-
-
-Cache = HybridCache
 
 
 def common_prefix(a: Tensor, b: Tensor) -> int:

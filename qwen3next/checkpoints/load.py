@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from layers.deprecation import warn_renamed
 from qwen3next.checkpoints.expert_weights import PLACES, fill_int8, replace_experts, routed
 from qwen3next.checkpoints.progress import tracked
 from qwen3next.checkpoints.reader import CheckpointReader, cast_dtype, open_checkpoint
@@ -32,6 +33,9 @@ def load_as(
 ) -> M:
     """`q.load` for the model class `kind`; see there for arguments and errors."""
     cast, target = None if dtype == "auto" else as_dtype(dtype), as_device(device)
+    if experts == "mmap":
+        warn_renamed("experts='mmap'", "experts='disk'", stacklevel=4)
+        experts = "disk"
     if experts not in PLACES:
         raise ValueError(f"experts {experts!r} is unknown: choose one of {', '.join(PLACES)}.")
     budget = parse_bytes(expert_cache)

@@ -75,7 +75,7 @@ def ask(
         context_factor: extend the context by this factor with YaRN, for documents longer than the trained context.
         device: auto (CUDA if available), cpu, cuda, cuda:1, ...
         dtype: auto keeps the stored dtype of each tensor.
-        experts: memory; int8 (one byte per weight); mmap (read from the files when tokens need them).
+        experts: memory; int8 (one byte per weight); disk (read from the files when tokens need them).
         expert_cache: memory for experts read from the files.
         quiet: write only errors to stderr.
     """

@@ -51,7 +51,7 @@ def chat(
         seed: seed for a temperature above 0; the same seed gives the same conversation on one machine.
         device: auto (CUDA if available), cpu, cuda, cuda:1, ...
         dtype: auto keeps the stored dtype of each tensor.
-        experts: memory; int8 (one byte per weight); mmap (read from the files when tokens need them).
+        experts: memory; int8 (one byte per weight); disk (read from the files when tokens need them).
         expert_cache: memory for experts read from the files.
         quiet: write only errors to stderr, and the prompt on a terminal.
     """

@@ -49,7 +49,7 @@ def generate(
         stop_tokens: end after this token id, in addition to the model's end-of-text; may be repeated.
         device: auto (CUDA if available), cpu, cuda, cuda:1, ...
         dtype: auto keeps the stored dtype of each tensor.
-        experts: memory; int8 (one byte per weight); mmap (read from the files when tokens need them).
+        experts: memory; int8 (one byte per weight); disk (read from the files when tokens need them).
         expert_cache: memory for experts read from the files.
         quiet: write only errors to stderr.
     """

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from layers.cpp.build import missing
+from layers.deprecation import warn_renamed
 from layers.kernels.linear import FEW, spans
 from layers.moe import RouterStats
 from layers.norm import at_least_fp32
@@ -74,6 +75,11 @@ class Prefilling(Hooked, Stepping):
         Raises: ValueError where there is nothing to score.
         """
         return _score(self, input_ids, chunk_size=chunk_size, cache=cache)
+
+    def score(self, *args: Any, **options: Any) -> Iterator[tuple[int, Tensor]]:
+        """The old name of `token_losses`."""
+        warn_renamed("model.score", "token_losses")
+        return self.token_losses(*args, **options)
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layers.deprecation import warn_renamed
 from layers.hook_point import HookPoint
 from qwen3next.hooks.materialize import materialize
 from qwen3next.hooks.names import Chosen, Filter, aliases, choose
@@ -69,6 +70,11 @@ class Hooked(nn.Module):
         Raises: ValueError for a layer that does not exist or has no state, and for negative positions.
         """
         return materialize(list(self.get_submodule("blocks").children()), state, pattern)
+
+    def expose(self, **choice: Any) -> ExitStack:
+        """The old name of `materialize`."""
+        warn_renamed("model.expose", "materialize")
+        return self.materialize(**choice)
 
     def add_hook(self, names: Filter, fn: Hook, dir: str = "fwd", is_permanent: bool = False) -> None:
         """Attach `fn` until `reset_hooks`; a permanent one stays until `reset_hooks(including_permanent=True)`.

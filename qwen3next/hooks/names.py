@@ -55,7 +55,8 @@ def aliases(known: Iterable[str]) -> dict[str, str]:
     for block in sorted({match[0] for name in known if (match := re.match(r"(mtp\.)?blocks\.\d+\.", name))}):
         for table in (IN_A_SOFTMAX_BLOCK, IN_A_GDN_BLOCK, IN_EVERY_BLOCK):
             found |= {block + theirs: block + ours for theirs, ours in table.items() if block + ours in known}
-    return found
+    old = {name.replace("hook_recalled", "hook_erased"): name for name in known if name.endswith("hook_recalled")}
+    return found | old  # hook_erased is the name of hook_recalled before release 0.2
 
 
 @dataclass(frozen=True)
