@@ -23,7 +23,7 @@ struct FeedForward {  // a mixture of experts with a shared expert, or `shared_*
 };
 
 struct RecurrentState {     // of a Gated DeltaNet layer, before and after the step
-    const void* conv_before;  // (b, taps - 1, channels) in the model's dtype
+    const void* conv_before;  // (b, kernel_size - 1, channels) in the model's dtype
     void* conv_after;
     const void* before;  // (b, value_heads, key_dim, value_dim)
     void* after;
@@ -61,7 +61,7 @@ struct EmbeddingAndHead {
 struct Sizes {
     int64_t layers, b, t, width, dtype;
     int64_t heads, kv_heads, head_dim, rotary, zero_centred;
-    int64_t key_heads, value_heads, key_dim, value_dim, taps;
-    int64_t experts, top_k, inner, shared_inner, dense_inner, renormalise;
+    int64_t key_heads, value_heads, key_dim, value_dim, kernel_size;
+    int64_t experts, top_k, inner, shared_intermediate_size, dense_inner, norm_topk_prob;
     double eps;
 };

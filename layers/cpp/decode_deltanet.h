@@ -127,20 +127,20 @@ struct DeltaNetStep {
 
     // silu of the filter's sum over neighbouring channels, and, if `keep`, the inputs that the next step needs.
     void convolve(int64_t i, int64_t first, int64_t count, real* out, bool keep) {
-        const int64_t carried = s.taps - 1, rows = carried + s.t;
+        const int64_t carried = s.kernel_size - 1, rows = carried + s.t;
         Numbers<real>& in = worker.window;  // (carried + t, count), then the filter
-        in.resize(rows * count + count * s.taps);
+        in.resize(rows * count + count * s.kernel_size);
         real* filter = &in[rows * count];
         for (int64_t j = 0; j < carried; j++)
             load_all(state.conv_before, s.dtype, (i * carried + j) * channels + first, count, &in[j * count]);
         for (int64_t j = 0; j < s.t; j++)
             memcpy(&in[(carried + j) * count], &step.qkv[(i * s.t + j) * channels + first], count * sizeof(real));
-        load_all(w.conv.p, w.conv.dtype, first * s.taps, count * s.taps, filter);
+        load_all(w.conv.p, w.conv.dtype, first * s.kernel_size, count * s.kernel_size, filter);
         for (int64_t j = 0; j < s.t; j++)
             for (int64_t c = 0; c < count; c++) {
                 real sum = 0;
-                for (int64_t tap = 0; tap < s.taps; tap++) {
-                    const real product = in[(j + tap) * count + c] * rounded(filter[c * s.taps + tap]);
+                for (int64_t tap = 0; tap < s.kernel_size; tap++) {
+                    const real product = in[(j + tap) * count + c] * rounded(filter[c * s.kernel_size + tap]);
                     sum += s.t == 1 ? rounded(product) : product;  // several tokens are convolved in fp32
                 }
                 out[j * count + c] = rounded(exact_silu(rounded(sum)));

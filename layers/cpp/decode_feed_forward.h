@@ -25,7 +25,7 @@ struct FeedForwardStep {
 
     FeedForwardStep(Worker<real>& thread, const Layer& layer)
         : worker(thread), step(thread.step), s(thread.s), w(layer.feed_forward), sparse(layer.sparse),
-          shared(sparse ? s.shared_inner : s.dense_inner), inner(s.inner), top_k(sparse ? s.top_k : 0),
+          shared(sparse ? s.shared_intermediate_size : s.dense_inner), inner(s.inner), top_k(sparse ? s.top_k : 0),
           columns(top_k * inner + shared) {}
 
     real rounded(real v) const { return step.rounded(v); }
@@ -70,7 +70,7 @@ struct FeedForwardStep {
             auto probability = [&](int64_t c) { return std::exp(logit[all[c].second] - max) / total; };
             for (int64_t c = 0; c < top_k; c++) kept += probability(c);
             for (int64_t c = 0; c < top_k; c++)
-                chosen[r * top_k + c] = {all[c].second, rounded(probability(c) / (s.renormalise ? kept : 1))};
+                chosen[r * top_k + c] = {all[c].second, rounded(probability(c) / (s.norm_topk_prob ? kept : 1))};
         }
     }
 

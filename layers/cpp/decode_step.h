@@ -43,7 +43,7 @@ struct Step {
         k.resize(n * s.kv_heads * s.head_dim), v.resize(n * s.kv_heads * s.head_dim);
         partial.resize(n * s.heads * pieces() * (s.head_dim + 2));
         router_logits.resize(n * s.experts), shared_weight.resize(n);
-        hidden.resize(n * (s.top_k * s.inner + std::max(s.shared_inner, s.dense_inner)));
+        hidden.resize(n * (s.top_k * s.inner + std::max(s.shared_intermediate_size, s.dense_inner)));
     }
 
     int64_t longest_context() const {

@@ -1,4 +1,7 @@
-"""The arguments of decode.cpp as ctypes structures: field by field those of decode_arguments.h."""
+"""The arguments of decode.cpp as ctypes structures: field by field those of decode_arguments.h.
+
+All have `__slots__`: without them, ctypes accepts a field that does not exist and leaves the real one zero.
+"""
 
 import ctypes
 from functools import cache
@@ -14,6 +17,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2, torch.int8: 3}
 class Mat(ctypes.Structure):
     """A contiguous weight; null where the model has none."""
 
+    __slots__ = ()
     _fields_ = [("p", ctypes.c_void_p), ("dtype", ctypes.c_int64)]
 
 
@@ -24,30 +28,37 @@ def _fields(text: str, **structures: type[ctypes.Structure]) -> list[tuple[str, 
 
 
 class Part(ctypes.Structure):
+    __slots__ = ()
     _fields_ = _fields("*k *v *k_scale *v_scale #n #row #head #scale_row #scale_head")
 
 
 class DeltaNet(ctypes.Structure):
+    __slots__ = ()
     _fields_ = _fields("in_qkv in_z in_b in_a conv a_log dt_bias out_norm out")
 
 
 class Attention(ctypes.Structure):
+    __slots__ = ()
     _fields_ = _fields("q q_bias k k_bias v v_bias gate gate_bias o o_bias q_norm k_norm #gate_rows")
 
 
 class FeedForward(ctypes.Structure):
+    __slots__ = ()
     _fields_ = _fields("router experts_in experts_out shared_gate shared_up shared_down shared_weight")
 
 
 class RecurrentState(ctypes.Structure):
+    __slots__ = ()
     _fields_ = _fields("*conv_before *conv_after *before *after #dtype *log_inputs *log_keys *log_deltas *log_decay")
 
 
 class KeysAndValues(ctypes.Structure):
+    __slots__ = ()
     _fields_ = _fields("*parts #count #dtype")
 
 
 class Layer(ctypes.Structure):
+    __slots__ = ()
     _fields_ = _fields(
         "#softmax #sparse norm_in norm_post",
         delta_net=DeltaNet,
@@ -59,10 +70,12 @@ class Layer(ctypes.Structure):
 
 
 class EmbeddingAndHead(ctypes.Structure):
+    __slots__ = ()
     _fields_ = _fields("embedding norm head *ids *hidden *logits #vocab")
 
 
 class Sizes(ctypes.Structure):
+    __slots__ = ()
     _fields_ = [
         *_fields(
             "#layers #b #t #width #dtype #heads #kv_heads #head_dim #rotary #zero_centred "

@@ -80,7 +80,7 @@ def _gated_deltanet(m: GatedDeltaNet, place: Place) -> StepSpec:
             "value_heads": m.value_heads,
             "key_dim": m.key_dim,
             "value_dim": m.value_dim,
-            "taps": m.conv_weight.shape[1],
+            "kernel_size": m.conv_weight.shape[1],
         },
         refusal=refusal,
     )

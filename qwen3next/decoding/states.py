@@ -44,7 +44,7 @@ class States:
         s, self._dtype = arguments.sizes, arguments.dtype
         self._layers = [layer.kv if layer.softmax else layer.recurrent for layer in arguments.layers]
         self._kv_size = s.kv_heads, s.head_dim
-        self._conv_size = s.taps - 1, 2 * s.key_heads * s.key_dim + s.value_heads * s.value_dim
+        self._conv_size = s.kernel_size - 1, 2 * s.key_heads * s.key_dim + s.value_heads * s.value_dim
         self._memory_size = s.value_heads, s.key_dim, s.value_dim
         self._log_shapes = (s.key_heads, s.key_dim), (s.value_heads, s.value_dim), (s.value_heads,)
 

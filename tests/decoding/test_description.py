@@ -49,6 +49,13 @@ def test_structures_are_as_large_as_in_cpp():
     assert all(library.structure_size(i) > 0 for i in range(len(step.STRUCTURES)))
 
 
+@pytest.mark.parametrize("structure", step.STRUCTURES, ids=lambda structure: structure.__name__)
+def test_a_field_that_a_structure_does_not_have_is_refused(structure):
+    """ctypes alone would accept the name and leave the field that C++ reads at zero."""
+    with pytest.raises(AttributeError):
+        structure(taps=4)
+
+
 class Quarter(Linear):
     """A weight of a kind of its own."""
 
