@@ -20,7 +20,7 @@ from layers.native import functions as native
 from layers.norm import at_least_fp32
 from layers.piecewise_delta_rule import CHUNK, piecewise
 from layers.segments import Segments
-from layers.wild import one_by_one, wild
+from layers.wild import GradientsApart, one_by_one, wild
 
 Keys = Float[Tensor, "b t kh k"]
 Values = Float[Tensor, "b t h v"]
@@ -94,6 +94,8 @@ def gated_delta_rule(
             return gated_delta_rule(*parts, state=before, backend=backend)
 
         return one_by_one(segments, state, alone, q, k, v, log_decay, beta)  # type: ignore[return-value]
+    apart = GradientsApart(None if looped else segments)
+    q, k, v, log_decay, beta = apart.inputs(q, k, v, log_decay, beta)
     dtype = v.dtype
     exact = torch.promote_types(dtype, torch.float32)
     log_decay, beta = log_decay.to(exact), beta.to(exact)
@@ -105,11 +107,11 @@ def gated_delta_rule(
         if choice == "cpp" and not looped:
             q, k, log_decay, beta, state = (x.float().contiguous() for x in (q, k, log_decay, beta, state))
             o, state = native.delta_rule(q, k, v, log_decay, beta, starts, state)
-            return o, state
+            return apart.output(o), state
         if choice == "piecewise" and not looped:
             products = dtype if dtype == torch.bfloat16 else exact
             o, state = piecewise(q.to(products), k.to(products), v.to(products), log_decay, beta, state, starts)
-            return o.to(dtype), state
+            return apart.output(o.to(dtype)), state
         q, k, v = (at_least_fp32(x) for x in (q, k, v))
         before = state
         if looped:
@@ -117,7 +119,7 @@ def gated_delta_rule(
         else:
             o, state = _chunked(q, k, v, log_decay, beta, before, starts)
     backward_without_autocast((o, state), (q, k, v, log_decay, beta, before))
-    return o.to(dtype), state
+    return apart.output(o.to(dtype)), state
 
 
 def _wild(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, segments: Segments) -> bool:

@@ -18,7 +18,7 @@ from layers.rope import Rotation
 from layers.segments import Run, Segments
 from layers.static_kv import StaticKV
 from layers.tiled_attention import tiled_attention
-from layers.wild import one_by_one, wild
+from layers.wild import GradientsApart, one_by_one, wild
 
 Heads = Float[Tensor, "b t h d"]
 KVHeads = Float[Tensor, "b t kvh d"]
@@ -189,8 +189,10 @@ class GatedAttention(nn.Module):
                     return attend(*parts, backend=backend), None
 
                 return one_by_one(segments, None, alone, q, k, v)[0]
-            mask = None if segments.plain else segments.attention_mask
-            return attend(q, k, v, mask=mask, backend=backend, hook_scores=points[0], hook_pattern=points[1])
+            mask, apart = None if segments.plain else segments.attention_mask, GradientsApart(segments)
+            q, k, v = apart.inputs(q, k, v)
+            y = attend(q, k, v, mask=mask, backend=backend, hook_scores=points[0], hook_pattern=points[1])
+            return apart.output(y)
         if segments.packed:
             _refuse(points)
             y = torch.zeros_like(q)

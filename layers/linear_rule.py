@@ -17,7 +17,7 @@ from layers.delta_rule import Gates, Keys, State, Values, Watch
 from layers.norm import at_least_fp32
 from layers.piecewise_delta_rule import CHUNK
 from layers.segments import Segments
-from layers.wild import one_by_one, wild
+from layers.wild import GradientsApart, one_by_one, wild
 
 # `gated_delta_rule`, or the one below: what both take and give is the same.
 Rule = Callable[..., tuple[Tensor, Tensor]]
@@ -59,6 +59,8 @@ def gated_linear_rule(
             return gated_linear_rule(*parts, state=before, backend=backend)
 
         return one_by_one(segments, state, alone, q, k, v, log_decay, beta)  # type: ignore[return-value]
+    apart = GradientsApart(None if looped else segments)
+    q, k, v, log_decay, beta = apart.inputs(q, k, v, log_decay, beta)
     dtype, share = v.dtype, v.shape[2] // k.shape[2]
     q, k, v, log_decay, beta = (at_least_fp32(x) for x in (q, k, v, log_decay, beta))
     q, k = (x.repeat_interleave(share, dim=2) for x in (q, k))
@@ -69,7 +71,7 @@ def gated_linear_rule(
         written, before = beta[..., None] * v, state.to(v.dtype)
         o, state = run(q, k, written, log_decay, before, starts)
     backward_without_autocast((o, state), (q, k, written, log_decay, before))
-    return o.to(dtype), state
+    return apart.output(o.to(dtype)), state
 
 
 def _recurrent(
