@@ -6,6 +6,7 @@ rounding in a model, whose products run over all tokens together.
 """
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -278,3 +279,123 @@ def test_stale_keys_of_a_shorter_row_are_not_read():
                     x[1, :, 14:] = value
         found.append({"logits": m(ids[:, :2], cache=cache).logits})
     same(*found)
+
+
+# ---- a sequence whose outputs get gradients that are not finite
+
+
+def others(run, inputs, value):
+    """Gradients at the other sequences' tokens, where one packed sequence's outputs get `value` as gradient."""
+    x = {name: t.detach().requires_grad_() for name, t in inputs.items()}
+    o, *rest = run(**x)
+    upstream = torch.randn(o.shape, generator=torch.Generator().manual_seed(1))
+    torch.autograd.backward([o, *rest], [spoilt(upstream, OTHER, value), *(torch.ones_like(r) for r in rest)])
+    if not math.isfinite(value):
+        assert not any(t.grad[OTHER].isfinite().all() for n, t in x.items() if n in ("v", "x"))
+    return {n: t.grad[~OTHER] if t.shape[:2] == OTHER.shape else t.grad for n, t in x.items()}
+
+
+UPSTREAM = pytest.mark.parametrize("upstream", [math.nan, math.inf])
+
+
+@EVERY_RULE
+@UPSTREAM
+def test_rules_under_gradients_of_another_packed_sequence(rule, backend, upstream):
+    """The others have the gradients that they have where those are zero, to the bit."""
+    skip_unless("delta_rule", backend)
+    run = lambda **x: rule(**x, segments=Segments.from_document_ids(PACKED), backend=backend)  # noqa: E731
+    same(*(others(run, rule_inputs(), value) for value in (upstream, 0.0)))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "auto"])
+@UPSTREAM
+def test_attention_under_gradients_of_another_packed_sequence(backend, upstream):
+    torch.manual_seed(0)
+    layer = GatedAttention(32, heads=4, kv_heads=2, head_dim=16, backend=backend)
+    x, segments = torch.randn(2, T, 32), Segments.from_document_ids(PACKED)
+    rope = rotation(segments.positions, rotary_dim=4, theta=1e4, dtype=x.dtype)
+    run = lambda x: (layer(x, rope, segments=segments),)  # noqa: E731
+    same(*(others(run, {"x": x}, value) for value in (upstream, 0.0)))
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@UPSTREAM
+def test_convolution_under_gradients_of_another_packed_sequence(backend, upstream):
+    torch.manual_seed(0)
+    x, weight, segments = torch.randn(2, T, 8), torch.randn(8, 4), Segments.from_document_ids(PACKED)
+    run = lambda x: causal_conv(x, weight, segments=segments, backend=backend)[:1]  # noqa: E731
+    same(*(others(run, {"x": x}, value) for value in (upstream, 0.0)))
+
+
+# ---- a sequence without labels: what docs/numerics.md says of its gradients
+
+IDS = torch.randint(0, 256, (2, T), generator=torch.Generator().manual_seed(0))
+REAL, LEFT_OUT = (Segments.from_document_ids(x) for x in (PACKED, PACKED.masked_fill(OTHER, -1)))
+
+
+def without_labels(source, garbage, segments, **changes):
+    """The losses; gradients of lm + mtp by parameter, and at each token of the stream.
+
+    source: "embedding", or ("put", NAME) or ("add", NAME): what a hook does with garbage at the sequence's tokens.
+    """
+    m, ids, where, stream = model(**changes), IDS, OTHER[..., None], []
+    if source == "embedding":
+        ids = ids.masked_fill(OTHER, PAD)
+        with torch.no_grad():
+            m.embed_tokens.weight[PAD] = garbage
+
+    def keep(x, hook):
+        stream.append(x)
+        x.retain_grad()
+
+    def spoil(x, hook):
+        return x.masked_fill(where, garbage) if source[0] == "put" else x + torch.zeros(()).masked_fill(where, garbage)
+
+    with m.hooks([("hook_embed", keep)] + ([] if source == "embedding" else [(source[1], spoil)])):
+        losses = m.loss(ids, segments=segments, labels=IDS.masked_fill(OTHER, -100))
+    (losses.lm + losses.mtp).backward()
+    return losses, {n: p.grad for n, p in m.named_parameters()}, stream[0].grad[~OTHER]
+
+
+@cache
+def left_out(dense):
+    return without_labels("embedding", math.nan, LEFT_OUT, **({"num_experts": 0} if dense else {}))
+
+
+# Where garbage comes from, and the parameters that its sequence's activations and gradients do not pass.
+SPARED = {
+    "embedding": ("lm_head.",),
+    ("put", "blocks.1.hook_resid_post"): ("lm_head.", "blocks.0.", "blocks.1."),
+    ("put", "hook_final_norm"): ("lm_head.", "blocks.", "norm."),
+    ("add", "blocks.1.hook_resid_post"): ("lm_head.",),
+    ("add", "hook_final_norm"): ("lm_head.",),
+}
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e38])
+@pytest.mark.parametrize("source", SPARED, ids=lambda s: s if isinstance(s, str) else " ".join(s))
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "mixture"])
+def test_gradients_beside_a_sequence_without_labels(source, garbage, dense):
+    """What is not spoilt is, to rounding, what it is without that sequence; all else is spoilt."""
+    losses, gradients, stream = without_labels(source, garbage, REAL, **({"num_experts": 0} if dense else {}))
+    expected, wanted, its_stream = left_out(dense)
+    assert expected.total.isfinite()
+    assert all(x.isfinite().all() for x in wanted.values())  # so absent tokens are the way to leave it out
+
+    def close(a, b):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * b.detach().abs().max().item())
+
+    close(losses.lm, expected.lm)
+    close(losses.mtp, expected.mtp)
+    assert bool(losses.total.isfinite()) == (dense or math.isfinite(garbage))  # routers count its tokens
+    close(stream, its_stream)
+    names = gradients.keys() - {"embed_tokens.weight"}
+    finite = {name for name in names if gradients[name].isfinite().all()}
+    assert finite == {n for n in names if n.startswith(SPARED[source]) or math.isfinite(garbage)}
+    for name in finite:
+        close(gradients[name], wanted[name])
+    rows = gradients["embed_tokens.weight"]
+    spared = rows.isfinite().all(-1)
+    assert math.isfinite(garbage) != bool((~spared).any())
+    assert set((~spared).nonzero().flatten().tolist()) <= ({PAD} if source == "embedding" else set(IDS[OTHER].tolist()))
+    close(rows[spared], wanted["embed_tokens.weight"][spared])

@@ -17,7 +17,7 @@ from layers.dispatch.registry import implements
 from layers.hook_point import HookPoint
 from layers.interp.implicit_attention import carried, implicit_attention
 from layers.interp.watched_rule import Watch, watched
-from layers.kernels.isolation import wild
+from layers.kernels.isolation import GradientsApart, wild
 from layers.norm import at_least_fp32
 from layers.segments import Segments
 
@@ -186,7 +186,8 @@ def _through_matrix(
     rule: Rule, inputs: tuple[Tensor, ...], hook: HookPoint, state: Tensor | None, segments: Segments
 ) -> Tensor:
     """A v + R S₀, with A passing `hook`."""
-    q, k, v, log_decay, beta = inputs
+    apart = GradientsApart(segments)
+    q, k, v, log_decay, beta = inputs = apart.inputs(*inputs)
     dtype = v.dtype
     with torch.autocast(v.device.type, enabled=False):
         a = hook(implicit_attention(q, k, log_decay, beta, segments=segments, rule=rule))
@@ -200,4 +201,4 @@ def _through_matrix(
         if state is not None:
             o = o + carried(q, k, log_decay, beta, segments=segments, rule=rule) @ state
     backward_without_autocast((o,), (*inputs, state))
-    return o.transpose(1, 2).to(dtype)
+    return apart.output(o.transpose(1, 2).to(dtype))

@@ -25,7 +25,7 @@ from layers.gated_attention import attend
 from layers.hook_point import HookPoint
 from layers.kernels.cases import random, with_gradients
 from layers.kernels.flash_attention import attend_fused, fused_attention
-from layers.kernels.isolation import one_by_one, wild
+from layers.kernels.isolation import GradientsApart, one_by_one, wild
 from layers.kernels.tiled_attention import attend_in_tiles
 from layers.segments import Segments
 from layers.state.kv_cache import KVCache
@@ -149,8 +149,8 @@ def _by_attend(
 
         return one_by_one(segments, None, alone, q, k, v)[0]
     if state is None:
-        mask = None if segments.unpadded else segments.attention_mask
-        return attend(q, k, v, mask=mask, backend=backend, **points)
+        mask, apart = None if segments.unpadded else segments.attention_mask, GradientsApart(segments)
+        return apart.output(attend(*apart.inputs(q, k, v), mask=mask, backend=backend, **points))
     if segments.packed:
         _refuse(points)
         y = torch.zeros_like(q)

@@ -11,7 +11,7 @@ from layers.delta_rule import Rule, chunked, exact, recurrent
 from layers.dispatch.registry import implements
 from layers.kernels import cases
 from layers.kernels.chunked_recompute import chunked_recompute as recomputed
-from layers.kernels.isolation import one_by_one, wild
+from layers.kernels.isolation import GradientsApart, one_by_one, wild
 from layers.segments import Segments
 
 
@@ -41,7 +41,9 @@ def over_chunks(rule: Rule) -> Rule:
                 return any_input(*parts, state=before, segments=None)
 
             return one_by_one(segments, state, alone, *inputs)  # type: ignore[return-value]
-        return rule(*inputs, state=state, segments=segments)
+        apart = GradientsApart(segments)
+        o, after = rule(*apart.inputs(*inputs), state=state, segments=segments)
+        return apart.output(o), after
 
     return any_input
 

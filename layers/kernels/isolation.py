@@ -45,3 +45,50 @@ def one_by_one(
         return flat.unflatten(0, (segments.batch, -1)), None
     states = [torch.zeros_like(known[0]) if x is None else x for x in states]
     return flat.unflatten(0, (segments.batch, -1)), torch.cat([x for x in states if x is not None])
+
+
+class GradientsApart:
+    """Keeps NaN and infinity in the gradients of one packed sequence from those of the others in its row.
+
+    For an algorithm over whole rows: pass what it reads through `inputs` and its output through `output`. Where the
+    output's gradient is not finite at some token, all of that sequence gets NaN as gradient of the inputs, and the
+    others get what they would have if it were zero there. Does nothing in traced graphs or where no row is packed.
+    """
+
+    def __init__(self, segments: Segments | None):
+        here = not torch.compiler.is_compiling() and torch.is_grad_enabled()
+        self._segments = segments if here and segments is not None and segments.packed else None
+        self._spoilt: Tensor | None = None  # (b, t) the sequences of the backward pass under way
+
+    def inputs(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The same (b t …), with NaN in the backward pass where it belongs."""
+        return tuple(self._hooked(x, self._spoil) for x in tensors)
+
+    def output(self, y: Tensor) -> Tensor:
+        """The same (b t …), whose gradient reaches the algorithm without what is not finite."""
+        return self._hooked(y, self._clean)
+
+    def _hooked(self, x: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Tensor:
+        if self._segments is None or not x.requires_grad:
+            return x
+        own = x.view_as(x)  # x itself may have other readers
+        own.register_hook(hook)
+        return own.view_as(own)  # hooks of whoever gets it see the gradient as it comes
+
+    def _clean(self, grad: Tensor) -> Tensor | None:
+        assert self._segments is not None
+        self._spoilt = None
+        if all(bool(x.isfinite()) for x in grad.detach().aminmax()):
+            return None
+        bad = ~grad.detach().isfinite().flatten(2).all(-1)
+        number = self._segments.segment_ids + 1  # 0 for absent tokens
+        of_sequence = torch.zeros_like(number).scatter_add(1, number, bad.long())
+        self._spoilt = of_sequence.gather(1, number) > 0
+        return grad.masked_fill(self._where(grad), 0.0)
+
+    def _spoil(self, grad: Tensor) -> Tensor | None:
+        return None if self._spoilt is None else grad.masked_fill(self._where(grad), torch.nan)
+
+    def _where(self, grad: Tensor) -> Tensor:
+        assert self._spoilt is not None
+        return self._spoilt.view(*grad.shape[:2], *(1,) * (grad.ndim - 2))

@@ -13,7 +13,7 @@ from layers.delta_rule import Gates, Keys, State, Values
 from layers.dispatch.backends import run
 from layers.dispatch.backward_autocast import backward_without_autocast
 from layers.dispatch.registry import implements
-from layers.kernels.isolation import one_by_one, wild
+from layers.kernels.isolation import GradientsApart, one_by_one, wild
 from layers.norm import at_least_fp32
 from layers.segments import Segments
 from layers.sequence_spans import each_sequence
@@ -98,8 +98,8 @@ def chunked(
             return chunked(*parts, state=before, segments=None)
 
         return one_by_one(segments, state, alone, *inputs)  # type: ignore[return-value]
-    dtype, t, pad = v.dtype, q.shape[1], -q.shape[1] % CHUNK
-    q, k, added, log_decay, state = _prepared(*inputs, state)
+    dtype, t, pad, apart = v.dtype, q.shape[1], -q.shape[1] % CHUNK, GradientsApart(segments)
+    q, k, added, log_decay, state = _prepared(*apart.inputs(*inputs), state)
 
     def chunks(x: Tensor) -> Tensor:  # (b t h …) → (b, h, n, C, …)
         return F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad)).unflatten(1, (-1, CHUNK)).movedim(3, 1)
@@ -115,7 +115,7 @@ def chunked(
         before.append(state)
         state = gamma[:, :, i, -1, None, None] * state + by_chunk[:, :, i]
     o = gamma[..., None] * (q @ torch.stack(before, dim=2)) + (pairwise * (q @ k.mT)) @ added
-    return o.movedim(1, 3).flatten(1, 2)[:, :t].to(dtype), state
+    return apart.output(o.movedim(1, 3).flatten(1, 2)[:, :t].to(dtype)), state
 
 
 def _prepared(
