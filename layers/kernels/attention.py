@@ -150,7 +150,8 @@ def _by_attend(
         return one_by_one(segments, None, alone, q, k, v)[0]
     if state is None:
         mask, apart = None if segments.unpadded else segments.attention_mask, GradientsApart(segments)
-        return apart.output(attend(*apart.inputs(q, k, v), mask=mask, backend=backend, **points))
+        q, k, v = apart.inputs(q, k, v)
+        return apart.output(attend(q, k, v, mask=mask, backend=backend, **points))
     if segments.packed:
         _refuse(points)
         y = torch.zeros_like(q)

@@ -99,7 +99,8 @@ def chunked(
 
         return one_by_one(segments, state, alone, *inputs)  # type: ignore[return-value]
     dtype, t, pad, apart = v.dtype, q.shape[1], -q.shape[1] % CHUNK, GradientsApart(segments)
-    q, k, added, log_decay, state = _prepared(*apart.inputs(*inputs), state)
+    q, k, v, log_decay, beta = apart.inputs(*inputs)
+    q, k, added, log_decay, state = _prepared(q, k, v, log_decay, beta, state)
 
     def chunks(x: Tensor) -> Tensor:  # (b t h …) → (b, h, n, C, …)
         return F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad)).unflatten(1, (-1, CHUNK)).movedim(3, 1)
