@@ -160,8 +160,8 @@ class GatedDeltaNet(nn.Module):
         if not any([point.active for point in points]):
             return qkv
         heads = (self.key_heads, self.key_heads, self.value_heads)
-        parts = zip(points, qkv.split(self.split, dim=-1), heads, strict=True)
-        return torch.cat([point(x.unflatten(-1, (n, -1))).flatten(-2) for point, x, n in parts], dim=-1)
+        heads_of = zip(points, qkv.split(self.split, dim=-1), heads, strict=True)
+        return torch.cat([point(x.unflatten(-1, (n, -1))).flatten(-2) for point, x, n in heads_of], dim=-1)
 
     hook_erased = renamed_attribute("hook_erased", "hook_recalled")
 

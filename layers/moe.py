@@ -49,8 +49,8 @@ def loop(x: Tensor, weights: Tensor, indices: Tensor, expert: Expert) -> Tensor:
     """The definition: every expert in use is called once, in rising order; weighted and summed in fp32."""
     y = torch.zeros_like(at_least_fp32(x))
     for e in sorted(set(expert_numbers(indices))):
-        token, slot = (indices == e).nonzero(as_tuple=True)
-        out = at_least_fp32(expert(e, x[token])) * weights[token, slot, None]
+        token, choice = (indices == e).nonzero(as_tuple=True)
+        out = at_least_fp32(expert(e, x[token])) * weights[token, choice, None]
         y = y.index_add(0, token, out.to(y.dtype))
     return y.to(x.dtype)
 

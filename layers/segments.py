@@ -10,7 +10,7 @@ from layers.deprecation import renamed_attribute, renamed_names
 from layers.sequence_spans import SequenceSpan, SequenceSpans, cached_property
 
 __all__ = ["UNKNOWN", "Segments", "SequenceSpan"]
-UNKNOWN = -1  # sequences: in a traced graph, which cannot count them
+UNKNOWN = -1  # sequences under torch.compile, which cannot count them
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +23,8 @@ class Segments(SequenceSpans):
     Attributes:
         batch, length: b and t.
         document_ids: (b, t), equal ids mark one sequence, -1 padding; None where every row is one whole sequence.
-        sequences: how many there are, row by row; a row without tokens is one of no tokens. 0: counted (UNKNOWN where
-            a graph is traced). Where it is given, document_ids are numbers of sequences, some of which may have no
+        sequences: how many there are, row by row; a row without tokens is one of no tokens. 0: counted (UNKNOWN under
+            torch.compile). Where it is given, document_ids are numbers of sequences, some of which may have no
             token here (see `part`).
         offsets: tokens of each sequence that a cache already holds.
         gapped: absent tokens stand within a sequence; a model moves such tokens together, layers refuse them.
@@ -114,7 +114,7 @@ class Segments(SequenceSpans):
 
     @cached_property
     def padded(self) -> bool:
-        """Some token is absent; in a graph that is traced, which must not ask, some may be."""
+        """Some token is absent; under torch.compile, which must not ask, some may be."""
         return self.document_ids is not None and (torch.compiler.is_compiling() or not bool(self.mask.all()))
 
     def real(self, x: Tensor) -> Tensor:

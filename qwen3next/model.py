@@ -266,7 +266,7 @@ class Qwen3Next(nn.Module):
         target = labels.roll(-ahead, dims=1)
         place = segments.next_is_same(ahead) & (target != -100)
         target = target[place]
-        # In a traced graph, which does not know how many there will be, the count is a tensor.
+        # Under torch.compile the number of targets is not known in advance: the count is a tensor.
         count = place.sum().clamp(min=1) if torch.compiler.is_compiling() else max(len(target), 1)
         return self._summed_cross_entropy(hidden, place, target, segments, hook) / count, len(target)
 

@@ -1,11 +1,14 @@
 """layers imports no other package of ours, qwen3next only layers, nothing recipes; heavy packages load lazily."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from recipes import codebase
 
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
@@ -51,3 +54,49 @@ def test_another_package_called_layers_is_noticed(tmp_path):
     code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import qwen3next"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert "does not belong to qwen3next" in out.stderr
+
+
+def test_imports_form_no_circle():
+    """Modules, and packages too; imports inside functions and under TYPE_CHECKING count."""
+    files = codebase.modules()
+    graph = codebase.import_graph(files)
+    assert len(graph) > 200
+    assert codebase.circles(graph) == []
+    assert codebase.circles(codebase.rooms(graph, files)) == []
+
+
+def test_a_circle_is_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set(), "e": {"a"}}
+    assert codebase.circles(graph) == [["a", "b", "c"]]
+
+
+def test_packages_import_only_those_that_the_page_puts_before_them():
+    files, order = codebase.modules(), codebase.package_order()
+    place = {name: i for i, row in enumerate(order) for name in row}
+    graph = codebase.rooms(codebase.import_graph(files), files)
+    assert place.keys() == graph.keys() - {"recipes"}
+    for name, imported in graph.items():
+        for other in imported:
+            assert place[other] < place[name], f"{name} imports {other}, which docs/architecture.md puts after it"
+
+
+INTRUDERS = re.compile(
+    r"data_ptr|ctypes|layers\.cpp|layers\.kernels|in.parts\b|\bplan\b|\bgraph\b|\bslot\b|\btape\b", re.I
+)
+
+
+def test_the_reading_path_is_short_and_free_of_kernels():
+    path = codebase.reading_order()
+    assert len(path) >= 14
+    assert sum(map(codebase.code_lines, path)) <= codebase.READING_LIMIT
+    for file in path:
+        lines = [x for x in file.read_text(encoding="utf-8").splitlines() if INTRUDERS.search(x)]
+        assert not lines, file
+
+
+def test_lines_of_code_leave_out_what_a_reader_may_skip(tmp_path):
+    file = tmp_path / "x.py"
+    file.write_text(
+        '"""Doc\n\nstring."""\n\n# A comment.\nx = """a\nb"""\n\n\ndef f():\n    """Doc."""\n    return x\n'
+    )
+    assert codebase.code_lines(file) == 4
