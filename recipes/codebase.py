@@ -141,33 +141,50 @@ def functions(files: dict[str, Path]) -> Iterator[tuple[int, str]]:
                 yield (node.end_lineno or 0) - begin.lineno + 1, f"{name}.{node.name}"
 
 
+def reduced(graph: Graph) -> Graph:
+    """The graph without the imports that follow from others: a → c where a → b → c. It has no circle."""
+    below: Graph = {}
+
+    def reach(node: str) -> set[str]:
+        if node not in below:
+            below[node] = set().union(*({other} | reach(other) for other in graph.get(node, ())))
+        return below[node]
+
+    return {node: {x for x in to if not any(x in reach(y) for y in to if y != x)} for node, to in graph.items()}
+
+
 def draw(graph: Graph, order: list[list[str]], path: Path) -> None:
-    """A row for each step of the order, lowest at the bottom; an arrow for each import between rooms."""
+    """A panel for each package: a row for each step of the order, lowest at the bottom, arrows for imports.
+
+    Imports that follow from drawn ones are left out, and so are those from one package into the next.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     colours = {"layers": "#cfe3f5", "qwen3next": "#fbdcc0", "recipes": "#d5ecd0"}
-    place = {name: (i - (len(row) - 1) / 2, y) for y, row in enumerate(order) for i, name in enumerate(row)}
-    wide = max(map(len, order))
-    figure, ax = plt.subplots(figsize=(1.9 * wide + 1, 0.72 * len(order) + 0.5))
-    for name, (x, y) in place.items():
-        for other in graph.get(name, ()):
-            if other in place:
-                bend = 0.0 if y - place[other][1] == 1 else 0.12
+    rows = {
+        package: [r for row in order if (r := [n for n in row if n.split(".")[0] == package])] for package in PACKAGES
+    }
+    wide = [max(map(len, rows[package])) for package in PACKAGES]
+    high = max(map(len, rows.values()))
+    figure, panels = plt.subplots(1, 3, figsize=(1.5 * sum(wide), 0.55 * high), width_ratios=wide)
+    for ax, package, width in zip(panels, PACKAGES, wide, strict=True):
+        place = {n: (i - (len(row) - 1) / 2, y) for y, row in enumerate(rows[package]) for i, n in enumerate(row)}
+        arrows = reduced({name: graph.get(name, set()) & place.keys() for name in place})
+        for name, (x, y) in place.items():
+            for other in arrows[name]:
+                far = y - place[other][1] > 1 and x == place[other][0]
                 style = {
-                    "arrowstyle": "-|>", "color": "#999999", "lw": 0.5, "mutation_scale": 7, "shrinkA": 9, "shrinkB": 9,
-                    "connectionstyle": f"arc3,rad={bend}",
+                    "arrowstyle": "-|>", "color": "#888888", "lw": 0.7, "mutation_scale": 8, "shrinkA": 8, "shrinkB": 8,
+                    "connectionstyle": f"arc3,rad={0.25 if far else 0}",
                 }  # fmt: skip
                 ax.annotate("", xy=place[other], xytext=(x, y), arrowprops=style, zorder=0)
-    for name, (x, y) in place.items():
-        package, _, short = name.partition(".")
-        label = f"{package}/{short.replace('.', '/')}" if short else package
-        box = {"boxstyle": "round,pad=0.35", "fc": colours[package], "ec": "#555555", "lw": 0.7}
-        ax.text(x, y, label, ha="center", va="center", fontsize=6.5, bbox=box)
-    ax.set(xlim=(-wide / 2 - 0.3, wide / 2 + 0.3), ylim=(-0.6, len(order) - 0.4))
-    ax.axis("off")
+            box = {"boxstyle": "round,pad=0.3", "fc": colours[package], "ec": "#555555", "lw": 0.7}
+            ax.text(x, y, name.partition(".")[2] or "__init__", ha="center", va="center", fontsize=7, bbox=box)
+        ax.set(xlim=(-width / 2, width / 2), ylim=(-0.6, high - 0.4), title=f"{package}/")
+        ax.axis("off")
     figure.savefig(path, dpi=160, bbox_inches="tight")
     plt.close(figure)
 
