@@ -20,7 +20,7 @@ class HouseStyle(Extension):
             obj.docstring.value = rewritten(obj.docstring.value)
 
     def on_package(self, *, pkg: Module, **_: object) -> None:
-        """Let `qwen3next.generation.generate` mean the exported function: griffe takes the module of the same name."""
+        """Let `qwen3next.generate` mean the exported function: griffe takes the module of the same name."""
         exported: dict[str, Object] = {}
         for name, path in pkg.imports.items():
             with suppress(KeyError, AliasResolutionError):

@@ -10,7 +10,7 @@ Message = dict[str, Any]
 Content = str | list[dict[str, Any]]
 
 
-def check_messages(messages: Sequence[Message]) -> None:
+def check_messages(messages: Sequence[Any]) -> None:
     """Check messages. Raises: ValueError for one without role or content, or with a part that is not text."""
     for i, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):

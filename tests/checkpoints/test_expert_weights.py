@@ -113,8 +113,8 @@ def test_copies_and_refusals(folder, tmp_path):
         with pytest.raises(ValueError, match="does not hold the released weights"):
             model.save_pretrained(tmp_path / "out")
         assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="experts 'disk' is unknown: choose one of memory, mmap, int8"):
-        q.load(folder, experts="disk")
+    with pytest.raises(ValueError, match="experts 'tape' is unknown: choose one of memory, disk, int8"):
+        q.load(folder, experts="tape")
     with pytest.raises(ValueError, match="hold no expert"):
         q.load(folder, experts="disk", expert_cache=100)
     with pytest.raises(ValueError, match="'much' is not a size"):

@@ -40,7 +40,7 @@ def expected(folder, prompt, new, **options):
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = tokenizer.encode(prompt).ids
     model = qwen3next.load(folder)
-    out = qwen3next.generation.generate(model, torch.tensor([ids]), max_new_tokens=new, **options)
+    out = qwen3next.generate(model, torch.tensor([ids]), max_new_tokens=new, **options)
     return tokenizer.decode(out[0, len(ids) :].tolist())
 
 
@@ -73,7 +73,7 @@ def test_generate_stops(folder, capsys):
     command = ["generate", str(folder), "--prompt", "Once", "--max-new-tokens", "30"]
     assert cli.main([*command, "--stop", "never", "--stop", mark]) == 0
     assert capsys.readouterr().out == text[: text.index(mark)] + "\n"
-    first = int(qwen3next.generation.generate(qwen3next.load(folder), torch.tensor([[5]]), max_new_tokens=1)[0, 1])
+    first = int(qwen3next.generate(qwen3next.load(folder), torch.tensor([[5]]), max_new_tokens=1)[0, 1])
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     command = ["generate", str(folder), "--prompt", tokenizer.decode([5]), "--stop-tokens", str(first)]
     assert cli.main(command) == 0
