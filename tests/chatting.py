@@ -8,7 +8,7 @@ from conftest import small_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import qwen3next as q
-from qwen3next.cache.hybrid import Cache
+from qwen3next.cache.hybrid import HybridCache
 
 PLAIN = """\
 {% for message in messages %}
@@ -104,7 +104,7 @@ class Scripted(q.Qwen3Next):
     lines: list[list[int]]
     at = 0
 
-    def forward(self, input_ids, segments=None, cache: Cache | None = None, logits_to_keep: int = 0) -> q.Output:
+    def forward(self, input_ids, segments=None, cache: HybridCache | None = None, logits_to_keep: int = 0) -> q.Output:
         out = super().forward(input_ids, segments, cache, logits_to_keep)
         if input_ids.shape[1] > 1:
             self.line = self.line if self.at == 1 else self.lines.pop(0)

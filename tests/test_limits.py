@@ -87,7 +87,7 @@ def values_of(annotation: object) -> list[object]:
     return list(known.get(annotation, ()))
 
 
-def cache(**options: object) -> q.Cache:
+def cache(**options: object) -> q.HybridCache:
     made = MODEL.new_cache(2, 64, **({"history": 4} | options))
     for _ in MODEL.prefill(IDS, made):
         pass
@@ -112,7 +112,7 @@ def calls(folder: Path) -> dict[str, tuple[Callable, dict[str, object]]]:
         "explain": (q.explain, {"model": MODEL}),
         "load": (q.load, {"path": folder / "m"}),
         "save": (q.save, {"model": MODEL, "folder": folder / "saved"}),
-        "Cache.save": (lambda path: cache().save(path), {"path": folder / "again"}),
+        "HybridCache.save": (lambda path: cache().save(path), {"path": folder / "again"}),
         "SamplingRules": (q.SamplingRules, {}),
         "Layout": (lambda **o: q.save(MODEL, folder / "saved", layout=q.Layout(**o)), {}),
         "forward": (lambda **o: MODEL(**o), {"input_ids": IDS}),
@@ -121,7 +121,7 @@ def calls(folder: Path) -> dict[str, tuple[Callable, dict[str, object]]]:
         "loss": (MODEL.loss, {"input_ids": IDS}),
         "new_cache": (MODEL.new_cache, {}),
         "prefill": (lambda **o: MODEL.prefill(cache=MODEL.new_cache(2, 64), **o), {"input_ids": IDS}),
-        "score": (MODEL.score, {"input_ids": IDS}),
+        "token_losses": (MODEL.token_losses, {"input_ids": IDS}),
         "draft": (lambda token: MODEL.draft(cache(mtp=True), token), {"token": one}),
         "extend_context": (lambda factor: small_model().extend_context(factor), {"factor": 2.0}),
         "set_backend": (small_model().set_backend, {"operation": "decode", "name": "auto"}),
@@ -129,8 +129,8 @@ def calls(folder: Path) -> dict[str, tuple[Callable, dict[str, object]]]:
         "fork": (lambda n: cache().fork(n), {"n": 1}),
         "select": (lambda rows: cache().select(rows), {"rows": [0]}),
         "restore": (lambda name: cache().restore(name), {"name": "here"}),
-        "Cache.load": (q.Cache.load, {"path": folder / "cache", "model": MODEL}),
-        "Cache.estimate": (q.Cache.estimate, {"config": MODEL.config, "tokens": 5}),
+        "HybridCache.load": (q.HybridCache.load, {"path": folder / "cache", "model": MODEL}),
+        "HybridCache.estimate": (q.HybridCache.estimate, {"config": MODEL.config, "tokens": 5}),
         "PrefixStore": (q.PrefixStore, {"model": MODEL}),
         "PrefixStore.prefill": (lambda **o: list(q.PrefixStore(MODEL).prefill(**o)), {"ids": IDS[0]}),
         "PrefixStore.match": (lambda ids: q.PrefixStore(MODEL).match(ids), {"ids": IDS[0]}),
@@ -154,18 +154,18 @@ SIGNATURES: dict[str, Callable] = {
     "prefill": q.Qwen3Next.prefill,
     "draft": q.Qwen3Next.draft,
     "extend_context": q.Qwen3Next.extend_context,
-    "rollback": q.Cache.rollback,
-    "fork": q.Cache.fork,
-    "select": q.Cache.select,
-    "restore": q.Cache.restore,
-    "Cache.save": q.Cache.save,
+    "rollback": q.HybridCache.rollback,
+    "fork": q.HybridCache.fork,
+    "select": q.HybridCache.select,
+    "restore": q.HybridCache.restore,
+    "HybridCache.save": q.HybridCache.save,
     "PrefixStore.prefill": q.PrefixStore.prefill,
     "PrefixStore.match": q.PrefixStore.match,
     "Document": q.Document,
     "Document.answer": q.Document.answer,
 }
 # (function, argument) whose limit is the machine's memory
-LARGE = {("new_cache", "batch"), ("fork", "n"), ("new_cache", "max_len"), ("Cache.load", "max_len")}
+LARGE = {("new_cache", "batch"), ("fork", "n"), ("new_cache", "max_len"), ("HybridCache.load", "max_len")}
 
 
 def complaint(call: Callable, arguments: dict[str, object]) -> str:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import qwen3next as q
 from qwen3next.cache.files import identity
-from qwen3next.checkpoints import fingerprint
+from qwen3next.files import fingerprint
 from qwen3next.interp.points import identity as any_dtype_identity
 
 

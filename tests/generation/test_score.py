@@ -29,4 +29,4 @@ def test_scores_of_a_continuation():
 
 def test_nothing_to_score():
     with pytest.raises(ValueError, match="nothing to score"):
-        list(small_model().score(tokens(1)))
+        list(small_model().token_losses(tokens(1)))

@@ -94,7 +94,7 @@ def expected_refusals(model, route, run):
     if route["attention"] == "sdpa":
         opt_in |= {n for n in model.hook_dict if re.search(r"^blocks.*self_attn\.hook_(scores|pattern)", n)}
     if route["delta_rule"] == "chunked" and run is prefill:  # a single token uses the loop
-        opt_in |= {n for n in model.hook_dict if re.search(r"hook_(erased|written)", n)}
+        opt_in |= {n for n in model.hook_dict if re.search(r"hook_(recalled|written)", n)}
     return opt_in
 
 

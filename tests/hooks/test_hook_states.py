@@ -73,9 +73,9 @@ def test_the_state_at_a_position_is_what_a_cache_holds_and_a_patch_is_what_a_cha
         before, acts = model.run_with_cache(tokens, names_filter=STATE)
         patched = logits_of(model, tokens, [(STATE, lambda state, _hook: state.flip(0))])
         model(tokens[:, : p + 1], cache=cache)
-        memory = cache.layers[1].memory
+        memory = cache.layers[1].recurrent
         torch.testing.assert_close(acts[STATE], memory[:, None], **EXACT)
-        cache.layers[1].memory = memory.flip(0)
+        cache.layers[1].recurrent = memory.flip(0)
         after = model(tokens[:, p + 1 :], cache=cache).logits
     torch.testing.assert_close(before, plain, **EXACT)
     torch.testing.assert_close(patched[:, : p + 1], plain[:, : p + 1], **EXACT)

@@ -114,7 +114,7 @@ def test_states_are_those_that_generation_carries(cache, layer):
     for i, place in enumerate(places):
         carried = model.new_cache(batch=2, max_len=70)
         model(IDS[:, : place % 70 + 1], cache=carried)
-        torch.testing.assert_close(states[:, i], carried.layers[layer].memory, **EXACT)
+        torch.testing.assert_close(states[:, i], carried.layers[layer].recurrent, **EXACT)
     assert torch.equal(cache.state(layer, 63), states[:, 2])
 
 
@@ -132,10 +132,10 @@ def test_states_of_a_continued_forward():
     model = small_model(dtype=torch.float64)
     carried = model.new_cache(batch=2, max_len=70)
     model(IDS[:, :30], cache=carried)
-    before = carried.layers[1].memory
+    before = carried.layers[1].recurrent
     _, acts = model.run_with_cache(IDS[:, 30:], cache=carried)
     cache = ActivationCache(acts, model)
-    torch.testing.assert_close(cache.state(1, -1, before=before), carried.layers[1].memory, **EXACT)
+    torch.testing.assert_close(cache.state(1, -1, before=before), carried.layers[1].recurrent, **EXACT)
     with pytest.raises(ValueError, match="give `before`"):
         cache.state(1, -1)
     ledger = cache.ledger(1, before=before)

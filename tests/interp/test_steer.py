@@ -45,7 +45,7 @@ def test_a_transplanted_state_is_the_other_texts(model64):
         model64(IDS[:, :1], cache=cache)
     _, acts = model64.run_with_cache(IDS[:, :1])
     expected = ActivationCache(acts, model64).state(1, 0, before=there)
-    torch.testing.assert_close(cache.layers[1].memory, expected, **EXACT)
+    torch.testing.assert_close(cache.layers[1].recurrent, expected, **EXACT)
 
 
 def test_a_state_is_pushed_at_every_step(model64):
@@ -55,9 +55,9 @@ def test_a_state_is_pushed_at_every_step(model64):
         with steer_state(model64, cache, 0, change, strength=0.1):
             steered = [model64(IDS[:, t : t + 3], cache=cache).logits for t in (0, 3, 6)]
         for i, t in enumerate((0, 3, 6)):
-            by_hand.layers[0].memory = by_hand.layers[0].memory + 0.1 * change
+            by_hand.layers[0].recurrent = by_hand.layers[0].recurrent + 0.1 * change
             torch.testing.assert_close(model64(IDS[:, t : t + 3], cache=by_hand).logits, steered[i], **EXACT)
-    assert torch.equal(cache.layers[0].memory, by_hand.layers[0].memory)
+    assert torch.equal(cache.layers[0].recurrent, by_hand.layers[0].recurrent)
 
 
 def test_what_does_not_fit_is_refused(model64):

@@ -278,7 +278,7 @@ def test_parts_of_logits_are_not_read_from_a_head_that_an_adapter_surrounds():
 
 def test_long_prompts_are_not_split_under_a_forward_of_its_own(monkeypatch):
     """A replaced forward and a global module hook receive every token of a call."""
-    monkeypatch.setattr("qwen3next.block.TOKENS", 8)
+    monkeypatch.setattr("qwen3next.generation.block_parts.TOKENS", 8)
     model, seen = small_model(), []
     norm = model.blocks[0].post_attention_layernorm
     before = norm.forward

@@ -205,7 +205,7 @@ def test_matrix_states_and_ledger_are_the_models(name):
     torch.testing.assert_close(o.transpose(1, 2), acts[f"{at}hook_o"], rtol=0, atol=1e-10)
     cache = model.new_cache(max_len=70)
     model(tokens[:, :67], cache=cache)
-    torch.testing.assert_close(acts.state(0, 66), cache.layers[0].memory, rtol=0, atol=1e-10)
+    torch.testing.assert_close(acts.state(0, 66), cache.layers[0].recurrent, rtol=0, atol=1e-10)
     ledger = acts.ledger(0)
     jump = acts.state(0, 66) - ledger.decay[:, 66, :, None, None] * acts.state(0, 65)
     # |k| deviates from 1, because 1e-6 is added to a sum of squares of about 0.1 here.

@@ -118,7 +118,9 @@ def test_odd_widths_fall_back_to_the_loop():
 
 def moe(**changes):
     torch.manual_seed(0)
-    layer = SparseMoE(16, **({"experts": 6, "top_k": 2, "inner": 8, "shared_intermediate_size": 12} | changes))
+    layer = SparseMoE(
+        16, **({"experts": 6, "top_k": 2, "intermediate_size": 8, "shared_intermediate_size": 12} | changes)
+    )
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return layer.double()

@@ -16,7 +16,7 @@ from layers.moe import Experts, SparseMoE
 
 def made(dtype, width=32, intermediate_size=16):
     torch.manual_seed(0)
-    experts = Experts(width, inner, 8)
+    experts = Experts(width, intermediate_size, 8)
     for p in experts.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return experts.to(dtype)

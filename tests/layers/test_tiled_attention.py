@@ -9,7 +9,8 @@ from layers.gated_attention import attend
 from layers.kernels.tiled_attention import TILE, tiled_attention
 from layers.segments import Segments
 from layers.state.kv_cache import KVCache
-from qwen3next import Qwen3Next, block, presets
+from qwen3next import Qwen3Next, presets
+from qwen3next.generation import block_parts
 
 
 @pytest.mark.parametrize("t", [1, 2, TILE - 1, TILE, TILE + 1, 300])
@@ -60,8 +61,8 @@ def test_parts_of_a_long_prompt_leave_no_trace(past, dtype, monkeypatch):
     model = Qwen3Next(presets.tiny(mtp_num_hidden_layers=0)).to(dtype).eval()
     ids = torch.randint(0, 256, (2, past + 4500), generator=torch.Generator().manual_seed(0))
     found = []
-    for at_a_time in (block.TOKENS, 10**9):
-        monkeypatch.setattr(block, "TOKENS", at_a_time)
+    for at_a_time in (block_parts.TOKENS, 10**9):
+        monkeypatch.setattr(block_parts, "TOKENS", at_a_time)
         cache = model.new_cache(batch=2, max_len=ids.shape[1])
         if past:
             model(ids[:, :past], cache=cache)
@@ -81,8 +82,8 @@ def test_parts_of_padded_prompts_with_sandwich_norms_leave_no_trace(monkeypatch)
     model = Qwen3Next(presets.tiny(sandwich_norm=True, mtp_num_hidden_layers=0)).eval()
     ids, found = torch.randint(0, 256, (2, 2500)), []
     segments = Segments.from_mask(torch.arange(2500) < torch.tensor([[2500], [2300]]))
-    for at_a_time in (block.TOKENS, 10**9):
-        monkeypatch.setattr(block, "TOKENS", at_a_time)
+    for at_a_time in (block_parts.TOKENS, 10**9):
+        monkeypatch.setattr(block_parts, "TOKENS", at_a_time)
         cache = model.new_cache(batch=2, max_len=2500)
         found.append(model(ids, segments=segments, cache=cache, logits_to_keep=1).logits)
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)

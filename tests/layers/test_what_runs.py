@@ -46,7 +46,7 @@ TORCH_OPERATORS = {
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": ("attention", "sdpa"),
 }
 PYTHON = {
-    ("delta_rule", "chunked_recompute"): (rule_kernels, "chunked_recompute"),
+    ("delta_rule", "chunked_recompute"): (rule_kernels, "recomputed"),
     ("delta_rule", "chunked"): (delta_rule, "unit_lower_inverse"),
     ("delta_rule", "recurrent"): (rule_kernels, "recurrent"),  # of a token by itself; chosen, it is in the registry
     ("causal_conv", "torch"): (gradients.FilterTaps, "apply"),

@@ -143,7 +143,7 @@ def said(values):
         config = ModelConfig.from_dict(values)
     except ValueError:
         return None
-    return config.replace(extra={}, outer={}), config.stop_tokens
+    return config.replace(extra={}, wrapper_config={}), config.stop_tokens
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

@@ -6,7 +6,7 @@ import torch
 import qwen3next as q
 from layers.kernels.linear import spans
 from layers.state.kv_cache import KVCache
-from qwen3next import block
+from qwen3next.generation import block_parts
 
 # Around multiples of 64 and attention's tiles of 128, with remainders of every kind.
 LENGTHS = [1, 63, 64, *range(65, 82), 127, 128, 129, 130, 143, 144, 191, 192, 193, 200, 255, 256, 257, 272, 300]
@@ -50,7 +50,7 @@ def test_behind_whole_chunks(model, past):
 @pytest.mark.parametrize("rest", [1, 2, 15, 16, 17])
 def test_parts_that_a_block_cuts_from_one_call(model, rest, monkeypatch):
     """A call longer than a block's part, whose last part would have only a few tokens."""
-    monkeypatch.setattr(block, "TOKENS", 128)
+    monkeypatch.setattr(block_parts, "TOKENS", 128)
     ids = torch.randint(0, 256, (1, 256 + rest), generator=torch.Generator().manual_seed(1))
     in_parts = prefilled(model, ids, 4096)
     monkeypatch.undo()

@@ -59,7 +59,7 @@ def test_runs_and_writes(tmp_path):
         "delta rule and gradients 16:32 x 128, 70",
     ]
     assert [r.what for r in rows if r.peer == "idle"] == ["prefill 1 x 70", "prefill 2 x 20"]
-    assert all(row.recurrent >= 0 and row.peer_memory >= 0 for row in rows if sys.platform == "linux")
+    assert all(row.memory >= 0 and row.peer_memory >= 0 for row in rows if sys.platform == "linux")
     written = json.loads(out.with_suffix(".json").read_text())
     assert len(written["rows"]) == len(rows)
     assert written["commit"]
