@@ -7,7 +7,7 @@ READY := $(VENV)/.qwen3next-installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cpu test-cpus test-slow test-sanitize test-gpu gpu-check test-kernels test-packages lint types format wheel bench docs clean
+.PHONY: help demo test test-oracles test-cpu test-cpus test-slow test-sanitize test-gpu gpu-check test-kernels test-packages lint types format wheel bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ test-cpus: $(READY) ## the tests with each instruction set that this CPU support
 	  $(call FORCED,$$cpu,$$precision) > test-cpus.log 2>&1 || { failed=1; grep -E "^(FAILED|ERROR)" test-cpus.log >> test-cpus.txt; }; \
 	  echo "CPU=$$cpu PRECISION=$$precision: $$(tail -n 1 test-cpus.log)" | tee -a test-cpus.txt; \
 	done; exit $$failed
+
+test-oracles: $(READY) ## the tests that compare with something independent: transformers, definitions, fp64
+	$(ONE_THREAD) $(RUN) -m pytest -n 2 -m "oracle and not slow and not gpu"
 
 test-slow: $(READY) ## the slow tests
 	$(ONE_THREAD) $(RUN) -m pytest -n 2 -m "slow and not gpu"

@@ -1,6 +1,6 @@
 // Shared by forward and backward of the gated delta rule: a chunk's keys, decays and inverse triangular matrix.
 //
-// The algebra is that of `_chunked` in layers/delta_rule.py with one difference: V* = T diag(β) (V − diag(γ) K S)
+// The algebra is that of `chunked` in layers/delta_rule.py with one difference: V* = T diag(β) (V − diag(γ) K S)
 // avoids the product of T and K. Decays, the triangular solve, sums and the recurrent state are fp32. The template
 // parameter T is the dtype of products.
 #pragma once

@@ -29,14 +29,14 @@ class Materialized:
     Attributes:
         positions: absolute positions, rising, after which the recurrent state passes `state`, (b h k v).
         matrix: whether the output is made as A v + R S₀, with A (b h t s) passing `pattern`.
-        erased, written: as in `Watch`; None for rules without the delta.
+        recalled, written: as in `Watch`; None for rules without the delta.
     """
 
     positions: Sequence[int]
     matrix: bool
     state: HookPoint
     pattern: HookPoint
-    erased: HookPoint | None = None
+    recalled: HookPoint | None = None
     written: HookPoint | None = None
 
 
@@ -100,11 +100,11 @@ def materialized_delta_rule(
         materialized.state.refuse()
     watch = None
     if (
-        materialized.erased is not None
+        materialized.recalled is not None
         and materialized.written is not None
-        and (materialized.erased.active or materialized.written.active)
+        and (materialized.recalled.active or materialized.written.active)
     ):
-        watch = Watch(materialized.erased, materialized.written, _positions(segments))
+        watch = Watch(materialized.recalled, materialized.written, _positions(segments))
     o, final = _through(rule, inputs, cuts, materialized.state, state, segments, backend, watch)
     if materialized.matrix and materialized.pattern.active:
         through_a = _through_matrix(rule, inputs, materialized.pattern, state, segments)
@@ -161,7 +161,7 @@ def _through(
         part = slice(begin, column + 1)
         if part.start < part.stop:
             state, within = _enter(state, segments, part)
-            seen = None if watch is None else Watch(watch.erased, watch.written, watch.positions[part])
+            seen = None if watch is None else Watch(watch.recalled, watch.written, watch.positions[part])
             pieces = (x[:, part] for x in inputs)
             o, state = watched(rule, *pieces, state=state, segments=within, backend=backend, watch=seen)
             outputs.append(o)

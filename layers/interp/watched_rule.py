@@ -18,18 +18,18 @@ class Watch:
     """Points that see each token's update before the next token runs, so that a patch acts on all that follow.
 
     Attributes:
-        erased: gets what the decayed state recalls for the key, e^g Sᵀk, (b 1 h v); the share β of it is erased.
+        recalled: gets what the decayed state recalls for the key, e^g Sᵀk, (b 1 h v); the share β of it is erased.
         written: gets u, (b 1 h v).
         positions: of each token of the call, for the points' ctx.
     """
 
-    erased: HookPoint
+    recalled: HookPoint
     written: HookPoint
     positions: Sequence[int | tuple[int, ...]]
 
     def write(self, rows: int, t: int, recalled: Tensor, v: Tensor, beta: Tensor) -> Tensor:
         """What token t of so many rows writes, β (v − recalled), after hooks have seen both."""
-        recalled = self._show(self.erased, recalled, rows, t)
+        recalled = self._show(self.recalled, recalled, rows, t)
         return self._show(self.written, beta * (v - recalled), rows, t)
 
     def _show(self, point: HookPoint, x: Tensor, rows: int, t: int) -> Tensor:  # x (b · h, 1, v)
@@ -63,7 +63,7 @@ def watched(
                 inputs = tuple(segments.real(x) for x in inputs)
             with torch.autocast(v.device.type, enabled=False):
                 return recurrent(*inputs, state=state, segments=segments, write=partial(watch.write, len(v)))
-        watch.erased.refuse()
+        watch.recalled.refuse()
         watch.written.refuse()
     return rule(*inputs, state=state, segments=segments, backend=backend)
 

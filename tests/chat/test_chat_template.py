@@ -8,6 +8,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qwen3next.chat.template import ChatTemplate
 
+pytestmark = pytest.mark.oracle
+
 WEATHER = {
     "type": "function",
     "function": {

@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 import qwen3next as q
 from qwen3next.checkpoints.state_dict_adapter import to_released
 
+pytestmark = pytest.mark.oracle
+
 transformers = pytest.importorskip("transformers")
 
 TEXT = {

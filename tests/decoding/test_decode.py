@@ -19,7 +19,10 @@ from qwen3next.decoding import rotations
 from qwen3next.decoding.plan import MOST_TOKENS
 from qwen3next.inputs import as_ids
 
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"compiled code cannot run: {build.missing()}")
+pytestmark = [
+    pytest.mark.oracle,
+    pytest.mark.skipif(build.missing() is not None, reason=f"compiled code cannot run: {build.missing()}"),
+]
 
 SHAPES = {
     "hybrid": {},

@@ -19,6 +19,8 @@ from qwen3next.decoding.cuda_graph import GraphStep, graph_of
 from qwen3next.decoding.guard import Guard
 from qwen3next.decoding.why_not import why_not
 
+pytestmark = pytest.mark.oracle
+
 
 @pytest.fixture(autouse=True)
 def steps(monkeypatch):

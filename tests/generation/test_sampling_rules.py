@@ -11,6 +11,8 @@ import qwen3next as q
 from layers.segments import Segments
 from qwen3next.generation.sampling_rules import SamplingRules
 
+pytestmark = pytest.mark.oracle
+
 VOCAB, STOPS = 40, [7, 9]
 
 

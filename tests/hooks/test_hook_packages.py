@@ -6,6 +6,8 @@ from conftest import small_model
 
 import qwen3next as q
 
+pytestmark = pytest.mark.oracle
+
 TOKENS = torch.arange(14).view(2, 7)
 BETA = "blocks.1.linear_attn.hook_beta"
 

@@ -8,6 +8,8 @@ from layers.delta_rule import gated_delta_rule
 from layers.interp import implicit_attention as seen
 from layers.segments import Segments
 
+pytestmark = pytest.mark.oracle
+
 LENGTHS = [1, 2, 63, 64, 65, 150]  # around the chunk size of 64
 
 

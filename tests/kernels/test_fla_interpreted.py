@@ -44,6 +44,8 @@ from layers.dispatch.self_check import checked
 from layers.norm import GatedRMSNorm, l2_normalise
 from layers.segments import Segments
 
+pytestmark = pytest.mark.oracle
+
 
 class _Int(int):
     def to(self, *_args, **_options):

@@ -15,6 +15,8 @@ from layers.variants.attention import AttentionVariant
 from qwen3next.mixers import softmax_attention
 from qwen3next.study import ROWS
 
+pytestmark = pytest.mark.oracle
+
 ROW_NAMES = [name for name, row in ROWS.items() if row.number]
 # Beyond the paper's rows: combinations of the options.
 MORE = {

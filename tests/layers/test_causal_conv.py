@@ -8,6 +8,8 @@ from layers.causal_conv import causal_conv
 from layers.cpp.build import missing
 from layers.segments import Segments
 
+pytestmark = pytest.mark.oracle
+
 
 def oracle(x, weight, state):
     """Token by token over (state ‖ x), one sequence."""

@@ -10,6 +10,8 @@ from layers.norm import l2_normalise
 from layers.segments import Segments
 from layers.variants.simple_gla import simple_gla
 
+pytestmark = pytest.mark.oracle
+
 
 def inputs(t, *, b=2, key_heads=2, heads=4, k=16, v=24, dtype=torch.float64, seed=0, state=True):
     g = torch.Generator().manual_seed(seed)

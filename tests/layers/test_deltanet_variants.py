@@ -14,6 +14,8 @@ from layers.variants.deltanet import DeltaNetVariant
 from layers.variants.simple_gla import simple_gla
 from qwen3next.mixers import linear_attention
 
+pytestmark = pytest.mark.oracle
+
 CHOICES = {
     "sigmoid_gate": {"linear_output_gate": "sigmoid"},
     "no_gate": {"linear_output_gate": "none"},

@@ -17,6 +17,8 @@ import qwen3next as q
 from layers.gated_attention import attend
 from layers.segments import Segments
 
+pytestmark = pytest.mark.oracle
+
 CUDA = torch.device("cuda")
 PACKED = [[3, 9], [12], [1, 1, 6]]
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from layers.experts.int8 import PACKED_ROWS, Int8Experts, dequantise, int8_linear, quantise_rows
 from layers.moe import Experts
 
+pytestmark = pytest.mark.oracle
+
 WIDTH, INNER, COUNT, K = 64, 32, 6, 2
 
 

@@ -13,6 +13,8 @@ from layers.moe import Experts, SparseMoE, top_experts
 from layers.norm import GatedRMSNorm, RMSNorm, l2_normalise
 from layers.rope import rotation
 
+pytestmark = pytest.mark.oracle
+
 
 def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from layers.dispatch import availability, backends
 from layers.linear import Linear, linear
 
+pytestmark = pytest.mark.oracle
+
 
 def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)

@@ -13,6 +13,8 @@ import layers.kernels.experts as kernels
 import layers.moe as moe
 from layers.moe import Experts, SparseMoE
 
+pytestmark = pytest.mark.oracle
+
 
 def made(dtype, width=32, intermediate_size=16):
     torch.manual_seed(0)

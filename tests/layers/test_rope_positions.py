@@ -7,6 +7,8 @@ import torch
 
 from layers.rope import Yarn, inverse_frequencies, rotation
 
+pytestmark = pytest.mark.oracle
+
 POSITIONS = [0, 1, 300, 32_767, 262_143, 1_000_000, 1_048_575, 2**24, 2**24 + 1]
 DIM = 64
 PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")

@@ -17,6 +17,8 @@ from layers.norm import l2_normalise
 from layers.segments import Segments
 from layers.variants.simple_gla import simple_gla
 
+pytestmark = pytest.mark.oracle
+
 INF = math.inf
 TOLERANCE = 2e-6
 T = 130  # two chunks and two tokens

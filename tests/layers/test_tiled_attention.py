@@ -12,6 +12,8 @@ from layers.state.kv_cache import KVCache
 from qwen3next import Qwen3Next, presets
 from qwen3next.generation import block_parts
 
+pytestmark = pytest.mark.oracle
+
 
 @pytest.mark.parametrize("t", [1, 2, TILE - 1, TILE, TILE + 1, 300])
 @pytest.mark.parametrize("past", [0, 1, 63, TILE, 200])

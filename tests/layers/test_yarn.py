@@ -12,6 +12,8 @@ from test_families import make, quietly_load
 import qwen3next as q
 from layers.rope import Yarn, inverse_frequencies
 
+pytestmark = pytest.mark.oracle
+
 transformers = pytest.importorskip("transformers")
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

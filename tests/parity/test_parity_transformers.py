@@ -13,6 +13,8 @@ from parity import check_cached, check_left_padding, tokens
 import qwen3next as q
 from qwen3next.checkpoints.state_dict_adapter import to_released
 
+pytestmark = pytest.mark.oracle
+
 transformers = pytest.importorskip("transformers")
 
 CASES = {
