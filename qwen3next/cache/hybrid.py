@@ -318,12 +318,14 @@ class HybridCache(CacheFiles):
         return self.select(rows)
 
     def rewind_to(self, ids: Sequence[int]) -> int:
-        """Go to the furthest point known that is a beginning of `ids`; returns its tokens, 0 where there is none.
+        """Go to the longest known prefix of `ids`; returns its number of tokens, 0 if there is none.
 
-        Considers where the cache stands, what `rollback` reaches and snapshots. For one row.
+        Known are the point where the cache stands, the points that `rollback` reaches, and snapshots.
+        Raises: ValueError for a cache of several rows.
         """
-        assert self.batch == 1
-        wanted = torch.tensor(ids, device=self.tokens.device)
+        if self.batch != 1:
+            raise ValueError(f"The cache has {self.batch} rows, but rewind_to takes one sequence: select one row.")
+        wanted = torch.tensor(ids, device=self.tokens.device, dtype=torch.long)
         same = common_prefix(self.tokens[0, : self.lengths[0]], wanted)
         best, name = self.lengths[0], ""
         if same < best:

@@ -234,3 +234,11 @@ def test_dtypes_that_are_none(model64, name, tmp_path):
 def test_a_negative_number_of_logits_is_refused(model64):
     with pytest.raises(ValueError, match="logits_to_keep must not be negative, got -1: 0 keeps all"):
         model64(torch.zeros(1, 3, dtype=torch.long), logits_to_keep=-1)
+
+
+def test_rewinding_takes_one_row():
+    model = small_model()
+    cache = model.new_cache(2)
+    model(torch.cat((tokens(9), tokens(9))), cache=cache)
+    with pytest.raises(ValueError, match="2 rows, but rewind_to takes one sequence"):
+        cache.rewind_to([1])
