@@ -272,8 +272,8 @@ def walk_steps(r: Random, steps: int) -> None:
                 setattr(owner, name, nn.Parameter(wrong(r, getattr(owner, name).detach()), requires_grad=False))
             elif way == 2:
                 state = r.pick(cache.layers)
-                if hasattr(state, "memory"):
-                    name = r.pick(("conv", "memory"))
+                if hasattr(state, "recurrent"):
+                    name = r.pick(("conv", "recurrent"))
                     setattr(state, name, r.pick((odd, wrong))(r, getattr(state, name)))
             elif way == 3:
                 ids = wrong(r, ids)

@@ -239,6 +239,6 @@ def test_a_negative_number_of_logits_is_refused(model64):
 def test_rewinding_takes_one_row():
     model = small_model()
     cache = model.new_cache(2)
-    model(torch.cat((tokens(9), tokens(9))), cache=cache)
+    model(torch.arange(18).view(2, 9), cache=cache)
     with pytest.raises(ValueError, match="2 rows, but rewind_to takes one sequence"):
         cache.rewind_to([1])

@@ -277,7 +277,7 @@ def test_single_tokens_are_taken_back_to_the_bit(name):
     model(tokens[:, :70], cache=cache)
 
     def states():
-        return [x.clone() for s in cache.layers if hasattr(s, "memory") for x in (s.conv, s.recurrent)]
+        return [x.clone() for s in cache.layers if hasattr(s, "recurrent") for x in (s.conv, s.recurrent)]
 
     seen = []
     for t in range(70, 78):
@@ -311,5 +311,5 @@ def test_packed_and_padded_prompts_leave_the_states_of_single_ones(name):
         torch.testing.assert_close(after, torch.cat([logits for _, logits in single]), rtol=0, atol=1e-10)
         for n, (alone, _) in enumerate(single):
             for x, y in zip(cache.layers, alone.layers, strict=True):
-                if hasattr(x, "memory"):
+                if hasattr(x, "recurrent"):
                     torch.testing.assert_close(x.recurrent[n], y.recurrent[0], rtol=0, atol=1e-10)

@@ -37,7 +37,7 @@ def test_chunked_prefill_is_bitwise_one_shot_in_bf16(chunk, width):
             pass
     assert torch.equal(one.last_logits, parts.last_logits)
     for a, b in zip(one.layers, parts.layers, strict=True):
-        for name in ("k", "v") if hasattr(a, "k") else ("conv", "memory"):
+        for name in ("k", "v") if hasattr(a, "k") else ("conv", "recurrent"):
             assert torch.equal(getattr(a, name)[:, :700], getattr(b, name)[:, :700])
 
 

@@ -111,7 +111,7 @@ def test_a_padded_prompts_cache_equals_single_ones(model64, side):
             logits = model64(ids(3, 2, seed=9)[r : r + 1, extra], cache=alone).logits
         torch.testing.assert_close(last[r, extra], logits[0], rtol=0, atol=1e-10)
         for ours, theirs in zip(cache.layers, alone.layers, strict=True):
-            for name in ("k", "v") if isinstance(theirs, KVCache) else ("conv", "memory"):
+            for name in ("k", "v") if isinstance(theirs, KVCache) else ("conv", "recurrent"):
                 got, value = getattr(ours, name)[r], getattr(theirs, name)
                 if name in ("k", "v"):
                     got, value = got[: alone.lengths[0]], value[:, : alone.lengths[0]]
@@ -157,7 +157,7 @@ def test_prompts_of_unequal_lengths_prefill_as_single_ones(model64, way, backend
         torch.testing.assert_close(cache.last_logits[r], alone.last_logits[0], **close)
         torch.testing.assert_close(ahead[r], model64.draft(alone, token[r : r + 1])[0], **close)
         for ours, theirs in zip([*cache.layers, cache.mtp], [*alone.layers, alone.mtp], strict=True):
-            for name in ("k", "v") if isinstance(theirs, KVCache) else ("conv", "memory"):
+            for name in ("k", "v") if isinstance(theirs, KVCache) else ("conv", "recurrent"):
                 got, value = getattr(ours, name)[r], getattr(theirs, name)[0]
                 held = n - (theirs is alone.mtp) if name in ("k", "v") else len(value)
                 torch.testing.assert_close(got[:held], value[:held], **close)
