@@ -5,6 +5,7 @@ Sources: arXiv:2412.06464 eq. 8 to 10 (signs and ratios checked in fp64 against 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from layers.chunk_decay import CHUNK, bounded, decays
 from layers.dispatch.backends import run
-from layers.dispatch.backward_autocast import backward_without_autocast
+from layers.dispatch.backward_autocast import without_autocast
 from layers.dispatch.registry import implements
 from layers.gradients import unit_lower_inverse
 from layers.norm import at_least_fp32
@@ -59,17 +60,31 @@ def gated_delta_rule(
     Raises: ValueError for an unknown backend or head counts that do not divide; RuntimeError where a named backend
         cannot run here.
     """
+    rule = partial(run, "delta_rule", backend, v)
+    return apply_rule(rule, q, k, v, log_decay, beta, state=state, segments=segments)
+
+
+def apply_rule(
+    rule: Rule,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    state: Tensor | None,
+    segments: Segments | None,
+) -> tuple[Tensor, Tensor]:
+    """`rule(q, …, state=…, segments=…)` for padded and packed rows, with autocast off: it chooses its own precision."""
     if v.shape[2] % k.shape[2]:
         raise ValueError(f"{v.shape[2]} value heads cannot share {k.shape[2]} key heads: make it a multiple.")
     segments = None if segments is None or segments.unpadded else segments
     inputs: tuple[Tensor, ...] = (q, k, v, log_decay, beta)
     if segments is not None:
         if state is not None and segments.has_state_each(state):
-            return each_sequence(gated_delta_rule, segments, state, v, *inputs, backend=backend)
+            return each_sequence(partial(apply_rule, rule, segments=None), segments, state, v, *inputs)
         inputs = tuple(segments.real(x) for x in inputs)  # at padding nothing is forgotten and nothing is written
-    with torch.autocast(v.device.type, enabled=False):  # each backend says in which precision it multiplies
-        o, after = run("delta_rule", backend, v, *inputs, state=state, segments=segments)
-    backward_without_autocast((o, after), (*inputs, state))
+    o, after = without_autocast(rule, (*inputs, state), *inputs, state=state, segments=segments)
     return o, after
 
 

@@ -100,7 +100,7 @@ def _compiled() -> Path:
                 if process.returncode:
                     raise _Unavailable(f"{compiler} cannot compile the C++ kernels ({_first_error(error)})")
             _run([compiler, "-shared", *objects, "-o", str(Path(folder) / name)])
-            os.replace(Path(folder) / name, kept)  # whole or not at all, whoever else compiles it now
+            os.replace(Path(folder) / name, kept)  # whole or not at all, also while other processes compile it
     return kept
 
 

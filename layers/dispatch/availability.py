@@ -1,4 +1,4 @@
-"""What can run on this machine, and in one sentence why not.
+"""What can run on this machine. For what cannot run, a function returns the reason as a sentence.
 
 Each condition takes the device and dtype of an operation's tensors and returns None or the reason.
 """

@@ -5,7 +5,8 @@ that ran with autocast off would then get its gradients in fp16 or bf16. Functio
 autocast off in it; what autograd records is marked here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,3 +37,14 @@ def backward_without_autocast(outputs: Sequence[Tensor], inputs: Sequence[Tensor
         known.add(node)
         node.register_prehook(turn_off)
         waiting += [before for before, _ in node.next_functions if before is not None]
+
+
+def without_autocast(
+    function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor | None], *args: Any, **kwargs: Any
+) -> tuple[Tensor, ...]:
+    """`function(*args, **kwargs)` with autocast off, in the backward pass down to `inputs` too."""
+    device = next(x.device.type for x in inputs if x is not None)
+    with torch.autocast(device, enabled=False):
+        outputs = function(*args, **kwargs)
+    backward_without_autocast(outputs, inputs)
+    return outputs

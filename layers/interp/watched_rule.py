@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 
-from layers.delta_rule import Rule, gated_delta_rule, recurrent
+from layers.delta_rule import Rule, apply_rule, gated_delta_rule, recurrent
 from layers.dispatch.backends import choose
 from layers.hook_point import HookPoint
 from layers.segments import Segments
@@ -55,14 +54,11 @@ def watched(
     Raises: beside those of `rule`, RuntimeError where a hook waits at a point of `watch` and another loop or no loop
         runs.
     """
-    inputs: tuple[Tensor, ...] = (q, k, v, log_decay, beta)
+    inputs = (q, k, v, log_decay, beta)
     if watch is not None:
         if rule is gated_delta_rule and _loops(backend, v):
-            segments = None if segments is None or segments.unpadded else segments
-            if segments is not None:
-                inputs = tuple(segments.real(x) for x in inputs)
-            with torch.autocast(v.device.type, enabled=False):
-                return recurrent(*inputs, state=state, segments=segments, write=partial(watch.write, len(v)))
+            loop = partial(recurrent, write=partial(watch.write, len(v)))
+            return apply_rule(loop, *inputs, state=state, segments=segments)
         watch.recalled.refuse()
         watch.written.refuse()
     return rule(*inputs, state=state, segments=segments, backend=backend)

@@ -1,51 +1,16 @@
 """Fast implementations of the gated delta rule: over chunks in torch and in C++ on the CPU, with Triton on CUDA."""
 
-from functools import wraps
-
 import torch
 from torch import Tensor
 
 from layers.chunk_decay import bounded
 from layers.cpp import functions as native
-from layers.delta_rule import Rule, chunked, exact, recurrent
+from layers.delta_rule import chunked, exact, recurrent
 from layers.dispatch.registry import implements
 from layers.kernels import cases
 from layers.kernels.chunked_recompute import chunked_recompute as recomputed
-from layers.kernels.isolation import GradientsApart, one_by_one, wild
+from layers.kernels.isolation import over_chunks, wild
 from layers.segments import Segments
-
-
-def over_chunks(rule: Rule) -> Rule:
-    """`rule` for any input: a token by itself takes the token loop, and numbers that would leak run apart.
-
-    A chunk of one token would only add work to the definition.
-    """
-
-    @wraps(rule)
-    def any_input(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor,
-        beta: Tensor,
-        *,
-        state: Tensor | None,
-        segments: Segments | None,
-    ) -> tuple[Tensor, Tensor]:
-        inputs = (q, k, v, log_decay, beta)
-        if v.shape[1] == 1:
-            return recurrent(*inputs, state=state, segments=segments)
-        if segments is not None and _mixes(q, k, v, log_decay, beta, segments):
-
-            def alone(before: Tensor | None, *parts: Tensor) -> tuple[Tensor, Tensor]:
-                return any_input(*parts, state=before, segments=None)
-
-            return one_by_one(segments, state, alone, *inputs)  # type: ignore[return-value]
-        apart = GradientsApart(segments)
-        o, after = rule(*apart.inputs(*inputs), state=state, segments=segments)
-        return apart.output(o), after
-
-    return any_input
 
 
 def _mixes(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, segments: Segments) -> bool:
@@ -58,11 +23,12 @@ def _mixes(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, seg
     return segments.packed and wild(segments, torch.linalg.vector_norm(k.detach(), dim=-1), largest=1.01)
 
 
-implements("delta_rule", "chunked")(over_chunks(chunked))
+_over_chunks = over_chunks(recurrent, _mixes)
+implements("delta_rule", "chunked")(_over_chunks(chunked))
 
 
 @implements("delta_rule", "chunked_recompute")
-@over_chunks
+@_over_chunks
 def chunked_recompute(
     q: Tensor,
     k: Tensor,
@@ -82,7 +48,7 @@ def chunked_recompute(
 
 
 @implements("delta_rule", "cpp")
-@over_chunks
+@_over_chunks
 def cpp(
     q: Tensor,
     k: Tensor,

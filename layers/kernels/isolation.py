@@ -5,10 +5,12 @@ holds such numbers, or numbers large enough to become infinite, its sequences ru
 """
 
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 from torch import Tensor
 
+from layers.delta_rule import Rule
 from layers.segments import Segments
 
 LARGEST = 1e9  # in fp32 a product of four such is finite
@@ -73,7 +75,7 @@ class GradientsApart:
             return x
         own = x.view_as(x)  # x itself may have other readers
         own.register_hook(hook)
-        return own.view_as(own)  # hooks of whoever gets it see the gradient as it comes
+        return own.view_as(own)  # a hook on the result sees the unchanged gradient
 
     def _clean(self, grad: Tensor) -> Tensor | None:
         assert self._segments is not None
@@ -92,3 +94,36 @@ class GradientsApart:
     def _where(self, grad: Tensor) -> Tensor:
         assert self._spoilt is not None
         return self._spoilt.view(*grad.shape[:2], *(1,) * (grad.ndim - 2))
+
+
+def over_chunks(loop: Rule, mixes: Callable[..., bool]) -> Callable[[Rule], Rule]:
+    """A decorator that makes a rule over chunks take any input.
+
+    One token takes the token loop, to whose definition a chunk would only add work. Packed rows whose numbers a shared
+    chunk would mix run one sequence at a time, and gradients that are not finite stay in their sequence.
+
+    Args:
+        loop: the definition of the rule, token by token.
+        mixes: (q, k, v, log_decay, beta, segments) → whether shared chunks would mix the sequences.
+    """
+
+    def decorate(rule: Rule) -> Rule:
+        @wraps(rule)
+        def any_input(
+            *inputs: Tensor, state: Tensor | None, segments: Segments | None
+        ) -> tuple[Tensor, Tensor]:  # inputs: q, k, v, log_decay, beta
+            if inputs[0].shape[1] == 1:
+                return loop(*inputs, state=state, segments=segments)
+            if segments is not None and mixes(*inputs, segments):
+
+                def alone(before: Tensor | None, *parts: Tensor) -> tuple[Tensor, Tensor]:
+                    return any_input(*parts, state=before, segments=None)
+
+                return one_by_one(segments, state, alone, *inputs)  # type: ignore[return-value]
+            apart = GradientsApart(segments)
+            o, after = rule(*apart.inputs(*inputs), state=state, segments=segments)
+            return apart.output(o), after
+
+        return any_input
+
+    return decorate

@@ -4,19 +4,19 @@ Per token, with state S (k v): S ← e^g S + β k vᵀ, o = Sᵀq. With decays i
 section 3, with β for its time step at the input), without them linear attention without normaliser (arXiv:2006.16236).
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from layers.chunk_decay import CHUNK, bounded, decays
-from layers.delta_rule import Gates, Keys, State, Values
+from layers.delta_rule import Gates, Keys, State, Values, apply_rule
 from layers.dispatch.backends import run
-from layers.dispatch.backward_autocast import backward_without_autocast
 from layers.dispatch.registry import implements
-from layers.kernels.isolation import GradientsApart, one_by_one, wild
+from layers.kernels.isolation import over_chunks, wild
 from layers.norm import at_least_fp32
 from layers.segments import Segments
-from layers.sequence_spans import each_sequence
 
 
 def simple_gla(
@@ -35,18 +35,8 @@ def simple_gla(
     Arguments and results are those of `gated_delta_rule`; the backends are "chunked" and "recurrent".
     Raises: ValueError for an unknown backend or head counts that do not divide.
     """
-    if v.shape[2] % k.shape[2]:
-        raise ValueError(f"{v.shape[2]} value heads cannot share {k.shape[2]} key heads: make it a multiple.")
-    segments = None if segments is None or segments.unpadded else segments
-    inputs: tuple[Tensor, ...] = (q, k, v, log_decay, beta)
-    if segments is not None:
-        if state is not None and segments.has_state_each(state):
-            return each_sequence(simple_gla, segments, state, v, *inputs, backend=backend)
-        inputs = tuple(segments.real(x) for x in inputs)  # at padding nothing is forgotten and nothing is written
-    with torch.autocast(v.device.type, enabled=False):
-        o, after = run("simple_gla", backend, v, *inputs, state=state, segments=segments)
-    backward_without_autocast((o, after), (*inputs, state))
-    return o, after
+    rule = partial(run, "simple_gla", backend, v)
+    return apply_rule(rule, q, k, v, log_decay, beta, state=state, segments=segments)
 
 
 @implements("simple_gla", "recurrent", definition=True)
@@ -73,7 +63,13 @@ def recurrent(
     return torch.stack(outputs, dim=1).to(dtype), state
 
 
+def _mixes(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, segments: Segments) -> bool:
+    """Whether chunks that several sequences share would mix them: see layers/kernels/isolation.py."""
+    return wild(segments, q, k, v, beta, log_decay.exp())
+
+
 @implements("simple_gla", "chunked")
+@over_chunks(recurrent, _mixes)
 def chunked(
     q: Tensor,
     k: Tensor,
@@ -87,19 +83,9 @@ def chunked(
     """The same in matrix products over chunks: O = diag(γ) Q S + (Γ ⊙ QKᵀ) U, S ← γ_C S + (diag(γ_C / γ) K)ᵀ U.
 
     γ, Γ and what the beginning of a sequence cuts are those of `delta_rule.chunked`. U is β V: nothing is corrected, so
-    there is no system to solve. A token by itself takes the token loop.
+    there is no system to solve.
     """
-    inputs = (q, k, v, log_decay, beta)
-    if v.shape[1] == 1:
-        return recurrent(*inputs, state=state, segments=segments)
-    if segments is not None and wild(segments, q, k, v, beta, log_decay.exp()):
-
-        def alone(before: Tensor | None, *parts: Tensor) -> tuple[Tensor, Tensor]:
-            return chunked(*parts, state=before, segments=None)
-
-        return one_by_one(segments, state, alone, *inputs)  # type: ignore[return-value]
-    dtype, t, pad, apart = v.dtype, q.shape[1], -q.shape[1] % CHUNK, GradientsApart(segments)
-    q, k, v, log_decay, beta = apart.inputs(*inputs)
+    dtype, t, pad = v.dtype, q.shape[1], -q.shape[1] % CHUNK
     q, k, added, log_decay, state = _prepared(q, k, v, log_decay, beta, state)
 
     def chunks(x: Tensor) -> Tensor:  # (b t h …) → (b, h, n, C, …)
@@ -116,7 +102,7 @@ def chunked(
         before.append(state)
         state = gamma[:, :, i, -1, None, None] * state + by_chunk[:, :, i]
     o = gamma[..., None] * (q @ torch.stack(before, dim=2)) + (pairwise * (q @ k.mT)) @ added
-    return apart.output(o.movedim(1, 3).flatten(1, 2)[:, :t].to(dtype)), state
+    return o.movedim(1, 3).flatten(1, 2)[:, :t].to(dtype), state
 
 
 def _prepared(

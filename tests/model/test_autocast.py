@@ -80,6 +80,7 @@ MADE = {
     "int8 experts": {},
     "recomputed": {},
     "exposed": {},
+    "watched": {},  # hooks inside the token loop
 }
 
 
@@ -97,6 +98,11 @@ def test_other_models(made, dtype):
             model.materialize(pattern=[0]),
             model.hooks([("blocks.0.linear_attn.hook_pattern", lambda x, hook: x * 0.5)]),
         ):
+            same_inside(model, dtype)
+        return
+    if made == "watched":
+        model.set_backend("delta_rule", "recurrent")
+        with model.hooks([("blocks.0.linear_attn.hook_written", lambda x, hook: x * 0.5)]):
             same_inside(model, dtype)
         return
     same_inside(model, dtype)
