@@ -14,9 +14,9 @@ from layers.moe import Experts
 from layers.norm import RMSNorm
 from qwen3next.api import Qwen3Next
 from qwen3next.decoding.observers import hooked, named_backend
-from qwen3next.decoding.protocol import decoding_modules, like
+from qwen3next.decoding.protocol import decoding_modules
 from qwen3next.decoding.why_not import why_not
-from qwen3next.inputs import as_device, as_dtype
+from qwen3next.inputs import as_device, as_dtype, like
 
 LOOKS = "it is blocked by hooks, model.materialize, a replaced forward of a module, or a torch mode"
 

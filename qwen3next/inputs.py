@@ -1,5 +1,7 @@
 """Checks before a model runs: token ids, segments, labels, names of dtypes and devices."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -106,3 +108,9 @@ def as_device(name: str | torch.device) -> torch.device:
         return torch.device(name)
     except RuntimeError:
         raise ValueError(f"{name!r} is not a device: choose auto, cpu, cuda or cuda:0.") from None
+
+
+def like(model: Any) -> Tensor:
+    """A tensor of the model's device and dtype, also where its embedding was replaced by a module without a weight."""
+    weight = getattr(model.embed_tokens, "weight", None)
+    return weight if isinstance(weight, Tensor) else next(model.parameters())

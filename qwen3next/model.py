@@ -7,6 +7,7 @@ decoding, prefill in chunks, hooks by name, choice of backends and saving around
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from layers.variants.attention import AttentionVariant
 from qwen3next.block import Block, BlockState
 from qwen3next.cache.hybrid import Extension, HybridCache
 from qwen3next.config import ModelConfig
-from qwen3next.inputs import as_ids, check_labels, check_segments, check_vocabulary
+from qwen3next.inputs import as_ids, check_labels, check_segments, check_vocabulary, like
 from qwen3next.mtp import MTP
 
 
@@ -77,7 +78,7 @@ class Qwen3Next(nn.Module):
         self.hook_final_normalized = HookPoint("b t width", dtype="fp32")  # before the final norm's scale
         self.hook_final_norm = HookPoint("b t width")
         self.hook_logits = HookPoint("b t vocab")
-        self.hook_call: dict[str, object] = {"position": 0}  # what the present call tells hooks
+        self.hook_call: dict[str, Any] = {"position": 0}  # what the present call tells hooks
         self._warned_of_length = False
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -199,9 +200,8 @@ class Qwen3Next(nn.Module):
     def _complete(self, call: Extension, input_ids: Tensor, hidden: Tensor) -> None:
         """Finish a call that extends a cache: the MTP layer adds the pairs of tokens that it completes."""
         if call.mtp is not None and self.mtp is not None:
-            before = (
-                hidden.new_zeros(call.batch, hidden.shape[-1]) if call.hidden_before is None else call.hidden_before
-            )
+            before = call.hidden_before
+            before = hidden.new_zeros(call.segments.sequences, hidden.shape[-1]) if before is None else before
             rope = self._rotation(call.segments.positions - 1, hidden.dtype)
             self.mtp.remember(hidden, before, self.embed_tokens(input_ids), rope, call.segments, call.mtp)
         call.hidden = hidden
@@ -286,9 +286,8 @@ class Qwen3Next(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the embedding, or of the first parameter where another module stands in the embedding's place."""
-        weight = getattr(self.embed_tokens, "weight", None)
-        return (weight if isinstance(weight, Tensor) else next(self.parameters())).dtype
+        """Of its weights; see `like`."""
+        return like(self).dtype
 
 
 def _stack(aux: list[RouterStats]) -> RouterStats | None:

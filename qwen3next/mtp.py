@@ -49,7 +49,7 @@ class MTP(nn.Module):
         state: KVCache | None = None,
     ) -> tuple[Float[Tensor, "b t width"], list]:
         """Hidden states for the head, and the router statistics of the block; `state` holds the pairs before."""
-        # A sequence's last token has no next one: what it computes is read by nobody and counted nowhere.
+        # A sequence's last token has no next one: its result is not used and not counted.
         counted = segments.next_is_same()
         if not segments.unpadded:  # elsewhere stands another sequence's token, or none
             paired = counted if state is None else segments.mask  # with a state every token is a pair's

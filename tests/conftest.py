@@ -4,6 +4,7 @@ With the usual N(0, 0.02) a random model's layers barely change the residual str
 """
 
 import os
+import signal
 
 from jaxtyping import install_import_hook
 
@@ -18,6 +19,9 @@ import pytest
 import torch
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+# A shell's background job ignores Ctrl-C, and so would the processes that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def small_config(**changes: object) -> q.ModelConfig:

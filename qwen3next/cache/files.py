@@ -28,118 +28,86 @@ def identity(model: Any, *, mtp: bool = False) -> str:
     return fingerprint(model, left_out=lambda name: name.startswith("mtp.") and not mtp, beside=BESIDE)
 
 
-class CacheFiles:
-    """The methods `save` and `load` of a cache."""
+def save_cache(cache: Any, path: str | Path) -> None:
+    """`HybridCache.save`."""
+    model = None if cache.model is None else cache.model()
+    if model is None:
+        raise ValueError("The model of this cache was deleted: save the cache while the model exists.")
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[int, int] = {}  # address of a part of keys and values → its number
 
-    layers: list[State]
-    mtp: KVCache | None
-    yarn: Yarn | None
-    snapshots: dict[str, Snapshot]
-    model: Any
+    def parts_of(state: KVCache, held: int) -> list[tuple[int, int]]:
+        found = []
+        for part in state.parts(0, held):
+            number, n = numbers.setdefault(part[0].data_ptr(), len(numbers)), part[0].shape[2]
+            found.append((number, n))
+            for name, x in zip(NAMES, part, strict=False):
+                key = f"kv.{number}.{name}"
+                if key not in tensors or tensors[key].shape[2] < n:
+                    tensors[key] = x
+        return found
 
-    @property
-    def kv_dtype(self) -> Any:
-        raise NotImplementedError
-
-    def mark(self) -> Snapshot:
-        raise NotImplementedError
-
-    def go_to(self, mark: Snapshot) -> None:
-        raise NotImplementedError
-
-    def save(self, path: str | Path) -> None:
-        """Write this cache and its snapshots as a safetensors file, atomically. `load` requires the same model.
-
-        Keys and values that snapshots share with the cache are written once.
-        Raises: ValueError if the cache's model no longer exists.
-        """
-        model = None if self.model is None else self.model()
-        if model is None:
-            raise ValueError("The model of this cache was deleted: save the cache while the model exists.")
-        tensors: dict[str, Tensor] = {}
-        numbers: dict[int, int] = {}  # address of a part of keys and values → its number
-
-        def parts_of(state: KVCache, held: int) -> list[tuple[int, int]]:
-            found = []
-            for part in state.parts(0, held):
-                number, n = numbers.setdefault(part[0].data_ptr(), len(numbers)), part[0].shape[2]
-                found.append((number, n))
-                for name, x in zip(NAMES, part, strict=False):
-                    key = f"kv.{number}.{name}"
-                    if key not in tensors or tensors[key].shape[2] < n:
-                        tensors[key] = x
-            return found
-
-        def add(mark: Snapshot, prefix: str) -> dict[str, Any]:
-            held = max(mark.lengths)
-            kv: dict[str, list[tuple[int, int]]] = {}
-            for i, state in enumerate(mark.layers):
-                if isinstance(state, KVCache):
-                    kv[str(i)] = parts_of(state, held)
-                else:
-                    tensors.update(
-                        {f"{prefix}layers.{i}.conv": state.conv, f"{prefix}layers.{i}.memory": state.recurrent}
-                    )
-            if mark.mtp is not None:
-                kv["mtp"] = parts_of(mark.mtp, max(held - 1, 0))
-            tensors[f"{prefix}tokens"] = mark.tokens
-            for name, x in (("hidden", mark.hidden), ("last_logits", mark.last_logits)):
-                if x is not None:
-                    tensors[prefix + name] = x
-            return {"lengths": mark.lengths, "kv": kv}
-
-        described = {"": add(self.mark(), "")}
-        for name, mark in self.snapshots.items():
-            described[name] = add(mark, f"snapshots.{len(described)}.")
-        about = {
-            "format": FORMAT,
-            "fingerprint": identity(model, mtp=self.mtp is not None),
-            "yarn": self.yarn and asdict(self.yarn),
-            "kv_dtype": self.kv_dtype and str(self.kv_dtype).removeprefix("torch."),
-            "mtp": self.mtp is not None,
-            "marks": described,
-        }
-        write_checksummed(Path(path), tensors, about)
-
-    @classmethod
-    def load(cls, path: str | Path, model: Any, *, max_len: int | None = None, history: int = 0) -> Any:
-        """Read a cache that was saved with `model`, onto the model's device.
-
-        Args:
-            max_len: tokens that the cache can hold; None means 4096, or the tokens in the file if more.
-            history: as for `model.new_cache`.
-        Raises: ValueError for a damaged or changed file, one of another model, dtype or RoPE factor, or more tokens
-            than `max_len`.
-        """
-        path = Path(path)
-        about = read_about(path, format=FORMAT, kind="a cache")
-        if about["fingerprint"] != identity(model, mtp=about["mtp"]):
-            raise ValueError(f"{path} is a cache of another model, other weights or another dtype: use its own model.")
-        if (about["yarn"] and Yarn(**about["yarn"])) != model.config.rope_scaling:
-            raise ValueError(
-                f"{path} was made with RoPE scaling {about['yarn']}, the model has {model.config.rope_scaling}: "
-                "call model.extend_context with the same factor, or create the cache again."
-            )
-        device = model.device
-        tensors = {name: x.to(device) for name, x in read_checksummed(path, about).items()}
-        marks = about["marks"]
-        held = max(max(m["lengths"]) for m in marks.values())
-        batch = len(marks[""]["lengths"])
-        limit = max(held, 4096) if max_len is None else max_len
-        if limit < held:
-            raise ValueError(f"{path} holds {held} tokens, but max_len is {limit}: make it larger.")
-        kv_dtype = about["kv_dtype"]
-        cache = model.new_cache(batch=batch, max_len=limit, kv_dtype=kv_dtype, history=history, mtp=about["mtp"])
-        for n, (name, described) in enumerate(marks.items()):
-            mark = _mark(cache, tensors, described, f"snapshots.{n}." if name else "")
-            if name:
-                cache.snapshots[name] = mark
+    def add(mark: Snapshot, prefix: str) -> dict[str, Any]:
+        held = max(mark.lengths)
+        kv: dict[str, list[tuple[int, int]]] = {}
+        for i, state in enumerate(mark.layers):
+            if isinstance(state, KVCache):
+                kv[str(i)] = parts_of(state, held)
             else:
-                cache.go_to(mark)
-        return cache
+                tensors.update({f"{prefix}layers.{i}.conv": state.conv, f"{prefix}layers.{i}.memory": state.recurrent})
+        if mark.mtp is not None:
+            kv["mtp"] = parts_of(mark.mtp, max(held - 1, 0))
+        tensors[f"{prefix}tokens"] = mark.tokens
+        for name, x in (("hidden", mark.hidden), ("last_logits", mark.last_logits)):
+            if x is not None:
+                tensors[prefix + name] = x
+        return {"lengths": mark.lengths, "kv": kv}
+
+    described = {"": add(cache.mark(), "")}
+    for name, mark in cache.snapshots.items():
+        described[name] = add(mark, f"snapshots.{len(described)}.")
+    about = {
+        "format": FORMAT,
+        "fingerprint": identity(model, mtp=cache.mtp is not None),
+        "yarn": cache.yarn and asdict(cache.yarn),
+        "kv_dtype": cache.kv_dtype and str(cache.kv_dtype).removeprefix("torch."),
+        "mtp": cache.mtp is not None,
+        "marks": described,
+    }
+    write_checksummed(Path(path), tensors, about)
 
 
-def _mark(cache: CacheFiles, tensors: dict[str, Tensor], described: dict[str, Any], prefix: str) -> Snapshot:
+def load_cache(path: str | Path, model: Any, *, max_len: int | None, history: int) -> Any:
+    """`HybridCache.load`."""
+    path = Path(path)
+    about = read_about(path, format=FORMAT, kind="a cache")
+    if about["fingerprint"] != identity(model, mtp=about["mtp"]):
+        raise ValueError(f"{path} is a cache of another model, other weights or another dtype: use its own model.")
+    if (about["yarn"] and Yarn(**about["yarn"])) != model.config.rope_scaling:
+        raise ValueError(
+            f"{path} was made with RoPE scaling {about['yarn']}, the model has {model.config.rope_scaling}: "
+            "call model.extend_context with the same factor, or create the cache again."
+        )
+    device = model.device
+    tensors = {name: x.to(device) for name, x in read_checksummed(path, about).items()}
+    marks = about["marks"]
+    held = max(max(m["lengths"]) for m in marks.values())
+    batch = len(marks[""]["lengths"])
+    limit = max(held, 4096) if max_len is None else max_len
+    if limit < held:
+        raise ValueError(f"{path} holds {held} tokens, but max_len is {limit}: make it larger.")
+    kv_dtype = about["kv_dtype"]
+    cache = model.new_cache(batch=batch, max_len=limit, kv_dtype=kv_dtype, history=history, mtp=about["mtp"])
+    for n, (name, described) in enumerate(marks.items()):
+        mark = _mark(cache, tensors, described, f"snapshots.{n}." if name else "")
+        if name:
+            cache.snapshots[name] = mark
+        else:
+            cache.go_to(mark)
+    return cache
+
+
+def _mark(cache: Any, tensors: dict[str, Tensor], described: dict[str, Any], prefix: str) -> Snapshot:
     def keys_and_values(state: KVCache, key: str) -> KVCache:
         fresh = state.share(0)
         parts = [

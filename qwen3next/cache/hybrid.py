@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from layers.norm import at_least_fp32
 from layers.rope import Yarn
 from layers.segments import Segments
 from layers.state.kv_cache import KVCache
-from qwen3next.cache.files import CacheFiles
+from qwen3next.cache.files import load_cache, save_cache
 from qwen3next.cache.rollback_log import RollbackLog, State
 from qwen3next.cache.snapshot import Snapshot
 from qwen3next.config import ModelConfig
@@ -44,12 +45,11 @@ class Extension:
     layers: list[State]
     mtp: KVCache | None
     hidden_before: Tensor | None
-    batch: int
     hidden: Tensor | None = None
 
 
 @dataclass
-class HybridCache(CacheFiles):
+class HybridCache:
     """The state of `batch` sequences. Make one with `model.new_cache`; `model(ids, cache=cache)` reads and extends it.
 
     A call that fails or is interrupted leaves it as it was.
@@ -154,7 +154,7 @@ class HybridCache(CacheFiles):
             self._rollback_log.begin(
                 self.layers, segments, logits=self.last_logits, hidden=self.hidden, resting=self._resting
             )
-        call = Extension(segments, self.layers, self.mtp, self.hidden, self.batch)
+        call = Extension(segments, self.layers, self.mtp, self.hidden)
         try:
             yield call
             assert call.hidden is not None
@@ -357,6 +357,26 @@ class HybridCache(CacheFiles):
     def storages(self) -> dict[int, int]:
         """Address and bytes of all memory that states, keys and values keep alive; forks have some in common."""
         return Snapshot(self.lengths, self.layers, self.mtp, self.tokens, None, None).storages()
+
+    def save(self, path: str | Path) -> None:
+        """Write this cache and its snapshots as a safetensors file, atomically. `load` requires the same model.
+
+        Keys and values that snapshots share with the cache are written once.
+        Raises: ValueError if the cache's model no longer exists.
+        """
+        save_cache(self, path)
+
+    @staticmethod
+    def load(path: str | Path, model: Any, *, max_len: int | None = None, history: int = 0) -> "HybridCache":
+        """Read a cache that was saved with `model`, onto the model's device.
+
+        Args:
+            max_len: tokens that the cache can hold; None means 4096, or the tokens in the file if more.
+            history: as for `model.new_cache`.
+        Raises: ValueError for a damaged or changed file, one of another model, dtype or RoPE factor, or more tokens
+            than `max_len`.
+        """
+        return load_cache(path, model, max_len=max_len, history=history)
 
     @staticmethod
     def estimate(config: ModelConfig, tokens: int, *, kv_bytes: int = 2, conv_bytes: int = 2, mtp: bool = False) -> int:

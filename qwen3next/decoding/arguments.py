@@ -11,7 +11,7 @@ from qwen3next.decoding.description import Description
 
 
 class Arguments:
-    """The structures of one model. The addresses in them are good while somebody keeps its weights alive (Guard).
+    """The structures of one model. Their addresses are valid while the Guard keeps the model's weights alive.
 
     Attributes:
         sizes: what all layers share, and the rows and tokens of a call.

@@ -20,14 +20,7 @@ changes = 0  # of an attribute of a module of these classes
 
 def _count_changes(kind: type[nn.Module]) -> None:
     """Let `changes` grow whenever an attribute of a module of this class is set or deleted."""
-    for name in (
-        "__setattr__",
-        "__delattr__",
-        "register_parameter",
-        "register_buffer",
-        "register_module",
-        "add_module",
-    ):
+    for name in METHODS:
         setattr(kind, name, _counted(getattr(kind, name)))
 
 

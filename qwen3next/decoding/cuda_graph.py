@@ -21,8 +21,9 @@ from layers.state.kv_cache import KVCache
 from layers.state.static_kv_cache import StaticKVCache
 from qwen3next.cache.hybrid import HybridCache
 from qwen3next.decoding.guard import Guard
-from qwen3next.decoding.protocol import Decodable, like
+from qwen3next.decoding.protocol import Decodable
 from qwen3next.decoding.why_not import why_not
+from qwen3next.inputs import like
 
 WARM_UP = 3  # runs before a capture, in which kernels are compiled and tuned
 

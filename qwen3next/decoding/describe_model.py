@@ -6,7 +6,8 @@ from torch import Tensor, nn
 import qwen3next.decoding.kinds  # noqa: F401  # registers the kinds
 from layers.cpp.step import has_field
 from qwen3next.decoding.description import CALLS, KINDS, REFUSED, Description, Held, Layer, Needed, Number, Place
-from qwen3next.decoding.protocol import Decodable, like
+from qwen3next.decoding.protocol import Decodable
+from qwen3next.inputs import like
 
 AROUND = ("embed_tokens", "norm", "lm_head")  # the blocks
 FLOATS = (torch.float32, torch.bfloat16, torch.float64)  # dtypes of weights and states that C++ reads

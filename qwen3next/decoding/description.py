@@ -101,7 +101,7 @@ class Kind:
 
     roles: tuple[str, ...]
     describe: Callable[[Any, Place], StepSpec]
-    calls: tuple[Any, Any]  # of the class: whoever replaces them wants to be called
+    calls: tuple[Any, Any]  # of the class: if one is replaced, the replacement must be called
 
 
 KINDS: dict[type, Kind] = {}

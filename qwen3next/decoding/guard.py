@@ -48,7 +48,7 @@ class Guard:
         self._chosen = self._overridden or any(map(chooses, inner))
         self._registered, self._hooked = -1, False
 
-    def holds(self, model: Decodable) -> bool:
+    def is_valid(self, model: Decodable) -> bool:
         """Whether modules, weights and settings are what they were, hooks aside."""
         try:
             return (

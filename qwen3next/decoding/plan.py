@@ -18,16 +18,17 @@ from qwen3next.cache.hybrid import HybridCache
 from qwen3next.decoding.arguments import Arguments
 from qwen3next.decoding.describe_model import describe
 from qwen3next.decoding.guard import Guard
-from qwen3next.decoding.protocol import Decodable, like
+from qwen3next.decoding.protocol import Decodable
 from qwen3next.decoding.rotations import Rotations
 from qwen3next.decoding.states import States
 from qwen3next.decoding.why_not import why_not
+from qwen3next.inputs import like
 
 MOST_TOKENS = 8  # new ones in a call, all rows together: beyond, matrix products in torch are faster
 
 
 class Plan:
-    """A model's step in compiled code. Valid while the guard with which it was made holds, which keeps the weights."""
+    """A model's step in compiled code. Valid while its guard is, which keeps the weights alive."""
 
     def __init__(self, model: Decodable, guard: Guard):
         """Raises: Unsupported where compiled code cannot run the model; ValueError for a weight without its memory."""
@@ -35,10 +36,6 @@ class Plan:
         self._states = States(self._arguments)
         self.rotations = Rotations(self._arguments.dtype)
         self._lock = threading.Lock()  # the structures are filled anew for every call
-
-    def is_valid(self, model: Decodable) -> bool:
-        """Whether the model is as it was when the plan was made; hooks aside."""
-        return self.guard.holds(model)
 
     def supports(self, cache: HybridCache) -> bool:
         """Whether a cache is in dtypes that compiled code knows. Raises: ValueError for another model's cache."""
@@ -102,7 +99,7 @@ class PlanCache:
 
     def current(self, model: Decodable) -> Guard:
         """The guard of the model as it is; what was made for another is forgotten."""
-        if self.guard is None or not self.guard.holds(model):
+        if self.guard is None or not self.guard.is_valid(model):
             self.guard = self.plan = None  # before another is made: what they keep alive may be large
             self.reasons = {}
             self.guard = Guard(model)

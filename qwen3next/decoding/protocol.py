@@ -48,12 +48,6 @@ class Decodable(Protocol):
     def _rotation(self, positions: Tensor, dtype: torch.dtype, /) -> Rotation: ...
 
 
-def like(model: Decodable) -> Tensor:
-    """A tensor of the model's device and dtype, also where its embedding was replaced by a module without a weight."""
-    weight = getattr(model.embed_tokens, "weight", None)
-    return weight if isinstance(weight, Tensor) else next(model.parameters())
-
-
 def decoding_modules(model: Decodable) -> list[nn.Module]:
     """The model and all its modules except those of the MTP layer."""
     apart = set() if model.mtp is None else set(model.mtp.modules())

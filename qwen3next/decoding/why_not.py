@@ -4,7 +4,8 @@ import torch
 
 from layers.dispatch.backends import why_not as backend_why_not
 from qwen3next.decoding.describe_model import Unsupported, describe, unknown_module
-from qwen3next.decoding.protocol import Decodable, like
+from qwen3next.decoding.protocol import Decodable
+from qwen3next.inputs import like
 
 
 def why_not(

@@ -24,6 +24,7 @@ class Hooked(nn.Module):
     """Gives a model its hook points by name, e.g. "blocks.3.linear_attn.hook_beta"."""
 
     residual: Callable[..., Tensor]
+    hook_call: dict[str, Any]  # what the present call tells hooks
     activation_cache: Callable[..., Any]  # what `run_with_cache` returns: q.interp.ActivationCache
 
     @property
@@ -33,7 +34,6 @@ class Hooked(nn.Module):
 
     def name_hooks(self) -> None:
         """Set the name and layer of every point, and share one dict among them that holds a call's position."""
-        self.hook_call: dict[str, Any] = {"position": 0}
         for module in self.modules():
             # An instance attribute takes a third of the time of torch's look-up of submodules (docs/hooks.md).
             module.__dict__.update({n: child for n, child in module.named_children() if isinstance(child, HookPoint)})
