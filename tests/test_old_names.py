@@ -10,6 +10,7 @@ from conftest import small_model
 import layers.old_names
 import qwen3next as q
 import qwen3next.old_names
+import recipes.old_names
 from layers.dispatch.backends import choose
 from layers.gated_deltanet import GatedDeltaNet
 from layers.mlp import SwiGLU
@@ -17,7 +18,7 @@ from layers.moe import SparseMoE
 from layers.norm import RMSNorm
 from layers.segments import Segments
 
-MODULES = layers.old_names.MODULES | qwen3next.old_names.MODULES
+MODULES = layers.old_names.MODULES | qwen3next.old_names.MODULES | recipes.old_names.MODULES
 TOKENS = torch.arange(12)[None]
 
 
@@ -25,7 +26,7 @@ def test_modules_that_moved_are_found():
     """In a process of its own, where none was imported: with a warning that points at the importing file."""
     code = f"""
 import importlib, warnings
-import qwen3next
+import qwen3next, recipes
 for old, new in {MODULES!r}.items():
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from layers.deprecation import warn_renamed
+from layers.deprecation import renamed_names, warn_renamed
 from layers.dispatch import availability as can
 from layers.dispatch.availability import Refusal
 from layers.dispatch.registry import function_of, special_cases
@@ -238,3 +238,7 @@ def explain_operation(
     elif reason is not None:
         why += f"; not with gradients: {reason}"
     return Explanation(operation, runs, why, "; ".join(faster) or "-")
+
+
+_MOVED = ("MKL_USES_ALL", "fla_missing", "flash_module", "generation", "missing", "release", "triton_refused")
+__getattr__ = renamed_names(__name__, {name: f"layers.dispatch.availability.{name}" for name in _MOVED})

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from layers.deprecation import renamed_attribute
 from layers.dispatch.attached import attached
 from layers.segments import Segments
 from qwen3next.cache.hybrid import HybridCache, new_cache
@@ -19,6 +20,8 @@ from qwen3next.model import Qwen3Next as Reference
 
 class Stepping(Reference):
     """The model with `new_cache`, `step`, `logits_after` and `draft`."""
+
+    decode_slot = renamed_attribute("decode_slot", "plan_cache")
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
