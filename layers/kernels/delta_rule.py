@@ -5,7 +5,7 @@ from torch import Tensor
 
 from layers.chunk_decay import bounded
 from layers.cpp import functions as native
-from layers.delta_rule import chunked, exact, recurrent
+from layers.delta_rule import chunked, exact
 from layers.dispatch.registry import implements
 from layers.kernels import cases
 from layers.kernels.chunked_recompute import chunked_recompute as recomputed
@@ -23,7 +23,7 @@ def _mixes(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, seg
     return segments.packed and wild(segments, torch.linalg.vector_norm(k.detach(), dim=-1), largest=1.01)
 
 
-_over_chunks = over_chunks(recurrent, _mixes)
+_over_chunks = over_chunks("delta_rule", _mixes)
 implements("delta_rule", "chunked")(_over_chunks(chunked))
 
 

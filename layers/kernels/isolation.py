@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from layers.delta_rule import Rule
+from layers.dispatch.registry import definition_of, function_of
 from layers.segments import Segments
 
 LARGEST = 1e9  # in fp32 a product of four such is finite
@@ -96,14 +97,14 @@ class GradientsApart:
         return self._spoilt.view(*grad.shape[:2], *(1,) * (grad.ndim - 2))
 
 
-def over_chunks(loop: Rule, mixes: Callable[..., bool]) -> Callable[[Rule], Rule]:
+def over_chunks(operation: str, mixes: Callable[..., bool]) -> Callable[[Rule], Rule]:
     """A decorator that makes a rule over chunks take any input.
 
     One token takes the token loop, to whose definition a chunk would only add work. Packed rows whose numbers a shared
     chunk would mix run one sequence at a time, and gradients that are not finite stay in their sequence.
 
     Args:
-        loop: the definition of the rule, token by token.
+        operation: of the rule; its definition is the token loop.
         mixes: (q, k, v, log_decay, beta, segments) → whether shared chunks would mix the sequences.
     """
 
@@ -113,7 +114,7 @@ def over_chunks(loop: Rule, mixes: Callable[..., bool]) -> Callable[[Rule], Rule
             *inputs: Tensor, state: Tensor | None, segments: Segments | None
         ) -> tuple[Tensor, Tensor]:  # inputs: q, k, v, log_decay, beta
             if inputs[0].shape[1] == 1:
-                return loop(*inputs, state=state, segments=segments)
+                return function_of(operation, definition_of(operation))(*inputs, state=state, segments=segments)
             if segments is not None and mixes(*inputs, segments):
 
                 def alone(before: Tensor | None, *parts: Tensor) -> tuple[Tensor, Tensor]:

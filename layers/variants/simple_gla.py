@@ -69,7 +69,7 @@ def _mixes(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, seg
 
 
 @implements("simple_gla", "chunked")
-@over_chunks(recurrent, _mixes)
+@over_chunks("simple_gla", _mixes)
 def chunked(
     q: Tensor,
     k: Tensor,

@@ -48,7 +48,7 @@ TORCH_OPERATORS = {
 PYTHON = {
     ("delta_rule", "chunked_recompute"): (rule_kernels, "recomputed"),
     ("delta_rule", "chunked"): (delta_rule, "unit_lower_inverse"),
-    ("delta_rule", "recurrent"): (rule_kernels, "recurrent"),  # of a token by itself; chosen, it is in the registry
+    ("delta_rule", "recurrent"): (delta_rule, "recurrent"),  # in the registry, by name and for a token by itself
     ("causal_conv", "torch"): (gradients.FilterTaps, "apply"),
     ("elementwise", "torch"): (norm, "unit_rms"),
     ("experts", "loop"): (moe, "loop"),
@@ -67,7 +67,7 @@ class Count(TorchDispatchMode):
         self.calls = defaultdict(lambda: defaultdict(int))
         for (operation, backend), (owner, name) in PYTHON.items():
             self._wrap(monkeypatch, owner, name, operation, backend)
-        monkeypatch.setitem(registry._functions, ("delta_rule", "recurrent"), rule_kernels.recurrent)
+        monkeypatch.setitem(registry._functions, ("delta_rule", "recurrent"), delta_rule.recurrent)
         call = operators.call
 
         def native(name, *arguments):
