@@ -53,7 +53,7 @@ def convolve(x: Tensor, weight: Tensor, *, state: Tensor, segments: Segments | N
     else:
         y = filter_taps(at_least_fp32(history), at_least_fp32(weight)).to(x.dtype)
         y = y if segments is None else _without_leaks(y, history, weight, segments)
-    return F.silu(y), last_inputs(history, state.shape[1], segments)
+    return F.silu(y), last_inputs(x, state, segments)
 
 
 def inputs_with_state(x: Tensor, state: Tensor, segments: Segments | None) -> Tensor:
@@ -74,14 +74,23 @@ def _without_leaks(y: Tensor, history: Tensor, weight: Tensor, segments: Segment
     return y.index_put((row, column), (window.masked_fill(~own[..., None], 0.0) * weight.mT.to(y.dtype)).sum(1))
 
 
-def last_inputs(history: Tensor, carried: int, segments: Segments | None) -> Tensor:
-    """The inputs that the token after each row's last one will need."""
+def last_inputs(x: Tensor, state: Tensor, segments: Segments | None) -> Tensor:
+    """The inputs that the token after each row's last one will need: (b, kernel_size − 1, d), a copy."""
+    carried = state.shape[1]
     if segments is None:
-        return history[:, history.shape[1] - carried :].clone()  # not a view, which keeps all inputs
-    place = segments.end[:, None] + torch.arange(carried, device=history.device)  # history lags x by `carried`
-    last = history.gather(1, place[..., None].expand(-1, -1, history.shape[2]))
+        return torch.cat((state.to(x.dtype), x), dim=1)[:, x.shape[1] :].clone()  # not a view, which keeps all inputs
+    tap = torch.arange(carried, device=x.device)
+    place = segments.end[:, None] - carried + tap  # a column of x; before the row's first real token, of the state
+    before = place - segments.first[:, None] + carried
+    of_x, of_state = _columns(x, place), _columns(state.to(x.dtype), before)
+    last = torch.where((place < segments.first[:, None])[..., None], of_state, of_x)
     # A short last sequence must not hand on the inputs of the one before it.
     final = segments.end.clamp(min=1)[:, None] - 1
     position, number = segments.positions.gather(1, final), segments.segment_ids.gather(1, final)
-    own = (number <= 0) | (torch.arange(carried, device=history.device) >= carried - 1 - position)
+    own = (number <= 0) | (tap >= carried - 1 - position)
     return last.masked_fill(~own[..., None], 0.0)
+
+
+def _columns(x: Tensor, index: Tensor) -> Tensor:
+    """(b, n, d): columns `index` (b, n) of each row of x (b, t, d); the nearest one where there is none."""
+    return x.gather(1, index.clamp(0, x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[2]))

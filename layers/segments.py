@@ -186,7 +186,7 @@ class Segments(SequenceSpans):
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
-        """(n + 1,) boundaries of the segments in the flattened (b · t) tokens, as varlen kernels want them.
+        """(n + 1,) boundaries of the segments in the flattened (b · t) tokens, int64 as FLA's kernels want them.
 
         Padding belongs to the segment before it, or to its row's first: kernels must be given a neutral input there.
         """
@@ -194,7 +194,7 @@ class Segments(SequenceSpans):
         edge = self.resets.clone()
         edge[:, 0] = True
         begins = edge.flatten().nonzero().flatten()
-        return torch.nn.functional.pad(begins, (0, 1), value=self.batch * self.length).int()
+        return torch.nn.functional.pad(begins, (0, 1), value=self.batch * self.length)
 
     def next_is_same(self, ahead: int = 1) -> Tensor:
         """(b, t) True where the token `ahead` places on belongs to the same sequence: the places with a target."""

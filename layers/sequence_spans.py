@@ -57,6 +57,7 @@ class SequenceSpans:
     gapped: bool
     mask: cached_property[Tensor]
     resets: cached_property[Tensor]
+    cu_seqlens: cached_property[Tensor]
     _previous: cached_property[Tensor]
 
     @property
@@ -157,6 +158,34 @@ class SequenceSpans:
             raise ValueError(
                 "Absent tokens stand within a sequence: give segments.closed(x), which moves its tokens together."
             )
+
+    @cached_property
+    def starts_late(self) -> bool:
+        """Some row begins with padding."""
+        return self.document_ids is not None and bool((self.document_ids[:, 0] < 0).any())
+
+    @cached_property
+    def real_tokens(self) -> Tensor:
+        """(n,) indices of the real tokens in the flattened (b · t)."""
+        return self.mask.flatten().nonzero().flatten()
+
+    @cached_property
+    def boundaries(self) -> tuple[Tensor, Tensor]:
+        """Where the sequences of `runs` begin among their tokens here, and among all of theirs: each (n + 1,) int32."""
+        new = torch.tensor([(run.end - run.begin, run.offset) for run in self.runs]).mT.to(self.device)
+        both = torch.nn.functional.pad(torch.stack((new[0], new.sum(0))), (1, 0)).cumsum(1).int()
+        return both[0], both[1]
+
+    @cached_property
+    def last_segments(self) -> Tensor:
+        """(b,) index of each row's last segment among those of `cu_seqlens`."""
+        return (self.resets.sum(1) + 1).cumsum(0) - 1
+
+    def to_segments(self, state: Tensor) -> Tensor:
+        """(segments …): each row's `state` (b …) for its first segment in `cu_seqlens`, zeros for the others."""
+        first = torch.nn.functional.pad(self.last_segments[:-1] + 1, (1, 0))
+        spread = state.new_zeros(len(self.cu_seqlens) - 1, *state.shape[1:])
+        return spread.index_copy(0, first, state)
 
     def has_state_each(self, state: Tensor) -> bool:
         """Whether rows are packed and `state` has an entry for each sequence, not one for each row."""

@@ -10,6 +10,8 @@ from torch import nn
 
 from layers.moe import Experts
 from qwen3next.api import Qwen3Next
+from qwen3next.checkpoints.memory_needs import bytes_needed
+from qwen3next.checkpoints.reader import stays_exact
 from qwen3next.config import ModelConfig
 from qwen3next.files.sizes import binary
 
@@ -119,6 +121,12 @@ def _model_table(model: Qwen3Next) -> Table:
     mtp = f", and {short(counts.mtp)} in the MTP layer" if counts.mtp else ", no MTP layer"
     table.add_row("parameters", short(counts.main) + mtp)
     table.add_row("active a token", f"{short(counts.active)}, embedding and head included, MTP not")
+    needs = bytes_needed(model, lambda name: torch.float32 if stays_exact(name) else torch.bfloat16)
+    if needs["memory"] > needs["disk"]:
+        places = f'{binary(needs["int8"])} with experts="int8", {binary(needs["disk"])} with experts="disk"'
+        table.add_row("weights in bf16", f"{binary(needs['memory'])}, {places} and its cache")
+    else:
+        table.add_row("weights in bf16", binary(needs["memory"]))
     table.add_row("embedding", f"{c.vocab_size} x {c.hidden_size} = {short(counts.embedding)}; head: {head}")
     if c.chosen() or c.attention_gate == "head_shared":
         gate = {"attention_gate": c.attention_gate} if c.has_attention_variant else {}

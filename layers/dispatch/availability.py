@@ -70,8 +70,10 @@ def triton_refused(device: torch.device) -> Refusal | None:
     )
 
 
-def _self_check(operation: str, name: str, device: torch.device, dtype: torch.dtype) -> Refusal | None:
-    reason = self_check.failed(operation, name, device, dtype)
+def _self_check(
+    operation: str, name: str, device: torch.device, dtype: torch.dtype, head_dim: int = 0
+) -> Refusal | None:
+    reason = self_check.failed(operation, name, device, dtype, head_dim)
     return None if reason is None else Refusal(reason)
 
 
@@ -113,12 +115,13 @@ def flash(device: torch.device, dtype: torch.dtype) -> str | None:
         return "flash-attn's kernels have float16 and bfloat16 alone"
     if flash_module(generation(device)) is None:
         return "no flash-attn for this GPU can be imported: pip install 'qwen3next[flash]', or flash-attn"
-    return _self_check("attention", "flash", device, dtype)
+    return None
 
 
-def flash_heads(head_dim: int) -> str | None:
-    fits = head_dim <= 256 and head_dim % 8 == 0
-    return None if fits else f"flash-attn's heads are multiples of 8 up to 256 wide, not {head_dim}"
+def flash_heads(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    if head_dim > 256 or head_dim % 8:
+        return f"flash-attn's heads are multiples of 8 up to 256 wide, not {head_dim}"
+    return _self_check("attention", "flash", device, dtype, head_dim)
 
 
 def sdpa_flash(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -126,7 +129,11 @@ def sdpa_flash(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"torch's fused kernels that it picks from run on CUDA, the tensors are on {device.type}"
     if dtype == torch.float64:
         return "torch's fused kernels have no float64"
-    return _self_check("attention", "sdpa_flash", device, dtype)
+    return None
+
+
+def sdpa_flash_heads(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    return _self_check("attention", "sdpa_flash", device, dtype, head_dim)
 
 
 def math_kernel(device: torch.device, _dtype: torch.dtype) -> str | None:

@@ -34,13 +34,13 @@ class Implementation:
     why: str
     missing: Callable[[torch.device, torch.dtype], str | None] = lambda _device, _dtype: None
     passed_over: Callable[[torch.device, torch.dtype], str | None] = lambda _device, _dtype: None
-    head_dims: Callable[[int], str | None] = lambda _head_dim: None
+    head_dims: Callable[[torch.device, torch.dtype, int], str | None] = lambda _device, _dtype, _head_dim: None
     except_for: str = ""
     on_auto_except_for: str = ""
 
     def cannot(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """Why it cannot run for such tensors, whose heads are so wide (0: unknown), or None."""
-        return self.missing(device, dtype) or (self.head_dims(head_dim) if head_dim else None)
+        return self.missing(device, dtype) or (self.head_dims(device, dtype, head_dim) if head_dim else None)
 
     def unfit(self, device: torch.device, dtype: torch.dtype, head_dim: int = 0) -> str | None:
         """Why "auto" does not pick it for such tensors, or None."""
@@ -86,7 +86,12 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
         Implementation("recurrent", "token loop, the definition"),
     ),
     "causal_conv": (
-        Implementation("fla", "fused Triton kernel", can.fla_conv, except_for="padded and packed rows take torch"),
+        Implementation(
+            "fla",
+            "fused Triton kernel",
+            can.fla_conv,
+            except_for="a token by itself, and rows that begin with padding, take torch",
+        ),
         Implementation(
             "cpp", "one pass over memory", can.cpp, except_for="padded and packed rows and a token by itself take torch"
         ),
@@ -94,7 +99,12 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
     ),
     "attention": (
         Implementation("flash", "flash-attn's kernels", can.flash, head_dims=can.flash_heads),
-        Implementation("sdpa_flash", "torch's fused attention, never its math kernel", can.sdpa_flash),
+        Implementation(
+            "sdpa_flash",
+            "torch's fused attention, never its math kernel",
+            can.sdpa_flash,
+            head_dims=can.sdpa_flash_heads,
+        ),
         Implementation(
             "cpp",
             "in tiles, without gradients",

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 Results = tuple[Tensor, ...]
-# Called with the name of a backend; runs the operation by it on small random inputs of this device and dtype, and
-# returns its results, followed by gradients where they are enabled.
-Case = Callable[[str, torch.device, torch.dtype], Results]
+# Called with the name of a backend, a device, a dtype and the width of heads; runs the operation by it on small random
+# inputs, and returns its results, followed by gradients where they are enabled. Width 0: as released models have it.
+Case = Callable[[str, torch.device, torch.dtype, int], Results]
 F = TypeVar("F", bound=Callable[..., Any])
 
 _functions: dict[tuple[str, str], Callable[..., Any]] = {}

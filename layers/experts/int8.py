@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int, Int8
 from torch import Tensor, nn
 
-from layers.kernels.experts import one_token
+from layers.kernels.experts import GATHERED, grouped_serves, one_token, sorted_by_expert
+from layers.kernels.grouped_linear import grouped_linear
 from layers.moe import loop
+from layers.norm import at_least_fp32
 
 # Rows of x up to which torch's int8 kernel beats a bf16 product with converted weights (docs/log.md).
 PACKED_ROWS = 8
@@ -70,6 +72,11 @@ def int8_linear(
     return _Int8Linear.apply(x, q, scale)
 
 
+def _swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 class Int8Experts(nn.Module):
     """`Experts` in int8. Made empty; `fill` quantises one matrix at a time, so that a loader can stream."""
 
@@ -119,12 +126,36 @@ class Int8Experts(nn.Module):
         self, x: Float[Tensor, "n width"], weights: Float[Tensor, "n k"], indices: Int[Tensor, "n k"]
     ) -> Float[Tensor, "n width"]:
         """Σ_j weights[:, j] · expert[indices[:, j]](x)."""
+        if x.device.type != "cpu" and not torch.is_grad_enabled():
+            if indices.numel() <= GATHERED:
+                return self._gathered(x, weights, indices)
+            if grouped_serves(x, self.down_proj, dtype=_summed_in(x)):
+                return self._grouped(x, weights, indices)
         single = x.shape[0] == 1 and not torch.is_grad_enabled()
         return (one_token if single else loop)(x, weights, indices, self._expert)
 
+    def _gathered(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """A few tokens with a copy of every choice's weights; no wait for the device."""
+        dtype, chosen, (n, k) = _summed_in(x), indices.flatten(), indices.shape
+        rows = x.repeat_interleave(k, dim=0, output_size=n * k)[..., None].to(dtype)
+        gate_up = (self.gate_up_proj[chosen].to(dtype) @ rows)[..., 0] * self.gate_up_scale[chosen]
+        out = self.down_proj[chosen].to(dtype) @ _swiglu(gate_up.to(x.dtype)).to(dtype)[..., None]
+        out = (out[..., 0] * self.down_scale[chosen]).to(x.dtype).view(n, k, -1)
+        return (at_least_fp32(out) * weights[..., None]).sum(1).to(x.dtype)
+
+    def _grouped(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """Many tokens, sorted by expert, with a converted copy of all experts for a while; no wait for the device."""
+        dtype, chosen = _summed_in(x), indices.flatten()
+        order, token, ends = sorted_by_expert(indices, len(self.down_proj))
+        expert = chosen[order]
+        gate_up = grouped_linear(x[token].to(dtype), self.gate_up_proj.to(dtype), ends) * self.gate_up_scale[expert]
+        out = grouped_linear(_swiglu(gate_up.to(x.dtype)).to(dtype), self.down_proj.to(dtype), ends)
+        out = at_least_fp32((out * self.down_scale[expert]).to(x.dtype)) * weights.flatten()[order, None]
+        return torch.zeros_like(at_least_fp32(x)).index_add(0, token, out).to(x.dtype)
+
     def _expert(self, e: int, x: Tensor) -> Tensor:
-        gate, up = int8_linear(x, self.gate_up_proj[e], self.gate_up_scale[e]).chunk(2, dim=-1)
-        return int8_linear(F.silu(gate) * up, self.down_proj[e], self.down_scale[e])
+        hidden = _swiglu(int8_linear(x, self.gate_up_proj[e], self.gate_up_scale[e]))
+        return int8_linear(hidden, self.down_proj[e], self.down_scale[e])
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Int8Experts":
         """Move with the model; but `model.bfloat16()` must not round the scales, so they pass as whole numbers."""

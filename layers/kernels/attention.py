@@ -34,10 +34,11 @@ from layers.state.static_kv_cache import StaticKVCache
 Point = HookPoint | None
 
 
-def case(backend: str, device: torch.device, dtype: torch.dtype) -> Results:
-    """The last 40 of 70 tokens attend to all of them, with key heads that are shared."""
-    q, k, v = x = random(((1, 40, 4, 64), (1, 70, 2, 64), (1, 70, 2, 64)), device, dtype)
-    return with_gradients((attend(q, k, v, backend=backend),), x)
+def case(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Results:
+    """70 tokens attend to themselves, the last 40 to all, and the last to all; key heads are shared."""
+    d = head_dim or 256
+    q, k, v = x = random(((1, 70, 4, d), (1, 70, 2, d), (1, 70, 2, d)), device, dtype)
+    return with_gradients(tuple(attend(q[:, -t:], k, v, backend=backend) for t in (70, 40, 1)), x)
 
 
 def _refuse(points: dict[str, Point]) -> None:

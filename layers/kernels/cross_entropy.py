@@ -12,7 +12,8 @@ from layers.linear import linear
 from layers.norm import at_least_fp32
 
 ROWS = 256  # at least so many at a time, or adding up the weight's gradients costs more than the products
-LOGITS = 1 << 23  # at a time, where that is more
+LOGITS = 1 << 23  # at a time, where that is more: on a CPU they stay near its caches
+SHARE = 64  # on a GPU logits in fp32 take one part in so many of its memory: each part reads all of the weight
 
 
 @implements("cross_entropy", "torch")
@@ -55,7 +56,7 @@ def _summed(
     low = weight.to(hidden.dtype)
     loss = at_least_fp32(hidden.new_zeros(()))
     to_hidden, to_weight = _gradients(hidden, weight, wanted)
-    rows = max(ROWS, LOGITS // len(weight))
+    rows = max(ROWS, _logits_at_once(hidden.device) // len(weight))
     for i in range(0, len(hidden), rows):
         part, labels = hidden[i : i + rows], target[i : i + rows, None]
         logs = F.log_softmax(at_least_fp32(linear(part, low, backend=backend)), dim=-1)
@@ -65,6 +66,12 @@ def _summed(
             to_hidden[i : i + rows] = product(to_logits, low.mT, backend=backend)
             to_weight += product(to_logits.mT, part.mT, backend=backend)
     return loss, to_hidden, to_weight
+
+
+def _logits_at_once(device: torch.device) -> int:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return LOGITS
+    return torch.cuda.get_device_properties(device).total_memory // (4 * SHARE)
 
 
 # A traced graph cannot loop over an unknown number of rows: it takes this whole, as an operator.

@@ -84,13 +84,9 @@ def fla(
     # The fused kernel has no backward; the chunked one is built for many tokens.
     single = v.shape[1] == 1 and not torch.is_grad_enabled()
     if segments is not None:
-        cu_seqlens = segments.cu_seqlens.long()
+        cu_seqlens = segments.cu_seqlens  # the same tensor in every layer: FLA keeps what it works out from it
         q, k, v, log_decay, beta = (x.flatten(0, 1)[None] for x in (q, k, v, log_decay, beta))
-        rows = segments.resets.sum(1) + 1  # segments of each row
-        last = rows.cumsum(0) - 1
-        if state is not None:
-            spread = state.new_zeros(int(last[-1]) + 1, *state.shape[1:])
-            state = spread.index_copy(0, last - rows + 1, state)
+        state = None if state is None else segments.to_segments(state)
     kernel = fused_recurrent_gated_delta_rule if single else chunk_gated_delta_rule
     o, final = kernel(
         q,
@@ -104,6 +100,6 @@ def fla(
         cu_seqlens=cu_seqlens,
     )
     if segments is not None:
-        o, final = o.unflatten(1, (b, -1))[0], final[last]
+        o, final = o.unflatten(1, (b, -1))[0], final[segments.last_segments]
     assert final.shape[:2] == (b, h)
     return o, final

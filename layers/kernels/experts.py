@@ -33,15 +33,19 @@ def grouped_on_device(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and generation(x.device) >= 9
 
 
+def _odd_rows(down: Tensor, dtype: torch.dtype) -> bool:
+    """Whether grouped_mm refuses the rows of a matrix in this dtype: it wants multiples of 16 bytes."""
+    return any(rows * dtype.itemsize % 16 for rows in down.shape[1:])
+
+
 def backend_of_experts(backend: str, down: Tensor) -> str:
-    """The backend asked for; on "auto", "loop" for rows that grouped_mm refuses: it wants multiples of 16 bytes."""
-    odd = any(rows * down.element_size() % 16 for rows in down.shape[1:])
-    return "loop" if odd and backend == "auto" else backend
+    """The backend asked for; on "auto", "loop" for rows that grouped_mm refuses."""
+    return "loop" if backend == "auto" and _odd_rows(down, down.dtype) else backend
 
 
-def grouped_serves(x: Tensor, down: Tensor) -> bool:
-    """Whether "grouped" on "auto" does not wait for the device."""
-    return backend_of_experts("auto", down) != "loop" and grouped_on_device(x)
+def grouped_serves(x: Tensor, down: Tensor, *, dtype: torch.dtype | None = None) -> bool:
+    """Whether "grouped" on "auto", with weights in `dtype`, does not wait for the device."""
+    return not _odd_rows(down, dtype or down.dtype) and grouped_on_device(x)
 
 
 def _by_itself(x: Tensor, _w: Tensor, _i: Tensor, _gate_up: Tensor, _down: Tensor, **_backends: str) -> bool:
@@ -81,6 +85,18 @@ def gathered(
     return (at_least_fp32(out) * weights[..., None]).sum(1).to(x.dtype)
 
 
+def sorted_by_expert(indices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The choices in the order of their experts, the token of each, and where each expert's run of choices ends.
+
+    Returns: indices into the flattened choices (n·k,), tokens (n·k,), ends (experts,) int32.
+    """
+    order = indices.flatten().argsort(stable=True)
+    # Not bincount, which asks a GPU for the largest index before it counts.
+    numbers = torch.arange(experts, device=indices.device)
+    ends = torch.searchsorted(indices.flatten()[order], numbers, right=True, out_int32=True)
+    return order, order // indices.shape[1], ends
+
+
 def _odd(_x: Tensor, _w: Tensor, _i: Tensor, _gate_up: Tensor, down: Tensor, **_backends: str) -> bool:
     return backend_of_experts("auto", down) == "loop"
 
@@ -102,11 +118,7 @@ def grouped(
     """Sort the (token, expert) pairs by expert, so that each expert's rows are neighbours; no wait for the device."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         check_experts(indices, len(gate_up))
-    order = indices.flatten().argsort(stable=True)
-    token = order // indices.shape[1]
-    # Not bincount, which asks a GPU for the largest index before it counts.
-    numbers = torch.arange(gate_up.shape[0], device=x.device)
-    ends = torch.searchsorted(indices.flatten()[order], numbers, right=True, out_int32=True)
+    order, token, ends = sorted_by_expert(indices, len(gate_up))
     gate, up = grouped_linear(x[token], gate_up, ends, backend=linear_backend).chunk(2, dim=-1)
     intermediate_size = activate(gate, up, backend=elementwise_backend)
     out = (

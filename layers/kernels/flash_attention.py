@@ -17,10 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from layers.dispatch.availability import flash_module, generation
-from layers.segments import Segments, SequenceSpan
+from layers.segments import Segments
 from layers.state.kv_cache import KVCache
 
-FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+# In this order. cuDNN's comes last: it plans anew for every shape, in decoding for every token.
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 NAMES = ("flash", "sdpa_flash")
 
 Heads = Float[Tensor, "b t h d"]
@@ -43,43 +44,40 @@ def fused_attention(
             k, v = (x.transpose(1, 2) for x in state.read(0, max(segments.ends), dtype=q.dtype))
         return attend_fused(choice, q, k, v)
 
-    def read(run: SequenceSpan) -> tuple[Tensor, Tensor]:  # each (n, kvh, d)
-        if state is None:
-            return k[run.row, run.begin : run.end], v[run.row, run.begin : run.end]
-        end = run.offset + run.end - run.begin
-        seen = state.read(0, end, row=run.sequence, dtype=q.dtype)
-        return seen.k[0].transpose(0, 1), seen.v[0].transpose(0, 1)
-
-    runs = segments.runs
-    keys, values = zip(*map(read, runs), strict=True)
-    rows = q.flatten(0, 1)
-    if segments.unpadded:
-        return _sequences(choice, rows, keys, values, runs).view_as(q)
     # Gathered and put back once: writing into slices in a loop would make the backward quadratic.
-    real = segments.mask.flatten().nonzero().flatten()
-    y = _sequences(choice, rows[real], keys, values, runs)
-    return torch.zeros_like(rows).index_copy(0, real, y).view_as(q)
+    rows, *of_call = (x.flatten(0, 1) for x in (q, k, v))
+    if segments.padded:
+        rows, *of_call = (x.flatten(0, 1)[segments.real_tokens] for x in (q, k, v))
+    keys, values = of_call if state is None else _held(state, segments, q.dtype)
+    y = _varlen(choice, rows, keys, values, segments)
+    if not segments.padded:
+        return y.view_as(q)
+    return torch.zeros_like(q.flatten(0, 1)).index_copy(0, segments.real_tokens, y).view_as(q)
 
 
-def _sequences(
-    choice: str, q: Tensor, k: tuple[Tensor, ...], v: tuple[Tensor, ...], runs: list[SequenceSpan]
-) -> Tensor:
-    """Queries (n h d) of all sequences, one behind the other; keys and values a sequence."""
-    lengths, seen = [run.end - run.begin for run in runs], [len(x) for x in k]
+def _held(state: KVCache, segments: Segments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values of every sequence up to its last token, one sequence behind the other: each (n kvh d)."""
+    read = [state.read(0, run.offset + run.end - run.begin, row=run.sequence, dtype=dtype) for run in segments.runs]
+    keys, values = (torch.cat([x[0] for x in heads], dim=1) for heads in zip(*read, strict=True))
+    return keys.transpose(0, 1), values.transpose(0, 1)
+
+
+def _varlen(choice: str, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """Real tokens (n h d) of all sequences, one sequence behind the other; likewise their keys and values."""
+    runs = segments.runs
+    lengths = [run.end - run.begin for run in runs]
+    seen = lengths if len(k) == len(q) else [run.offset + n for run, n in zip(runs, lengths, strict=True)]
     if choice == "sdpa_flash":
-        parts = zip(q.split(lengths), k, v, strict=True)
+        parts = zip(q.split(lengths), k.split(seen), v.split(seen), strict=True)
         return torch.cat([attend_fused(choice, *(x[None] for x in part))[0] for part in parts])
-
-    def boundaries(counts: list[int]) -> Tensor:
-        return torch.tensor([0, *counts], device=q.device).cumsum(0).int()
-
+    of_queries, of_keys = segments.boundaries
     return _first(
         _flash(q.device).flash_attn_varlen_func(
             q,
-            torch.cat(k),
-            torch.cat(v),
-            cu_seqlens_q=boundaries(lengths),
-            cu_seqlens_k=boundaries(seen),
+            k,
+            v,
+            cu_seqlens_q=of_queries,
+            cu_seqlens_k=of_queries if seen is lengths else of_keys,
             max_seqlen_q=max(lengths),
             max_seqlen_k=max(seen),
             softmax_scale=q.shape[-1] ** -0.5,
@@ -101,7 +99,7 @@ def attend_fused(
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     bias = mask if mask is not None else causal_lower_right(t, s) if 1 < t < s else None
     try:
-        with sdpa_kernel(FUSED):
+        with sdpa_kernel(FUSED, set_priority=True):
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=bias, is_causal=bias is None and t == s, enable_gqa=k.shape[1] != q.shape[1]
             )

@@ -41,7 +41,7 @@ def one_by_one(
         y, states[sequence.row] = run(before, *(x[row, sequence.begin : sequence.end] for x in tensors))
         outputs.append(y[0])
     last = tensors[-1] if not outputs else outputs[0]
-    real = segments.mask.flatten().nonzero().flatten()  # of rows one after another, as runs are
+    real = segments.real_tokens  # of rows one after another, as runs are
     flat = last.new_zeros(segments.batch * segments.length, *last.shape[1:]).index_copy(0, real, torch.cat(outputs))
     known = [x for x in states if x is not None]
     if not known:

@@ -149,8 +149,9 @@ class KVCache:
     def _move(self, base: int, past: int, end: int, spare: int) -> None:
         """Begin a buffer at place `base`, with what lies from there up to `past`; room up to `end`, or `spare` more."""
         kept, held = self.parts(base, past), past - base
-        # A quarter more than is held, so that decoding seldom moves.
-        wanted = max(end - base, held + max(held // 4, spare))
+        # More than is held, so that decoding seldom moves: a quarter; on CUDA, where it also captures a graph, as much.
+        more = held // 4 if self._own[0].device.type == "cpu" else held
+        wanted = max(end - base, held + max(more, spare))
         capacity = min(self.max_len - base, -(-wanted // BLOCK) * BLOCK)
         if base < self.base:
             self._parts, self._seen = (), 0

@@ -21,12 +21,15 @@ def routed(name: str) -> bool:
     return ".mlp.experts." in name
 
 
-def replace_experts(model: Any, opened: CheckpointReader, place: str, *, dtype: torch.dtype | None, cache: int) -> None:
+def replace_experts(
+    model: Any, opened: CheckpointReader, place: str, *, dtype: torch.dtype | None, device: torch.device, cache: int
+) -> None:
     """Replace the `Experts` of a model on the meta device by the module for `place`.
 
     Args:
         place: "int8" or "disk".
         dtype: dtype of experts after they are read; None means as stored.
+        device: where experts in int8 are kept.
         cache: bytes of the cache for experts read from the files.
     """
     if place == "disk":
@@ -37,7 +40,7 @@ def replace_experts(model: Any, opened: CheckpointReader, place: str, *, dtype: 
             count, width, inner = module.experts.down_proj.shape
             full = f"{name}.experts."
             if place == "int8":
-                with torch.device("cpu"):
+                with device:
                     experts: nn.Module = Int8Experts(width, inner, count)
             else:
                 assert model.expert_cache is not None

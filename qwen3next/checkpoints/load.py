@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from layers.deprecation import warn_renamed
 from qwen3next.checkpoints.expert_weights import PLACES, fill_int8, replace_experts, routed
+from qwen3next.checkpoints.memory_needs import bytes_needed, check_memory
 from qwen3next.checkpoints.progress import tracked
 from qwen3next.checkpoints.reader import CheckpointReader, cast_dtype, open_checkpoint
 from qwen3next.config import ModelConfig
@@ -47,8 +49,10 @@ def load_as(
         generation = GenerationConfig.load(opened.folder, quiet=True)
         with torch.device("meta"):
             model = kind(opened.config)
+        needs = bytes_needed(model, partial(_dtype, opened, cast))
+        check_memory(needs, experts, target, opened.folder.name)
         if experts != "memory":
-            replace_experts(model, opened, experts, dtype=cast, cache=budget)
+            replace_experts(model, opened, experts, dtype=cast, device=target, cache=budget)
         ours = _allocate(model, opened, cast, target)
         with torch.no_grad():
             for entry in tracked(opened.wanted, progress, f"loading {opened.folder.name}"):
@@ -62,10 +66,14 @@ def load_as(
             failed.pop_all()  # the files stay open, as experts are read later
     model.layout, model.origin = opened.layout, opened.folder
     model.generation_config = generation
-    model = model.to(target) if experts == "int8" else model
     model.experts_in = files_as_they_are(opened.folder) if experts == "disk" else ""
     model.weight_sums.loaded(opened.folder, model.state_dict(keep_vars=True), f"{cast} {experts}")
     return model
+
+
+def _dtype(opened: CheckpointReader, cast: torch.dtype | None, name: str) -> torch.dtype:
+    """The dtype that a parameter is kept in: that of its stored tensors where nothing is cast."""
+    return opened.dtypes[name] if cast is None else cast_dtype(name, opened.dtypes[name], cast)
 
 
 def _allocate(
@@ -77,7 +85,7 @@ def _allocate(
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             name = f"{prefix}.{leaf}" if prefix else leaf
             if parameter not in shared:
-                kind = opened.dtypes[name] if dtype is None else cast_dtype(name, opened.dtypes[name], dtype)
-                shared[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=kind, device=device))
+                empty = torch.empty(parameter.shape, dtype=_dtype(opened, dtype, name), device=device)
+                shared[parameter] = nn.Parameter(empty)
             setattr(module, leaf, shared[parameter])
     return dict(model.named_parameters())

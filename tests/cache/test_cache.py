@@ -242,3 +242,14 @@ def test_rewinding_takes_one_row():
     model(torch.arange(18).view(2, 9), cache=cache)
     with pytest.raises(ValueError, match="2 rows, but rewind_to takes one sequence"):
         cache.rewind_to([1])
+
+
+def test_on_a_gpu_buffers_grow_at_most_twelve_times_to_128k():
+    """Each growth captures the graph of decoding anew; "meta" stands for a GPU."""
+    state = KVCache(1, kv_heads=2, head_dim=8, max_len=2**17, dtype=torch.bfloat16, device=torch.device("meta"))
+    token, buffers = torch.zeros(1, 1, device="meta"), []
+    while state.capacity < 2**17:
+        state.reserve(Segments.full(token).after([state.capacity]), in_one=True)  # the first token without a place
+        buffers.append(state.capacity)
+    assert len(buffers) <= 12
+    assert buffers[-1] == 2**17

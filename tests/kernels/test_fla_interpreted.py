@@ -126,6 +126,20 @@ def test_convolution_kernel(t):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
 
 
+def test_convolution_kernel_on_packed_rows():
+    """Values and gradients; boundaries inside and at the end of rows, and a sequence shorter than the filter."""
+    ids = torch.tensor([[0] * 40 + [1] * 2 + [2] * 28, [3] * 70, [4] * 65 + [-1] * 5])
+    segments, g, found = Segments.from_document_ids(ids), torch.Generator().manual_seed(0), []
+    inputs = [torch.randn(*shape, generator=g) for shape in ((3, 70, 32), (32, 4), (3, 3, 32))]
+    for backend in ("fla", "torch"):
+        x, weight, state = (y.clone().requires_grad_() for y in inputs)
+        y, after = causal_conv(x, weight, state=state, segments=segments, backend=backend)
+        segments.real(y).square().sum().backward()
+        found.append((segments.real(y), after, x.grad, weight.grad, state.grad))
+    for kernel, definition in zip(*found, strict=True):
+        torch.testing.assert_close(kernel, definition, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("rows", [1, 65])
 def test_gated_norm_kernel(rows):
     """Error relative to the largest entry: fp32, with sums in another order."""
@@ -178,4 +192,4 @@ def test_fused_linear_cross_entropy_kernel():
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("operation", ["delta_rule", "causal_conv"])
 def test_the_self_check_passes_right_kernels(operation, gradients):
-    assert checked(operation, "fla", torch.device("cpu"), torch.float32, gradients) is None
+    assert checked(operation, "fla", torch.device("cpu"), torch.float32, 64, gradients) is None

@@ -160,11 +160,21 @@ def fake_fla(monkeypatch):
 
         return run
 
-    def conv(x, weight, bias=None, residual=None, initial_state=None, activation=None, backend="triton"):
+    def conv(
+        x, weight, bias=None, residual=None, initial_state=None, activation=None, backend="triton", cu_seqlens=None
+    ):
         calls.append("causal_conv1d")
         assert activation == "silu"
-        assert initial_state.shape == (x.shape[0], x.shape[2], weight.shape[1])
-        return causal_conv(x, weight, state=initial_state[..., 1:].mT, backend="torch")
+        n = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        assert initial_state.shape == (n, x.shape[2], weight.shape[1])
+        state = initial_state[..., 1:].mT
+        if cu_seqlens is None:
+            return causal_conv(x, weight, state=state, backend="torch")
+        assert cu_seqlens.dtype == torch.int64
+        assert x.shape[0] == 1
+        pieces = zip(x.split(cu_seqlens.diff().tolist(), dim=1), state, strict=True)
+        outputs = [causal_conv(piece, weight, state=before[None], backend="torch")[0] for piece, before in pieces]
+        return torch.cat(outputs, 1), None
 
     rule = types.ModuleType("fla.ops.gated_delta_rule")
     rule.chunk_gated_delta_rule, rule.fused_recurrent_gated_delta_rule = kernel("chunk"), kernel("fused")
@@ -198,6 +208,23 @@ def test_fla_is_called_as_meant(fake_fla, state, packed):
     torch.testing.assert_close(o, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(final, last, rtol=0, atol=1e-6)
     assert fake_fla == ["chunk"]
+
+
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("left", [0, 4])
+def test_fla_s_convolution_takes_packed_rows(fake_fla, state, left):
+    """Values, gradients and the inputs to carry; rows that begin with padding take the definition."""
+    ids = torch.tensor([[-1] * left + [0] * 20 + [1] * (20 - left), [0] * 5 + [1] * 2 + [2] * 28 + [-1] * 5])
+    segments, g, found = Segments.from_document_ids(ids), torch.Generator().manual_seed(0), []
+    inputs = [torch.randn(*shape, generator=g) for shape in ((2, 40, 6), (6, 4), (2, 3, 6))]
+    for backend in ("fla", "torch"):
+        x, weight, before = (y.clone().requires_grad_() for y in inputs)
+        y, after = causal_conv(x, weight, state=before if state else None, segments=segments, backend=backend)
+        (segments.real(y).square().sum() + after.square().sum()).backward()
+        found.append([segments.real(y), after, x.grad, weight.grad, *([before.grad] if state else [])])
+    for kernel, definition in zip(*found, strict=True):
+        torch.testing.assert_close(kernel, definition, rtol=1e-5, atol=1e-6)
+    assert fake_fla == ([] if left else ["causal_conv1d"])
 
 
 @pytest.fixture
@@ -267,12 +294,12 @@ def test_what_auto_picks_of_fla_s_row_kernels(monkeypatch):
 
 
 def test_fla_serves_the_whole_model(fake_fla):
-    """Prefill uses the chunked kernel, decoding the fused recurrent one, both the fused convolution."""
+    """Prefill uses the chunked kernel and the fused convolution, decoding the fused recurrent kernel."""
     model, tokens = small_model(), torch.arange(20).view(2, 10)
     with torch.no_grad():
         cache = model.new_cache(batch=2, max_len=10)
         got = [model(tokens[:, :9], cache=cache).logits, model(tokens[:, 9:], cache=cache).logits]
-        assert fake_fla == ["causal_conv1d", "chunk"] * 3 + ["causal_conv1d", "fused"] * 3
+        assert fake_fla == ["causal_conv1d", "chunk"] * 3 + ["fused"] * 3
         for operation in ("delta_rule", "causal_conv"):
             backends.OPERATIONS[operation] = backends.OPERATIONS[operation][1:]
         torch.testing.assert_close(torch.cat(got, 1), model(tokens).logits, rtol=0, atol=1e-5)

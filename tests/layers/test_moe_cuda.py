@@ -11,6 +11,7 @@ import torch
 
 import layers.kernels.experts as kernels
 import layers.moe as moe
+from layers.experts.int8 import Int8Experts
 from layers.moe import Experts, SparseMoE
 
 pytestmark = pytest.mark.oracle
@@ -64,6 +65,32 @@ def test_nothing_waits_for_the_device(monkeypatch, n, gpu, dtype):
         y, stats = layer(torch.empty(1, n, 32, dtype=dtype))
         assert y.shape == (1, n, 32)
         assert stats is not None
+
+
+@pytest.mark.parametrize("n", [1, 4, 500])
+def test_int8_experts_do_not_wait_either(monkeypatch, n):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_args: False)  # the meta device has no autocast
+    monkeypatch.setattr(kernels, "generation", lambda _device: 9)
+    with torch.device("meta"), torch.no_grad():
+        experts, x = Int8Experts(32, 16, 8), torch.empty(n, 32, dtype=torch.bfloat16)
+        weights, indices = torch.empty(n, 3), torch.zeros(n, 3, dtype=torch.long)
+        assert experts(x, weights, indices).shape == x.shape
+
+
+@pytest.mark.parametrize("n", [1, 2, 21])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 2**-6), (torch.float16, 2**-9)])
+@pytest.mark.parametrize("way", ["_gathered", "_grouped"])
+def test_int8_experts_on_a_device_equal_the_loop(way, n, dtype, bound):
+    """Roundings of products and sums, for entries of order 1."""
+    experts, (x, weights, indices) = Int8Experts(32, 16, 8), routed(n, dtype=dtype)
+    g = torch.Generator().manual_seed(1)
+    for e in range(8):
+        for name, shape in (("gate_proj", (16, 32)), ("up_proj", (16, 32)), ("down_proj", (32, 16))):
+            experts.fill(name, e, 0.2 * torch.randn(*shape, generator=g))
+    with torch.no_grad():
+        expected = moe.loop(x, weights, indices, experts._expert)
+        found = getattr(experts, way)(x, weights, indices)
+    assert (found - expected).abs().max() <= bound * expected.abs().max()
 
 
 def test_tensors_without_values_do_notice():

@@ -12,6 +12,7 @@ from layers.dispatch import availability, registry, self_check
 
 CPU = torch.device("cpu")
 KERNELS = [("delta_rule", "fla"), ("causal_conv", "fla"), ("attention", "flash")]
+HEADS = {"delta_rule": 0, "causal_conv": 0, "attention": 64}
 
 
 @pytest.fixture(autouse=True)
@@ -21,13 +22,17 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(self_check, "failed", lambda *what: self_check.checked(*what, torch.is_grad_enabled()))
 
     def check(operation, name):
-        return lambda device, dtype: (
-            None if self_check._running else availability._self_check(operation, name, device, dtype)
-        )
+        return lambda *like: None if self_check._running else availability._self_check(operation, name, *like)
 
     for operation, name in KERNELS:
         found = [
-            backends.Implementation(i.name, i.why, check(operation, name)) if i.name == name else i
+            (
+                backends.Implementation(i.name, i.why, head_dims=check(operation, name))
+                if operation == "attention"
+                else backends.Implementation(i.name, i.why, check(operation, name))
+            )
+            if i.name == name
+            else i
             for i in backends.OPERATIONS[operation]
         ]
         monkeypatch.setitem(backends.OPERATIONS, operation, tuple(found))
@@ -55,11 +60,11 @@ def play(monkeypatch, *, wrong=0.0, gradient_wrong=False, error=None):
         return Twisted.apply(y) if gradient_wrong else y * (1 + wrong)
 
     def rule(q, k, v, log_decay, beta, *, state, segments):
-        o, s = delta_rule.gated_delta_rule(q, k, v, log_decay, beta, state=state, backend="chunked")
+        o, s = delta_rule.gated_delta_rule(q, k, v, log_decay, beta, state=state, segments=segments, backend="chunked")
         return faulty(o), s
 
     def conv(x, weight, *, state, segments):
-        y, after = causal_conv.causal_conv(x, weight, state=state, backend="torch")
+        y, after = causal_conv.causal_conv(x, weight, state=state, segments=segments, backend="torch")
         return faulty(y), after
 
     def attention(choice, q, k, v, mask=None):
@@ -76,36 +81,76 @@ def test_a_right_kernel_passes(monkeypatch, operation, name, dtype):
     play(monkeypatch)
     for gradients in (False, True):
         with torch.set_grad_enabled(gradients):
-            assert backends.why_not(operation, name, CPU, dtype) is None
+            assert backends.why_not(operation, name, CPU, dtype, head_dim=HEADS[operation]) is None
 
 
 @pytest.mark.parametrize("operation, name", KERNELS)
 @pytest.mark.parametrize("fault", [{"wrong": 0.2}, {"wrong": float("nan")}, {"error": ValueError("no kernel image")}])
 def test_a_wrong_kernel_is_refused(monkeypatch, operation, name, fault):
     play(monkeypatch, **fault)
-    reason = backends.why_not(operation, name, CPU, torch.bfloat16)
+    reason = backends.why_not(operation, name, CPU, torch.bfloat16, head_dim=HEADS[operation])
     expected = "raises ValueError: no kernel image" if "error" in fault else "% from the definition"
     assert f"checked here, {operation} with gradients in bfloat16" in reason
     assert expected in reason
     assert f"(torch {torch.__version__}" in reason
     with pytest.warns(UserWarning, match=f"{name!r} backend of {operation} is not used: checked here"):
-        assert backends.choose_for(operation, "auto", CPU, torch.bfloat16) != name
+        assert backends.choose_for(operation, "auto", CPU, torch.bfloat16, head_dim=HEADS[operation]) != name
     with pytest.raises(RuntimeError, match="cannot run here: checked here"):
-        backends.choose_for(operation, name, CPU, torch.bfloat16)
+        backends.choose_for(operation, name, CPU, torch.bfloat16, head_dim=HEADS[operation])
 
 
 @pytest.mark.parametrize("operation, name", KERNELS)
 def test_wrong_gradients_are_caught_and_the_forward_kept(monkeypatch, operation, name):
     play(monkeypatch, gradient_wrong=True)
-    assert "with gradients" in backends.why_not(operation, name, CPU, torch.float32)
+    assert "with gradients" in backends.why_not(operation, name, CPU, torch.float32, head_dim=HEADS[operation])
     with torch.no_grad():
-        assert backends.why_not(operation, name, CPU, torch.float32) is None
+        assert backends.why_not(operation, name, CPU, torch.float32, head_dim=HEADS[operation]) is None
 
 
 def test_checked_once(monkeypatch):
     play(monkeypatch)
     assert backends.why_not("causal_conv", "fla", CPU, torch.float32) is None
     play(monkeypatch, wrong=1.0)
+    assert backends.why_not("causal_conv", "fla", CPU, torch.float32) is None
+
+
+@pytest.mark.parametrize("width", [64, 256])
+@pytest.mark.parametrize("t, s", [(1, 70), (40, 70), (70, 70)])
+def test_attention_is_checked_at_each_width_and_shape(monkeypatch, width, t, s):
+    """A kernel that is wrong at one width, for one token, a continuation or a square is refused at this width alone."""
+
+    def attention(choice, q, k, v, mask=None):
+        y = gated_attention.attend(q, k, v, backend="eager")
+        return y * 1.2 if (*q.shape[1:4:2], k.shape[1]) == (t, width, s) else y
+
+    monkeypatch.setattr(attention_kernels, "attend_fused", attention)
+    for head_dim in (64, 256):
+        reason = backends.why_not("attention", "flash", CPU, torch.bfloat16, head_dim=head_dim)
+        assert (reason is not None) == (head_dim == width)
+    assert f"with heads of {width} is off by" in backends.why_not(
+        "attention", "flash", CPU, torch.bfloat16, head_dim=width
+    )
+
+
+@pytest.mark.parametrize("case", ["one token", "packed"])
+def test_the_rule_is_checked_for_one_token_and_packed_rows(monkeypatch, case):
+    def rule(q, k, v, log_decay, beta, *, state, segments):
+        o, after = delta_rule.gated_delta_rule(
+            q, k, v, log_decay, beta, state=state, segments=segments, backend="chunked"
+        )
+        wrong = q.shape[1] == 1 if case == "one token" else segments is not None
+        return o * 1.2 if wrong else o, after
+
+    monkeypatch.setitem(registry._functions, ("delta_rule", "fla"), rule)
+    assert "is off by" in backends.why_not("delta_rule", "fla", CPU, torch.float32)
+
+
+def test_a_time_limit_says_nothing_of_a_kernel(monkeypatch):
+    """The caller's limit passes on, and the check is made again later."""
+    play(monkeypatch, error=TimeoutError("the section's 60 s were over"))
+    with pytest.raises(TimeoutError, match="60 s"):
+        backends.why_not("causal_conv", "fla", CPU, torch.float32)
+    play(monkeypatch)
     assert backends.why_not("causal_conv", "fla", CPU, torch.float32) is None
 
 
