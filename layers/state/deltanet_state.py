@@ -30,6 +30,10 @@ class DeltaNetState:
     memory = renamed_attribute("memory", "recurrent")
     tape = renamed_attribute("tape", "update_log")
 
+    def share(self) -> "DeltaNetState":
+        """Another state of the same values; each of the two goes on by itself."""
+        return DeltaNetState(self.conv, self.recurrent)
+
     def replace(self, conv: Tensor, recurrent: Tensor) -> None:
         """Take the place of what came before; the recurrent state keeps its dtype."""
         self.conv, self.recurrent = conv.detach(), recurrent.detach().to(self.recurrent.dtype)

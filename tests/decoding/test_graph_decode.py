@@ -1,6 +1,8 @@
 """The step that CUDA captures, run on the CPU, against the modules: values, caches, and when the modules run instead.
 
-Capturing needs a device (tests/gpu/test_gpu.py); the "meta" device shows that the step never waits for a device.
+Every test runs twice: with the modules captured, and with the operations of `TokenStep`, by their definitions in torch.
+tests/kernels/ runs it with the Triton kernels. Capturing needs a device (tests/gpu/test_gpu.py); the "meta" device
+shows that the step never waits for a device.
 """
 
 import copy
@@ -15,16 +17,21 @@ from test_decode import SHAPES, apart
 import layers.dispatch.backends as backends
 import qwen3next as q
 from layers.segments import Segments
+from qwen3next.decoding import cuda_graph
 from qwen3next.decoding.cuda_graph import GraphStep, graph_of
 from qwen3next.decoding.guard import Guard
+from qwen3next.decoding.token_step import TokenStep, unknown_form
 from qwen3next.decoding.why_not import why_not
 
 pytestmark = pytest.mark.oracle
 
 
-@pytest.fixture(autouse=True)
-def steps(monkeypatch):
+@pytest.fixture(autouse=True, params=["modules", "token step"])
+def steps(monkeypatch, request):
     """Allow the graph on any device, and count its steps."""
+    if request.param == "token step":
+        monkeypatch.setattr(cuda_graph, "why_not_kernels", lambda model, *_: unknown_form(model))
+        monkeypatch.setattr(cuda_graph, "TokenStep", lambda model, _: TokenStep(model, "torch"))
     free = [backends.Implementation(i.name, i.why) if i.name == "graph" else i for i in backends.OPERATIONS["decode"]]
     monkeypatch.setitem(backends.OPERATIONS, "decode", tuple(free))
     calls, real = [], GraphStep.run
@@ -205,8 +212,9 @@ def test_what_cannot_be_captured_runs_in_the_modules_and_says_so(monkeypatch):
         model.step(tokens(1), cache)
 
 
+@pytest.mark.parametrize("token_step", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_no_value_is_read_on_the_host(monkeypatch, batch):
+def test_no_value_is_read_on_the_host(monkeypatch, batch, token_step):
     monkeypatch.setattr(torch, "autocast", lambda *_args, **_options: nullcontext())  # the meta device has no autocast
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_args: False)
     assert backends.choose("delta_rule", "auto", torch.empty(1, device="meta")) == "chunked"
@@ -216,4 +224,4 @@ def test_no_value_is_read_on_the_host(monkeypatch, batch):
         step = GraphStep(model, cache, Guard(model))
         step._bind([s.whole(Segments.full(torch.empty(batch, 5))) for s in cache.layers if hasattr(s, "whole")])
         step._step()
-    assert step.logits.shape == (batch, 1, model.vocab_size)
+    assert step.logits.shape == (batch, model.vocab_size)
