@@ -30,6 +30,10 @@ class DeltaNetState:
     memory = renamed_attribute("memory", "recurrent")
     tape = renamed_attribute("tape", "update_log")
 
+    @property
+    def nbytes(self) -> int:
+        return self.conv.nbytes + self.recurrent.nbytes
+
     def share(self) -> "DeltaNetState":
         """Another state of the same values; each of the two goes on by itself."""
         return DeltaNetState(self.conv, self.recurrent)

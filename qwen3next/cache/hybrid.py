@@ -343,10 +343,7 @@ class HybridCache:
     def nbytes(self) -> int:
         """Bytes of the state and of the keys and values held (token ids, history and snapshots left out)."""
         held = max(self.lengths)
-        layers = sum(
-            s.bytes_per_token * held if isinstance(s, KVCache) else s.conv.nbytes + s.recurrent.nbytes
-            for s in self.layers
-        )
+        layers = sum(s.bytes_per_token * held if isinstance(s, KVCache) else s.nbytes for s in self.layers)
         return layers + (0 if self.mtp is None else self.mtp.bytes_per_token * max(held - 1, 0))
 
     @property

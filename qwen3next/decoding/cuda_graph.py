@@ -70,6 +70,7 @@ class GraphStep:
         tokens: the operations to capture in the modules' place; None captures the modules.
     """
 
+    @torch.inference_mode(False)  # memory made inside that mode could not be written to outside it
     def __init__(self, model: Decodable, cache: HybridCache, guard: Guard, tokens: TokenStep | None = None):
         self.model, self.guard, self.tokens, device = model, guard, tokens, cache.tokens.device
         states = [s for s in cache.layers if isinstance(s, DeltaNetState)]

@@ -37,6 +37,12 @@ class LentState(DeltaNetState):
         self.loan: Loan | None = loan  # None once the state was replaced
         self.layer, self.update_log, self.cut = layer, None, 0
 
+    @property
+    def nbytes(self) -> int:
+        if self.loan is None:
+            return super().nbytes
+        return self.loan.conv[self.layer].nbytes + self.loan.recurrent[self.layer].nbytes
+
     def share(self) -> DeltaNetState:
         return DeltaNetState(self.conv, self.recurrent) if self.loan is None else LentState(self.loan, self.layer)
 

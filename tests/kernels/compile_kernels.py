@@ -2,9 +2,10 @@
 
     python tests/kernels/compile_kernels.py 80 90 100
 
-A program of its own: it must not run in Triton's interpreter. The kernels are those that one step of the official form
-launches in bf16 and in fp32, found by running it on "meta" tensors. Triton's own ptxas assembles them; no driver is
-needed. Each line: kernel, dtype, arch, registers a thread, bytes of spills, bytes of shared memory, warps.
+A program of its own: it must not run in Triton's interpreter. The kernels are those that steps launch, found by running
+them on "meta" tensors: of the official form in bf16 and fp32, and for the first GPU of small models of other forms.
+Triton's own ptxas assembles them; no driver is needed. Each line: form, kernel, dtype, arch, registers a thread, bytes
+of spills, bytes of shared memory, warps.
 """
 
 import json
@@ -12,11 +13,14 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import triton
-from launches import official_launches
+from conftest import small_config
+from launches import BOTH, Launch, official, step_on_meta
+from test_decode import SHAPES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -27,20 +31,31 @@ NAMES = {
 
 
 def main() -> None:
-    archs = [int(a) for a in sys.argv[1:]]
+    archs, seen = [int(a) for a in sys.argv[1:]], set()
+    for form, launch in _launches():
+        kernel, constants = launch.kernel, launch.constants
+        source = _source(kernel, launch.arguments, constants)
+        if (key := (kernel.__name__, str(sorted(constants.items())), str(source.signature))) in seen:
+            continue
+        seen.add(key)
+        for arch in archs if form == "official" else archs[:1]:
+            found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.warps})
+            dtype = NAMES[launch.arguments[0].dtype].removeprefix("*")
+            row = {"form": form, "kernel": kernel.__name__, "dtype": dtype, "arch": arch}
+            row |= _assembled(found.asm["ptx"], arch) | {"shared": found.metadata.shared, "warps": launch.warps}
+            print(json.dumps(row), flush=True)
+
+
+def _launches() -> Iterator[tuple[str, Launch]]:
+    """The form and each launch of its step."""
     for dtype in (torch.bfloat16, torch.float32):
-        seen = set()
-        for launch in official_launches(dtype):
-            kernel, constants = launch.kernel, launch.constants
-            source = _source(kernel, launch.arguments, constants)
-            if (key := (kernel.__name__, str(sorted(constants.items())), str(source.signature))) in seen:
-                continue
-            seen.add(key)
-            for arch in archs:
-                found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.warps})
-                row = {"kernel": kernel.__name__, "dtype": str(dtype).removeprefix("torch."), "arch": arch}
-                row |= _assembled(found.asm["ptx"], arch) | {"shared": found.metadata.shared, "warps": launch.warps}
-                print(json.dumps(row), flush=True)
+        for launch in step_on_meta(official(*BOTH), dtype)[0]:
+            yield "official", launch
+    for name, changes in SHAPES.items():
+        for launch in step_on_meta(small_config(**changes), torch.bfloat16, 2)[0]:
+            yield name, launch
+    for launch in step_on_meta(small_config(), torch.bfloat16, 2, kv_dtype=torch.float32)[0]:
+        yield "keys in fp32", launch
 
 
 def _source(kernel, arguments: tuple, constants: dict) -> ASTSource:

@@ -19,8 +19,8 @@ from qwen3next.decoding.token_step import TokenStep
 
 MODULES = (layers.triton.attention, layers.triton.deltanet, layers.triton.experts, layers.triton.norm)
 # Make a view or take memory, and launch nothing.
-FREE = ("view", "empty", "select", "slice", "split", "unsqueeze", "squeeze", "transpose", "t.", "detach", "alias",
-        "expand", "unbind", "as_strided", "permute")  # fmt: skip
+FREE = ("view", "empty", "new_empty", "select", "slice", "split", "unsqueeze", "squeeze", "transpose", "t.", "detach",
+        "alias", "expand", "unbind", "as_strided", "permute")  # fmt: skip
 
 
 class Launch(NamedTuple):
@@ -64,24 +64,29 @@ class Operations(TorchDispatchMode):
 
 
 @torch.no_grad()
-def step_on_meta(layer_types: tuple[str, ...], dtype: torch.dtype, batch: int = 1) -> tuple[list[Launch], list[str]]:
-    """Our launches and torch's operations in a step of the official form with these layers."""
-    config = q.presets.qwen3_next_80b_a3b(layer_types=layer_types, num_hidden_layers=len(layer_types))
+def step_on_meta(
+    config: q.ModelConfig, dtype: torch.dtype, batch: int = 1, kv_dtype: torch.dtype | None = None
+) -> tuple[list[Launch], list[str]]:
+    """Our launches and torch's operations in a step of a model, without its numbers."""
+    places = 512
     with torch.device("meta"):
         model = q.Qwen3Next(config).to(dtype).eval()
-        cache = model.new_cache(batch, max_len=131_072)
+        cache = model.new_cache(batch, max_len=places)
         states = [s for s in cache.layers if isinstance(s, DeltaNetState)]
-        states = GraphStates(states) if states else None
-        size = (batch, config.num_key_value_heads, 131_072, config.head_dim)
-        kv = [(torch.empty(size, dtype=dtype),) * 2 for s in cache.layers if isinstance(s, KVCache)]
+        graph_states = GraphStates(states) if states else None
+        size = (batch, config.num_key_value_heads, places, config.head_dim)
+        kv = [(torch.empty(size, dtype=kv_dtype or dtype),) * 2 for s in cache.layers if isinstance(s, KVCache)]
         ids = torch.zeros(batch, 1, dtype=torch.long)
-        turns = model._rotation(torch.arange(131_072)[None], dtype)
+        turns = model._rotation(torch.arange(places)[None], dtype)
         step = TokenStep(model, "triton")
         with noted() as ours, Operations() as theirs:
-            step(ids, ids[:, 0], turns, states, kv)
+            step(ids, ids[:, 0], turns, graph_states, kv)
     return ours, theirs.names
 
 
-def official_launches(dtype: torch.dtype) -> list[Launch]:
-    """Our launches in a step of two layers, one of each kind."""
-    return step_on_meta(("linear_attention", "full_attention"), dtype)[0]
+def official(*layer_types: str) -> q.ModelConfig:
+    """Qwen3-Next-80B-A3B with these layers."""
+    return q.presets.qwen3_next_80b_a3b(layer_types=layer_types, num_hidden_layers=len(layer_types))
+
+
+BOTH = ("linear_attention", "full_attention")

@@ -1,11 +1,18 @@
-"""Triton's interpreter, made to compute as a GPU does in bf16: it truncates casts, and multiplies bit patterns."""
+"""Triton's interpreter, made to compute as a GPU in bf16: as it is, it truncates casts and multiplies bit patterns.
+
+Importing this mends it. Triton must have been imported with TRITON_INTERPRET set, as `make test-kernels` does.
+"""
 
 import numpy as np
-import pytest
-
-interpreter = pytest.importorskip("triton.runtime.interpreter")
-
 import triton.language as tl
+from triton.language.standard import sum as one_of_triton_s
+from triton.runtime import interpreter
+from triton.runtime.jit import JITFunction
+
+if isinstance(one_of_triton_s, JITFunction):
+    raise RuntimeError(
+        "Triton was imported without its interpreter: run `make test-kernels`, which sets TRITON_INTERPRET."
+    )
 
 _convert = interpreter._convert_float
 _dot = interpreter.InterpreterBuilder.create_dot
