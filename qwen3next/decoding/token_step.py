@@ -1,7 +1,7 @@
 """A step of one token a row in few operations: products by torch, and between them one kernel each.
 
-What runs for a Gated DeltaNet layer is 8 launches, for a softmax layer 9, for a sparse feed-forward 5 and its norm one.
-The modules of a described model (describe_model.py) hold the weights; hooks are not passed, and `why_not_kernels` says
+With the norm before it a Gated DeltaNet mixer is 8 launches, softmax attention 9 and a sparse feed-forward 5. The
+modules of a described model (describe_model.py) hold the weights; hooks are not passed, and `why_not_kernels` says
 which models a step cannot run.
 """
 

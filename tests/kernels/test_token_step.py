@@ -25,7 +25,7 @@ from qwen3next.decoding.cuda_graph import graph_of
 
 pytestmark = pytest.mark.oracle
 
-# Sizes that the modules of every kind of layer share with SHAPES of tests/decoding, for which a step takes a second.
+# Of the forms that tests/decoding runs; an interpreted step of each takes seconds.
 FORMS = ("hybrid", "odd sizes", "two taps", "not renormalised", "dense and sparse", "headwise gate", "no gate, biases")
 
 
