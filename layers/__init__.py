@@ -23,6 +23,7 @@ import layers.kernels.attention  # noqa: E402
 import layers.kernels.cross_entropy  # noqa: E402
 import layers.kernels.experts  # noqa: E402
 import layers.kernels.linear  # noqa: E402
+import layers.kernels.one_token  # noqa: E402
 import layers.kernels.rows  # noqa: E402
 import layers.old_names  # noqa: E402
 

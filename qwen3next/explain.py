@@ -1,5 +1,7 @@
 """Which implementation of each operation runs, and why."""
 
+from dataclasses import replace
+
 import torch
 
 from layers.delta_rule import gated_delta_rule
@@ -9,16 +11,28 @@ from layers.experts.int8 import Int8Experts
 from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import GatedDeltaNet
 from layers.kernels.experts import backend_of_experts
+from layers.kernels.one_token import MOST_ROWS
 from layers.linear import Linear
 from layers.moe import Experts
 from layers.norm import RMSNorm
 from qwen3next.api import Qwen3Next
 from qwen3next.decoding.observers import hooked, named_backend
 from qwen3next.decoding.protocol import decoding_modules
+from qwen3next.decoding.token_step import why_not_kernels
 from qwen3next.decoding.why_not import why_not
 from qwen3next.inputs import as_device, as_dtype, like
 
 LOOKS = "it is blocked by hooks, model.materialize, a replaced forward of a module, or a torch mode"
+
+
+def _with_kernels(row: Explanation, reason: str | None) -> Explanation:
+    """The row of a graph, and whether it is of Triton kernels or, for a reason, of the modules."""
+    if reason is None:
+        words = f"; of Triton kernels, a few a layer, for up to {MOST_ROWS} rows"
+        return replace(row, why=row.why + words)
+    faster = f"Triton kernels in it: {reason}"
+    faster = faster if row.faster == "-" else f"{row.faster}; {faster}"
+    return replace(row, why=row.why + "; of the modules' own kernels", faster=faster)
 
 
 class Table(list[Explanation]):
@@ -53,6 +67,9 @@ def explain(
         reason = "it fuses all operations, and a backend of another operation was chosen by name" if named else LOOKS
     if reason is not None:
         rows["decode"] = Explanation("decode", "torch", "the modules, one operation after another", f"{runs}: {reason}")
+    elif runs == "graph":
+        with torch.no_grad():
+            rows["decode"] = _with_kernels(rows["decode"], why_not_kernels(model, where, kind))
     rows["cross_entropy"] = explain_operation("cross_entropy", model.cross_entropy_backend, where, kind)
     for module in model.modules():
         if isinstance(module, RMSNorm):

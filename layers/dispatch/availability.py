@@ -14,6 +14,7 @@ import torch
 from layers.cpp import cpu
 from layers.cpp.build import missing
 from layers.dispatch import self_check
+from layers.dispatch.registry import parts_of
 
 
 class Refusal(str):
@@ -186,6 +187,20 @@ def cpp_without_gradients(device: torch.device, dtype: torch.dtype) -> str | Non
 
 def grouped(_device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype in (torch.float32, torch.bfloat16) else f"torch's grouped_mm has no {dtype}"
+
+
+def one_token_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels of layers/triton/ cannot run, or None."""
+    if device.type != "cuda":
+        return f"its kernels run on CUDA, the tensors are on {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"its kernels have no {str(dtype).removeprefix('torch.')}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'qwen3next[cuda]'"
+    if 0 < generation(device) < 8:
+        return "its kernels are for GPUs of compute capability 8.0 and higher"
+    reasons = (_self_check(f"one_token.{part}", "triton", device, dtype) for part in parts_of("one_token", "triton"))
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def cuda_graph(device: torch.device, _dtype: torch.dtype) -> str | None:

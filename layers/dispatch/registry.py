@@ -75,6 +75,11 @@ def function_of(operation: str, name: str) -> Callable[..., Any]:
     return _functions[operation, name]
 
 
+def parts_of(operation: str, name: str) -> list[str]:
+    """The functions of an operation that consists of several, of which there is an implementation of that name."""
+    return [o.partition(".")[2] for o, n in _functions if n == name and o.startswith(f"{operation}.")]
+
+
 def case_of(operation: str, name: str) -> Case | None:
     """The case that checks this implementation, or None."""
     return _cases.get((operation, name))

@@ -30,6 +30,14 @@ class DeltaNetState:
     memory = renamed_attribute("memory", "recurrent")
     tape = renamed_attribute("tape", "update_log")
 
+    @property
+    def nbytes(self) -> int:
+        return self.conv.nbytes + self.recurrent.nbytes
+
+    def share(self) -> "DeltaNetState":
+        """Another state of the same values; each of the two goes on by itself."""
+        return DeltaNetState(self.conv, self.recurrent)
+
     def replace(self, conv: Tensor, recurrent: Tensor) -> None:
         """Take the place of what came before; the recurrent state keeps its dtype."""
         self.conv, self.recurrent = conv.detach(), recurrent.detach().to(self.recurrent.dtype)

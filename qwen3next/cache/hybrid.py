@@ -147,7 +147,7 @@ class HybridCache:
         segments = self._admitted(input_ids, segments)
         if torch.is_grad_enabled():
             self._leave_inference_mode()
-        before: list[State] = [s if isinstance(s, KVCache) else DeltaNetState(s.conv, s.recurrent) for s in self.layers]
+        before: list[State] = [s if isinstance(s, KVCache) else s.share() for s in self.layers]
         if self.history:
             if self._rollback_log is None:
                 self._rollback_log = RollbackLog(self.history)
@@ -217,7 +217,7 @@ class HybridCache:
     @contextmanager
     def resting(self, rows: Sequence[int]) -> Iterator[None]:
         """A call of one token a row runs these rows along with the others and leaves them as they are."""
-        states: list[State] = [s if isinstance(s, KVCache) else DeltaNetState(s.conv, s.recurrent) for s in self.layers]
+        states: list[State] = [s if isinstance(s, KVCache) else s.share() for s in self.layers]
         lengths, hidden, self._resting = self.lengths, self.hidden, rows
         try:
             yield
@@ -343,10 +343,7 @@ class HybridCache:
     def nbytes(self) -> int:
         """Bytes of the state and of the keys and values held (token ids, history and snapshots left out)."""
         held = max(self.lengths)
-        layers = sum(
-            s.bytes_per_token * held if isinstance(s, KVCache) else s.conv.nbytes + s.recurrent.nbytes
-            for s in self.layers
-        )
+        layers = sum(s.bytes_per_token * held if isinstance(s, KVCache) else s.nbytes for s in self.layers)
         return layers + (0 if self.mtp is None else self.mtp.bytes_per_token * max(held - 1, 0))
 
     @property

@@ -1,8 +1,9 @@
-"""A step of decoding as one CUDA graph: the modules themselves, on buffers of fixed size and with no value on the host.
+"""A step of decoding as one CUDA graph, on buffers of fixed size and with no value on the host.
 
-The step is the same function on every device; only CUDA captures it. It owns its buffers of recurrent states, updates
-them in place and hands the cache a copy, because what a cache holds is shared with forks, snapshots and marks and never
-changed. Keys and values are written into the cache's own buffer: where that moved, the step is captured again.
+What is captured is a `TokenStep`, a few kernels a layer, where it knows the model and its kernels run; else the modules
+themselves. The step is the same function on every device; only CUDA captures it. Recurrent states stay in the graph's
+memory and are lent to the cache (graph_states.py). Keys and values are written into the cache's own buffer: where that
+moved, the step is captured again.
 """
 
 import warnings
@@ -20,8 +21,10 @@ from layers.segments import Segments
 from layers.state.kv_cache import KVCache
 from layers.state.static_kv_cache import StaticKVCache
 from qwen3next.cache.hybrid import HybridCache
+from qwen3next.decoding.graph_states import GraphStates
 from qwen3next.decoding.guard import Guard
 from qwen3next.decoding.protocol import Decodable
+from qwen3next.decoding.token_step import TokenStep, cache_refused, why_not_kernels
 from qwen3next.decoding.why_not import why_not
 from qwen3next.inputs import like
 
@@ -45,11 +48,13 @@ def _set_graph(cache: HybridCache, graph: "GraphStep | None") -> None:
     _graphs[key] = weakref.ref(cache, lambda _gone: _graphs.pop(key, None)), graph
 
 
-def _cache_refused(model: Decodable, cache: HybridCache) -> str | None:
+def _cache_refused(model: Decodable, cache: HybridCache, *, kernels: bool) -> str | None:
     if cache.history:
         return "the cache notes what each step writes: make it without history"
     if cache.kv_dtype == torch.int8:
         return "keys and values are in int8"
+    if kernels:
+        return None
     experts = next((m for m in model.modules() if isinstance(m, Experts)), None)
     if experts is not None and cache.batch * model.config.num_experts_per_tok > GATHERED:
         x = like(model)
@@ -59,38 +64,36 @@ def _cache_refused(model: Decodable, cache: HybridCache) -> str | None:
 
 
 class GraphStep:
-    """The step of one cache, one token a row. `prepare`, then `run`, at every step."""
+    """The step of one cache, one token a row. `prepare`, then `run`, at every step.
 
-    def __init__(self, model: Decodable, cache: HybridCache, guard: Guard):
-        self.model, self.guard, device = model, guard, cache.tokens.device
+    Args:
+        tokens: the operations to capture in the modules' place; None captures the modules.
+    """
+
+    @torch.inference_mode(False)  # memory made inside that mode could not be written to outside it
+    def __init__(self, model: Decodable, cache: HybridCache, guard: Guard, tokens: TokenStep | None = None):
+        self.model, self.guard, self.tokens, device = model, guard, tokens, cache.tokens.device
         states = [s for s in cache.layers if isinstance(s, DeltaNetState)]
-        # All layers' states in two tensors, so that a copy is two kernels.
-        self._conv = torch.stack([s.conv for s in states]) if states else None
-        self._memory = torch.stack([s.recurrent for s in states]) if states else None
+        self._states = GraphStates(states) if states else None
         self._ids = torch.zeros(cache.batch, 1, dtype=torch.long, device=device)
         self._position = torch.zeros(cache.batch, dtype=torch.long, device=device)
         self._at: tuple[int, ...] | None = None  # what _position holds
-        self._given: list[tuple[Tensor, Tensor]] = []  # what the buffers of states hold, as the cache got it
-        self._buffers: list[tuple[Tensor, ...]] = []
+        self._addresses: list[tuple[int, ...]] | None = None  # of the buffers that are bound
         self._kv: list[StaticKVCache] = []
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def prepare(self, cache: HybridCache, segments: Segments) -> None:
         """Hold what the cache holds; captured anew where its buffers moved."""
-        buffers = [s.whole(segments) for s in cache.layers if isinstance(s, KVCache)]
-        addresses = [[x.data_ptr() for x in pair] + [pair[0].shape[2]] for pair in buffers]
-        if self._at is None or addresses != [[x.data_ptr() for x in p] + [p[0].shape[2]] for p in self._buffers]:
+        buffers = [_doubled(s, segments) for s in cache.layers if isinstance(s, KVCache)]
+        addresses = [(*(x.data_ptr() for x in pair), pair[0].shape[2]) for pair in buffers]
+        if addresses != self._addresses:
             self._bind(buffers)
-        states = [s for s in cache.layers if isinstance(s, DeltaNetState)]
-        same = len(self._given) == len(states) and all(
-            s.conv is conv and s.recurrent is memory for s, (conv, memory) in zip(states, self._given, strict=True)
-        )
-        if not same and self._conv is not None and self._memory is not None:
-            torch.stack([s.conv for s in states], out=self._conv)
-            torch.stack([s.recurrent for s in states], out=self._memory)
+            self._addresses = addresses
+        if self._states is not None:
+            self._states.hold([s for s in cache.layers if isinstance(s, DeltaNetState)])
         if segments.offsets != self._at:
             self._position.copy_(torch.tensor(segments.offsets))
-        self._at, self._given = segments.offsets, [(s.conv, s.recurrent) for s in states]
+        self._at = segments.offsets
         if self._graph is None and self._ids.device.type == "cuda":
             self._capture()
 
@@ -98,21 +101,21 @@ class GraphStep:
         """Hidden states (b 1 width) after the final norm, good until the next step, and logits (b, vocab)."""
         assert self._at is not None
         after = tuple(n + 1 for n in self._at)
-        self._at, self._given = None, []  # where this fails, nothing is known of the buffers
+        self._at = None  # where this fails, nothing is known of the position
+        if self._states is not None:
+            self._states.begin()
         self._ids.copy_(ids)
         if self._graph is None:
             self._step()
         else:
             self._graph.replay()
         self._at = after
-        if self._conv is not None and self._memory is not None:
-            self._given = list(zip(self._conv.clone().unbind(), self._memory.clone().unbind(), strict=True))
-        given = iter(self._given)
-        cache.layers = [s if isinstance(s, KVCache) else DeltaNetState(*next(given)) for s in cache.layers]
-        return self.hidden, self.logits[:, 0].clone()
+        lent = iter(() if self._states is None else self._states.lend())
+        cache.layers = [s if isinstance(s, KVCache) else next(lent) for s in cache.layers]
+        return self.hidden, self.logits.clone()
 
     def _bind(self, buffers: list[tuple[Tensor, ...]]) -> None:
-        self._graph, self._buffers = None, buffers
+        self._graph = None
         self._kv = [StaticKVCache(pair[0], pair[1], self._position) for pair in buffers]
         places = buffers[0][0].shape[2] if buffers else 1
         everywhere = torch.arange(places, device=self._ids.device)[None]
@@ -120,6 +123,18 @@ class GraphStep:
 
     def _step(self) -> None:
         """What is captured: reads _ids, _position and the states, and leaves those of the next token."""
+        if self.tokens is not None:
+            buffers = [(kv.k, kv.v) for kv in self._kv]
+            hidden, self.logits = self.tokens(self._ids, self._position, self._turns, self._states, buffers)
+            self.hidden = hidden[:, None]
+        else:
+            self.hidden = self._by_modules()
+            self.logits = self.model.lm_head(self.hidden)[:, 0]
+        self._position.add_(1)
+        if self._states is not None:
+            self._states.side.bitwise_xor_(1)
+
+    def _by_modules(self) -> Tensor:
         model, kv, i = self.model, iter(self._kv), 0
         place = self._position.clamp(max=self._turns.cos.shape[1] - 1)
         rope = Rotation(*(x[0].index_select(0, place)[:, None] for x in self._turns))
@@ -129,19 +144,15 @@ class GraphStep:
             if block.mixer == "full_attention":
                 x, _ = block(x, rope, segments=segments, state=next(kv), stats=False)
                 continue
-            assert self._conv is not None
-            assert self._memory is not None
-            state = DeltaNetState(self._conv[i], self._memory[i])
+            assert self._states is not None
+            state = self._states.present(i)
             x, _ = block(x, rope, segments=segments, state=state, stats=False)
-            self._conv[i].copy_(state.conv)
-            self._memory[i].copy_(state.recurrent)
+            self._states.put(i, state)
             i += 1
-        self.hidden = model.norm(x)
-        self.logits = model.lm_head(self.hidden)
-        self._position.add_(1)
+        return model.norm(x)
 
     def _capture(self) -> None:
-        kept = [x for x in (self._conv, self._memory, self._position) if x is not None]
+        kept = [self._position] + ([] if self._states is None else [self._states.side])
         before = [x.clone() for x in kept]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -155,6 +166,18 @@ class GraphStep:
         with torch.cuda.graph(graph):
             self._step()
         self._graph = graph
+
+
+def _doubled(state: KVCache, segments: Segments) -> tuple[Tensor, ...]:
+    """The buffer of a softmax layer with room for the step; one that is full doubles, as each move costs a capture."""
+    end = max(segments.ends)
+    if end > state.capacity > 0:
+        room = min(state.max_len, 2 * state.capacity)
+        if room > end:
+            length = segments.length + room - end
+            offsets = segments.offsets
+            segments = Segments(segments.batch, length, segments.device, None, segments.batch, offsets)
+    return state.whole(segments)
 
 
 def graph_for(model: Decodable, segments: Segments, cache: HybridCache) -> GraphStep | None:
@@ -173,9 +196,12 @@ def graph_for(model: Decodable, segments: Segments, cache: HybridCache) -> Graph
     if "graph" not in slot.reasons:
         slot.reasons["graph"] = why_not(model, "graph")
     looks = "hooks are attached: model.set_backend('decode', 'auto') lets hooks in" if guard.hooked(model) else None
-    reason = slot.reasons["graph"] or looks or _cache_refused(model, cache)
+    if "kernels" not in slot.reasons:
+        slot.reasons["kernels"] = why_not_kernels(model, weight.device, weight.dtype)
+    kernels = slot.reasons["kernels"] is None and cache_refused(cache) is None
+    reason = slot.reasons["graph"] or looks or _cache_refused(model, cache, kernels=kernels)
     if reason is None:
-        reason = slot.reasons["graph"] = _prepared(model, segments, cache, guard)
+        reason = slot.reasons["graph"] = _prepared(model, segments, cache, guard, kernels=kernels)
         if reason is not None and not named:
             warnings.warn(f"Decoding runs without a CUDA graph: {reason}.", stacklevel=4)
     if reason is not None and named:
@@ -183,11 +209,11 @@ def graph_for(model: Decodable, segments: Segments, cache: HybridCache) -> Graph
     return graph_of(cache) if reason is None else None
 
 
-def _prepared(model: Decodable, segments: Segments, cache: HybridCache, guard: Guard) -> str | None:
+def _prepared(model: Decodable, segments: Segments, cache: HybridCache, guard: Guard, *, kernels: bool) -> str | None:
     """Prepare the cache's graph for a step, captured anew after a change of the model; or why that failed."""
     graph = graph_of(cache)
     if graph is None or graph.guard is not guard:
-        graph = GraphStep(model, cache, guard)
+        graph = GraphStep(model, cache, guard, TokenStep(model, "triton") if kernels else None)
         _set_graph(cache, graph)
     try:
         graph.prepare(cache, segments)

@@ -1,10 +1,14 @@
 """The step that CUDA captures, run on the CPU, against the modules: values, caches, and when the modules run instead.
 
-Capturing needs a device (tests/gpu/test_gpu.py); the "meta" device shows that the step never waits for a device.
+Every test runs twice: with the modules captured, and with the operations of `TokenStep`, by their definitions in torch.
+tests/kernels/ runs it with the Triton kernels. Capturing needs a device (tests/gpu/test_gpu.py); the "meta" device
+shows that the step never waits for a device.
 """
 
 import copy
+import pickle
 from contextlib import nullcontext
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,17 +18,25 @@ from test_decode import SHAPES, apart
 
 import layers.dispatch.backends as backends
 import qwen3next as q
+from layers.gated_deltanet import DeltaNetState
 from layers.segments import Segments
+from layers.state.kv_cache import KVCache
+from qwen3next.decoding import cuda_graph
 from qwen3next.decoding.cuda_graph import GraphStep, graph_of
+from qwen3next.decoding.graph_states import LentState, Loan
 from qwen3next.decoding.guard import Guard
+from qwen3next.decoding.token_step import TokenStep, unknown_form
 from qwen3next.decoding.why_not import why_not
 
 pytestmark = pytest.mark.oracle
 
 
-@pytest.fixture(autouse=True)
-def steps(monkeypatch):
+@pytest.fixture(autouse=True, params=["modules", "token step"])
+def steps(monkeypatch, request):
     """Allow the graph on any device, and count its steps."""
+    if request.param == "token step":
+        monkeypatch.setattr(cuda_graph, "why_not_kernels", lambda model, *_: unknown_form(model))
+        monkeypatch.setattr(cuda_graph, "TokenStep", lambda model, _: TokenStep(model, "torch"))
     free = [backends.Implementation(i.name, i.why) if i.name == "graph" else i for i in backends.OPERATIONS["decode"]]
     monkeypatch.setitem(backends.OPERATIONS, "decode", tuple(free))
     calls, real = [], GraphStep.run
@@ -115,6 +127,124 @@ def test_forks_snapshots_and_rows_go_on_independently(steps):
     assert len(steps) >= 8
 
 
+@pytest.fixture
+def copies(monkeypatch):
+    """Counts copies out of the graph's memory."""
+    taken, real = [], Loan.take
+
+    def take(self):
+        if not self._taken:
+            taken.append(1)
+        real(self)
+
+    monkeypatch.setattr(Loan, "take", take)
+    return taken
+
+
+def test_steps_copy_no_state_and_forks_copy_once(copies):
+    model = small_model(dtype=torch.float64)
+    model.set_backend("decode", "graph")
+    cache = model.new_cache(max_len=60)
+    for i in range(1, 6):
+        model.step(tokens(i, b=1)[:, :1], cache)
+    size = cache.nbytes()
+    assert not copies
+    fork = cache.fork()[0]
+    assert copies == [1]
+    assert fork.nbytes() == size
+    model.step(tokens(6, b=1)[:, :1], cache)
+    model.step(tokens(6, b=1)[:, :1], fork)
+    assert copies == [1]
+
+
+def test_a_state_that_is_held_outlives_its_memory(copies):
+    """Held unread for several steps, replaced, copied and pickled."""
+    model = small_model(dtype=torch.float64)
+    model.set_backend("decode", "graph")
+    cache = model.new_cache(max_len=60)
+    model.step(tokens(1, b=1), cache)
+    held, mark = cache.layers[0].share(), cache.fork()[0].layers[0]
+    assert isinstance(held, LentState)
+    for i in range(2, 5):
+        model.step(tokens(i, b=1)[:, :1], cache)
+        assert torch.equal(held.recurrent, mark.recurrent)
+        assert torch.equal(held.conv, mark.conv)
+    unread = cache.layers[0].share()
+    expected = cache.fork()[0]
+    model.step(tokens(5, b=1)[:, :1], cache)
+    model.step(tokens(6, b=1)[:, :1], cache)
+    for state in (unread, copy.deepcopy(unread), pickle.loads(pickle.dumps(unread))):
+        assert torch.equal(state.recurrent, expected.layers[0].recurrent)
+    assert type(copy.deepcopy(unread)) is DeltaNetState
+
+    zeros = torch.zeros_like(unread.recurrent)
+    cache.layers[0].recurrent = zeros
+    assert torch.equal(cache.layers[0].recurrent, zeros)
+    other = cache.fork()[0]
+    model.set_backend("decode", "torch")
+    logits = model.step(tokens(7, b=1)[:, :1], other)
+    model.set_backend("decode", "graph")
+    torch.testing.assert_close(model.step(tokens(7, b=1)[:, :1], cache), logits, rtol=0, atol=1e-11)
+
+
+def test_inference_mode_comes_and_goes():
+    model = small_model(dtype=torch.float64)
+    found = []
+    for backend in ("torch", "graph"):
+        model.set_backend("decode", backend)
+        with torch.inference_mode():
+            cache = model.new_cache(max_len=60)
+            logits = [model.step(tokens(n, b=1)[:, :1], cache) for n in (1, 2)]
+        logits += [model.step(tokens(n, b=1)[:, :1], cache) for n in (3, 4)]
+        with torch.inference_mode():
+            logits.append(model.step(tokens(5, b=1)[:, :1], cache))
+        found.append(torch.stack(logits))
+    assert graph_of(cache) is not None
+    torch.testing.assert_close(*found, rtol=0, atol=1e-11)
+
+
+def test_a_cache_file_of_states_in_the_graph_s_memory(tmp_path):
+    model = small_model(dtype=torch.float64)
+    model.set_backend("decode", "graph")
+    cache = model.new_cache(max_len=60)
+    for n in (1, 2):
+        model.step(tokens(n, b=1)[:, :1], cache)
+    cache.save(tmp_path / "cache.safetensors")
+    again = type(cache).load(tmp_path / "cache.safetensors", model)
+    logits = [model.step(tokens(3, b=1)[:, :1], x) for x in (cache, again)]
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-12)
+
+
+def test_a_row_at_rest_keeps_its_state():
+    model, found = small_model(dtype=torch.float64), []
+    for backend in ("torch", "graph"):
+        model.set_backend("decode", backend)
+        cache = model.new_cache(2, max_len=60)
+        list(model.prefill(tokens(9), cache))
+        logits = [model.step(tokens(1), cache)]
+        with cache.resting([1]):
+            logits.append(model.step(tokens(2)[:, :1], cache))
+        logits.append(model.step(tokens(3)[:, :1], cache))
+        found.append(torch.stack(logits))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-11)
+
+
+def test_a_buffer_moves_at_most_twelve_times_up_to_128k():
+    """Each move costs a capture. A buffer that lies in shared parts, after a fork, is joined in one move."""
+    cpu, moves = torch.device("cpu"), 0
+    state = KVCache(1, kv_heads=1, head_dim=2, max_len=2**17, dtype=torch.float32, device=cpu)
+    length = 0
+    while length < 2**17:
+        k, _ = cuda_graph._doubled(state, Segments(1, 1, cpu, None, 1, (length,)))
+        assert k.shape[2] == state.capacity > length
+        length, moves = state.capacity, moves + 1
+    assert moves <= 12
+    assert state.capacity == 2**17
+    state = state.share(2**16)
+    k, _ = cuda_graph._doubled(state, Segments(1, 1, cpu, None, 1, (2**16,)))
+    assert 2**16 < k.shape[2] <= 2**17
+
+
 def test_a_step_that_fails_leaves_the_cache_as_it_was(monkeypatch):
     model = small_model(dtype=torch.float64)
     model.set_backend("decode", "graph")
@@ -184,6 +314,11 @@ def test_it_says_why_not(monkeypatch):
         small_model().set_backend("decode", "graph")
     rows = {row.operation: row for row in q.explain(small_model(), device="cuda", dtype="bfloat16")}
     assert rows["decode"].runs == "graph"
+    if find_spec("triton") is None:
+        assert "of the modules' own kernels" in rows["decode"].why
+        assert "Triton kernels in it: triton is not installed" in rows["decode"].faster
+    else:
+        assert "of Triton kernels, a few a layer" in rows["decode"].why
     assert "cpp: " in rows["decode"].faster
 
 
@@ -205,8 +340,9 @@ def test_what_cannot_be_captured_runs_in_the_modules_and_says_so(monkeypatch):
         model.step(tokens(1), cache)
 
 
+@pytest.mark.parametrize("token_step", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_no_value_is_read_on_the_host(monkeypatch, batch):
+def test_no_value_is_read_on_the_host(monkeypatch, batch, token_step):
     monkeypatch.setattr(torch, "autocast", lambda *_args, **_options: nullcontext())  # the meta device has no autocast
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_args: False)
     assert backends.choose("delta_rule", "auto", torch.empty(1, device="meta")) == "chunked"
@@ -216,4 +352,4 @@ def test_no_value_is_read_on_the_host(monkeypatch, batch):
         step = GraphStep(model, cache, Guard(model))
         step._bind([s.whole(Segments.full(torch.empty(batch, 5))) for s in cache.layers if hasattr(s, "whole")])
         step._step()
-    assert step.logits.shape == (batch, 1, model.vocab_size)
+    assert step.logits.shape == (batch, model.vocab_size)
