@@ -28,7 +28,7 @@ def test_kernels_equal_their_definitions(part, dtype, bound):
     case, cuda = case_of(f"one_token.{part}", "triton"), torch.device("cuda")
     with torch.no_grad():
         found, expected = case("triton", cuda, dtype), case("torch", torch.device("cpu"), dtype)
-        assert checked(f"one_token.{part}", "triton", cuda, dtype, False) is None
+        assert checked(f"one_token.{part}", "triton", cuda, dtype, 0, False) is None
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
         if not a.is_floating_point():

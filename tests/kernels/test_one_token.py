@@ -61,7 +61,7 @@ def test_the_case_of_the_self_check(part, dtype):
     with torch.no_grad():
         error = apart(case("triton", CPU, dtype), case("torch", CPU, dtype))
     assert error < (OTHERWISE.get(part, 0.0) if dtype == torch.bfloat16 else 0.0) + BOUND[dtype]
-    assert checked(f"one_token.{part}", "triton", CPU, dtype, False) is None
+    assert checked(f"one_token.{part}", "triton", CPU, dtype, 0, False) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -283,7 +283,7 @@ def test_a_wrong_kernel_is_found(part, wrong, monkeypatch):
     monkeypatch.setattr("layers.dispatch.self_check._results", {})
     with pytest.raises(AssertionError):
         test_the_case_of_the_self_check(part, torch.float32)
-    assert "is off by" in checked(f"one_token.{part}", "triton", CPU, torch.float32, False)
+    assert "is off by" in checked(f"one_token.{part}", "triton", CPU, torch.float32, 0, False)
 
 
 @pytest.mark.parametrize("module, part", [("deltanet", "convolve"), ("deltanet", "delta_rule"), ("experts", "experts")])
