@@ -26,6 +26,7 @@ import tyro
 from rich.console import Console
 
 import qwen3next as q
+from layers.cpp.build import missing
 from recipes.gpu.bench import Row, Section, Settings
 from recipes.gpu.parent import Runner, shares
 from recipes.gpu.report import Report, resumed
@@ -113,6 +114,8 @@ def main(options: Options, *, module: str = "recipes.gpu.sections") -> list[dict
     """
     settings = settings_of(options)
     sections = chosen(import_module(module).SECTIONS, options.only)
+    if settings.device == "cpu":
+        missing()  # compiles the code for the CPU where that was not done yet, which no section has the time for
     report, began = report_of(options, settings), time.monotonic()
     report.write()
     runner = Runner(noting(report, began), report.finish, report.path.with_suffix(".log"), module)

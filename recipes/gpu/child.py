@@ -41,6 +41,8 @@ def run(order: dict[str, Any], lines: TextIO) -> int:
     """Run the jobs of a section that are not in order["skip"]; the exit status."""
     from recipes.gpu.bench import Bench, Settings
 
+    if order["settings"]["device"] == "cpu":
+        sys.modules["fla"] = None  # type: ignore[assignment]  # transformers would run its kernels on the CPU's tensors
     bench = Bench(Settings(**order["settings"]), time.monotonic() + order["seconds"])
 
     def send(**line: Any) -> None:

@@ -3,20 +3,19 @@
 import copy
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import qwen3next as q
 from layers.dispatch.registry import checked_implementations
-from layers.dispatch.self_check import checked
+from layers.dispatch.self_check import failed
 from layers.segments import Segments
 from recipes.gpu.bench import Bench, Job, Row, build
-from recipes.measure.gpu_parity import LENGTHS, comparisons
+from recipes.measure.gpu_parity import LENGTHS, comparisons, unavailable
 
-# Of a whole model's logits and gradients, which add up the rounding of eight layers; fp32 may have products in tf32.
-BOUND = {torch.float32: 1e-2, torch.bfloat16: 0.1}
+# Of a whole model's logits and gradients, which add up the rounding of four layers; fp32 may have products in tf32.
+BOUND = {torch.float32: 2e-2, torch.bfloat16: 0.1}
 
 
 def jobs(bench: Bench) -> Iterator[Job]:
@@ -36,24 +35,28 @@ def _self_check(bench: Bench, operation: str, name: str) -> Iterator[Row]:
         if bench.device.type != "cuda":
             yield row | {"not run": "it is for CUDA"}
             continue
-        wrong = checked(operation, name, bench.device, dtype, False)
+        if reason := unavailable(operation, name, bench.device, dtype):
+            yield row | {"not run": reason}
+            continue
+        with torch.no_grad():
+            wrong = failed(operation, name, bench.device, dtype)
         yield row | ({"within": True} if wrong is None else {"failed": wrong})
 
 
 def _model(bench: Bench, dtype: torch.dtype) -> Iterator[Row]:
-    """Eight layers in the released order against fp64 on the CPU: logits, packed logits, a continuation, gradients.
+    """Four layers in the released order against fp64 on the CPU: logits, packed logits, a continuation, gradients.
 
-    In bf16 every expert is chosen: else rounding would change the experts of some tokens, which hides smaller errors.
+    Every expert is chosen: else rounding would change the experts of some tokens, which hides smaller errors.
     """
-    changes: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 4} if dtype == torch.bfloat16 else {}
-    config = q.presets.small(mtp_num_hidden_layers=0, initializer_range=0.06, vocab_size=1000, **changes)
+    sizes = {"num_hidden_layers": 4, "mtp_num_hidden_layers": 0, "vocab_size": 1000}
+    config = q.presets.small(**sizes, num_experts=4, num_experts_per_tok=4)
     there = build(config, torch.device("cpu"), bench.settings.seed, dtype)
     here = copy.deepcopy(there).to(bench.device)
     there = there.double()
     t = 70 if bench.quick else 300
     ids = torch.randint(1000, (2, t), generator=torch.Generator().manual_seed(bench.settings.seed))
     documents = (torch.arange(t) > t // 3).long().expand(2, t)
-    what = f"model of 8 layers against fp64 on the CPU, {str(dtype).removeprefix('torch.')}"
+    what = f"model of 4 layers against fp64 on the CPU, {str(dtype).removeprefix('torch.')}"
     found, expected = (_results(model, ids, documents) for model in (here, there))
     for name, value in found.items():
         error = ((value - expected[name]).norm() / expected[name].norm()).item()
