@@ -1,6 +1,6 @@
 """The step that CUDA captures, run on the CPU, against the modules: values, caches, and when the modules run instead.
 
-Capturing needs a device (tests/gpu/test_gpu_decoding.py); the "meta" device shows that the step never waits for a device.
+Capturing needs a device (tests/gpu/test_gpu.py); the "meta" device shows that the step never waits for a device.
 """
 
 import copy
