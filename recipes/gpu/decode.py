@@ -104,7 +104,7 @@ def _timed(bench: Bench, context: int, backend: str, filled: dict[int, Filled]) 
         seconds_of(WARM_UP - 1)
         together = median(seconds_of(steps) for _ in range(rounds))
         singly = median(seconds_of(1) for _ in range(steps))
-        runs = bench.runs()
+        runs, step = bench.runs(), next(row.why for row in q.explain(model) if row.operation == "decode")
     weights, held = active_weight_bytes(model.config, 2), cache.nbytes()
     reading = (weights + held) / bench.can["read_bytes_per_second"]
     yield {
@@ -118,6 +118,7 @@ def _timed(bench: Bench, context: int, backend: str, filled: dict[int, Filled]) 
         "ms of the first step": 1e3 * first,
         "captures": len(seconds_of_captures),
         **bench.extrapolated(1e3 * together),
+        "step": step,
         "runs": runs,
     }
 

@@ -52,7 +52,10 @@ class Runner:
             before = len(progress.tried)
             if self._one_process(name, settings, ends, progress):
                 return
-            if len(progress.tried) == before or ends - time.monotonic() < 2:
+            if len(progress.tried) == before:  # it did not come to a job, and would not again
+                return
+            if ends - time.monotonic() < 2:
+                self.note(name, "", {"what": "what follows", "not run": "the section's time was over"})
                 return
         self.note(name, "", {"what": "the section", "stopped": f"{MOST_STARTS} processes died"})
 
