@@ -7,7 +7,7 @@ READY := $(VENV)/.qwen3next-installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oracles test-cpu test-cpus test-slow test-sanitize test-gpu gpu-check test-kernels test-packages lint types format wheel bench docs clean
+.PHONY: help demo test test-oracles test-cpu test-cpus test-slow test-sanitize test-gpu gpu-check gpu-bundle test-kernels test-packages lint types format wheel bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,11 +59,19 @@ SANITIZED = LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-
 test-sanitize: $(READY) ## wrong arguments to every compiled function, under AddressSanitizer and UBSan
 	$(ONE_THREAD) $(SANITIZED) $(RUN) tests/native_fuzz.py $(CALLS) $(SEED)
 
-test-gpu: $(READY) ## the tests that need a CUDA device
-	$(RUN) -m pytest -m gpu
+# Run by $(PYTHON) where it has all that they import, so that a GPU machine without a network needs no environment.
+test-gpu: ## the tests that need a CUDA device
+	@if $(PYTHON) -c 'import pytest, beartype, recipes.gpu.sections' 2>/dev/null; \
+	then $(PYTHON) -m pytest -m gpu tests/gpu; \
+	else $(MAKE) --no-print-directory $(READY) && $(RUN) -m pytest -m gpu tests/gpu; fi
 
-gpu-check: $(READY) ## check parity, speed and memory on an NVIDIA GPU, in ten minutes
-	$(RUN) -m recipes.gpu_check
+gpu-check: ## check parity, speed and memory on an NVIDIA GPU, in ten minutes
+	@if $(PYTHON) -c 'import recipes.gpu.sections' 2>/dev/null; \
+	then $(PYTHON) -m recipes.gpu_check; \
+	else $(MAKE) --no-print-directory $(READY) && $(RUN) -m recipes.gpu_check; fi
+
+gpu-bundle: $(READY) ## what a GPU machine without a network lacks, in gpu-bundle.txz
+	$(RUN) -m recipes.gpu_bundle gpu-bundle.txz
 
 # A separate environment: transformers uses FLA's kernels wherever they are installed, with or without a GPU.
 KERNELS := .venv-kernels
@@ -118,5 +126,5 @@ docs: $(DOCS) ## build the pages and the API reference into site/; fails on a wa
 
 clean: ## remove files of builds and tests; keeps the environment
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	rm -f test-cpus.txt test-cpus.log
+	rm -f test-cpus.txt test-cpus.log gpu-bundle.txz
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -85,6 +85,11 @@ def case_of(operation: str, name: str) -> Case | None:
     return _cases.get((operation, name))
 
 
+def checked_implementations() -> tuple[tuple[str, str], ...]:
+    """Operation and name of every implementation that has a case."""
+    return tuple(_cases)
+
+
 def definition_of(operation: str) -> str:
     """The name of the implementation that the others are held to."""
     return _definitions[operation]

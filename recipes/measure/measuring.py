@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,39 @@ HERE = Path(__file__).parent
 
 def machine() -> dict[str, str]:
     """Machine, versions, commit and date, to be written with every result."""
-    import transformers
-
     try:
         command = ["git", "describe", "--always", "--dirty"]
         run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE)
         commit = run.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    gpu = gpu_name()
     return {
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit,
         "machine": f"{_processor()}, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}, {gpu}",
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "versions": f"torch {torch.__version__}, transformers {_release('transformers')}",
     }
+
+
+def gpu_name() -> str:
+    """The first GPU's name. Asked of the driver's own program: torch would take memory of the device for the answer."""
+    if not torch.cuda.is_available():
+        return "no GPU"
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        names = []
+    return names[0].strip() if names and names[0].strip() else torch.cuda.get_device_name()
+
+
+def _release(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _processor() -> str:
@@ -52,7 +70,7 @@ def _processor() -> str:
 def read_bandwidth(device: torch.device | str = "cpu", *, of: torch.Tensor | None = None) -> float:
     """Bytes per second of memory reads: the best of a few sums over 512 MiB, or over `of`."""
     x = random_bytes(device) if of is None else of
-    return x.nbytes / _best(lambda: x.sum(), 5)
+    return x.nbytes / _best(lambda: x.sum(), 5, 8 if x.device.type == "cuda" else 1)
 
 
 def random_bytes(device: torch.device | str = "cpu") -> torch.Tensor:
@@ -62,10 +80,10 @@ def random_bytes(device: torch.device | str = "cpu") -> torch.Tensor:
 
 def matmul_rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
     """Floating-point operations per second of a large matrix product: the best of a few, with the faster library."""
-    n = 4096 if torch.device(device).type == "cuda" else 2048
+    n, calls = (8192, 8) if torch.device(device).type == "cuda" else (2048, 1)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
     with torch.no_grad():
-        return 2 * n**3 / _best(lambda: linear(a, b), 5)
+        return 2 * n**3 / _best(lambda: linear(a, b), 5, calls)
 
 
 def machine_can(dtype: torch.dtype, of: torch.Tensor) -> dict[str, float]:
@@ -73,9 +91,15 @@ def machine_can(dtype: torch.dtype, of: torch.Tensor) -> dict[str, float]:
     return {"flops_per_second": matmul_rate(dtype), "read_bytes_per_second": read_bandwidth(of=of)}
 
 
-def _best(run: Any, times: int) -> float:
-    run()
-    return min(seconds_of(run) for _ in range(times))
+def _best(run: Any, times: int, calls: int = 1) -> float:
+    """Seconds of a call: the best of a few times, each with so many calls between two waits for the device."""
+
+    def several() -> None:
+        for _ in range(calls):
+            run()
+
+    several()
+    return min(seconds_of(several) for _ in range(times)) / calls
 
 
 def synchronize() -> None:
