@@ -1,8 +1,8 @@
 """The step that CUDA captures, run on the CPU, against the modules: values, caches, and when the modules run instead.
 
 Every test runs twice: with the modules captured, and with the operations of `TokenStep`, by their definitions in torch.
-tests/kernels/ runs it with the Triton kernels. Capturing needs a device (tests/gpu/test_gpu.py); the "meta" device
-shows that the step never waits for a device.
+tests/kernels/ runs it with the Triton kernels. Capturing needs a device (tests/gpu/test_gpu_decoding.py); the "meta"
+device shows that the step never waits for a device.
 """
 
 import copy

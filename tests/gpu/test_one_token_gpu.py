@@ -27,7 +27,7 @@ def test_kernels_equal_their_definitions(part, dtype, bound):
     """The definition runs on the CPU, whose products are not tf32. Numbers of experts must be equal."""
     case, cuda = case_of(f"one_token.{part}", "triton"), torch.device("cuda")
     with torch.no_grad():
-        found, expected = case("triton", cuda, dtype), case("torch", torch.device("cpu"), dtype)
+        found, expected = case("triton", cuda, dtype, 0), case("torch", torch.device("cpu"), dtype, 0)
         assert checked(f"one_token.{part}", "triton", cuda, dtype, 0, False) is None
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
