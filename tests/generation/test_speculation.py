@@ -1,4 +1,4 @@
-"""Drafts change how long it takes, and nothing else: tokens, log-probabilities and the cache equal plain generation's."""
+"""Drafts change the time alone: tokens, log-probabilities and the cache equal those of plain generation."""
 
 import pytest
 import torch
@@ -218,7 +218,7 @@ def test_a_model_without_mtp_looks_up():
     assert torch.equal(
         q.generate(bare, ids, max_new_tokens=12, draft_tokens=2), q.generate(bare, ids, max_new_tokens=12)
     )
-    with pytest.raises(ValueError, match='has no MTP layer.*drafts="lookup"'):
+    with pytest.raises(ValueError, match=r'has no MTP layer.*drafts="lookup"'):
         q.generate(bare, ids, draft_tokens=2, drafts="mtp")
 
 
