@@ -21,13 +21,17 @@ from qwen3next.checkpoints.save import save
 from qwen3next.checkpoints.state_dict_adapter import Layout
 from qwen3next.config import ModelConfig
 from qwen3next.explain import explain
-from qwen3next.generation.generate import generate, sample, stream
+from qwen3next.generation.beam_search import beam_search
+from qwen3next.generation.generate import Generation, generate, sample, stream
+from qwen3next.generation.grammar import Grammar
 from qwen3next.generation.sampling_rules import SamplingRules
 from qwen3next.model import Losses, Output
 from qwen3next.prefix.store import PrefixStore
 
 __all__ = [
     "Document",
+    "Generation",
+    "Grammar",
     "HybridCache",
     "Layout",
     "Losses",
@@ -36,6 +40,7 @@ __all__ = [
     "PrefixStore",
     "Qwen3Next",
     "SamplingRules",
+    "beam_search",
     "explain",
     "generate",
     "load",

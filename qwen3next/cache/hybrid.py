@@ -154,11 +154,13 @@ class HybridCache:
             self._rollback_log.begin(
                 self.layers, segments, logits=self.last_logits, hidden=self.hidden, resting=self._resting
             )
-        call = Extension(segments, self.layers, self.mtp, self.hidden)
+        call, hidden, lengths = Extension(segments, self.layers, self.mtp, self.hidden), self.hidden, self.lengths
         try:
             yield call
             assert call.hidden is not None
             self._advance(input_ids, segments, call.hidden.detach())
+            if self._resting:
+                self._put_back(before, hidden, lengths)
         except BaseException:
             self.layers = before
             if self._rollback_log is not None:
@@ -216,24 +218,24 @@ class HybridCache:
 
     @contextmanager
     def resting(self, rows: Sequence[int]) -> Iterator[None]:
-        """A call of one token a row runs these rows along with the others and leaves them as they are."""
-        states: list[State] = [s if isinstance(s, KVCache) else s.share() for s in self.layers]
-        lengths, hidden, self._resting = self.lengths, self.hidden, rows
+        """Calls in the block run these rows along with the others and leave them as they are."""
+        self._resting = tuple(rows)
         try:
             yield
         finally:
             self._resting = ()
-        if not rows or self.lengths == lengths:
-            return
-        index = torch.tensor(rows, device=self.tokens.device)
+
+    def _put_back(self, before: Sequence[State], hidden: Tensor | None, lengths: tuple[int, ...]) -> None:
+        """Give the resting rows the states that they had before the call."""
+        index = torch.tensor(self._resting, device=self.tokens.device)
 
         def put_back(now: Tensor, then: Tensor) -> Tensor:  # into a new tensor: others may hold the old one
             return now.index_copy(0, index, then[index].to(now.dtype))
 
-        for now, then in zip(self.layers, states, strict=True):
+        for now, then in zip(self.layers, before, strict=True):
             if isinstance(now, DeltaNetState) and isinstance(then, DeltaNetState):
                 now.conv, now.recurrent = put_back(now.conv, then.conv), put_back(now.recurrent, then.recurrent)
-        self.lengths = tuple(lengths[r] if r in rows else n for r, n in enumerate(self.lengths))
+        self.lengths = tuple(lengths[r] if r in self._resting else n for r, n in enumerate(self.lengths))
         if self.hidden is not None and hidden is not None:
             self.hidden = put_back(self.hidden, hidden)
 
@@ -261,13 +263,24 @@ class HybridCache:
         began; inside a call that ran in chunks, as exact as chunks and token loop agree.
         Raises: ValueError where the state of that point is not known.
         """
-        back = [tokens] * self.batch if isinstance(tokens, int) else list(tokens)
+        self.take_back([tokens] * self.batch if isinstance(tokens, int) else list(tokens))
+        model = None if self.model is None else self.model()
+        if self.last_logits is None and self.hidden is not None and model is not None:
+            self.last_logits = model.logits_after(self)
+
+    def take_back(self, back: Sequence[int], *, logits: Tensor | None = None) -> None:
+        """`rollback` of so many tokens a row, to places after which the logits are known, or else not made again.
+
+        Args:
+            logits: (b, vocab) after the last token that stays in each row.
+        """
         if len(back) != self.batch:
             raise ValueError(f"Give one number, or one for each of the {self.batch} rows, not {len(back)}.")
         target = tuple(length - n for length, n in zip(self.lengths, back, strict=True))
         if min(back) < 0 or min(target) < 0:
             raise ValueError(f"Cannot take back {max(back)} of {min(self.lengths)} tokens.")
         if not any(back):
+            self.last_logits = self.last_logits if logits is None else logits
             return
         point = None if self._rollback_log is None else self._rollback_log.find(target)
         if point is None:
@@ -280,10 +293,8 @@ class HybridCache:
             if isinstance(now, DeltaNetState):
                 then = next(states)
                 self.layers[i] = DeltaNetState(then.conv, then.recurrent.to(now.recurrent.dtype))
-        self.lengths, self.hidden, self.last_logits = point.lengths, point.hidden, point.logits
-        model = None if self.model is None else self.model()
-        if self.last_logits is None and self.hidden is not None and model is not None:
-            self.last_logits = model.logits_after(self)
+        self.lengths, self.hidden = point.lengths, point.hidden
+        self.last_logits = point.logits if logits is None else logits
 
     def fork(self, n: int = 1) -> list["HybridCache"]:
         """Copies that go on independently, with the same past. Keys and values of it are shared for good."""

@@ -1,14 +1,26 @@
 """`qwen3next generate`: continue plain text."""
 
+import json as json_text
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
+from tokenizers import Tokenizer
 
+from qwen3next.api import Qwen3Next
+from qwen3next.commands.choosing import Choosing
 from qwen3next.commands.common import Dtype, ExpertPlace, Folder, open_model, open_tokenizer, say_reads
-from qwen3next.generation.generate import stream
+from qwen3next.generation.beam_search import beam_search
+from qwen3next.generation.choice import Picked
+from qwen3next.generation.generate import Generation
+from qwen3next.generation.rounds import Report
 from qwen3next.generation.text import TextStream
+
+DEFAULTS = Choosing()
 
 
 def generate(
@@ -16,12 +28,15 @@ def generate(
     prompt: str | None = None,
     file: Path | None = None,
     max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int | None = None,
+    choosing: Annotated[Choosing, tyro.conf.arg(name="")] = DEFAULTS,
     stop: tuple[str, ...] = (),
     stop_tokens: tuple[int, ...] = (),
+    n: int = 1,
+    beams: int = 0,
+    draft_tokens: int | Literal["auto"] = 0,
+    drafts: Literal["auto", "mtp", "lookup", "both"] = "auto",
+    logprobs: int | None = None,
+    json: bool = False,
     device: str = "auto",
     dtype: Dtype = "auto",
     experts: ExpertPlace = "memory",
@@ -33,20 +48,24 @@ def generate(
     The prompt is used without a chat template: for a chat model, write the chat markup into it.
 
     $ qwen3next generate DIR --prompt "def fibonacci(n):"
-    $ qwen3next generate DIR --file story.txt --temperature 0.8
+    $ qwen3next generate DIR --file story.txt --temperature 0.8 --draft-tokens auto
     $ cat story.txt | qwen3next generate DIR --quiet > more.txt
+    $ qwen3next generate DIR --prompt "As JSON: " --json-schema person.json --json
 
     Args:
         folder: checkpoint folder with config.json, *.safetensors and tokenizer.json.
         prompt: text to continue. Without --prompt and --file, stdin is read to its end.
         file: UTF-8 file with the text to continue.
         max_new_tokens: most tokens to generate.
-        temperature: 0 always takes the most likely token; larger values are more varied.
-        top_k: sample from the k most likely tokens; 0 means all.
-        top_p: sample from the most likely tokens with this total probability.
-        seed: seed for a temperature above 0; the same seed gives the same text on one machine.
         stop: end before this string, in addition to the checkpoint's stop_strings; may be repeated.
         stop_tokens: end after this token id, in addition to the model's end-of-text; may be repeated.
+        n: texts to generate; with --beams the best n.
+        beams: texts that beam search keeps; 0 is no beam search.
+        draft_tokens: tokens to guess and check in one step, or auto, which measures what pays; 0 is none. It changes
+            the speed, never the text.
+        drafts: who guesses: the MTP layer, what followed the same words before (lookup), both, or auto.
+        logprobs: with --json, report log-probabilities, and those of so many most likely tokens.
+        json: print one JSON object with texts, tokens, log-probabilities, drafts and seconds, and nothing before it.
         device: auto (CUDA if available), cpu, cuda, cuda:1, ...
         dtype: auto keeps the stored dtype of each tensor.
         experts: memory; int8 (one byte per weight); disk (read from the files when tokens need them).
@@ -56,36 +75,126 @@ def generate(
     text = _read_prompt(prompt, file)
     tokenizer = open_tokenizer(folder)
     model = open_model(folder, device=device, dtype=dtype, experts=experts, cache=expert_cache, quiet=quiet)
-    weight = model.lm_head.weight
-    ids = tokenizer.encode(text).ids
-    began, first, made = time.perf_counter(), 0.0, 0
-    texts = (*model.generation_config.stop_strings, *stop)
-    output = TextStream(lambda tokens: tokenizer.decode(tokens), stop=texts)
-    for token in stream(
-        model,
-        torch.tensor([ids], dtype=torch.long, device=weight.device),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop_tokens=(*model.stop_tokens, *stop_tokens),
-        seed=seed,
-    ):
-        first, made = first or time.perf_counter(), made + 1
-        print(output.push(int(token)), end="", flush=True)
-        if output.stopped:
-            break
-    now = time.perf_counter()
-    print(output.finish(), flush=True)
-    if not quiet:
-        # The prompt's forward makes the first token; the rate counts the steps after it.
-        rate = f", {(made - 1) / (now - first):.1f} tok/s" if made > 1 else ""
-        print(
-            f"{len(ids)} prompt tokens in {first - began:.2f} s, {made} new in {now - began:.2f} s{rate} "
-            f"({weight.device}, {str(weight.dtype).removeprefix('torch.')})",
-            file=sys.stderr,
+    ids = torch.tensor([tokenizer.encode(text).ids], dtype=torch.long, device=model.device)
+    stops = tuple(dict.fromkeys((*model.stop_tokens, *stop_tokens)))
+    options = choosing.options(tokenizer, model.vocab_size, stops)
+    strings = (*model.generation_config.stop_strings, *stop)
+    began = time.perf_counter()
+    if beams:
+        if choosing.temperature or options["grammar"] is not None or draft_tokens or options["logit_bias"]:
+            raise ValueError("--beams takes no temperature, grammar, drafts or bias: leave these out.")
+        found = beam_search(
+            model, ids, beams=beams, n=n, max_new_tokens=max_new_tokens, rules=options["rules"], stop_tokens=stops
         )
-        say_reads(model)
+        written = [Written(tokenizer, strings, [Picked(t) for t in tokens], score) for score, tokens in found[0]]
+        report, first = Report(), time.perf_counter()
+        if not json:
+            _print_whole(written)
+    else:
+        run = Generation(
+            model,
+            ids,
+            max_new_tokens=max_new_tokens,
+            n=n,
+            draft_tokens=draft_tokens,
+            drafts=drafts,
+            logprobs=logprobs if json else None,
+            **options,
+        )
+        written = [Written(tokenizer, strings) for _ in range(n)]
+        first, report = _follow(run, written, aloud=n == 1 and not json), run.report
+        if n > 1 and not json:
+            _print_whole(written)
+    seconds = {"first_token": first - began, "all": time.perf_counter() - began}
+    if json:
+        print(json_text.dumps(_as_json(written, ids.shape[1], seconds, report), ensure_ascii=False))
+    if not quiet:
+        _say_speed(model, ids.shape[1], sum(len(w.picked) for w in written), seconds, report)
+
+
+@dataclass
+class Written:
+    """A text as it is written.
+
+    Attributes:
+        score: of a beam.
+    """
+
+    tokenizer: Tokenizer
+    strings: tuple[str, ...]
+    picked: list[Picked] = field(default_factory=list)
+    score: float | None = None
+
+    def __post_init__(self) -> None:
+        self.stream = TextStream(lambda tokens: self.tokenizer.decode(tokens), stop=self.strings)
+        self.text = "".join(self.stream.push(picked.token) for picked in self.picked)
+
+    def push(self, new: list[Picked]) -> str:
+        """The text that these tokens complete."""
+        said = ""
+        for picked in new:
+            if not self.stream.stopped:
+                self.picked.append(picked)
+                said += self.stream.push(picked.token)
+        self.text += said
+        return said
+
+    def finish(self) -> str:
+        rest = self.stream.finish()
+        self.text += rest
+        return rest
+
+
+def _follow(run: Generation, written: list[Written], *, aloud: bool) -> float:
+    """Take the tokens of a run until all texts have ended; the time of the first."""
+    first = 0.0
+    for gained in run:
+        first = first or time.perf_counter()
+        for row, text, new in zip(run.rows, written, gained, strict=True):
+            said = text.push(new)
+            row.done |= text.stream.stopped
+            if aloud:
+                print(said, end="", flush=True)
+    for text in written:
+        rest = text.finish()
+        if aloud:
+            print(rest, flush=True)
+    return first
+
+
+def _print_whole(written: list[Written]) -> None:
+    for number, text in enumerate(written, start=1):
+        score = "" if text.score is None else f", score {text.score:.4f}"
+        text.finish()
+        print(f"--- text {number}{score}\n{text.text}", flush=True)
+
+
+def _as_json(written: list[Written], prompt: int, seconds: dict[str, float], report: Report) -> dict[str, Any]:
+    texts = []
+    for text in written:
+        text.finish()
+        one: dict[str, Any] = {"text": text.text, "tokens": [picked.token for picked in text.picked]}
+        if text.score is not None:
+            one["score"] = text.score
+        if text.picked and text.picked[0].logprob == text.picked[0].logprob:  # not NaN: it was asked for
+            one["logprobs"] = [picked.logprob for picked in text.picked]
+            one["top_logprobs"] = [dict(picked.top) for picked in text.picked]
+        texts.append(one)
+    drafts = {"drafted": report.drafted, "accepted": report.accepted, "mean_length": report.mean_length}
+    return {"texts": texts, "prompt_tokens": prompt, "drafts": drafts, "seconds": seconds}
+
+
+def _say_speed(model: Qwen3Next, prompt: int, made: int, seconds: dict[str, float], report: Report) -> None:
+    # The prompt's forward makes the first token; the rate counts the steps after it.
+    after = seconds["all"] - seconds["first_token"]
+    rate = f", {(made - 1) / after:.1f} tok/s" if made > 1 and after else ""
+    rate += f", {report.mean_length:.2f} tokens a round" if any(report.drafted) else ""
+    print(
+        f"{prompt} prompt tokens in {seconds['first_token']:.2f} s, {made} new in {seconds['all']:.2f} s{rate} "
+        f"({model.device}, {str(model.dtype).removeprefix('torch.')})",
+        file=sys.stderr,
+    )
+    say_reads(model)
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:

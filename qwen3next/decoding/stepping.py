@@ -1,6 +1,7 @@
 """Steps of generation: a few tokens behind a cache, by the fastest way that gives the modules' result."""
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -96,11 +97,31 @@ class Stepping(Reference):
         return self.hook_logits(self.lm_head(cache.hidden[:, None]))[:, 0]
 
     @torch.no_grad()
+    def step_all(self, input_ids: Int[Tensor, "b t"], cache: HybridCache) -> Float[Tensor, "b t vocab"]:
+        """`step`, with the logits after every token: what single steps would give, to the bit."""
+        return torch.stack([self.step(token, cache) for token in as_ids(input_ids).split(1, dim=1)], dim=1)
+
+    @torch.no_grad()
+    def draft_tokens(self, cache: HybridCache, token: Int[Tensor, "b"], count: int) -> Int[Tensor, "b count"]:
+        """The most likely `count` tokens behind `token`, by the MTP layer, which goes on from its own hidden states.
+
+        Raises: as `draft`.
+        """
+        found = []
+        for logits in self._drafted(cache, token, count):
+            found.append(logits.argmax(-1))
+        return torch.stack(found, dim=1)
+
+    @torch.no_grad()
     def draft(self, cache: HybridCache, token: Int[Tensor, "b"]) -> Float[Tensor, "b vocab"]:
         """What the MTP layer expects after `token`, which is to follow all that the cache holds and is not added to it.
 
         Raises: ValueError for a cache made without mtp=True, or an empty one.
         """
+        return next(self._drafted(cache, token, 1))
+
+    def _drafted(self, cache: HybridCache, token: Tensor, count: int) -> Iterator[Tensor]:
+        """Logits (b, vocab) of the MTP layer behind `token`, then behind the most likely token of those, and so on."""
         if cache.mtp is None or self.mtp is None or cache.hidden is None or not min(cache.lengths):
             raise ValueError("A draft needs a cache that was made with mtp=True and holds at least one token a row.")
         token = as_ids(token, "token", ndim=1)
@@ -108,11 +129,15 @@ class Stepping(Reference):
             raise ValueError(f"token has {len(token)} ids and the cache {cache.batch} rows: give one a row.")
         if not 0 <= int(token.min()) <= int(token.max()) < self.vocab_size:
             raise ValueError(f"token holds {int(token.min())} to {int(token.max())} of 0 to {self.vocab_size - 1}.")
-        segments = Segments.full(token[:, None]).after([n - 1 for n in cache.lengths])
-        rope = self._rotation(segments.positions, cache.hidden.dtype)
-        state = cache.mtp.share(max(segments.offsets))  # continued here and forgotten
-        ahead, _ = self.mtp(cache.hidden[:, None], self.embed_tokens(token[:, None]), rope, segments, state)
-        return self.mtp.hook_logits(self.lm_head(ahead[:, 0]))
+        past, hidden = [n - 1 for n in cache.lengths], cache.hidden[:, None]
+        state = cache.mtp.share(max(past))  # continued here and forgotten
+        for _ in range(count):
+            segments = Segments.full(token[:, None]).after(past)
+            rope = self._rotation(segments.positions, hidden.dtype)
+            hidden, _ = self.mtp(hidden, self.embed_tokens(token[:, None]), rope, segments, state)
+            logits = self.mtp.hook_logits(self.lm_head(hidden[:, 0]))
+            yield logits
+            token, past = logits.argmax(-1), [n + 1 for n in past]
 
     @property
     def device(self) -> torch.device:

@@ -1,6 +1,7 @@
 """The command line: output, one-sentence errors, exit status."""
 
 import io
+import json
 import os
 import re
 import signal
@@ -224,3 +225,61 @@ def test_context(capsys):
     assert "longest context: 262,144 tokens" in out
     assert cli.main(["context", "tiny", "--tokens", "many"]) == 2
     assert "'many' is not a number of tokens" in capsys.readouterr().err
+
+
+def test_generate_as_json_with_drafts_grammar_and_log_probabilities(folder, capsys):
+    """The object holds what `Generation` gives; drafts change the counts alone."""
+    command = ["generate", str(folder), "--prompt", "Once", "--max-new-tokens", "12", "--quiet", "--json"]
+    found = []
+    for draft_tokens in ("0", "2", "auto"):
+        flags = ["--temperature", "1", "--seed", "3", "--logprobs", "2", "--draft-tokens", draft_tokens]
+        assert cli.main([*command, *flags, "--logit-bias", "5=1.5", "--ban", "7", "--repetition-penalty", "1.2"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    for other in found[1:]:
+        assert other["texts"] == found[0]["texts"]
+    (text,) = found[0]["texts"]
+    assert len(text["tokens"]) == len(text["logprobs"]) == len(text["top_logprobs"])
+    assert 7 not in text["tokens"]
+    assert all(len(top) == 2 for top in text["top_logprobs"])
+    assert found[1]["drafts"]["drafted"]
+    assert set(found[0]["seconds"]) == {"first_token", "all"}
+
+
+def test_generate_under_a_grammar(folder, capsys, tmp_path):
+    schema = {"type": "integer", "minimum": 10, "maximum": 99}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    (tmp_path / "grammar.lark").write_text('start: "ab" | "cd"')
+    command = ["generate", str(folder), "--prompt", "Once", "--quiet", "--stop-tokens", "256"]
+    for flags, pattern in (
+        (["--json-schema", str(tmp_path / "schema.json")], r"[1-9][0-9]"),
+        (["--regex", "x{3}"], "xxx"),
+        (["--grammar", str(tmp_path / "grammar.lark")], "ab|cd"),
+    ):
+        assert cli.main([*command, *flags]) == 0
+        assert re.fullmatch(pattern, capsys.readouterr().out.strip())
+
+
+def test_generate_several_texts_and_beams(folder, capsys):
+    command = ["generate", str(folder), "--prompt", "Once", "--max-new-tokens", "4", "--quiet", "--n", "2"]
+    assert cli.main([*command, "--temperature", "1", "--seed", "1"]) == 0
+    assert capsys.readouterr().out.count("--- text") == 2
+    assert cli.main([*command, "--beams", "3", "--json"]) == 0
+    scores = [text["score"] for text in json.loads(capsys.readouterr().out)["texts"]]
+    assert scores == sorted(scores, reverse=True)
+    assert len(scores) == 2
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--logit-bias", "5:1"], "is not TOKEN=NUMBER"),
+        (["--regex", "a", "--grammar", "g.lark"], "exclude each other"),
+        (["--json-schema", "missing.json"], "missing.json"),
+        (["--beams", "2", "--temperature", "1"], "--beams takes no temperature"),
+        (["--draft-tokens", "-1"], "draft_tokens must be a number from 0"),
+        (["--min-p", "2"], "min_p must be"),
+    ],
+)
+def test_generate_refuses_bad_choices(folder, capsys, flags, words):
+    assert cli.main(["generate", str(folder), "--prompt", "Once", *flags]) == 2
+    assert words in capsys.readouterr().err

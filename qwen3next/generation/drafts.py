@@ -1,0 +1,159 @@
+"""Guess the next tokens cheaply, for the model to check several in one call: speculative decoding's drafters.
+
+A draft only ever saves time: a token is kept if it is the one that the model chooses there (rounds.py).
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from qwen3next.cache.hybrid import HybridCache
+from qwen3next.generation.prefill import Prefilling
+
+DRAFTERS = ("mtp", "lookup", "both")
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Guesses tokens for every row of a cache."""
+
+    def draft(self, cache: HybridCache, texts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """Up to `count` tokens that may follow each text; the cache holds all of it but its last token."""
+
+
+class MTPDrafts:
+    """The most likely tokens of the model's MTP layer, which takes its own results as hidden states in turn."""
+
+    def __init__(self, model: Prefilling):
+        self.model = model
+
+    def draft(self, cache: HybridCache, texts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        last = torch.tensor([text[-1] for text in texts], device=cache.tokens.device)
+        return self.model.draft_tokens(cache, last, count).tolist()
+
+
+class PromptLookup:
+    """What followed the text's last tokens where they stood before: the longest match, and of these the last.
+
+    Args:
+        longest, shortest: tokens that must match.
+    """
+
+    def __init__(self, *, longest: int = 4, shortest: int = 2):
+        self.lengths = range(longest, shortest - 1, -1)
+        self._seen: dict[int, tuple[int, dict[tuple[int, ...], int]]] = {}  # by row: tokens indexed, and n-gram → end
+
+    def draft(self, cache: HybridCache, texts: Sequence[Sequence[int]], count: int) -> list[list[int]]:  # noqa: ARG002
+        return [self._of_row(row, text, count) for row, text in enumerate(texts)]
+
+    def _of_row(self, row: int, text: Sequence[int], count: int) -> list[int]:
+        done, ends = self._seen.get(row, (0, {}))
+        for end in range(done + 1, len(text)):  # the last token itself is not yet followed by anything
+            for n in self.lengths:
+                if n <= end:
+                    ends[tuple(text[end - n : end])] = end
+        self._seen[row] = max(done, len(text) - 1), ends
+        for n in self.lengths:
+            if n < len(text) and (place := ends.get(tuple(text[-n:]))) is not None:
+                return list(text[place : place + count])
+        return []
+
+
+class Both:
+    """Prompt lookup, and the MTP layer for rows in which nothing matches."""
+
+    def __init__(self, model: Prefilling):
+        self.mtp, self.lookup = MTPDrafts(model), PromptLookup()
+
+    def draft(self, cache: HybridCache, texts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        found = self.lookup.draft(cache, texts, count)
+        if all(len(row) == count for row in found):
+            return found
+        return [a if a else b for a, b in zip(found, self.mtp.draft(cache, texts, count), strict=True)]
+
+
+def drafter_named(name: str, model: Prefilling) -> Drafter:
+    """Raises: ValueError for an unknown name, and for a model without an MTP layer where it is needed."""
+    if name not in DRAFTERS:
+        raise ValueError(f"There are no drafts {name!r}: choose one of {', '.join(DRAFTERS)}.")
+    if name != "lookup" and model.mtp is None:
+        raise ValueError(f'This model has no MTP layer, which drafts={name!r} needs: use drafts="lookup".')
+    made: dict[str, Callable[[], Drafter]] = {
+        "mtp": lambda: MTPDrafts(model),
+        "lookup": PromptLookup,
+        "both": lambda: Both(model),
+    }
+    return made[name]()
+
+
+class DraftLength:
+    """How many tokens to draft in a round: a fixed number, or what promises the most tokens a second.
+
+    The time of a round and the share of accepted drafts are measured as it runs. A length that is not the best one so
+    far is tried again now and then, for at most a fiftieth of the time.
+
+    Args:
+        most: the number, or with `adapt` the largest.
+        adapt: whether to choose from 0 to `most`.
+        clock: seconds; tests replace it.
+    """
+
+    BUDGET = 0.02  # of the time, for lengths that do not look best
+    FORGETS = 0.1  # weight of a new measurement
+
+    def __init__(self, most: int, *, adapt: bool, clock: Callable[[], float] = time.perf_counter):
+        self.most, self.adapt, self.clock = most, adapt, clock
+        self.seconds: dict[int, float] = {}  # of a round, by drafts in it
+        self.accepted = [0.7] * most  # share of drafts accepted at each place, if those before were
+        self._tried = [0] * most
+        self._total = self._wasted = 0.0
+        self._began = 0.0
+
+    def begin(self) -> int:
+        """Start a round; the number of tokens to draft in it."""
+        self._began = self.clock()
+        return self.choose() if self.adapt else self.most
+
+    def end(self, drafted: int, accepted: Sequence[int]) -> None:
+        """Finish a round in which `drafted` tokens were drafted a row, and so many accepted in each running row."""
+        took = self.clock() - self._began
+        known = self.seconds.get(drafted)
+        self.seconds[drafted] = took if known is None else min(took, known + self.FORGETS * (took - known))
+        for place in range(drafted):
+            for n in accepted:
+                if n >= place:
+                    self._tried[place] += 1
+                    weight = max(self.FORGETS, 1 / (self._tried[place] + 1))
+                    self.accepted[place] += weight * (float(n > place) - self.accepted[place])
+        self._total += took
+        best = self.best()
+        if drafted != best and best in self.seconds:
+            self._wasted += max(took - self.tokens(drafted) * self.seconds[best] / self.tokens(best), 0.0)
+
+    def tokens(self, drafts: int) -> float:
+        """Expected tokens of a round."""
+        expected, all_before = 1.0, 1.0
+        for share in self.accepted[:drafts]:
+            all_before *= share
+            expected += all_before
+        return expected
+
+    def best(self) -> int:
+        """The measured length that promises the most tokens a second."""
+        return max(self.seconds, key=lambda n: self.tokens(n) / self.seconds[n], default=0)
+
+    def choose(self) -> int:
+        if not self.seconds:
+            return 0
+        best = self.best()
+        if self._wasted > self.BUDGET * self._total:
+            return best
+        near = [n for n in (best + 1, best - 1) if 0 <= n <= self.most]
+        unknown = [n for n in near if n not in self.seconds]
+        if unknown:
+            return unknown[0]
+        # Only where another could be better: if every draft of it were accepted.
+        hopeful = [n for n in near if (1 + n) / self.seconds[n] > self.tokens(best) / self.seconds[best]]
+        return hopeful[0] if hopeful and self._wasted < self.BUDGET * self._total / 2 else best
