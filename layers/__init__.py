@@ -25,6 +25,7 @@ import layers.kernels.experts  # noqa: E402
 import layers.kernels.linear  # noqa: E402
 import layers.kernels.one_token  # noqa: E402
 import layers.kernels.rows  # noqa: E402
+import layers.kernels.triton_rows  # noqa: E402
 import layers.old_names  # noqa: E402
 
 layers.old_names.install()

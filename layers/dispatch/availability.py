@@ -190,16 +190,28 @@ def grouped(_device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def one_token_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels of layers/triton/ cannot run, or None."""
+    """Why the kernels of a decoding step cannot run, or None."""
+    if dtype == torch.float16:
+        return "its kernels have no float16"
+    return _own_triton("one_token", device, dtype)
+
+
+def triton_rows(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels of norms, gates and activations cannot run, or None."""
+    return _own_triton("elementwise", device, dtype)
+
+
+def _own_triton(operation: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels of layers/triton/ for an operation of several functions cannot run, or None."""
     if device.type != "cuda":
         return f"its kernels run on CUDA, the tensors are on {device.type}"
-    if dtype not in (torch.float32, torch.bfloat16):
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels have no {str(dtype).removeprefix('torch.')}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install 'qwen3next[cuda]'"
     if 0 < generation(device) < 8:
         return "its kernels are for GPUs of compute capability 8.0 and higher"
-    reasons = (_self_check(f"one_token.{part}", "triton", device, dtype) for part in parts_of("one_token", "triton"))
+    reasons = (_self_check(f"{operation}.{part}", "triton", device, dtype) for part in parts_of(operation, "triton"))
     return next((reason for reason in reasons if reason is not None), None)
 
 

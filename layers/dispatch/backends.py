@@ -115,6 +115,12 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
         Implementation("eager", "shows scores and pattern"),
     ),
     "elementwise": (
+        Implementation(
+            "triton",
+            "a norm, gate or activation as one Triton kernel",
+            can.triton_rows,
+            except_for="gates of a variant, hooks inside a norm, and traced graphs take torch",
+        ),
         Implementation("fla", "the gated norm as one Triton kernel, the others in torch", can.fla, can.rounds_once),
         Implementation(
             "cpp",

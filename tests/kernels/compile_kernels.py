@@ -1,9 +1,10 @@
-"""Compile every kernel of a decoding step for GPUs that are not here, and print what each needs, as JSON.
+"""Compile every Triton kernel of ours for GPUs that are not here, and print what each needs, as JSON.
 
     python tests/kernels/compile_kernels.py 80 90 100
 
-A program of its own: it must not run in Triton's interpreter. The kernels are those that steps launch, found by running
-them on "meta" tensors: of the official form in bf16 and fp32, and for the first GPU of small models of other forms.
+A program of its own: it must not run in Triton's interpreter. The kernels are those of decoding steps and of rows,
+found by running them on "meta" tensors: of the official form in bf16 and fp32, and for the first GPU of small models of
+other forms.
 Triton's own ptxas assembles them; no driver is needed. Each line: form, kernel, dtype, arch, registers a thread, bytes
 of spills, bytes of shared memory, warps.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 import triton
 from conftest import small_config
-from launches import BOTH, Launch, official, step_on_meta
+from launches import BOTH, Launch, official, rows_on_meta, step_on_meta
 from test_decode import SHAPES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -49,7 +50,7 @@ def main() -> None:
 def _launches() -> Iterator[tuple[str, Launch]]:
     """The form and each launch of its step."""
     for dtype in (torch.bfloat16, torch.float32):
-        for launch in step_on_meta(official(*BOTH), dtype)[0]:
+        for launch in (*step_on_meta(official(*BOTH), dtype)[0], *rows_on_meta(dtype)):
             yield "official", launch
     for name, changes in SHAPES.items():
         for launch in step_on_meta(small_config(**changes), torch.bfloat16, 2)[0]:
@@ -66,6 +67,8 @@ def _source(kernel, arguments: tuple, constants: dict) -> ASTSource:
         elif isinstance(arguments[i], torch.Tensor):
             signature[name] = NAMES[arguments[i].dtype]
             attrs[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(arguments[i], float):
+            signature[name] = "fp32"
         else:
             signature[name] = "i32" if arguments[i] < 2**31 else "i64"
             if arguments[i] % 16 == 0:

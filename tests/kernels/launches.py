@@ -11,13 +11,20 @@ import layers.triton.attention
 import layers.triton.deltanet
 import layers.triton.experts
 import layers.triton.norm
+import layers.triton.rows
 import qwen3next as q
 from layers.gated_deltanet import DeltaNetState
 from layers.state.kv_cache import KVCache
 from qwen3next.decoding.graph_states import GraphStates
 from qwen3next.decoding.token_step import TokenStep
 
-MODULES = (layers.triton.attention, layers.triton.deltanet, layers.triton.experts, layers.triton.norm)
+MODULES = (
+    layers.triton.attention,
+    layers.triton.deltanet,
+    layers.triton.experts,
+    layers.triton.norm,
+    layers.triton.rows,
+)
 # Make a view or take memory, and launch nothing.
 FREE = ("view", "empty", "new_empty", "select", "slice", "split", "unsqueeze", "squeeze", "transpose", "t.", "detach",
         "alias", "expand", "unbind", "as_strided", "permute")  # fmt: skip
@@ -90,3 +97,19 @@ def official(*layer_types: str) -> q.ModelConfig:
 
 
 BOTH = ("linear_attention", "full_attention")
+
+
+def rows_on_meta(dtype: torch.dtype) -> list[Launch]:
+    """Launches of the kernels of rows, forward and backward, at the widths of the official form."""
+    rows = layers.triton.rows
+    with noted() as found, torch.device("meta"):
+        for width, zero_centred, gated in ((2048, True, False), (256, True, False), (128, False, True)):
+            x, weight = torch.empty(64, width, dtype=dtype), torch.empty(width, dtype=dtype)
+            gate = torch.empty_like(x) if gated else None
+            _, rate = rows.rms_norm(x, weight, gate, eps=1e-6, zero_centred=zero_centred)
+            rows.rms_norm_backward(x, x, weight, gate, rate, zero_centred=zero_centred)
+        y, rate = rows.l2_normalise(x, eps=1e-6, scale=0.5)
+        rows.l2_normalise_backward(y, x, rate, scale=0.5)
+        rows.swiglu(x, x)
+        rows.swiglu_backward(x, x, x)
+    return found

@@ -59,7 +59,7 @@ def test_every_part_has_a_kernel_a_definition_and_a_case():
 def test_the_case_of_the_self_check(part, dtype):
     case = case_of(f"one_token.{part}", "triton")
     with torch.no_grad():
-        error = apart(case("triton", CPU, dtype), case("torch", CPU, dtype))
+        error = apart(case("triton", CPU, dtype, 0), case("torch", CPU, dtype, 0))
     assert error < (OTHERWISE.get(part, 0.0) if dtype == torch.bfloat16 else 0.0) + BOUND[dtype]
     assert checked(f"one_token.{part}", "triton", CPU, dtype, 0, False) is None
 
