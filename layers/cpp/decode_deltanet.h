@@ -19,7 +19,7 @@ template <class real, class Use>
 int64_t each_columns(int64_t count, Use&& use) {
     constexpr int64_t L = WIDTH<real>;
     int64_t c = 0;
-    for (; c + 4 * L <= count; c += 4 * L) use(c, std::integral_constant<int, 4>());
+    for (; c + 8 * L <= count; c += 8 * L) use(c, std::integral_constant<int, 8>());
     for (; c + L <= count; c += L) use(c, std::integral_constant<int, 1>());
     return c;
 }
@@ -43,8 +43,8 @@ void recall(const real* S, int64_t dk, int64_t dv, real decay, real beta, const 
     for (int64_t c = 0; c < dv; c++) delta[c] = beta * (v[c] - delta[c]);
 }
 
-// to = S decay + k deltaᵀ, which may be S itself; out = toᵀ q.
-template <class real>
+// to = S decay + k deltaᵀ, which may be S itself; out = toᵀ q. `past`: `to` is not read again soon.
+template <bool past, class real>
 void write_and_read(const real* S, real* to, int64_t dk, int64_t dv, real decay, const real* q, const real* k,
                     const real* delta, real* out) {
     constexpr int64_t L = WIDTH<real>;
@@ -55,7 +55,8 @@ void write_and_read(const real* S, real* to, int64_t dk, int64_t dv, real decay,
             UNROLL for (int i = 0; i < count.value; i++) {
                 const int64_t at = e * dv + c + i * L;
                 const Wide<real> s = updated_wide<real>(widen<real>(S + at), decay, k[e], own[i]);
-                memcpy(to + at, &s, sizeof s);
+                if constexpr (past) put_past(to + at, s);
+                else memcpy(to + at, &s, sizeof s);
                 sum[i] = multiply_add<real>(Wide<real>{} + q[e], s, sum[i]);
             }
         memcpy(out + c, sum, sizeof sum);
@@ -69,6 +70,7 @@ void write_and_read(const real* S, real* to, int64_t dk, int64_t dv, real decay,
         }
         out[c] = sum;
     }
+    if constexpr (past) finish_puts();
 }
 
 template <class real>
@@ -141,7 +143,9 @@ struct DeltaNetStep {
             l2_normalise(k, dk, real(1));
             const real decay = std::exp(-rate * softplus(step.decay_logit[gate] + bias));
             recall(before, dk, dv, decay, sigmoid(step.beta_logit[gate]), k, v, delta);
-            write_and_read(before, S, dk, dv, decay, q, k, delta, out);
+            const bool past = exact && j + 1 == t && before != S && whole_lines(S, dv);
+            const auto write = past ? write_and_read<true, real> : write_and_read<false, real>;
+            write(before, S, dk, dv, decay, q, k, delta, out);
             if (state.log_deltas) log(state, step.logged(r), h, k, delta, decay);
             norm_and_gate(out, weights, gate * dv);
         }

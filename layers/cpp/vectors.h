@@ -121,6 +121,28 @@ real multiply_add_one(real a, real b, real c) {
 #endif
 }
 
+// Whether `put_past` may write rows of n numbers from `to` on.
+template <class real>
+bool whole_lines(const real* to, int64_t n) {
+    return reinterpret_cast<uintptr_t>(to) % 64 == 0 && n * sizeof(real) % 64 == 0;
+}
+// Write past the caches, which then need not read first what is overwritten. `finish_puts` before others read it.
+template <class real>
+void put_past(real* to, Wide<real> v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps((float*)to, (__m512)v);
+#elif defined(__AVX2__)
+    _mm256_stream_ps((float*)to, (__m256)v);
+#else
+    memcpy(to, &v, sizeof v);
+#endif
+}
+inline void finish_puts() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
 // The sum of a vector's numbers: its halves are added until one is left.
 template <class real, int bytes>
 real sum_of_halves(typename Vector<real, bytes>::type v) {

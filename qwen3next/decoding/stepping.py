@@ -87,7 +87,7 @@ class Stepping(Reference):
 
     @torch.no_grad()
     def step_many(
-        self, tokens: Sequence[Int[Tensor, "_"]], caches: Sequence[HybridCache], *, all_logits: bool = False
+        self, tokens: Sequence[Tensor], caches: Sequence[HybridCache], *, all_logits: bool = False
     ) -> Float[Tensor, "n vocab"]:
         """Extend several caches at once, each of one sequence and by as many tokens as its row brings.
 

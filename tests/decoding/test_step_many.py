@@ -318,7 +318,7 @@ sys.path[:0] = [{tests!r}, {here!r}]
 import conftest, torch
 from test_step_many import Walk
 for seed, dtype in ((0, torch.float32), (1, torch.bfloat16)):
-    Walk(seed, dtype).run(25)
+    Walk(seed, dtype).run(15)
 """
 
 
