@@ -46,13 +46,10 @@ def causal_conv(
 
 @implements("causal_conv", "torch", definition=True)
 def convolve(x: Tensor, weight: Tensor, *, state: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
-    """The definition, one pass a tap. A token by itself is summed in its own dtype."""
+    """The definition, one pass a tap: products and sums in fp32 at least, then one cast, for any number of tokens."""
     history = inputs_with_state(x, state, segments)
-    if x.shape[1] == 1:
-        y = (history * weight.mT.to(x.dtype)).sum(1, keepdim=True)
-    else:
-        y = filter_taps(at_least_fp32(history), at_least_fp32(weight)).to(x.dtype)
-        y = y if segments is None else _without_leaks(y, history, weight, segments)
+    y = filter_taps(at_least_fp32(history), at_least_fp32(weight)).to(x.dtype)
+    y = y if segments is None else _without_leaks(y, history, weight, segments)
     return F.silu(y), last_inputs(x, state, segments)
 
 
@@ -71,7 +68,8 @@ def _without_leaks(y: Tensor, history: Tensor, weight: Tensor, segments: Segment
     row, column = ((segments.segment_ids > 0) & (segments.positions < len(tap) - 1)).nonzero(as_tuple=True)
     window = history[row[:, None], column[:, None] + tap]  # (n, taps, d)
     own = tap >= len(tap) - 1 - segments.positions[row, column, None]
-    return y.index_put((row, column), (window.masked_fill(~own[..., None], 0.0) * weight.mT.to(y.dtype)).sum(1))
+    window = at_least_fp32(window.masked_fill(~own[..., None], 0.0))
+    return y.index_put((row, column), filter_taps(window, at_least_fp32(weight))[:, 0].to(y.dtype))
 
 
 def last_inputs(x: Tensor, state: Tensor, segments: Segments | None) -> Tensor:

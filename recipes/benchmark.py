@@ -51,7 +51,8 @@ class Options:
         preset: model size (random weights, without MTP, which transformers does not implement).
         dtypes: dtypes of weights and arithmetic; training in bfloat16 uses autocast over fp32 weights.
         prefill: prompts, as BATCHxTOKENS.
-        decode: batch sizes of single-token steps.
+        decode: rows of single-token steps.
+        at_once: tokens of steps of one row that brings several, as in speculative decoding.
         decode_after: tokens of context before the decoding steps; `steps` of them are timed together.
         train: training steps, as SEQUENCESxTOKENS.
         question: tokens of a document that is already in the cache, and of a question about it.
@@ -68,7 +69,8 @@ class Options:
     preset: str = "medium"
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     prefill: tuple[str, ...] = ("1x512", "1x2048", "1x8192", "4x512")
-    decode: tuple[int, ...] = (1, 4)
+    decode: tuple[int, ...] = (1, 2, 4, 8, 16)
+    at_once: tuple[int, ...] = (2, 3, 4)
     decode_after: int = 1024
     steps: int = 16
     train: tuple[str, ...] = ("2x256", "2x512", "2x2048")
@@ -171,6 +173,8 @@ def plan(options: Options, dtype: str, found: Models, exact: Models) -> Iterator
         yield partial(cases.prefill, found, b, t)
     for b in options.decode:
         yield partial(cases.decode, found, b, options.decode_after, options.steps)
+    for t in options.at_once:
+        yield partial(cases.decode, found, 1, options.decode_after, options.steps, at_once=t)
     yield partial(cases.question, found, *options.question)
     for b, t in sizes(options.train):
         yield partial(cases.train, exact, b, t, autocast=dtype != "float32")

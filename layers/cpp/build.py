@@ -37,8 +37,7 @@ FLAGS = (
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
 
-# A step of decoding reads weights at the speed of memory only if a product and a sum are one instruction.
-MORE_FLAGS = {"decode.cpp": ("-ffp-contract=fast", "-pthread")}
+MORE_FLAGS = {"decode.cpp": ("-pthread",)}
 
 
 @cache

@@ -1,10 +1,12 @@
-// One step of decoding on a CPU: a few new tokens through all layers, bound by the reading of weights.
+// One step of decoding on a CPU: a few new tokens of one or of many sequences through all layers.
 //
 // In torch a step is some hundred small operations a layer, each with its dispatch, its threads and its temporaries,
 // and a matrix-vector product that reads memory at a fraction of its speed. Here a step is one call. It follows
 // layers/*.py operation by operation, rounds to the model's dtype where they store a tensor, and reads all weights in
-// place. Its files: decode_arguments.h (what Python passes), threads.h, vectors.h, decode_step.h (what layers share),
-// and one for each kind of layer.
+// place, once for all tokens. What a token's numbers are depends on its own sequence alone: on no other row, on no
+// later token, and not on how many of them a call brings. Its files: decode_arguments.h (what Python passes),
+// threads.h, vectors.h, decode_products.h (where all products are made), decode_step.h (what layers share), and one for
+// each kind of layer.
 
 #include "decode_attention.h"
 #include "decode_deltanet.h"
@@ -12,63 +14,79 @@
 
 namespace {
 
-template <class real>
-void embed(Step<real>& step, const EmbeddingAndHead& ends) {
+constexpr int64_t TOKENS = 64;  // that go through the layers together, but that a row is not divided
+
+template <class T>
+void embed(Step<T>& step, const EmbeddingAndHead& ends) {
     const int64_t width = step.s.width;
     for (int64_t r = 0; r < step.n; r++)
-        load_all(ends.embedding.p, ends.embedding.dtype, ends.ids[r] * width, width, &step.x[r * width]);
+        load_all(ends.embedding.p, ends.embedding.dtype, step.call.ids[step.first + r] * width, width,
+                 &step.x[r * width]);
 }
 
-// The final norm of all tokens, and the head for each sequence's last one.
-template <class real>
-void predict(Worker<real>& worker, const EmbeddingAndHead& ends) {
-    const Sizes& s = worker.s;
+// The final norm of all tokens, and the head for those whose logits are wanted.
+template <class T>
+void predict(Worker<T>& worker, const EmbeddingAndHead& ends) {
+    const Step<T>& step = worker.step;
+    const Call& call = step.call;
+    const int64_t width = worker.s.width, dtype = worker.s.dtype;
     worker.norm_stream(ends.norm);
-    Numbers<real>& last = worker.scratch;
-    last.resize(s.b * s.width);
-    for (int64_t i = 0; i < s.b; i++)
-        memcpy(&last[i * s.width], &worker.normed[((i + 1) * s.t - 1) * s.width], s.width * sizeof(real));
-    const Linear head[] = {{ends.head, {}, ends.vocab}};
-    worker.products(head, s.width, last, s.b, [&](int, int64_t row, int64_t i, real v) {
-        save(ends.logits, s.dtype, i * ends.vocab + row, v);
-        if (row == 0 && i == 0) save_all(ends.hidden, s.dtype, 0, worker.step.n * s.width, worker.normed.data());
+    worker.for_each(1, [&](int64_t) {
+        save_all(call.hidden, dtype, step.first * width, step.n * width, worker.normed.data());
+    });
+    const int64_t* begin = std::lower_bound(call.wanted, call.wanted + call.wanted_count, step.first);
+    const int64_t* end = std::lower_bound(begin, call.wanted + call.wanted_count, step.first + step.n);
+    std::vector<int64_t> tokens(begin, end);
+    for (int64_t& token : tokens) token -= step.first;
+    const Linear head[] = {{ends.head, {}, tokens.empty() ? 0 : ends.vocab}};
+    const Vectors<T> x = worker.stream.pick(tokens.data(), int64_t(tokens.size()));
+    worker.products(head, width, x, [&](int, int64_t i, int64_t row, int64_t n, Real<T>* values) {
+        save_all(call.logits, dtype, (begin - call.wanted + i) * ends.vocab + row, n, values);
     });
 }
 
-template <class real>
-void all_layers(Step<real>& step, const Layer* layers, const EmbeddingAndHead& ends) {
-    Worker<real> worker(step);
+template <class T>
+void all_layers(Step<T>& step, const Layer* layers, const EmbeddingAndHead& ends) {
+    Worker<T> worker(step);
     for (int64_t i = 0; i < step.s.layers; i++) {
         worker.norm_stream(layers[i].norm_in);
-        if (layers[i].softmax) AttentionStep<real>(worker, layers[i]).run();
-        else DeltaNetStep<real>(worker, layers[i]).run();
+        if (layers[i].softmax) AttentionStep<T>(worker, layers[i]).run();
+        else DeltaNetStep<T>(worker, layers[i]).run();
         worker.norm_stream(layers[i].norm_post);
-        FeedForwardStep<real>(worker, layers[i]).run();
+        FeedForwardStep<T>(worker, layers[i]).run();
     }
     predict(worker, ends);
 }
 
-template <class real>
-void decode(const Sizes& s, const Layer* layers, const EmbeddingAndHead& ends, const int64_t* past,
-            const void* const* cos, const void* const* sin, int64_t threads) {
-    Step<real> step(s, past, cos, sin, threads);
-    embed(step, ends);
-    pool().run(threads, [&] { all_layers(step, layers, ends); });
+template <class T>
+void decode(const Sizes& s, const Layer* layers, const EmbeddingAndHead& ends, const Call& call, int64_t threads) {
+    for (int64_t begin = 0, end; begin < call.row_count; begin = end) {
+        int64_t tokens = call.rows[begin].count;
+        for (end = begin + 1; end < call.row_count && tokens + call.rows[end].count <= TOKENS; end++)
+            tokens += call.rows[end].count;
+        Step<T> step(s, call, begin, end, threads);
+        embed(step, ends);
+        pool().run(threads, [&] { all_layers(step, layers, ends); });
+    }
 }
 
-template <class real>
+template <class T>
 void multiply(const Mat& w, int64_t rows, int64_t columns, int64_t n, const void* in, void* out, int64_t dtype,
               int64_t threads) {
-    Numbers<real> x(n * columns);
+    Numbers<Real<T>> x(n * columns);
     load_all(in, dtype, 0, n * columns, x.data());
     Sizes s{};
-    s.dtype = dtype, s.layers = 1;  // for a phase
-    Step<real> step(s, nullptr, nullptr, nullptr, threads);
+    s.dtype = dtype;
+    const Row all_of_it{0, 0, 0, n, 0};
+    Call call{};
+    call.rows = &all_of_it, call.row_count = 1;
+    Step<T> step(s, call, 0, 1, threads);
     const Linear all[] = {{w, {}, rows}};
     pool().run(threads, [&] {
-        Worker<real> worker(step);
-        worker.products(all, columns, x, n, [&](int, int64_t row, int64_t r, real v) {
-            save(out, dtype, r * rows + row, v);
+        Worker<T> worker(step);
+        worker.operands.read(x.data(), n, columns);
+        worker.products(all, columns, worker.operands.all(), [&](int, int64_t r, int64_t row, int64_t count, auto* v) {
+            save_all(out, dtype, r * rows + row, count, v);
         });
     });
 }
@@ -80,16 +98,15 @@ void replay_head(real* S, const Sizes& s, int64_t n, const real* keys, const rea
     for (int64_t t = 0; t < n; t++) {
         const real d = *decay;
         for (int64_t e = 0; e < dk; e++)
-#pragma omp simd
-            for (int64_t c = 0; c < dv; c++) S[e * dv + c] = add_outer(S[e * dv + c] * d, keys[e], deltas[c]);
+            for (int64_t c = 0; c < dv; c++) S[e * dv + c] = updated(S[e * dv + c], d, keys[e], deltas[c]);
         keys += s.key_heads * dk, deltas += s.value_heads * dv, decay += s.value_heads;
     }
 }
 
 template <class real>
-void replay_all(const Sizes& s, real* memory, const real* keys, const real* deltas, const real* decay, int64_t n) {
+void replay_all(const Sizes& s, int64_t b, real* memory, const real* keys, const real* deltas, const real* decay, int64_t n) {
     const int64_t dk = s.key_dim, dv = s.value_dim, share = s.value_heads / s.key_heads;
-    for (int64_t i = 0; i < s.b; i++)
+    for (int64_t i = 0; i < b; i++)
         for (int64_t h = 0; h < s.value_heads; h++) {
             const int64_t head = i * n * s.value_heads + h, key_head = i * n * s.key_heads + h / share;
             replay_head(memory + (i * s.value_heads + h) * dk * dv, s, n, keys + key_head * dk, deltas + head * dv,
@@ -101,26 +118,29 @@ void replay_all(const Sizes& s, real* memory, const real* keys, const real* delt
 
 extern "C" {
 
-// Tokens to hidden states after the final norm, and to logits after each sequence's last one.
-void decode_step(const Sizes* s, Layer* layers, const EmbeddingAndHead* ends, const int64_t* past,
-                 const void* const* cos, const void* const* sin, int64_t threads) {
-    if (s->dtype == F64) decode<double>(*s, layers, *ends, past, cos, sin, threads);
-    else decode<float>(*s, layers, *ends, past, cos, sin, threads);
+// Tokens to hidden states after the final norm, and to logits after those of them whose logits are wanted.
+void decode_step(const Sizes* s, const Layer* layers, const EmbeddingAndHead* ends, const Call* call,
+                 int64_t threads) {
+    if (s->dtype == F64) decode<double>(*s, layers, *ends, *call, threads);
+    else if (s->dtype == BF16) decode<bf16>(*s, layers, *ends, *call, threads);
+    else decode<float>(*s, layers, *ends, *call, threads);
 }
 
 // out (n, rows) = in (n, columns) times wᵀ.
 void linear(const Mat* w, int64_t rows, int64_t columns, int64_t n, const void* in, void* out, int64_t dtype,
             int64_t threads) {
     if (dtype == F64) multiply<double>(*w, rows, columns, n, in, out, dtype, threads);
+    else if (dtype == BF16) multiply<bf16>(*w, rows, columns, n, in, out, dtype, threads);
     else multiply<float>(*w, rows, columns, n, in, out, dtype, threads);
 }
 
 // memory (b, value_heads, key_dim, value_dim) after n more tokens, in place, to the bits that `decode_step` makes:
 // keys (b, n, key_heads, key_dim), deltas (b, n, value_heads, value_dim), decay (b, n, value_heads).
-void replay(const Sizes* s, void* memory, const void* keys, const void* deltas, const void* decay, int64_t n) {
+void replay(const Sizes* s, int64_t b, void* memory, const void* keys, const void* deltas, const void* decay,
+            int64_t n) {
     auto all = [&](auto* m) {
         typedef std::remove_pointer_t<decltype(m)> real;
-        replay_all<real>(*s, m, (const real*)keys, (const real*)deltas, (const real*)decay, n);
+        replay_all<real>(*s, b, m, (const real*)keys, (const real*)deltas, (const real*)decay, n);
     };
     if (s->dtype == F64) all((double*)memory);
     else all((float*)memory);
@@ -130,7 +150,7 @@ void replay(const Sizes* s, void* memory, const void* keys, const void* deltas, 
 int64_t structure_size(int64_t which) {
     const int64_t sizes[] = {sizeof(Mat), sizeof(Part), sizeof(DeltaNet), sizeof(Attention), sizeof(FeedForward),
                              sizeof(RecurrentState), sizeof(KeysAndValues), sizeof(Layer), sizeof(EmbeddingAndHead),
-                             sizeof(Sizes)};
+                             sizeof(Row), sizeof(Call), sizeof(Sizes)};
     return which >= 0 && which < int64_t(sizeof sizes / sizeof *sizes) ? sizes[which] : 0;
 }
 }

@@ -22,13 +22,13 @@ struct FeedForward {  // a mixture of experts with a shared expert, or `shared_*
     Mat router, experts_in, experts_out, shared_gate, shared_up, shared_down, shared_weight;
 };
 
-struct RecurrentState {     // of a Gated DeltaNet layer, before and after the step
+struct RecurrentState {     // of a Gated DeltaNet layer in a cache of b rows, before and after the step
     const void* conv_before;  // (b, kernel_size - 1, channels) in the model's dtype
     void* conv_after;
     const void* before;  // (b, value_heads, key_dim, value_dim)
     void* after;
     int64_t dtype;  // of `before` and `after`
-    void *log_inputs, *log_keys, *log_deltas, *log_decay;  // null without an update log
+    void *log_inputs, *log_keys, *log_deltas, *log_decay;  // (b, t, ...); null without an update log
 };
 
 struct Part {  // neighbouring positions of keys and values, (b, kv_heads, n, head_dim), and scales if they are int8
@@ -36,7 +36,7 @@ struct Part {  // neighbouring positions of keys and values, (b, kv_heads, n, he
     int64_t n, row, head, scale_row, scale_head;  // strides in elements
 };
 
-struct KeysAndValues {  // of a softmax attention layer: all positions, in order
+struct KeysAndValues {  // of a softmax attention layer in a cache: all positions, in order
     const Part* parts;
     int64_t count, dtype;
 };
@@ -47,19 +47,33 @@ struct Layer {
     DeltaNet delta_net;
     Attention attention;
     FeedForward feed_forward;
-    RecurrentState recurrent;
-    KeysAndValues kv;
+    const RecurrentState* recurrent;  // one a cache; null in a softmax layer
+    const KeysAndValues* kv;          // one a cache; null in a Gated DeltaNet layer
 };
 
 struct EmbeddingAndHead {
     Mat embedding, norm, head;
-    const int64_t* ids;     // (b, t)
-    void *hidden, *logits;  // (b, t, width), (b, vocab)
     int64_t vocab;
 };
 
+struct Row {  // a sequence that a call extends: row `index` of a cache
+    int64_t cache, index;
+    int64_t first, count;  // its tokens in the call
+    int64_t past;          // tokens before
+};
+
+struct Call {  // n tokens, row by row
+    const Row* rows;
+    int64_t row_count;
+    const int64_t* ids;              // (n,)
+    const void *const *cos, *const *sin;  // of each token's position: (rotary,) in the model's dtype
+    const int64_t* wanted;           // the tokens after which logits are wanted, in order
+    int64_t wanted_count;
+    void *hidden, *logits;           // (n, width), (wanted_count, vocab)
+};
+
 struct Sizes {
-    int64_t layers, b, t, width, dtype;
+    int64_t layers, width, dtype;
     int64_t heads, kv_heads, head_dim, rotary, zero_centred;
     int64_t key_heads, value_heads, key_dim, value_dim, kernel_size;
     int64_t experts, top_k, inner, shared_intermediate_size, dense_inner, norm_topk_prob;

@@ -1,114 +1,56 @@
 // A softmax attention layer of a step: layers/gated_attention.py for a few tokens over all keys and values of a cache.
 #pragma once
+#include <tuple>
+#include <utility>
+
 #include "decode_step.h"
 
 namespace {
 
-constexpr int64_t GROUP = 4;  // queries that read a key or value together
+constexpr int64_t GROUP = 4;  // queries that read a value together
 
-inline float exp_of_score(float x) { return exponential(x); }
-inline double exp_of_score(double x) { return std::exp(x); }
-
-// Call `use` with the number of queries, at most GROUP, as a constant.
-template <class Use>
-void grouped(int64_t size, Use&& use) {
-    switch (size) {
-        case 1: return use(std::integral_constant<int, 1>());
-        case 2: return use(std::integral_constant<int, 2>());
-        case 3: return use(std::integral_constant<int, 3>());
-        default: return use(std::integral_constant<int, 4>());
-    }
-}
-
-// out[g][position] = row `position` · x[g] for the queries of a group, for which a row is read and widened once.
-template <int group, class real, class W>
-void dots(const W* rows, int64_t count, int64_t d, const real* const* x, real* out) {
+// out[g][column] = the rows' sum, each times its weight for query g, which sees the first seen[g] of them.
+template <int group, int vectors, class real, class W>
+void sum_columns(const W* rows, const int64_t* seen, int64_t d, const real* weights, real* out) {
     constexpr int64_t L = WIDTH<real>;
-    Wide<real> sums[group][L];
-    for (int64_t begin = 0, whole = d / L * L; begin < count; begin += L) {
-        const int64_t size = std::min(L, count - begin);
-        for (int64_t place = 0; place < size; place++) {
-            const W* row = rows + (begin + place) * d;
-            Wide<real> sum[group] = {};
-            for (int64_t c = 0; c < whole; c += L) {
-                Wide<real> part = widen<real>(row + c);
-                UNROLL for (int g = 0; g < group; g++) sum[g] += part * widen<real>(x[g] + c);
-            }
-            for (int64_t c = whole; c < d; c++)
-                for (int g = 0; g < group; g++) sum[g][0] += real(to_float(row[c])) * x[g][c];
-            UNROLL for (int g = 0; g < group; g++) sums[g][place] = sum[g];
+    Wide<real> sums[group][vectors] = {};
+    for (int64_t place = 0; place < seen[0]; place++)
+        UNROLL for (int i = 0; i < vectors; i++) {
+            const Wide<real> part = widen<real>(rows + place * d + i * L);
+            UNROLL for (int g = 0; g < group; g++)
+                sums[g][i] = multiply_add<real>(part, Wide<real>{} + weights[g * KEYS + place], sums[g][i]);
         }
-        for (int g = 0; g < group; g++) each_sum<real>(sums[g], size, out + g * KEYS + begin);
+    for (int g = 0; g < group; g++) {
+        for (int64_t place = seen[0]; place < seen[g]; place++)  // of later tokens, which earlier ones must not touch
+            for (int i = 0; i < vectors; i++)
+                sums[g][i] = multiply_add<real>(widen<real>(rows + place * d + i * L),
+                                                Wide<real>{} + weights[g * KEYS + place], sums[g][i]);
+        memcpy(out + g * (d + 2), sums[g], sizeof sums[g]);
     }
 }
 
-#if defined(__AVX512BF16__)
-constexpr int64_t BF16_MOST = 512;  // of head_dim, for `dots_of_pairs`
-
-// The same by an instruction for pairs of bf16, where queries are bf16 as keys are and d is a multiple of 32.
-template <int group>
-void dots_of_pairs(const bf16* rows, int64_t count, int64_t d, const float* const* x, float* out) {
-    alignas(64) bf16 low[group][BF16_MOST];
-    for (int g = 0; g < group; g++) convert(low[g], x[g], d);
-    Wide<float> sums[group][16];
-    for (int64_t begin = 0; begin < count; begin += 16) {
-        const int64_t size = std::min<int64_t>(16, count - begin);
-        for (int64_t place = 0; place < size; place++) {
-            const bf16* row = rows + (begin + place) * d;
-            __m512 sum[group] = {};
-            for (int64_t c = 0; c < d; c += 32) {
-                __m512bh part = (__m512bh)_mm512_loadu_si512(row + c);
-                UNROLL for (int g = 0; g < group; g++)
-                    sum[g] = _mm512_dpbf16_ps(sum[g], part, (__m512bh)_mm512_load_si512(low[g] + c));
-            }
-            UNROLL for (int g = 0; g < group; g++) sums[g][place] = (Wide<float>)sum[g];
-        }
-        for (int g = 0; g < group; g++) each_sum<float>(sums[g], size, out + g * KEYS + begin);
-    }
-}
-#endif
-
-// `dots` by the fastest instructions that keep what is rounded. `queries_are_bf16`: the model's dtype is bf16.
 template <int group, class real, class W>
-void scores_of(const W* keys, int64_t count, int64_t d, const real* const* x, real* out, bool queries_are_bf16) {
-#if defined(__AVX512BF16__)
-    if constexpr (std::is_same_v<W, bf16> && std::is_same_v<real, float>) {
-        if (queries_are_bf16 && d % 32 == 0 && d <= BF16_MOST) return dots_of_pairs<group>(keys, count, d, x, out);
-    }
-#endif
-    dots<group>(keys, count, d, x, out);
-}
-
-// out[g] = the rows' sum, each times its weight for query g.
-template <int group, class real, class W>
-void weighted_sum(const W* rows, int64_t count, int64_t d, const real* weights, real* out) {
-    constexpr int64_t L = WIDTH<real>, V = 4;  // vectors of columns that stay in registers
+void weighted_sum(const W* rows, const int64_t* seen, int64_t d, const real* weights, real* out) {
+    constexpr int64_t L = WIDTH<real>;
     int64_t c = 0;
-    for (; c + V * L <= d; c += V * L) {
-        Wide<real> sums[group][V] = {};
-        for (int64_t place = 0; place < count; place++)
-            UNROLL for (int r = 0; r < V; r++) {
-                Wide<real> part = widen<real>(rows + place * d + c + r * L);
-                UNROLL for (int g = 0; g < group; g++) sums[g][r] += part * weights[g * KEYS + place];
-            }
-        for (int g = 0; g < group; g++) memcpy(out + g * (d + 2) + c, sums[g], sizeof sums[g]);
-    }
+    for (; c + 4 * L <= d; c += 4 * L) sum_columns<group, 4>(rows + c, seen, d, weights, out + c);
+    for (; c + L <= d; c += L) sum_columns<group, 1>(rows + c, seen, d, weights, out + c);
     for (; c < d; c++)
         for (int g = 0; g < group; g++) {
             real sum = 0;
-            for (int64_t place = 0; place < count; place++)
-                sum += real(to_float(rows[place * d + c])) * weights[g * KEYS + place];
+            for (int64_t place = 0; place < seen[g]; place++)
+                sum = multiply_add_one(real(to_float(rows[place * d + c])), weights[g * KEYS + place], sum);
             out[g * (d + 2) + c] = sum;
         }
 }
 
-// Scores of one query, scaled by `root`, to exp(score - max) in place, 0 behind `count`. Returns their sum and max.
+// Scores of one query, scaled by `root`, to exp(score - max) in place. Returns their sum and max.
 template <class real>
 std::pair<real, real> softmax_parts(real* score, int64_t count, real root) {
     constexpr int64_t L = WIDTH<real>;
     const int64_t padded = (count + L - 1) / L * L;
     real max = -INFINITY;
-    std::fill(score + count, score + KEYS, -INFINITY);
+    std::fill(score + count, score + padded, -INFINITY);
     Wide<real> highest = Wide<real>{} - INFINITY, sum = {};
     for (int64_t place = 0; place < padded; place += L) {
         Wide<real> part = widen<real>(score + place) * root;
@@ -116,45 +58,45 @@ std::pair<real, real> softmax_parts(real* score, int64_t count, real root) {
         highest = part > highest ? part : highest;
     }
     for (int64_t lane = 0; lane < L; lane++) max = std::max(max, real(highest[lane]));
-    for (int64_t place = 0; place < padded; place++) score[place] = exp_of_score(score[place] - max);
-    std::fill(score + padded, score + KEYS, real(0));
+    for (int64_t place = 0; place < padded; place++) score[place] = exponential_of(score[place] - max);
     for (int64_t place = 0; place < padded; place += L) sum += widen<real>(score + place);
     return {sum_of<real>(sum), max};
 }
 
-template <class real>
+template <class T>
 struct AttentionStep {
-    Worker<real>& worker;
-    Step<real>& step;
+    typedef Real<T> real;
+    Worker<T>& worker;
+    Step<T>& step;
     const Sizes& s;
     const Attention& w;
-    const KeysAndValues& kv;
+    const KeysAndValues* caches;
     const int64_t d, share;  // `share`: query heads that read one key head
-    const int64_t each;      // numbers of one item in step.partial
 
-    AttentionStep(Worker<real>& thread, const Layer& layer)
-        : worker(thread), step(thread.step), s(thread.s), w(layer.attention), kv(layer.kv), d(s.head_dim),
-          share(s.heads / s.kv_heads), each(s.t * share * (d + 2)) {}
+    AttentionStep(Worker<T>& thread, const Layer& layer)
+        : worker(thread), step(thread.step), s(thread.s), w(layer.attention), caches(layer.kv), d(s.head_dim),
+          share(s.heads / s.kv_heads) {}
 
-    real rounded(real v) const { return step.rounded(v); }
+    static real rounded(real v) { return Step<T>::rounded(v); }
 
     void run() {
         const Linear in[] = {{w.q, w.q_bias, s.heads * d}, {w.k, w.k_bias, s.kv_heads * d},
                              {w.v, w.v_bias, s.kv_heads * d}, {w.gate, w.gate_bias, s.heads * w.gate_rows}};
         real* to[] = {step.q.data(), step.k.data(), step.v.data(), step.gate.data()};
-        worker.products(in, s.width, worker.normed, step.n, [&](int m, int64_t row, int64_t r, real v) {
-            to[m][r * in[m].rows + row] = v;
+        worker.products(in, s.width, worker.stream.all(), [&](int m, int64_t r, int64_t row, int64_t n, real* v) {
+            std::copy_n(v, n, to[m] + r * in[m].rows + row);
         });
-        const int64_t heads = s.heads + s.kv_heads, pieces = step.pieces();
-        worker.for_each(step.n * heads, [&](int64_t item) { norm_and_rotate(item / heads, item % heads); });
-        worker.for_each(s.b * s.kv_heads * pieces, [&](int64_t item) {
-            attend_block(item / (s.kv_heads * pieces), item / pieces % s.kv_heads, item % pieces * KEYS,
-                         &step.partial[item * each]);
+        const int64_t heads = s.heads + s.kv_heads, key_heads = s.kv_heads;
+        worker.for_each_small(step.n * heads, [&](int64_t item) { norm_and_rotate(item / heads, item % heads); });
+        worker.operands.read(step.q.data(), step.n * s.heads, d);
+        worker.for_each(int64_t(step.blocks.size()) * key_heads, [&](int64_t item) {
+            attend_block(step.blocks[item / key_heads], item % key_heads);
         });
-        worker.for_each(step.n * s.heads, [&](int64_t item) { join_and_gate(item / s.heads, item % s.heads); });
+        worker.for_each_small(step.n * s.heads, [&](int64_t item) { join_and_gate(item / s.heads, item % s.heads); });
+        worker.operands.read(step.mixed.data(), step.n, s.heads * d);
         const Linear out[] = {{w.o, w.o_bias, s.width}};
-        worker.products(out, s.heads * d, step.mixed, step.n, [&](int, int64_t row, int64_t r, real v) {
-            step.add_to_stream(r, row, v);
+        worker.products(out, s.heads * d, worker.operands.all(), [&](int, int64_t r, int64_t row, int64_t n, real* v) {
+            step.add_to_stream(r, row, n, v);
         });
     }
 
@@ -164,15 +106,16 @@ struct AttentionStep {
         h -= key ? s.heads : 0;
         real* v = key ? &step.k[(r * s.kv_heads + h) * d] : &step.q[(r * s.heads + h) * d];
         const Mat norm = key ? w.k_norm : w.q_norm;
-        if (norm.p) worker.rms_norm(v, v, d, norm);
-        rotate(v, r);
-        if (key) keep(r / s.t, h, step.past[r / s.t] + r % s.t, v, &step.v[(r * s.kv_heads + h) * d]);
+        if (norm.p) worker.rms_norm(v, v, 1, d, norm);
+        rotate(v, step.first + r);
+        if (key) keep(step.row(r), h, step.row(r).past + step.place(r), v, &step.v[(r * s.kv_heads + h) * d]);
     }
 
-    void rotate(real* v, int64_t r) const {
+    void rotate(real* v, int64_t token) const {
         const int64_t half = s.rotary / 2;
+        const void *cos = step.call.cos[token], *sin = step.call.sin[token];
         for (int64_t c = 0; c < half; c++) {
-            const real cos_c = load<real>(step.cos[r], s.dtype, c), sin_c = load<real>(step.sin[r], s.dtype, c);
+            const real cos_c = load<real>(cos, s.dtype, c), sin_c = load<real>(sin, s.dtype, c);
             const real first = v[c], second = v[c + half];
             v[c] = rounded(rounded(first * cos_c) + rounded(-second * sin_c));
             v[c + half] = rounded(rounded(second * cos_c) + rounded(first * sin_c));
@@ -180,25 +123,24 @@ struct AttentionStep {
     }
 
     // The part that holds a position; `place` becomes its number there.
-    const Part& find(int64_t& place) const {
+    static const Part& find(const KeysAndValues& kv, int64_t& place) {
         const Part* part = kv.parts;
         while (place >= part->n) place -= part++->n;
         return *part;
     }
 
-    void keep(int64_t i, int64_t h, int64_t place, const real* k, const real* v) const {
-        const Part& part = find(place);
-        const int64_t at = i * part.row + h * part.head + place * d;
+    void keep(const Row& row, int64_t h, int64_t place, const real* k, const real* v) const {
+        const KeysAndValues& kv = caches[row.cache];
+        const Part& part = find(kv, place);
+        const int64_t at = row.index * part.row + h * part.head + place * d;
         if (kv.dtype == I8) {
-            const int64_t scale = i * part.scale_row + h * part.scale_head + place;
+            const int64_t scale = row.index * part.scale_row + h * part.scale_head + place;
             quantise(k, (int8_t*)part.k + at, (float*)part.k_scale + scale);
             quantise(v, (int8_t*)part.v + at, (float*)part.v_scale + scale);
             return;
         }
-        for (int64_t c = 0; c < d; c++) {
-            save(part.k, kv.dtype, at + c, k[c]);
-            save(part.v, kv.dtype, at + c, v[c]);
-        }
+        save_all(part.k, kv.dtype, at, d, k);
+        save_all(part.v, kv.dtype, at, d, v);
     }
 
     void quantise(const real* v, int8_t* to, float* scale) const {
@@ -208,101 +150,106 @@ struct AttentionStep {
         for (int64_t c = 0; c < d; c++) to[c] = int8_t(std::nearbyint(float(v[c]) / std::max(*scale, 1e-30f)));
     }
 
-    // The queries of one key head over at most KEYS positions from `first` on: for each query the weighted sum of
-    // values, the sum of weights and the largest score.
-    void attend_block(int64_t i, int64_t h, int64_t first, real* out) {
-        const int64_t queries = s.t * share, count = std::min(first + KEYS, step.past[i] + s.t) - first;
+    // Where a block's results for key head h and query j lie: the weighted sum of values, the sum of weights and the
+    // largest score.
+    real* result(const Block& block, int64_t h, int64_t j) const {
+        return &step.partial[(block.at * s.heads + step.rows[block.row].count * share * h + j) * (d + 2)];
+    }
+
+    // The queries of key head h over one block. Query j is that of the row's token j / share and head j % share.
+    void attend_block(const Block& block, int64_t h) {
+        const Row& row = step.rows[block.row];
+        const int64_t queries = row.count * share, count = std::min(block.first + KEYS, row.past + row.count) - block.first;
         worker.scratch.resize(KEYS * (d + queries));
-        real *wide = worker.scratch.data(), *scores = wide + KEYS * d;
+        std::vector<int64_t> seen(queries), which(queries);  // positions of the block that a query sees
+        real *wide = worker.scratch.data(), *scores = wide + KEYS * d, *out = result(block, h, 0);
         const real root = 1 / std::sqrt(real(d));
-        // Positions of the block that query j may see.
-        auto seen = [&](int64_t j) { return std::clamp<int64_t>(step.past[i] + j / share + 1 - first, 0, count); };
-        with_rows(i, h, first, count, true, wide, [&](const auto* keys) {
-            for (int64_t from = 0; from < queries; from += GROUP) {
-                const int64_t size = std::min(GROUP, queries - from), visible = seen(from + size - 1);
-                const real* query[GROUP];
-                for (int64_t g = 0; g < size; g++) query[g] = query_of(i, h, from + g);
-                grouped(size, [&](auto group) {
-                    scores_of<group.value>(keys, visible, d, query, scores + from * KEYS, s.dtype == BF16);
-                });
-            }
-        });
         for (int64_t j = 0; j < queries; j++) {
-            auto [sum, max] = softmax_parts(scores + j * KEYS, seen(j), root);
-            out[j * (d + 2) + d] = sum, out[j * (d + 2) + d + 1] = max;
+            seen[j] = std::clamp<int64_t>(row.past + j / share + 1 - block.first, 0, count);
+            which[j] = (row.first - step.first + j / share) * s.heads + h * share + j % share;
         }
-        with_rows(i, h, first, count, false, wide, [&](const auto* values) {
-            for (int64_t from = 0; from < queries; from += GROUP) {
-                const int64_t size = std::min(GROUP, queries - from), visible = seen(from + size - 1);
-                grouped(size, [&](auto group) {
-                    weighted_sum<group.value>(values, visible, d, scores + from * KEYS, out + from * (d + 2));
+        const Vectors<T> x = worker.operands.pick(which.data(), queries);
+        with_rows(row, h, block.first, count, true, wide, [&](const auto* keys) {
+            if constexpr (PAIRS<T> && std::is_same_v<decltype(keys), const bf16*>)
+                dot_rows(keys, count, d, x.low, queries, scores, KEYS);
+            else dot_rows(keys, count, d, x.x, queries, scores, KEYS);
+        });
+        for (int64_t j = 0; j < queries; j++)
+            std::tie(out[j * (d + 2) + d], out[j * (d + 2) + d + 1]) = softmax_parts(scores + j * KEYS, seen[j], root);
+        with_rows(row, h, block.first, count, false, wide, [&](const auto* values) {
+            for (int64_t j = 0; j < queries; j += GROUP)
+                as_constant<GROUP>(std::min(GROUP, queries - j), [&](auto group) {
+                    weighted_sum<group.value>(values, &seen[j], d, scores + j * KEYS, out + j * (d + 2));
                 });
-            }
         });
     }
 
-    // Query j of those that share a key head: token j / share, head j % share.
-    const real* query_of(int64_t i, int64_t h, int64_t j) const {
-        return &step.q[((i * s.t + j / share) * s.heads + h * share + j % share) * d];
-    }
-
-    // Give `use` the keys or values of `count` positions, a row each: in place where one part has them all in a dtype
-    // that arithmetic takes, else converted into `to`.
+    // Give `use` the keys or values of `count` positions, a row each, in the dtype in which they are stored if
+    // arithmetic takes it, else as `real`. Where one part has them all they are read in place, else copied into `to`:
+    // the numbers are the same, however the past is shared.
     template <class Use>
-    void with_rows(int64_t i, int64_t h, int64_t first, int64_t count, bool key, real* to, Use&& use) const {
-        constexpr bool single = std::is_same_v<real, float>;
-        int64_t place = first;
-        const Part& part = find(place);
-        if (part.n - place >= count) {
-            const int64_t at = i * part.row + h * part.head + place * d;
-            const void* from = key ? part.k : part.v;
-            if (kv.dtype == BF16 && single) return use((const bf16*)from + at);
-            if (kv.dtype == (single ? F32 : F64) && s.dtype != BF16) return use((const real*)from + at);
-        }
-        for (int64_t done = 0; done < count;)
-            done += convert_rows(i, h, first + done, count - done, key, to + done * d);
+    void with_rows(const Row& row, int64_t h, int64_t first, int64_t count, bool key, real* to, Use&& use) const {
+        const KeysAndValues& kv = caches[row.cache];
+        const bool own = kv.dtype == (sizeof(real) == 8 ? F64 : F32) && !std::is_same_v<T, bf16>;
+        if (sizeof(real) == 4 && kv.dtype == BF16) return use(stored_rows(row, h, first, count, key, (bf16*)to));
+        if (own) return use((const real*)stored_rows(row, h, first, count, key, to));
+        each_part(row, h, first, count, key, [&](const Part& part, const void* from, int64_t at, int64_t n, int64_t to_row) {
+            const float* scale = (const float*)(key ? part.k_scale : part.v_scale);
+            if (kv.dtype == I8) {
+                scale += row.index * part.scale_row + h * part.scale_head + (at - row.index * part.row - h * part.head) / d;
+                for (int64_t i = 0; i < n * d; i++)
+                    to[to_row * d + i] = rounded(((const int8_t*)from)[at + i] * scale[i / d]);
+                return;
+            }
+            load_all(from, kv.dtype, at, n * d, to + to_row * d);
+            for (int64_t i = 0; i < n * d; i++) to[to_row * d + i] = rounded(to[to_row * d + i]);
+        });
         use((const real*)to);
     }
 
-    // Convert at most `count` rows of the part that holds `place`; returns how many.
-    int64_t convert_rows(int64_t i, int64_t h, int64_t place, int64_t count, bool key, real* to) const {
-        const Part& part = find(place);
-        const int64_t n = std::min(count, part.n - place), at = i * part.row + h * part.head + place * d;
-        const void* from = key ? part.k : part.v;
-        if (kv.dtype == I8) {
-            const int8_t* v = (const int8_t*)from + at;
-            const int64_t scales = i * part.scale_row + h * part.scale_head + place;
-            const float* scale = (const float*)(key ? part.k_scale : part.v_scale) + scales;
-            for (int64_t r = 0; r < n; r++)
-                for (int64_t c = 0; c < d; c++) to[r * d + c] = rounded(v[r * d + c] * scale[r]);
-            return n;
+    // `count` rows as they are stored, in place or in `to`.
+    template <class W>
+    const W* stored_rows(const Row& row, int64_t h, int64_t first, int64_t count, bool key, W* to) const {
+        const W* in_place = nullptr;
+        each_part(row, h, first, count, key, [&](const Part&, const void* from, int64_t at, int64_t n, int64_t to_row) {
+            if (n == count) in_place = (const W*)from + at;
+            else std::copy_n((const W*)from + at, n * d, to + to_row * d);
+        });
+        return in_place ? in_place : to;
+    }
+
+    // use(part, its memory, place of the first number there, positions, those before) for each part of `count` positions.
+    template <class Use>
+    void each_part(const Row& row, int64_t h, int64_t first, int64_t count, bool key, Use&& use) const {
+        for (int64_t done = 0, n; done < count; done += n) {
+            int64_t place = first + done;
+            const Part& part = find(caches[row.cache], place);
+            n = std::min(count - done, part.n - place);
+            use(part, key ? part.k : part.v, row.index * part.row + h * part.head + place * d, n, done);
         }
-        load_all(from, kv.dtype, at, n * d, to);
-        if (s.dtype == BF16 && kv.dtype != BF16)
-            for (int64_t c = 0; c < n * d; c++) to[c] = rounded(to[c]);
-        return n;
     }
 
     // One head's answer for token r from its blocks, then the gate.
     void join_and_gate(int64_t r, int64_t h) const {
-        const int64_t i = r / s.t, j = r % s.t, item = r * s.heads + h;
-        const real* from = &step.partial[(i * s.kv_heads + h / share) * step.pieces() * each];
+        const int64_t i = step.row_of[r], j = step.place(r), item = r * s.heads + h;
         real* out = &step.mixed[item * d];
-        join(from + (j * share + h % share) * (d + 2), (step.past[i] + j) / KEYS + 1, out);
+        join(i, h / share, j * share + h % share, (step.rows[i].past + j) / KEYS + 1, out);
         for (int64_t c = 0; c < d && w.gate_rows; c++) {
             const real gate = step.gate[item * w.gate_rows + (w.gate_rows > 1 ? c : 0)];
             out[c] = rounded(out[c] * rounded(sigmoid(gate)));
         }
     }
 
-    void join(const real* from, int64_t blocks, real* out) const {
+    // Query j of row i and key head h over its first `count` blocks.
+    void join(int64_t i, int64_t h, int64_t j, int64_t count, real* out) const {
+        const Block* blocks = &step.blocks[step.block_begin[i]];
         real max = -INFINITY, total = 0;
-        for (int64_t p = 0; p < blocks; p++) max = std::max(max, from[p * each + d + 1]);
+        for (int64_t b = 0; b < count; b++) max = std::max(max, result(blocks[b], h, j)[d + 1]);
         std::fill(out, out + d, real(0));
-        for (int64_t p = 0; p < blocks; p++) {
-            const real weight = std::exp(from[p * each + d + 1] - max);
-            total += weight * from[p * each + d];
-            for (int64_t c = 0; c < d; c++) out[c] += weight * from[p * each + c];
+        for (int64_t b = 0; b < count; b++) {
+            const real *from = result(blocks[b], h, j), weight = std::exp(from[d + 1] - max);
+            total += weight * from[d];
+            for (int64_t c = 0; c < d; c++) out[c] += weight * from[c];
         }
         for (int64_t c = 0; c < d; c++) out[c] = rounded(out[c] / total);
     }

@@ -25,9 +25,9 @@ ARGUMENTS: dict[str, str] = {
     **{f"combine_backward_{name}": "ppppppiii" for name in _WIDENING},
     "each_once": "pii",
     "permute": "ppppiii",
-    "decode_step": "ppppppi",
+    "decode_step": "ppppi",
     "linear": "piiippii",
-    "replay": "pppppi",
+    "replay": "pippppi",
     "structure_size": "i",
 }
 ANSWERS = {"each_once", "permute", "structure_size"}

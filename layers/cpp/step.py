@@ -60,25 +60,31 @@ class KeysAndValues(ctypes.Structure):
 class Layer(ctypes.Structure):
     __slots__ = ()
     _fields_ = _fields(
-        "#softmax #sparse norm_in norm_post",
-        delta_net=DeltaNet,
-        attention=Attention,
-        feed_forward=FeedForward,
-        recurrent=RecurrentState,
-        kv=KeysAndValues,
+        "#softmax #sparse norm_in norm_post", delta_net=DeltaNet, attention=Attention, feed_forward=FeedForward
     )
+    _fields_ += _fields("*recurrent *kv")
 
 
 class EmbeddingAndHead(ctypes.Structure):
     __slots__ = ()
-    _fields_ = _fields("embedding norm head *ids *hidden *logits #vocab")
+    _fields_ = _fields("embedding norm head #vocab")
+
+
+class Row(ctypes.Structure):
+    __slots__ = ()
+    _fields_ = _fields("#cache #index #first #count #past")
+
+
+class Call(ctypes.Structure):
+    __slots__ = ()
+    _fields_ = _fields("*rows #row_count *ids *cos *sin *wanted #wanted_count *hidden *logits")
 
 
 class Sizes(ctypes.Structure):
     __slots__ = ()
     _fields_ = [
         *_fields(
-            "#layers #b #t #width #dtype #heads #kv_heads #head_dim #rotary #zero_centred "
+            "#layers #width #dtype #heads #kv_heads #head_dim #rotary #zero_centred "
             "#key_heads #value_heads #key_dim #value_dim #kernel_size "
             "#experts #top_k #inner #shared_intermediate_size #dense_inner #norm_topk_prob"
         ),
@@ -88,7 +94,8 @@ class Sizes(ctypes.Structure):
 
 # In the order of `structure_size` in decode.cpp.
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
-    Mat, Part, DeltaNet, Attention, FeedForward, RecurrentState, KeysAndValues, Layer, EmbeddingAndHead, Sizes,
+    Mat, Part, DeltaNet, Attention, FeedForward, RecurrentState, KeysAndValues, Layer, EmbeddingAndHead, Row, Call,
+    Sizes,
 )  # fmt: skip
 
 

@@ -21,7 +21,8 @@ inline void pause(int& turns) {
 struct Phase {
     std::atomic<int64_t> next{0}, done{0};
 
-    // Call item(i) for i below `items`, shared out among the threads; returns when all are done.
+    // Call item(i) for i below `items`, shared out among the threads; returns when all are done. `items` must be the
+    // same for all of them, also for one that comes late, when what the phase reads has been overwritten.
     template <class Item>
     void run(int64_t items, Item&& item) {
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
@@ -36,6 +37,7 @@ struct Phase {
 class Pool {
     std::atomic<uint32_t> number{0};  // of the latest job; changes wake the helpers
     std::atomic<int64_t> inside{0};
+    std::atomic<int64_t> places{0};  // for helpers in the present job: it may want fewer than there are
     std::atomic<const std::function<void()>*> job{nullptr};
     std::mutex one_at_a_time;
     int64_t helpers = 0;
@@ -47,7 +49,7 @@ class Pool {
             if (now == seen) number.wait(seen);
             seen = number.load();
             inside.fetch_add(1);
-            if (auto* work = job.load()) (*work)();
+            if (auto* work = job.load(); work && places.fetch_sub(1) > 0) (*work)();
             inside.fetch_sub(1);
         }
     }
@@ -57,6 +59,7 @@ public:
         std::lock_guard<std::mutex> lock(one_at_a_time);
         for (; helpers < threads - 1; helpers++) std::thread([this] { help(); }).detach();
         if (threads > 1) {
+            places.store(threads - 1);
             job.store(&work);
             number.fetch_add(1);
             number.notify_all();

@@ -1,5 +1,6 @@
 // Numbers of any dtype as `real`, float or double, and sums over them at the speed of memory.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -57,15 +58,20 @@ void save_all(void* p, int64_t dtype, int64_t at, int64_t n, const real* __restr
     }
 }
 
-// 64 bytes of `real` at a time, in the compiler's own vectors: on any machine, and as fast as memory is read.
+// As many `real` at a time as the processor takes, in the compiler's own vectors: on any machine.
+#if defined(__AVX512F__)
+constexpr int WIDE_BYTES = 64;
+#else
+constexpr int WIDE_BYTES = 32;
+#endif
 template <class T, int bytes>
 struct Vector {
     typedef T type __attribute__((vector_size(bytes), aligned(alignof(T)), may_alias));
 };
 template <class real>
-using Wide = typename Vector<real, 64>::type;
+using Wide = typename Vector<real, WIDE_BYTES>::type;
 template <class real>
-constexpr int64_t WIDTH = 64 / sizeof(real);
+constexpr int64_t WIDTH = WIDE_BYTES / sizeof(real);
 
 template <class real, class W>
 Wide<real> widen(const W* p) {
@@ -85,20 +91,72 @@ Wide<real> widen(const W* p) {
     }
 }
 
+// The first `count` numbers, then zeros.
+template <class real, class W>
+Wide<real> widen_some(const W* p, int64_t count) {
+    W some[WIDTH<real>] = {};
+    std::copy_n(p, count, some);
+    return widen<real>(some);
+}
+
+// a · b + c. Rounded once where processors do so, and everywhere alike: the compiler itself contracts nothing.
 template <class real>
-real sum_of(Wide<real> v) {
+Wide<real> multiply_add(Wide<real> a, Wide<real> b, Wide<real> c) {
 #if defined(__AVX512F__)
-    if constexpr (std::is_same_v<real, float>) return _mm512_reduce_add_ps((__m512)v);  // the halves as below
+    if constexpr (std::is_same_v<real, float>) return (Wide<real>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+    else return (Wide<real>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+    if constexpr (std::is_same_v<real, float>) return (Wide<real>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+    else return (Wide<real>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+    return a * b + c;
 #endif
-    real x[WIDTH<real>];
-    memcpy(x, &v, sizeof v);
-    for (int64_t half = WIDTH<real> / 2; half; half /= 2)
-        for (int64_t i = 0; i < half; i++) x[i] += x[i + half];
-    return x[0];
+}
+template <class real>
+real multiply_add_one(real a, real b, real c) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return std::fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+// Whether `put_past` may write rows of n numbers from `to` on.
+template <class real>
+bool whole_lines(const real* to, int64_t n) {
+    return reinterpret_cast<uintptr_t>(to) % 64 == 0 && n * sizeof(real) % 64 == 0;
+}
+// Write past the caches, which then need not read first what is overwritten. `finish_puts` before others read it.
+template <class real>
+void put_past(real* to, Wide<real> v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps((float*)to, (__m512)v);
+#elif defined(__AVX2__)
+    _mm256_stream_ps((float*)to, (__m256)v);
+#else
+    memcpy(to, &v, sizeof v);
+#endif
+}
+inline void finish_puts() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
+// The sum of a vector's numbers: its halves are added until one is left.
+template <class real, int bytes>
+real sum_of_halves(typename Vector<real, bytes>::type v) {
+    if constexpr (bytes == sizeof(real)) return v[0];
+    else {
+        typename Vector<real, bytes / 2>::type low, high;
+        memcpy(&low, &v, bytes / 2);
+        memcpy(&high, (const char*)&v + bytes / 2, bytes / 2);
+        return sum_of_halves<real, bytes / 2>(low + high);
+    }
 }
 
 #if defined(__AVX512F__)
-// The sum of each of 16 vectors: transposed and added, halves at a time, in the order of `sum_of`.
+// The sum of each of 16 vectors: transposed and added.
 inline __m512 sums_of_16(const Wide<float>* v) {
     __m512 four[4], eight[2];
     UNROLL for (int k = 0; k < 4; k++) {
@@ -116,42 +174,46 @@ inline __m512 sums_of_16(const Wide<float>* v) {
 }
 #endif
 
-// The sum of each of `count` vectors, at most as many as a vector has numbers.
+// The sums of SUMS vectors, each in an order that does not depend on the others.
+constexpr int SUMS = 16;
 template <class real>
-void each_sum(const Wide<real>* v, int64_t count, real* out) {
+void each_sum(const Wide<real>* v, real* out) {
 #if defined(__AVX512F__)
     if constexpr (std::is_same_v<real, float>) {
-        if (count == 16) {
-            __m512 all = sums_of_16(v);
-            memcpy(out, &all, sizeof all);
-            return;
-        }
+        __m512 all = sums_of_16(v);
+        memcpy(out, &all, sizeof all);
+        return;
     }
 #endif
-    for (int64_t r = 0; r < count; r++) out[r] = sum_of<real>(v[r]);
+    for (int r = 0; r < SUMS; r++) out[r] = sum_of_halves<real, WIDE_BYTES>(v[r]);
+}
+template <class real>
+real sum_of(Wide<real> v) {
+    return sum_of_halves<real, WIDE_BYTES>(v);
 }
 
-template <class real, class W>
-real dot(const W* __restrict w, const real* __restrict x, int64_t n) {
-    Wide<real> a = {}, b = {};
+// The sum of squares of n numbers.
+template <class real>
+real sum_of_squares(const real* x, int64_t n) {
+    constexpr int64_t L = WIDTH<real>;
+    Wide<real> sum = {};
     int64_t i = 0;
-    for (constexpr int64_t L = WIDTH<real>; i + 2 * L <= n; i += 2 * L) {
-        a += widen<real>(w + i) * widen<real>(x + i);
-        b += widen<real>(w + i + L) * widen<real>(x + i + L);
-    }
-    real s = sum_of<real>(a + b);
-    for (; i < n; i++) s += real(to_float(w[i])) * x[i];
-    return s;
+    for (; i + L <= n; i += L) sum = multiply_add<real>(widen<real>(x + i), widen<real>(x + i), sum);
+    const Wide<real> rest = widen_some<real>(x + i, n - i);
+    return sum_of<real>(multiply_add<real>(rest, rest, sum));
 }
 
-// By the C library's exp, as torch's own of one number; kernels.h has `exponential` for many at a time.
+inline float exponential_of(float x) { return exponential(x); }
+inline double exponential_of(double x) { return std::exp(x); }
+template <class real>
+real silu_of(real x) {
+    return x / (1 + exponential_of(-x));
+}
+
+// By the C library's exp, for one number.
 template <class real>
 real sigmoid(real x) {
     return 1 / (1 + std::exp(-x));
-}
-template <class real>
-real exact_silu(real x) {
-    return x / (1 + std::exp(-x));
 }
 template <class real>
 real softplus(real x) {

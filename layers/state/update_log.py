@@ -161,10 +161,10 @@ def _replay_compiled(state: Tensor, keys: Tensor, writes: Tensor, decay: Tensor)
     keys = operand("replay: keys", keys, (b, n, key_heads, key_dim), state.dtype)
     writes = operand("replay: writes", writes, (b, n, h, value_dim), state.dtype)
     decay = operand("replay: decay", decay, (b, n, h), state.dtype)
-    sizes = Sizes(b=b, key_heads=key_heads, key_dim=key_dim, value_heads=h, value_dim=value_dim)
+    sizes = Sizes(key_heads=key_heads, key_dim=key_dim, value_heads=h, value_dim=value_dim)
     sizes.dtype = DTYPES[state.dtype]
     state = operand("replay: state", state, (b, h, key_dim, value_dim), state.dtype)
     address(state)  # before it is copied
     state = state.clone()
-    kernels().replay(ctypes.byref(sizes), *map(address, (state, keys, writes, decay)), n)
+    kernels().replay(ctypes.byref(sizes), b, *map(address, (state, keys, writes, decay)), n)
     return state

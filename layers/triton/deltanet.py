@@ -46,19 +46,16 @@ def convolve_kernel(
     after = state + (1 - now) * side_stride + row * (TAPS - 1) * CHANNELS + channel
 
     newest = tl.load(x + row * CHANNELS + channel, mask=inside, other=0.0)
-    w = tl.load(weight + channel * TAPS + TAPS - 1, mask=inside, other=0.0).to(newest.dtype).to(tl.float32)
-    # A token by itself is summed of products in its own dtype.
-    last = rounded(newest.to(tl.float32) * w, newest.dtype)
     y = tl.zeros([BLOCK], tl.float32)
     for tap in tl.static_range(TAPS - 1):
         old = tl.load(before + tap * CHANNELS, mask=inside, other=0.0).to(newest.dtype)
-        w = tl.load(weight + channel * TAPS + tap, mask=inside, other=0.0).to(newest.dtype).to(tl.float32)
-        y += rounded(old.to(tl.float32) * w, newest.dtype)
+        y += old.to(tl.float32) * tl.load(weight + channel * TAPS + tap, mask=inside, other=0.0).to(tl.float32)
         if tap > 0:
             tl.store(after + (tap - 1) * CHANNELS, old, mask=inside)
     if TAPS > 1:
         tl.store(after + (TAPS - 2) * CHANNELS, newest, mask=inside)
-    y = silu(rounded(y + last, newest.dtype)).to(newest.dtype)
+    y += newest.to(tl.float32) * tl.load(weight + channel * TAPS + TAPS - 1, mask=inside, other=0.0).to(tl.float32)
+    y = silu(rounded(y, newest.dtype)).to(newest.dtype)
 
     if is_value:
         tl.store(v + row * VALUES + channel - 2 * KEYS, y, mask=inside)

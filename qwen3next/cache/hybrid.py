@@ -143,8 +143,8 @@ class HybridCache:
             segments: where sequences lie in input_ids (b, t); None means each row is one whole sequence.
         Raises: ValueError for a model of another shape, another number of sequences, or more tokens than fit.
         """
-        self._check_model(model)
-        segments = self._admitted(input_ids, segments)
+        segments = self.check_fits(input_ids, segments, model)
+        self._follow(model)
         if torch.is_grad_enabled():
             self._leave_inference_mode()
         before: list[State] = [s if isinstance(s, KVCache) else s.share() for s in self.layers]
@@ -167,13 +167,20 @@ class HybridCache:
                 self._rollback_log.abandon(self.layers)
             raise
 
-    def _check_model(self, model: Any) -> None:
-        """Raises: ValueError where this is no cache for the model. One that was cast meanwhile casts the cache."""
+    def check_fits(self, input_ids: Tensor, segments: Segments | None, model: Any) -> Segments:
+        """What `extend` checks, and changes nothing. Returns: the segments as continuations of what is held.
+
+        Raises: as `extend`.
+        """
         if self.yarn != model.config.rope_scaling:
             raise ValueError(
                 "The cache was made with another RoPE scaling: its keys are turned otherwise. Make a new one."
             )
         self.check(model.config)
+        return self._admitted(input_ids, segments)
+
+    def _follow(self, model: Any) -> None:
+        """A model that was cast meanwhile casts the cache."""
         if self.hidden is not None and self.hidden.dtype != (dtype := model.dtype):
             self.cast(dtype)
         if self.model is None:  # from a pickle
@@ -238,6 +245,19 @@ class HybridCache:
         self.lengths = tuple(lengths[r] if r in self._resting else n for r, n in enumerate(self.lengths))
         if self.hidden is not None and hidden is not None:
             self.hidden = put_back(self.hidden, hidden)
+
+    @contextmanager
+    def unchanged_on_failure(self) -> Iterator[None]:
+        """Around several calls that extend the cache: if the block fails, it is as before all of them."""
+        states: list[State] = [s if isinstance(s, KVCache) else DeltaNetState(s.conv, s.recurrent) for s in self.layers]
+        before = states, self.lengths, self.hidden, self.last_logits
+        log = None if self._rollback_log is None else self._rollback_log.copy()
+        try:
+            yield
+        except BaseException:
+            self.layers, self.lengths, self.hidden, self.last_logits = before
+            self._rollback_log = log
+            raise
 
     def _leave_inference_mode(self) -> None:
         for state in self.layers:

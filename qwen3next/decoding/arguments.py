@@ -14,7 +14,7 @@ class Arguments:
     """The structures of one model. Their addresses are valid while the Guard keeps the model's weights alive.
 
     Attributes:
-        sizes: what all layers share, and the rows and tokens of a call.
+        sizes: what all layers share.
         layers: an array, one `Layer` a block.
         ends: the embedding, the final norm and the head.
     """

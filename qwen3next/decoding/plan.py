@@ -7,12 +7,13 @@ the model with the state in which the plan was made (guard.py), so that a change
 
 import ctypes
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from layers.cpp.operands import address, operand
-from layers.cpp.step import DTYPES, kernels
+from layers.cpp.step import DTYPES, Call, Row, kernels
 from layers.segments import Segments
 from qwen3next.cache.hybrid import HybridCache
 from qwen3next.decoding.arguments import Arguments
@@ -20,11 +21,12 @@ from qwen3next.decoding.describe_model import describe
 from qwen3next.decoding.guard import Guard
 from qwen3next.decoding.protocol import Decodable
 from qwen3next.decoding.rotations import Rotations
-from qwen3next.decoding.states import States
+from qwen3next.decoding.states import CacheStep, States
 from qwen3next.decoding.why_not import why_not
 from qwen3next.inputs import like
 
-MOST_TOKENS = 8  # new ones in a call, all rows together: beyond, matrix products in torch are faster
+REFUSED = "The 'cpp' backend of decode cannot run here:"
+MOST_TOKENS = 64  # new ones of a row: beyond, chunks and larger matrix products in torch are faster
 
 
 class Plan:
@@ -41,31 +43,39 @@ class Plan:
         """Whether a cache is in dtypes that compiled code knows. Raises: ValueError for another model's cache."""
         return self._states.supports(cache)
 
-    def run(self, model: Decodable, ids: Tensor, segments: Segments, cache: HybridCache) -> tuple[Tensor, Tensor]:
-        """Hidden states (b t width) after the final norm and logits (b, vocab); the cache's layers go on with ids."""
-        b, t = ids.shape
-        sizes, ends, dtype = self._arguments.sizes, self._arguments.ends, self._arguments.dtype
-        ids = operand("input_ids", ids, (b, t), torch.int64)
-        hidden = torch.empty(b, t, sizes.width, dtype=dtype)
-        logits = torch.empty(b, ends.vocab, dtype=dtype)
-        addresses = ctypes.c_void_p * (b * t)
+    def run(
+        self, model: Decodable, steps: Sequence[CacheStep], *, all_logits: bool = False
+    ) -> tuple[list[Tensor], Tensor]:
+        """Extend the states of caches by tokens of theirs; each weight is read once for all of them.
+
+        A row's results are the same, to the bit, whatever the other rows are and however its tokens are divided over
+        calls (but for recurrent states kept in less than the arithmetic's dtype, which every call rounds).
+
+        Returns: hidden states (b t width) of each cache after the final norm, and logits (n, vocab) after each row's
+            last token, or with `all_logits` after every token, row by row.
+        """
+        ids = [operand("input_ids", step.ids, tuple(step.ids.shape), torch.int64) for step in steps]
+        joined = ids[0] if len(ids) == 1 else torch.cat([x.flatten() for x in ids])
+        rows, n = _rows(steps), joined.numel()
+        wanted = range(n) if all_logits else [row.first + row.count - 1 for row in rows]
+        hidden = torch.empty(n, self._arguments.sizes.width, dtype=self._arguments.dtype)
+        logits = torch.empty(len(wanted), self._arguments.ends.vocab, dtype=self._arguments.dtype)
         with self._lock:
-            turns = [self.rotations.at(model, past + j) for past in segments.offsets for j in range(t)]
-            sizes.b, sizes.t = b, t
-            ends.ids, ends.hidden, ends.logits = ids.data_ptr(), hidden.data_ptr(), logits.data_ptr()
-            written, _alive = self._states.point_to(cache, segments)
+            turns = [self.rotations.at(model, row.past + j) for row in rows for j in range(row.count)]
+            written, _alive = self._states.point_to(steps)
+            call, _held = _call(rows, joined, turns, wanted)
+            call.hidden, call.logits = hidden.data_ptr(), logits.data_ptr()
             kernels().decode_step(
-                ctypes.byref(sizes),
+                ctypes.byref(self._arguments.sizes),
                 self._arguments.layers,
-                ctypes.byref(ends),
-                (ctypes.c_int64 * b)(*segments.offsets),
-                addresses(*(cos.data_ptr() + offset for cos, _, offset in turns)),
-                addresses(*(sin.data_ptr() + offset for _, sin, offset in turns)),
+                ctypes.byref(self._arguments.ends),
+                ctypes.byref(call),
                 torch.get_num_threads(),
             )
         for state in written:
             state.commit()
-        return hidden, logits
+        parts = hidden.split([x.numel() for x in ids])
+        return [part.view(*x.shape, -1) for part, x in zip(parts, ids, strict=True)], logits
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (b, vocab) of hidden states (b, width) after the final norm."""
@@ -87,6 +97,31 @@ class Plan:
             torch.get_num_threads(),
         )
         return logits
+
+
+def _rows(steps: Sequence[CacheStep]) -> list[Row]:
+    """The rows of all caches."""
+    rows: list[Row] = []
+    first = 0
+    for number, step in enumerate(steps):
+        count = step.segments.length
+        for index, past in enumerate(step.segments.offsets):
+            rows.append(Row(number, index, first, count, past))
+            first += count
+    return rows
+
+
+def _call(
+    rows: list[Row], ids: Tensor, turns: list[tuple[Tensor, Tensor, int]], wanted: Sequence[int]
+) -> tuple[Call, object]:
+    """The arguments of a call but for its results, and what must stay alive until it returns."""
+    addresses = ctypes.c_void_p * len(turns)
+    array, numbers = (Row * len(rows))(*rows), (ctypes.c_int64 * len(wanted))(*wanted)
+    cos = addresses(*(table.data_ptr() + offset for table, _, offset in turns))
+    sin = addresses(*(table.data_ptr() + offset for _, table, offset in turns))
+    at_rows, at_cos, at_sin, at_wanted = (ctypes.addressof(x) for x in (array, cos, sin, numbers))
+    call = Call(at_rows, len(rows), ids.data_ptr(), at_cos, at_sin, at_wanted, len(wanted))
+    return call, (array, ids, turns, cos, sin, numbers)
 
 
 class PlanCache:
@@ -115,27 +150,40 @@ class PlanCache:
 def plan_for(model: Decodable, segments: Segments, cache: HybridCache) -> Plan | None:
     """The plan by which this step can run, None where it cannot.
 
-    Raises: RuntimeError where compiled code was asked for by name and cannot run; ValueError for another model's cache.
+    Raises: as `available_plan`; RuntimeError also for a cache of a dtype that compiled code does not know.
+    """
+    if segments.length > MOST_TOKENS or not segments.unpadded:
+        return None
+    plan = available_plan(model)
+    if plan is None or plan.supports(cache):
+        return plan
+    if model.decode_backend == "cpp":
+        raise RuntimeError(f"{REFUSED} the cache has a dtype that it does not know.")
+    return None
+
+
+def available_plan(model: Decodable) -> Plan | None:
+    """The plan by which the model can run steps as it stands, None where it cannot.
+
+    Raises: RuntimeError where compiled code was asked for by name and cannot run.
     """
     slot: PlanCache = model.plan_cache
     named = model.decode_backend == "cpp"
     if (
         model.decode_backend in ("torch", "graph")
-        or segments.batch * segments.length > MOST_TOKENS
-        or not segments.unpadded
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
         or (like(model).device.type != "cpu" and not named)
     ):
         return None
-    guard, refused = slot.current(model), "The 'cpp' backend of decode cannot run here:"
+    guard = slot.current(model)
     if "cpp" not in slot.reasons:
         reason = why_not(model, "cpp")
         slot.plan = None if reason else Plan(model, guard)
         slot.reasons["cpp"] = reason
     if slot.plan is None:
         if named:
-            raise RuntimeError(f"{refused} {slot.reasons['cpp']}.")
+            raise RuntimeError(f"{REFUSED} {slot.reasons['cpp']}.")
         return None
     if guard.hooked(model):
         if named:
@@ -143,8 +191,4 @@ def plan_for(model: Decodable, segments: Segments, cache: HybridCache) -> Plan |
                 "Compiled decoding shows nothing inside: model.set_backend('decode', 'auto') lets hooks in."
             )
         return None
-    if slot.plan.supports(cache):
-        return slot.plan
-    if named:
-        raise RuntimeError(f"{refused} the cache has a dtype that it does not know.")
-    return None
+    return slot.plan

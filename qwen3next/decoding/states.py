@@ -1,12 +1,12 @@
-"""What a compiled step reads and writes of a cache: recurrent states, and keys and values.
+"""What a compiled step reads and writes of its caches: recurrent states, and keys and values.
 
 A recurrent state is shared with forks, snapshots and marks, so that the step writes the next one into new memory. Keys
 and values are written into the buffer that the cache has reserved for them.
 """
 
 import ctypes
-from collections.abc import Iterator
-from typing import NamedTuple, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,18 @@ from qwen3next.cache.hybrid import HybridCache
 from qwen3next.decoding.arguments import Arguments
 from qwen3next.decoding.describe_model import FLOATS
 
+# Bytes of the states of all layers that are allocated together. What is larger, the C library takes from the system and
+# gives back at every step: 12,000 page faults, a third of the time, for 16 rows of 3 MB.
+AT_ONCE = 4 * 2**20
 OTHER_CACHE = "The cache was made for a model of other layers or sizes: make one with model.new_cache()."
+
+
+class CacheStep(NamedTuple):
+    """One cache's part of a step: token ids (b, t), the same number in each of its rows, behind what it holds."""
+
+    cache: HybridCache
+    segments: Segments
+    ids: Tensor
 
 
 class Written(NamedTuple):
@@ -38,57 +49,79 @@ class Written(NamedTuple):
 
 
 class States:
-    """Points a model's structures to the states of a cache, call by call."""
+    """Points a model's structures to the states of caches, call by call."""
 
     def __init__(self, arguments: Arguments):
         s, self._dtype = arguments.sizes, arguments.dtype
-        self._layers = [layer.kv if layer.softmax else layer.recurrent for layer in arguments.layers]
+        self._layers = arguments.layers
         self._kv_size = s.kv_heads, s.head_dim
         self._conv_size = s.kernel_size - 1, 2 * s.key_heads * s.key_dim + s.value_heads * s.value_dim
         self._memory_size = s.value_heads, s.key_dim, s.value_dim
         self._log_shapes = (s.key_heads, s.key_dim), (s.value_heads, s.value_dim), (s.value_heads,)
+        self._softmax = [bool(layer.softmax) for layer in self._layers]
+        self._arrays: list[Any] = []  # a layer's states, one a cache
+        self._make_room(1)
+
+    def _make_room(self, caches: int) -> None:
+        """Structures for so many caches, to which the layers point."""
+        kinds = [KeysAndValues if softmax else RecurrentState for softmax in self._softmax]
+        self._arrays = [(kind * caches)() for kind in kinds]
+        for layer, softmax, array in zip(self._layers, self._softmax, self._arrays, strict=True):
+            setattr(layer, "kv" if softmax else "recurrent", ctypes.addressof(array))
 
     def supports(self, cache: HybridCache) -> bool:
         """Whether compiled code knows the dtypes of a cache.
 
         Raises: ValueError for one whose states are of other kinds or sizes than this model's.
         """
-        if len(cache.layers) != len(self._layers):
+        if len(cache.layers) != len(self._softmax):
             raise ValueError(OTHER_CACHE)
         b, known = cache.batch, True
-        conv_size, memory_size = (b, *self._conv_size), (b, *self._memory_size)
-        for state, arguments in zip(cache.layers, self._layers, strict=True):
+        kv_size, conv_size, memory_size = (b, *self._kv_size), (b, *self._conv_size), (b, *self._memory_size)
+        for state, softmax in zip(cache.layers, self._softmax, strict=True):
             if isinstance(state, KVCache):
-                fits = type(arguments) is KeysAndValues and state.size == (b, *self._kv_size)
+                fits = softmax and state.size == kv_size
                 known = known and state.dtype in DTYPES
             else:
-                sizes = state.conv.shape, state.recurrent.shape
-                fits = type(arguments) is RecurrentState and sizes == (conv_size, memory_size)
+                fits = not softmax and (state.conv.shape, state.recurrent.shape) == (conv_size, memory_size)
                 known = known and state.conv.dtype == self._dtype and state.recurrent.dtype in FLOATS
             if not fits:
                 raise ValueError(OTHER_CACHE)
         return known
 
-    def point_to(self, cache: HybridCache, segments: Segments) -> tuple[list[Written], list[object]]:
+    def point_to(self, steps: Sequence[CacheStep]) -> tuple[list[Written], list[object]]:
         """Fill the structures for one call.
 
         Returns: what the call writes for each recurrent layer, and what must stay alive until it returns.
         """
-        next_states, written, alive = self._next_states(cache), [], []
-        for state, arguments in zip(cache.layers, self._layers, strict=True):
-            if isinstance(state, KVCache):
-                alive.append(_point_to_keys(cast(KeysAndValues, arguments), state, segments))
-            else:
-                conv, memory = next(next_states)
-                before = side_by_side(state.conv), side_by_side(state.recurrent)
-                alive.append(before)
-                recurrent = cast(RecurrentState, arguments)
-                recurrent.conv_before, recurrent.before = map(address, before)
-                recurrent.conv_after, recurrent.after = conv.data_ptr(), memory.data_ptr()
-                recurrent.dtype = DTYPES[memory.dtype]
-                log = self._log(recurrent, state, segments)
-                written.append(Written(state, conv, memory, log))
+        if len(steps) > len(self._arrays[0]):
+            self._make_room(2 * len(steps))
+        written: list[Written] = []
+        alive: list[object] = []
+        for number, step in enumerate(steps):
+            next_states = self._next_states(step.cache)
+            for state, array in zip(step.cache.layers, self._arrays, strict=True):
+                if isinstance(state, KVCache):
+                    alive.append(_point_to_keys(array[number], state, step.segments))
+                else:
+                    before = side_by_side(state.conv), side_by_side(state.recurrent)
+                    alive.append(before)
+                    written.append(self._point_to_state(array[number], state, before, next(next_states), step.segments))
         return written, alive
+
+    def _point_to_state(
+        self,
+        arguments: RecurrentState,
+        state: DeltaNetState,
+        before: tuple[Tensor, Tensor],
+        after: tuple[Tensor, Tensor],
+        segments: Segments,
+    ) -> Written:
+        conv, memory = after
+        arguments.conv_before, arguments.before = address(before[0]), address(before[1])
+        arguments.conv_after, arguments.after = conv.data_ptr(), memory.data_ptr()
+        arguments.dtype = DTYPES[memory.dtype]
+        return Written(state, conv, memory, self._log(arguments, state, segments))
 
     def _next_states(self, cache: HybridCache) -> Iterator[tuple[Tensor, Tensor]]:
         """New memory for the convolution and recurrent state of each layer that has them."""
@@ -97,7 +130,7 @@ class States:
             return iter(())
         b, dtype = cache.batch, before[0].dtype
         conv = torch.empty(len(before), b, *self._conv_size, dtype=self._dtype).unbind()
-        if any([memory.dtype != dtype for memory in before]):
+        if before[0].nbytes * len(before) > AT_ONCE or any([memory.dtype != dtype for memory in before]):
             return zip(conv, [memory.new_empty(memory.shape) for memory in before], strict=True)
         return zip(conv, torch.empty(len(before), b, *self._memory_size, dtype=dtype).unbind(), strict=True)
 

@@ -1,7 +1,7 @@
 """Steps of generation: a few tokens behind a cache, by the fastest way that gives the modules' result."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,15 @@ from layers.segments import Segments
 from qwen3next.cache.hybrid import HybridCache, new_cache
 from qwen3next.config import ModelConfig
 from qwen3next.decoding.cuda_graph import graph_for
-from qwen3next.decoding.plan import PlanCache, plan_for
+from qwen3next.decoding.plan import MOST_TOKENS, PlanCache, available_plan, plan_for
+from qwen3next.decoding.states import CacheStep
+from qwen3next.decoding.step_many import looked_at, step_many
 from qwen3next.inputs import as_dtype, as_ids, as_kv_dtype, check_vocabulary
 from qwen3next.model import Qwen3Next as Reference
 
 
 class Stepping(Reference):
-    """The model with `new_cache`, `step`, `logits_after` and `draft`."""
+    """The model with `new_cache`, `step`, `step_many`, `logits_after` and `draft`."""
 
     decode_slot = renamed_attribute("decode_slot", "plan_cache")
 
@@ -67,7 +69,7 @@ class Stepping(Reference):
         As forward, but in compiled code on the CPU and as one CUDA graph on a GPU where these can run (`q.explain`);
         their last bits are their own. With hooks or tracers attached, the modules run.
         """
-        if type(self).forward is not Reference.forward or attached(self):
+        if looked_at(self):
             return self(input_ids, cache=cache, logits_to_keep=1).logits[:, -1]
         input_ids = as_ids(input_ids)
         check_vocabulary(input_ids, self.vocab_size)
@@ -76,12 +78,32 @@ class Stepping(Reference):
             if graph := graph_for(self, call.segments, cache):
                 hidden, logits = graph.run(cache, input_ids)
             elif plan := plan_for(self, call.segments, cache):
-                hidden, logits = plan.run(self, input_ids, call.segments, cache)
+                (hidden,), logits = plan.run(self, [CacheStep(cache, call.segments, input_ids)])
             else:
                 hidden, _ = self._run(input_ids, call.segments, call.layers, stats=False)
                 logits = self.hook_logits(self.lm_head(hidden[:, -1:]))[:, -1]
             self._complete(call, input_ids, hidden)
         return logits
+
+    @torch.no_grad()
+    def step_many(
+        self, tokens: Sequence[Tensor], caches: Sequence[HybridCache], *, all_logits: bool = False
+    ) -> Float[Tensor, "n vocab"]:
+        """Extend several caches at once, each of one sequence and by as many tokens as its row brings.
+
+        On the CPU a row's results depend, to the bit, on its own sequence alone: not on the other rows, on their order,
+        or on how its tokens are divided over calls of up to 64 (except that recurrent states kept in less than fp32
+        are rounded by every call). Compiled code reads each weight once for all rows; where it cannot run, and for rows
+        of more tokens, the modules run row by row, and hooks fire row by row.
+
+        Args:
+            tokens: the new ids of each row, (t,) of any length from 1.
+            caches: the cache of each row; each may be given once.
+            all_logits: give the logits after every token, row by row, not only after each row's last one.
+        Returns: (rows, vocab), or with `all_logits` (tokens of all rows, vocab).
+        Raises: ValueError, which names the row, before any cache changes. If a call fails, all caches are as before.
+        """
+        return step_many(self, tokens, caches, all_logits=all_logits)
 
     @torch.no_grad()
     def logits_after(self, cache: HybridCache) -> Float[Tensor, "b vocab"]:
@@ -98,8 +120,20 @@ class Stepping(Reference):
 
     @torch.no_grad()
     def step_all(self, input_ids: Int[Tensor, "b t"], cache: HybridCache) -> Float[Tensor, "b t vocab"]:
-        """`step`, with the logits after every token: what single steps would give, to the bit."""
-        return torch.stack([self.step(token, cache) for token in as_ids(input_ids).split(1, dim=1)], dim=1)
+        """`step`, with the logits after every token: what single steps give, in compiled code in one call.
+
+        On the CPU they are equal to the bit, where recurrent states are kept in fp32.
+        """
+        input_ids, plan = as_ids(input_ids), None if looked_at(self) else available_plan(self)
+        if plan is None or input_ids.shape[1] > MOST_TOKENS or not plan.supports(cache):
+            return torch.stack([self.step(token, cache) for token in input_ids.split(1, dim=1)], dim=1)
+        check_vocabulary(input_ids, self.vocab_size)
+        with cache.extend(input_ids, None, self) as call:
+            self._warn_of_length(call.segments)
+            step = CacheStep(cache, call.segments, input_ids)
+            (hidden,), logits = plan.run(self, [step], all_logits=True)
+            self._complete(call, input_ids, hidden)
+        return logits.view(*input_ids.shape, -1)
 
     @torch.no_grad()
     def draft_tokens(self, cache: HybridCache, token: Int[Tensor, "b"], count: int) -> Int[Tensor, "b count"]:

@@ -68,28 +68,28 @@ def prefill(models: Models, batch: int, length: int) -> Case:
     return Case(f"prefill {batch} x {length}", ids.numel(), flops, 0, {"qwen3next": us, "transformers": them})
 
 
-def decode(models: Models, batch: int, before: int, steps: int) -> Case:
-    """Single-token steps after a context. Each repetition adds the same tokens to both contexts."""
+def decode(models: Models, batch: int, before: int, steps: int, *, at_once: int = 1) -> Case:
+    """Steps of `at_once` tokens a row after a context. Each repetition adds the same tokens to both contexts."""
     ours, theirs = models.ours, models.theirs
-    ids, new = models.draw(batch, before), models.draw(batch, steps).split(1, dim=1)
+    ids, new = models.draw(batch, before), models.draw(batch, steps * at_once)
     with torch.no_grad():
-        cache = ours.new_cache(batch, max_len=before + 100 * steps)
+        cache = ours.new_cache(batch, max_len=before + 100 * steps * at_once)
         ours(ids, cache=cache, logits_to_keep=1)
         past = theirs(ids, use_cache=True, logits_to_keep=1).past_key_values
 
     def us() -> None:
-        for token in new:
-            ours.step(token, cache)
+        for tokens in new.split(at_once, dim=1):
+            ours.step(tokens, cache)
 
     @torch.no_grad()
     def them() -> None:
-        for token in new:
-            theirs(token, past_key_values=past, use_cache=True)
+        for tokens in new.split(at_once, dim=1):
+            theirs(tokens, past_key_values=past, use_cache=True)
 
     weight = ours.embed_tokens.weight
-    nbytes = steps * active_weight_bytes(ours.config, weight.element_size())
-    what = f"decode {batch} x 1 after {before}"
-    return Case(what, batch * steps, 0, nbytes, {"qwen3next": us, "transformers": them})
+    nbytes = steps * active_weight_bytes(ours.config, weight.element_size(), tokens=batch * at_once)
+    what = f"decode {batch} x {at_once} after {before}"
+    return Case(what, new.numel(), 0, nbytes, {"qwen3next": us, "transformers": them})
 
 
 def question(models: Models, document: int, tokens: int) -> Case:

@@ -62,9 +62,17 @@ def train_flops(config: ModelConfig, tokens: int) -> int:
     return 3 * forward_flops(config, tokens, logits=tokens)
 
 
-def active_weight_bytes(config: ModelConfig, element_size: int) -> int:
-    """Bytes of weights that one decoded token reads: those it is multiplied with, and the head."""
-    return element_size * (linear_weights(config) + config.hidden_size * config.vocab_size)
+def active_weight_bytes(config: ModelConfig, element_size: int, *, tokens: int = 1) -> int:
+    """Bytes of weights that a step of so many tokens reads: those they are multiplied with, and the head.
+
+    Of experts as many as independent tokens choose on average, if all are chosen equally often.
+    """
+    c, routed = config, routed_weights(config)
+    if routed and tokens > 1:
+        chosen = c.num_experts * (1 - (1 - c.num_experts_per_tok / c.num_experts) ** tokens)
+        routed = round(routed * chosen / c.num_experts_per_tok)
+    others = linear_weights(c) - routed_weights(c) + c.hidden_size * c.vocab_size
+    return element_size * (others + routed)
 
 
 def bytes_by_operation(config: ModelConfig, past: int, element_size: int) -> dict[str, int]:

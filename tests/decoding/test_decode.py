@@ -74,7 +74,7 @@ def test_values_in_fp64(shape):
     model = small_model(dtype=torch.float64, **SHAPES[shape])
     assert decode.why_not(model, "cpp") is None
     for lengths in ((70,), (9, 9), (3, 40, 1)):
-        steps = [t for t in (1, 1, 2, 5, 1) if t * len(lengths) <= MOST_TOKENS]
+        steps = (1, 1, 2, 5, 1)
         assert max(apart(both(model, lengths, steps))) < 1e-12
 
 
@@ -150,7 +150,7 @@ def test_a_forward_runs_the_modules_and_a_step_compiled_code(monkeypatch):
         assert not calls
         model.step(tokens(1), cache)
         assert len(calls) == 1
-        model.step(tokens(MOST_TOKENS), cache)  # 16 tokens in total
+        model.step(tokens(MOST_TOKENS + 1), cache)
         assert len(calls) == 1
         q.generate(model, tokens(5), max_new_tokens=4)
         assert len(calls) == 4

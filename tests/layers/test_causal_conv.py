@@ -86,3 +86,17 @@ def test_any_number_of_taps(taps, backend):
         got = torch.autograd.grad(y.square().sum(), given)
         for a, b in zip(got, torch.autograd.grad(wanted.square().sum(), given), strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_by_itself_is_rounded_as_inside_a_prompt(dtype):
+    """To the bit, also where it begins a packed sequence: products and sums in fp32, then one cast."""
+    x, weight, state = (part.to(dtype) for part in draw(5, d=64))
+    whole, _ = causal_conv(x, weight, state=state, backend="torch")
+    for t in range(5):
+        y, state = causal_conv(x[:, t : t + 1], weight, state=state, backend="torch")
+        assert torch.equal(y[:, 0], whole[:, t])
+    packed = Segments.from_document_ids(torch.tensor([[0, 0, 1, 1, 1]]))
+    both, _ = causal_conv(x, weight, segments=packed, backend="torch")
+    alone = torch.cat([causal_conv(part, weight, backend="torch")[0] for part in x.split((2, 3), dim=1)], dim=1)
+    assert torch.equal(both, alone)

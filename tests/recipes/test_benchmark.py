@@ -18,6 +18,7 @@ SMALL = {
     "dtypes": ("float32",),
     "prefill": ("1x70", "2x20"),
     "decode": (1, 2),
+    "at_once": (3,),
     "decode_after": 5,
     "steps": 2,
     "train": ("1x20",),
@@ -52,6 +53,7 @@ def test_runs_and_writes(tmp_path):
         "prefill 2 x 20",
         "decode 1 x 1 after 5",
         "decode 2 x 1 after 5",
+        "decode 1 x 3 after 5",
         "question of 3 after 40",
         "train 1 x 20",
         "experts alone, 70",
@@ -88,6 +90,8 @@ def test_work_is_counted_as_the_model_has_it():
         weights += p.numel() * share if p.ndim > 1 and "conv" not in name else 0
     assert linear_weights(config) == weights
     assert active_weight_bytes(config, 2) == 2 * (weights + config.hidden_size * config.vocab_size)
+    two = active_weight_bytes(config, 2, tokens=2) - active_weight_bytes(config, 2)  # 4 of 32, then 3.5 others
+    assert two == 2 * 8 * 3 * 512 * 256 * 3.5
     # A single token: all products, a query with one key, one step of the recurrence.
     config = q.presets.tiny(mtp_num_hidden_layers=0)
     rest = forward_flops(config, 1) - 2 * (linear_weights(config) + config.hidden_size * config.vocab_size)
