@@ -132,7 +132,7 @@ def test_report_counts_by_place(model):
 
 
 def test_the_mtp_layer_sees_what_plain_generation_remembers(model):
-    """Its keys and values after speculation are those of the accepted tokens' true hidden states."""
+    """Its keys and values after speculation are those of the accepted tokens' true hidden states, up to rounding."""
     ids = prompts(1)
     caches = []
     for drafter in (None, MTPDrafts(model)):
@@ -141,7 +141,7 @@ def test_the_mtp_layer_sees_what_plain_generation_remembers(model):
         caches.append(cache)
     held = caches[0].lengths[0] - 1
     for a, b in zip(*(c.mtp.read(0, held) for c in caches), strict=True):
-        assert torch.equal(a, b)
+        assert close(a, b)
     drafts = [model.draft_tokens(c, torch.tensor([5]), 3) for c in caches]
     assert torch.equal(*drafts)
     assert int(drafts[0][0, 0]) == int(model.draft(caches[0], torch.tensor([5])).argmax())
@@ -249,6 +249,11 @@ def test_a_row_is_chosen_until_a_draft_is_wrong():
     assert row.done
 
 
+def close(a, b):
+    """Products of several tokens are summed in another order than those of one."""
+    return (a.double() - b.double()).norm() <= (1e-5 if a.dtype == torch.float32 else 1e-2) * b.double().norm()
+
+
 def remembered(model, ids, drafter=None):
     """The MTP layer's keys and values after a generation, those of the text's pairs."""
     cache = model.new_cache(1, max_len=60, history=8, mtp=True)
@@ -277,7 +282,7 @@ def test_planted_faults_of_the_mtp_layer_are_noticed(monkeypatch, fault):
 
     faults = {"hidden before the final norm": unnormed, "cold MTP cache": cold, "stale MTP rows": stale}
     monkeypatch.setattr(kind, "remember", faults.get(fault, remember))
-    assert torch.equal(remembered(model, ids, Oracle(texts)), right) == (fault == "none")
+    assert close(remembered(model, ids, Oracle(texts)), right) == (fault == "none")
 
 
 @pytest.mark.parametrize("fault", ["none", "penalties once a call", "grammar off by one"])
