@@ -285,6 +285,9 @@ def walk_steps(r: Random, steps: int) -> None:
                 cache = cache.fork()[0] if r.below(2) else cache.select([0])
             model.step(ids, cache)
             model.logits_after(cache)
+            if cache.batch == 1:
+                rows, caches = [ids[0], ids[0][:1]], [cache, cache.fork()[0]]
+                model.step_many(rows, caches, all_logits=bool(r.below(2)))
         except REFUSED:
             return
     return

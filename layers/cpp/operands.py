@@ -33,6 +33,20 @@ def side_by_side(x: Tensor) -> Tensor:
     return x.resolve_neg().contiguous()
 
 
+def readable(x: Tensor) -> tuple[Tensor, int]:
+    """`side_by_side` and its `address`, in one look where x lies as it should. Raises: as `address`."""
+    if (
+        x.is_contiguous()
+        and not x.is_neg()
+        and x.device.type == "cpu"
+        and x.layout is torch.strided
+        and x.untyped_storage().nbytes() >= (x.storage_offset() + x.numel()) * x.itemsize
+    ):
+        return x, x.data_ptr()
+    x = side_by_side(x)
+    return x, address(x)
+
+
 def address(x: Tensor) -> int:
     """Where the numbers of a tensor begin. Raises: ValueError where it has no memory here for all of them."""
     if x.is_neg():

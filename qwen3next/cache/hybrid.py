@@ -189,9 +189,9 @@ class HybridCache:
     def _admitted(self, input_ids: Tensor, segments: Segments | None) -> Segments:
         """The segments as continuations of what is held. Raises: ValueError where they do not fit."""
         if segments is None:
-            given = Segments.full(input_ids)
-            if given.batch == self.batch:
-                given = Segments(given.batch, given.length, given.device, None, given.batch, self.lengths)
+            batch, length = input_ids.shape
+            past = self.lengths if batch == self.batch else ()
+            given = Segments(batch, length, input_ids.device, None, batch, past)
         else:
             given = segments.after(self.lengths) if segments.sequences == self.batch else segments
         if given.sequences != self.batch:

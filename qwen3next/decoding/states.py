@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from layers.cpp.operands import address, side_by_side
+from layers.cpp.operands import address, readable
 from layers.cpp.step import DTYPES, KeysAndValues, Part, RecurrentState
 from layers.gated_deltanet import DeltaNetState
 from layers.segments import Segments
@@ -104,24 +104,24 @@ class States:
                 if isinstance(state, KVCache):
                     alive.append(_point_to_keys(array[number], state, step.segments))
                 else:
-                    before = side_by_side(state.conv), side_by_side(state.recurrent)
-                    alive.append(before)
-                    written.append(self._point_to_state(array[number], state, before, next(next_states), step.segments))
+                    after = next(next_states)
+                    arguments, segments = array[number], step.segments
+                    written.append(self._point_to_state(arguments, state, after, alive))
+                    written[-1].log.extend(self._log(arguments, state, segments))
         return written, alive
 
+    @staticmethod
     def _point_to_state(
-        self,
-        arguments: RecurrentState,
-        state: DeltaNetState,
-        before: tuple[Tensor, Tensor],
-        after: tuple[Tensor, Tensor],
-        segments: Segments,
+        arguments: RecurrentState, state: DeltaNetState, after: tuple[Tensor, Tensor], alive: list[object]
     ) -> Written:
+        before, arguments.conv_before = readable(state.conv)
+        alive.append(before)
+        before, arguments.before = readable(state.recurrent)
+        alive.append(before)
         conv, memory = after
-        arguments.conv_before, arguments.before = address(before[0]), address(before[1])
         arguments.conv_after, arguments.after = conv.data_ptr(), memory.data_ptr()
         arguments.dtype = DTYPES[memory.dtype]
-        return Written(state, conv, memory, self._log(arguments, state, segments))
+        return Written(state, conv, memory, [])
 
     def _next_states(self, cache: HybridCache) -> Iterator[tuple[Tensor, Tensor]]:
         """New memory for the convolution and recurrent state of each layer that has them."""
