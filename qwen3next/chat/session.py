@@ -13,7 +13,7 @@ from qwen3next.chat.messages import Content, History, Message, check_messages
 from qwen3next.chat.reply import ReplyReader, Stats
 from qwen3next.chat.template import ChatTemplate
 from qwen3next.chat.thinking import OPEN, Piece, ThinkingSplitter
-from qwen3next.generation.generate import stream
+from qwen3next.generation.generate import drafting, stream
 from qwen3next.generation.generation_config import GenerationConfig
 
 SNAPSHOTS = 4  # snapshots kept between turns; each holds a copy of the recurrent states
@@ -33,6 +33,7 @@ class Conversation(History):
         system: the system prompt; None leaves it to the template.
         variables: other variables of the template, e.g. {"enable_thinking": False}.
         max_context: largest number of tokens of prompt and reply; None means the model's max_position_embeddings.
+        draft_tokens: tokens to guess and check at a time, or "auto", as in `Generation`: replies are the same.
     Attributes:
         stats: those of the last reply.
     Raises: ValueError for max_context below 1.
@@ -48,6 +49,7 @@ class Conversation(History):
         system: str | None = None,
         variables: Mapping[str, Any] | None = None,
         max_context: int | None = None,
+        draft_tokens: int | str = 0,
     ):
         super().__init__(system=system)
         self.model, self.tokenizer, self.template = model, tokenizer, template
@@ -55,6 +57,8 @@ class Conversation(History):
             model.generation_config.warn()
         self.generation = model.generation_config if generation is None else generation
         self.variables = dict(variables or {})
+        self.draft_tokens, (length, _) = draft_tokens, drafting(model, draft_tokens, "auto")
+        self._ahead = 0 if length is None else length.most  # places for drafts behind the text
         self.max_context = model.config.max_position_embeddings if max_context is None else max_context
         if self.max_context < 1:
             raise ValueError(f"max_context must be at least 1, got {max_context}.")
@@ -108,6 +112,7 @@ class Conversation(History):
             "rules": g.rules,
             "seed": seed,
             "stop_tokens": sorted(self._stop_tokens),
+            "draft_tokens": self.draft_tokens,
         }
         reader = ReplyReader(
             self.tokenizer,
@@ -186,5 +191,6 @@ class Conversation(History):
         cache, self._cache = self._cache, None
         held = 0 if cache is None else cache.rewind_to(ids)
         if cache is None or not held:
-            return self.model.new_cache(max_len=self.max_context, history=HISTORY), 0
+            mtp = bool(self._ahead) and self.model.mtp is not None
+            return self.model.new_cache(max_len=self.max_context + self._ahead, history=HISTORY, mtp=mtp), 0
         return cache, held

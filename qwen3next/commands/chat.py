@@ -22,6 +22,7 @@ def chat(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
+    draft_tokens: int | Literal["auto"] = 0,
     device: str = "auto",
     dtype: Dtype = "auto",
     experts: ExpertPlace = "memory",
@@ -49,6 +50,7 @@ def chat(
         top_k: sample from the k most likely tokens; 0 means all. Default: generation_config.json, else 0.
         top_p: sample from the most likely tokens with this total probability. Default: generation_config.json, else 1.
         seed: seed for a temperature above 0; the same seed gives the same conversation on one machine.
+        draft_tokens: tokens to guess and check in one step, or auto, which measures what pays. Replies are the same.
         device: auto (CUDA if available), cpu, cuda, cuda:1, ...
         dtype: auto keeps the stored dtype of each tensor.
         experts: memory; int8 (one byte per weight); disk (read from the files when tokens need them).
@@ -70,6 +72,7 @@ def chat(
         system=system,
         variables={} if think == "auto" else {"enable_thinking": think == "on"},
         max_context=max_context,
+        draft_tokens=draft_tokens,
     )
 
     def reply(text: str) -> Generator[Piece, None, None]:

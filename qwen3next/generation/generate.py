@@ -126,7 +126,7 @@ class Generation:
         )
         choice.check(model.vocab_size)
         self.model, self.report, self._n, self._hooks = model, Report(), n, fwd_hooks
-        self._length, self._drafter = _drafting(model, draft_tokens, drafts)
+        self._length, self._drafter = drafting(model, draft_tokens, drafts)
         self.cache = self._fitting(cache, max_new_tokens)
         texts = [list(text) for text in _texts(self._ids, self._segments) for _ in range(n)]
         self.rows = [
@@ -193,8 +193,11 @@ def stream(model: Prefilling, input_ids: Tensor, **options: object) -> Iterator[
             yield torch.tensor([tokens.pop(0) if tokens else -1 for tokens in waiting], device=input_ids.device)
 
 
-def _drafting(model: Prefilling, draft_tokens: int | str, drafts: str) -> tuple[DraftLength | None, Drafter | None]:
-    """Raises: ValueError for numbers and names that there are not."""
+def drafting(model: Prefilling, draft_tokens: int | str, drafts: str) -> tuple[DraftLength | None, Drafter | None]:
+    """How many tokens to draft, and who drafts them; None for none.
+
+    Raises: ValueError for numbers and names that there are not.
+    """
     adapt = draft_tokens == "auto"
     if not adapt and not (isinstance(draft_tokens, int) and draft_tokens >= 0):
         raise ValueError(f'draft_tokens must be a number from 0, or "auto", got {draft_tokens!r}.')

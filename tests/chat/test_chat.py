@@ -233,3 +233,18 @@ def test_a_reply_that_is_not_listened_to_changes_nothing(ascii64):
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
         next(chat.reply("x", max_new_tokens=0))
     assert chat.messages == []
+
+
+@pytest.mark.parametrize("draft_tokens", [2, "auto"])
+def test_drafts_change_nothing(ascii64, draft_tokens):
+    """Several turns, sampled; the second interrupted."""
+    (coder, model), said = ascii64, []
+    for drafts in (0, draft_tokens):
+        chat = talk(model, coder, draft_tokens=drafts)
+        replies = [list(chat.reply("hello there", max_new_tokens=20, temperature=0.9, seed=1))]
+        broken = chat.reply("go on", max_new_tokens=20, temperature=0.9, seed=2)
+        replies.append([next(broken)])
+        broken.close()
+        replies.append(list(chat.reply("and then", max_new_tokens=20, temperature=0.9, seed=3)))
+        said.append(["".join(text for _, text in reply) for reply in replies])
+    assert said[0] == said[1]
