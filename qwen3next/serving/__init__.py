@@ -1,0 +1,1 @@
+"""A server: many requests on one machine, each answered as if it were alone."""
