@@ -17,6 +17,7 @@ from qwen3next.commands.diff import diff
 from qwen3next.commands.explain import explain
 from qwen3next.commands.generate import generate
 from qwen3next.commands.inspect import inspect
+from qwen3next.commands.serve import serve
 from qwen3next.commands.verify import verify
 
 # A command returns its exit status, or None for 0. Its docstring is its help; the first line is its table entry.
@@ -24,6 +25,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "generate": generate,
     "chat": chat,
     "ask": ask,
+    "serve": serve,
     "inspect": inspect,
     "explain": explain,
     "context": context,

@@ -1,0 +1,80 @@
+"""`qwen3next serve`: answer requests over HTTP."""
+
+import ipaddress
+import os
+import sys
+from pathlib import Path
+
+from qwen3next.chat.template import ChatTemplate
+from qwen3next.commands.common import Dtype, ExpertPlace, Folder, open_model, open_tokenizer
+from qwen3next.files.sizes import parse_bytes
+
+
+def serve(
+    folder: Folder,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    max_memory: str = "2GiB",
+    max_waiting: int = 64,
+    max_rows: int = 16,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    experts: ExpertPlace = "memory",
+    expert_cache: str = "2GiB",
+    quiet: bool = False,
+) -> None:
+    """Serve a checkpoint with OpenAI's interface: /v1/completions and /v1/chat/completions.
+
+    Each answer equals that of a single run, whatever else runs. Beyond this machine's own address an API key is
+    required: set QWEN3NEXT_API_KEY.
+
+    $ qwen3next serve DIR
+    $ QWEN3NEXT_API_KEY=secret qwen3next serve DIR --host 0.0.0.0 --port 80
+
+    Args:
+        folder: checkpoint folder with config.json, *.safetensors and tokenizer.json.
+        host: address to listen on; the default is reached from this machine only.
+        port: port to listen on.
+        name: name of the model in requests. Default: the folder's name.
+        max_memory: memory for the keys, values and states of all requests together.
+        max_waiting: requests that may wait; more are answered with 429.
+        max_rows: texts that are continued together.
+        device: auto (CUDA if available), cpu, cuda, cuda:1, ...
+        dtype: auto keeps the stored dtype of each tensor.
+        experts: memory; int8 (one byte per weight); disk (read from the files when tokens need them).
+        expert_cache: memory for experts read from the files.
+        quiet: write only errors to stderr.
+    """
+    try:
+        import uvicorn
+
+        from qwen3next.serving.app import Server
+        from qwen3next.serving.engine import Engine
+    except ModuleNotFoundError as error:
+        raise ValueError(f"The server needs {error.name}: pip install 'qwen3next[serve]'.") from None
+    key = os.environ.get("QWEN3NEXT_API_KEY", "")
+    if not key and not _local(host):
+        raise ValueError(f"{host} can be reached from other machines: set QWEN3NEXT_API_KEY, or use --host 127.0.0.1.")
+    budget, tokenizer = parse_bytes(max_memory), open_tokenizer(folder)
+    model = open_model(folder, device=device, dtype=dtype, experts=experts, cache=expert_cache, quiet=quiet)
+    engine = Engine(model, max_memory=budget, max_waiting=max_waiting, max_rows=max_rows)
+    template = ChatTemplate.find(folder)
+    called = name or Path(folder).resolve().name
+    server = Server(engine, tokenizer, name=called, template=template, api_key=key)
+    if not quiet:
+        chat = "" if template else " (no chat template: completions only)"
+        print(f"serving {called} at http://{host}:{port}/v1{chat}", file=sys.stderr)
+    uvicorn.run(
+        server.app(), host=host, port=port, log_level="error", access_log=False, timeout_graceful_shutdown=10,
+        limit_concurrency=1024, timeout_keep_alive=30,
+    )  # fmt: skip
+
+
+def _local(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
