@@ -45,6 +45,13 @@ from qwen3next.inputs import as_tokens
 from qwen3next.mtp import MTP
 from qwen3next.transformers_parts import Core, Qwen3NextDecoderLayer, fit
 
+# Projections that tensor parallelism splits by rows, of those that are stored as they are here; each call gathers its
+# output.
+SPLIT = (
+    *(f"self_attn.{name}_proj" for name in "kvo"),
+    "linear_attn.out_proj",
+    *(f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")),
+)
 BACKENDS = {"eager": "eager", "sdpa": "auto", "flash_attention_2": "flash"}  # of "attention", by transformers' names
 
 
@@ -123,7 +130,7 @@ class Backbone(_Common):
         self.gradient_checkpointing, self._attention_backend, self._plain = False, "auto", True
         self._weight_conversions = conversions(config)
         self.post_init()
-        self._tp_plan: dict[str, str] = {}
+        self._tp_plan = {f"layers.*.{name}": "colwise_gather_output" for name in SPLIT}
 
     @property
     def core(self) -> Qwen3Next:
@@ -212,6 +219,7 @@ class CausalLM(_Common, GenerationMixin):
     """
 
     backbone: type[Backbone]
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: PreTrainedConfig, core: Qwen3Next | None = None):

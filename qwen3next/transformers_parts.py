@@ -51,7 +51,8 @@ class Qwen3NextExperts(Experts):
     """Experts that also run by the functions of transformers' `set_experts_implementation`; "eager" is ours."""
 
     config: PreTrainedConfig
-    has_gate, has_bias, is_transposed, is_concatenated, _is_expert_parallel = True, False, False, True, False
+    has_gate = is_concatenated = True
+    has_bias = has_post_expert_norm = is_transposed = _is_expert_parallel = False
 
     def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         if self.config._experts_implementation == "eager":
