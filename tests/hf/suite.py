@@ -32,7 +32,7 @@ _NAMES = "names are converted by our class itself: a registered mapping would ac
 ALLOWED = {
     "test_can_load_from_already_mapped_keys": f"{_NAMES}; test_names_of_these_classes_are_read_too instead",
     "test_reverse_loading_mapping": f"{_NAMES}; test_a_saved_folder_has_the_same_keys_and_bytes instead",
-    "test_model_rope_scaling_frequencies": "it needs transformers' RoPE module; test_rope_types_of_transformers instead",
+    "test_model_rope_scaling_frequencies": "it asks for transformers' RoPE module; see test_rope_types_of_transformers",
 }
 
 
