@@ -45,8 +45,7 @@ from qwen3next.inputs import as_tokens
 from qwen3next.mtp import MTP
 from qwen3next.transformers_parts import Core, Qwen3NextDecoderLayer, fit
 
-# Projections that tensor parallelism splits by rows, of those that are stored as they are here; each call gathers its
-# output.
+# What tensor parallelism splits by rows, of the maps that are stored as they are here; each call gathers its output.
 SPLIT = (
     *(f"self_attn.{name}_proj" for name in "kvo"),
     "linear_attn.out_proj",
@@ -127,6 +126,7 @@ class Backbone(_Common):
         fit(core, config)
         self.__dict__["_core"] = core  # not a submodule: its modules are here under transformers' names
         self.embed_tokens, self.layers, self.norm = core.embed_tokens, core.blocks, core.norm
+        self.embed_tokens.padding_idx = config.pad_token_id  # whose row gets no gradient, as in transformers
         self.gradient_checkpointing, self._attention_backend, self._plain = False, "auto", True
         self._weight_conversions = conversions(config)
         self.post_init()

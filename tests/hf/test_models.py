@@ -9,6 +9,7 @@ from conftest import small_config, small_model
 from parity import stored, tokens
 
 import qwen3next as q
+from qwen3next.checkpoints.state_dict_adapter import Layout, to_released
 
 pytestmark = pytest.mark.oracle
 
@@ -279,9 +280,14 @@ def test_gradients_are_transformers_with_and_without_checkpointing(their, our):
         assert all(torch.equal(other[name], g) for name, g in found[0].items())
     their.zero_grad()
     their(ids, **options).loss.backward()
-    theirs = dict(their.named_parameters())
-    for name in ("model.embed_tokens.weight", "model.layers.2.mlp.experts.down_proj", "lm_head.weight"):
-        assert (found[0][name] - theirs[name].grad).abs().max() <= 1e-5 * theirs[name].grad.abs().max(), name
+    config = our.core.config
+    layout = Layout(**{**vars(Layout.released(config)), "fused_experts": True})  # as transformers' class has them
+    mine = {name.removeprefix("model.").replace("layers.", "blocks."): g for name, g in found[0].items()}
+    released = dict(to_released(config, mine, layout))
+    theirs = {name: p.grad for name, p in their.named_parameters()}
+    assert theirs.keys() == released.keys()
+    for name, g in theirs.items():
+        assert (released[name] - g).abs().max() <= 1e-4 * g.abs().max() + 1e-7, name
 
 
 def test_packed_rows_are_separate_sequences(our):
