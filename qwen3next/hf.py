@@ -40,7 +40,7 @@ from qwen3next.checkpoints.transformers_names import OURS, conversions
 from qwen3next.decoding.plan import PlanCache
 from qwen3next.files.json_files import read_object
 from qwen3next.files.tensor_files import read_header
-from qwen3next.hooks.layer_outputs import carried_on, recorded, watched
+from qwen3next.hooks.layer_outputs import Columns, carried_on, recorded, watched
 from qwen3next.inputs import as_tokens
 from qwen3next.mtp import MTP
 from qwen3next.transformers_parts import Core, Qwen3NextDecoderLayer, fit
@@ -177,17 +177,17 @@ class Backbone(_Common):
         segments = segments_of(new, attention_mask, position_ids, kept)
         if segments.packed:  # a cache holds one sequence a row
             kept = None
-        hybrid = None if kept is None else kept.opened(core, *new.shape[:2])
+        columns, hybrid = Columns(segments), None if kept is None else kept.opened(core, *new.shape[:2])
         stats = "router_logits" in wanted and core.config.num_experts > 0
         tokens = as_tokens(input_ids, inputs_embeds)
+        run, embeds = columns.taken(tokens), None if inputs_embeds is None else columns.taken(inputs_embeds)
         with watched(core, wanted) as seen:
-            hidden, aux, _ = core.hidden_states(tokens, segments, hybrid, stats=stats, embeds=inputs_embeds)
+            hidden, aux, _ = core.hidden_states(run, columns.run, hybrid, stats=stats, embeds=embeds)
         self.__dict__["_stats"] = aux
         if kept is not None:
             kept.took(core, tokens, segments, inputs_embeds)
-        if not self.training:
-            hidden = carried_on(hidden, segments)
-        found = recorded(seen, segments, None if hybrid is None or kept is None else kept.columns)
+        hidden = columns.spread(hidden) if self.training else carried_on(columns.spread(hidden), segments)
+        found = recorded(seen, columns, None if hybrid is None or kept is None else kept.columns)
         if "hidden_states" in wanted:
             states: list[Any] = [*found["hidden_states"], hidden]
             if (chosen := selected_hidden_states(wanted["hidden_states"])) is not None:

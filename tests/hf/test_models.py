@@ -212,8 +212,9 @@ def test_right_padded_rows_continue_as_if_alone(our):
         assert torch.equal(together[row, ids.shape[1] :], alone[0, n:])
 
 
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("how", ["assisted", "by another model", "prompt lookup"])
-def test_drafted_tokens_leave_the_result_as_it_is(our, how):
+def test_drafted_tokens_leave_the_result_as_it_is(our, how, padding):
     """transformers refuses these for its own class, whose recurrent states cannot be taken back."""
     ids = tokens(20, 1)
     draft = {"assistant_model": our, "num_assistant_tokens": 4}
@@ -221,8 +222,13 @@ def test_drafted_tokens_leave_the_result_as_it_is(our, how):
         draft["assistant_model"] = hf.Qwen3NextForCausalLM._from_config(our.config)
     elif how == "prompt lookup":
         ids, draft = ids.repeat(1, 2), {"prompt_lookup_num_tokens": 3}
-    greedy = our.generate(ids, max_new_tokens=16, do_sample=False)
-    assert torch.equal(our.generate(ids, max_new_tokens=16, do_sample=False, **draft), greedy)
+    mask = torch.ones_like(ids)
+    mask[:, {"none": slice(0), "left": slice(0, 3), "right": slice(-3, None)}[padding]] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 16, "do_sample": False}
+    greedy = our.generate(ids, **options)
+    assert torch.equal(our.generate(ids, **options, **draft), greedy)
+    alone = our.generate(ids[mask.bool()][None], max_new_tokens=16, do_sample=False)
+    assert torch.equal(greedy[:, ids.shape[1] :], alone[:, -16:])
 
 
 def test_generate_from_embeddings_and_from_a_cache(our):
