@@ -4,7 +4,6 @@
 Their modules are those of `model.core`, a `q.Qwen3Next`. docs/hf.md tells what differs from transformers' classes.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -31,7 +30,7 @@ from transformers.utils.output_capturing import resolve_hidden_states_indices, s
 from layers.dispatch.attached import attached
 from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import GatedDeltaNet
-from layers.moe import Experts, RouterStats, SparseMoE
+from layers.moe import Experts, SparseMoE
 from layers.norm import GatedRMSNorm, RMSNorm
 from layers.variants.attention import AttentionVariant
 from qwen3next.api import Qwen3Next, load
@@ -40,7 +39,7 @@ from qwen3next.checkpoints.transformers_names import OURS, conversions
 from qwen3next.decoding.plan import PlanCache
 from qwen3next.files.json_files import read_object
 from qwen3next.files.tensor_files import read_header
-from qwen3next.hooks.layer_outputs import Columns, carried_on, recorded, watched
+from qwen3next.hooks.layer_outputs import Columns, carried_on, pooled_balance, recorded, watched
 from qwen3next.inputs import as_tokens
 from qwen3next.mtp import MTP
 from qwen3next.transformers_parts import Core, Qwen3NextDecoderLayer, fit
@@ -105,7 +104,14 @@ class _Common(PreTrainedModel):
         if not any(name.endswith(OURS) for name in names):  # else saved with save_original_format=False
             mapping = [*(load_config.weight_mapping or []), *conversions(model.config, names)]
             load_config = replace(load_config, weight_mapping=mapping)
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        report = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        model._freeze_mtp()
+        return report
+
+    def _freeze_mtp(self) -> None:
+        """No loss of transformers reaches the MTP layer, and DDP would wait for its gradients."""
+        if (mtp := getattr(self, "mtp", None)) is not None:
+            mtp.requires_grad_(False)
 
     def _set_mtp(self, _present: bool, _device_map: dict | None) -> None:
         """Have an MTP layer or not; a backbone has none."""
@@ -227,6 +233,7 @@ class CausalLM(_Common, GenerationMixin):
         core = Core(config) if core is None else core
         self.model, self.lm_head, self.mtp = self.backbone(config, core), core.lm_head, core.mtp
         self._weight_conversions = conversions(config)
+        self._freeze_mtp()
         self.post_init()
 
     @classmethod
@@ -280,7 +287,7 @@ class CausalLM(_Common, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         if stats := self.model.__dict__.pop("_stats", None):
-            aux_loss = _balance(stats, self.config.num_experts_per_tok)
+            aux_loss = pooled_balance(stats, self.config.num_experts_per_tok)
             if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
@@ -301,16 +308,8 @@ class CausalLM(_Common, GenerationMixin):
         with torch.device("meta"):
             core.mtp = self.mtp = MTP(core.config).to(self.dtype) if present else None
         core.name_hooks()
-        if self.mtp is not None:
-            self.mtp.requires_grad_(False)  # no loss of transformers reaches it, and DDP would wait for its gradients
         if present and device_map and "" not in device_map:
             device_map["mtp"] = device_map.get("lm_head", list(device_map.values())[-1])
-
-
-def _balance(stats: Sequence[RouterStats], top_k: int) -> Tensor:
-    """transformers' load-balancing loss: e · Σ f p, where f and p are means over tokens and layers alike."""
-    load, probability = (torch.stack([getattr(x, key) for x in stats]).mean(0) for key in ("load", "probability"))
-    return load.numel() * top_k * (load * probability).sum()
 
 
 class Qwen3NextModel(Backbone):

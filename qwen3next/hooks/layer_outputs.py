@@ -1,6 +1,6 @@
 """What every layer made in one call, as tuples: hidden states, attention patterns, router logits."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from layers.hook_point import HookPoint
+from layers.moe import RouterStats
 from layers.segments import Segments
 
 
@@ -92,3 +93,9 @@ def carried_on(hidden: Tensor, segments: Segments) -> Tensor:
     index = torch.arange(segments.length, device=hidden.device)
     latest = torch.where(segments.mask, index, 0).cummax(1).values
     return hidden.gather(1, latest[..., None].expand_as(hidden))
+
+
+def pooled_balance(stats: Sequence[RouterStats], top_k: int) -> Tensor:
+    """transformers' load-balancing loss: e · Σ f p, where f and p are means over tokens and layers alike."""
+    load, probability = (torch.stack([getattr(x, key) for x in stats]).mean(0) for key in ("load", "probability"))
+    return load.numel() * top_k * (load * probability).sum()

@@ -231,6 +231,14 @@ def test_drafted_tokens_leave_the_result_as_it_is(our, how, padding):
     assert torch.equal(greedy[:, ids.shape[1] :], alone[:, -16:])
 
 
+def test_the_core_drafts_with_the_mtp_layer(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(saved(tmp_path, mtp=1))
+    ids = tokens(9, 1)
+    greedy = model.generate(ids, max_new_tokens=12, do_sample=False)
+    assert torch.equal(q.generate(model.core, ids, max_new_tokens=12, draft_tokens=2, drafts="mtp"), greedy)
+    assert not any(p.requires_grad for p in model.mtp.parameters())
+
+
 def test_generate_from_embeddings_and_from_a_cache(our):
     ids = tokens(8)
     embeds = our.get_input_embeddings()(ids).detach()

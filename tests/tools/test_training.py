@@ -170,10 +170,33 @@ sys.stdout.write(f"\\ntotal {total:.9f}\\n")
 """
 
 
-def test_accelerate_with_two_processes_is_as_with_one(folder, tmp_path):
-    """Data parallel over gloo: every parameter gets a gradient, also of experts that no token chose."""
+SHARDED = """
+import sys, torch, torch.distributed
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+import qwen3next.hf
+torch.distributed.init_process_group("gloo")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+for layer in model.model.layers:
+    fully_shard(layer)
+fully_shard(model)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+ids = torch.arange(96).view(4, 24)[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
+for _ in range(2):
+    optimizer.zero_grad()
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+total = sum(p.full_tensor().double().abs().sum() for p in model.parameters())
+sys.stdout.write(f"\ntotal {total:.9f}\n")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("program", [PARALLEL, SHARDED], ids=["accelerate", "FSDP2"])
+def test_two_processes_are_as_one(folder, tmp_path, program):
+    """Over gloo: every parameter gets a gradient, also of experts that no token of a process chose."""
     script = tmp_path / "train.py"
-    script.write_text(PARALLEL)
+    script.write_text(program)
     totals = []
     for n in (1, 2):
         command = [
