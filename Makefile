@@ -7,7 +7,7 @@ READY := $(VENV)/.qwen3next-installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oracles test-cpu test-cpus test-slow test-sanitize test-gpu gpu-check gpu-bundle test-kernels test-packages lint types format wheel bench docs clean
+.PHONY: help demo test test-oracles test-cpu test-cpus test-slow test-sanitize test-gpu gpu-check gpu-bundle test-kernels test-packages test-hf test-tools lint types format wheel bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -96,6 +96,21 @@ $(PACKAGES)/.installed: pyproject.toml constraints.txt
 
 test-packages: $(PACKAGES)/.installed ## compare hooks with TransformerLens and nnsight
 	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(PACKAGES)/bin/python -m pytest tests/hooks/test_hook_packages.py
+
+# Packages that people use with transformers; torch first, as above.
+TOOLS := .venv-tools
+$(TOOLS)/.installed: pyproject.toml constraints.txt
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install -c constraints.txt torch==2.13.0
+	$(TOOLS)/bin/python -m pip install -c constraints.txt -e . transformers==5.23.0 pytest pytest-xdist beartype parameterized
+	$(TOOLS)/bin/python -m pip install -c constraints.txt peft==0.21.2 trl==1.16.0 accelerate==1.15.0 lm_eval==0.4.13 torchao==0.18.0
+	@touch $@
+
+test-tools: $(TOOLS)/.installed ## PEFT, TRL, lm-eval, accelerate and torchao on our classes
+	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(TOOLS)/bin/python -m pytest tests/tools
+
+test-hf: $(TOOLS)/.installed ## transformers' own model tests, on its class and on ours
+	$(ONE_THREAD) $(TOOLS)/bin/python tests/hf/suite.py
 
 lint: $(READY) types ## check style and types
 	$(RUN) -m ruff check .

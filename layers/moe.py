@@ -30,11 +30,13 @@ class RouterStats(NamedTuple):
     balance: load-balancing loss e · Σ_i f_i p_i, f_i the share of tokens that chose expert i, p_i its mean
         probability; even is top_k. Source: arXiv:2101.03961 eq. 4 to 6, with f over all k choices.
     z: mean over tokens of logsumexp(logits)². Source: arXiv:2202.08906 eq. 5.
+    probability: (e,) mean probability of each expert, the p of `balance`.
     """
 
     load: Float[Tensor, "*layers e"]
     balance: Float[Tensor, "*layers"]
     z: Float[Tensor, "*layers"]
+    probability: Float[Tensor, "*layers e"]
 
 
 def swiglu(
@@ -188,4 +190,4 @@ def router_stats(
     mean_probability = (probabilities * real[..., None]).sum((0, 1)) / tokens
     balance = e * (chosen / tokens * mean_probability).sum()
     z = (at_least_fp32(logits).logsumexp(-1).square() * real).sum() / tokens
-    return RouterStats(chosen / (tokens * top_k), balance, z)
+    return RouterStats(chosen / (tokens * top_k), balance, z, mean_probability)

@@ -1,5 +1,6 @@
 """The model that people use: the definition (model.py) with decoding, prefill, hooks, choice of backends and saving."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from layers.experts.cache import ExpertCache
 from layers.rope import Yarn
 from qwen3next.backends import Backends
+from qwen3next.checkpoints.adapters import Adapters
 from qwen3next.checkpoints.load import load_as
 from qwen3next.checkpoints.save import save
 from qwen3next.checkpoints.state_dict_adapter import Layout
@@ -29,6 +31,15 @@ class Qwen3Next(Backends):
         self.expert_cache: ExpertCache | None = None  # where routed experts stay in the files,
         self.experts_in = ""  # as they were when it was loaded
         self.weight_sums = WeightSums()
+        self.live_adapters = ""  # what hooks of adapters add, for the fingerprint
+        self._adapters: Adapters | None = None
+
+    @property
+    def adapters(self) -> Adapters:
+        """LoRA adapters: `load`, `use`, `merge`, `save`."""
+        if self._adapters is None:
+            self._adapters = Adapters(self)
+        return self._adapters
 
     def extend_context(self, factor: float) -> None:
         """Span RoPE by YaRN for contexts `factor` times as long as in training; 1 takes it back.
@@ -53,6 +64,7 @@ def load(
     progress: bool = False,
     experts: str = "memory",
     expert_cache: str | int = "2GiB",
+    adapters: Sequence[str | Path] = (),
 ) -> Qwen3Next:
     """Open a checkpoint folder (or a hub id, where huggingface_hub can reach it), streamed tensor by tensor.
 
@@ -68,9 +80,13 @@ def load(
             the files, from which the experts that tokens route to are read into a cache, so that a model runs that is
             several times larger than memory. docs/larger_than_memory.md has figures.
         expert_cache: bytes for experts read from the files, as "2GiB"; `model.expert_cache.report` tells the hit rate.
+        adapters: folders of LoRA adapters that PEFT wrote; all act, with weight 1. `model.adapters` switches them.
     Raises: ValueError that names file and tensor for anything missing, left over, misshapen, truncated or unsafe;
         nothing is left half-loaded.
     """
-    return load_as(
+    model = load_as(
         Qwen3Next, path, dtype=dtype, device=device, progress=progress, experts=experts, expert_cache=expert_cache
     )
+    if adapters:
+        model.adapters.use({model.adapters.load(folder): 1.0 for folder in adapters})
+    return model

@@ -26,6 +26,27 @@ def as_ids(ids: Tensor, name: str = "input_ids", *, least: int = 1, ndim: int = 
     return ids.to(torch.int64)
 
 
+def as_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """Token ids (b, t) as int64; -1, which is no token, where `inputs_embeds` (b, t, width) come without ids.
+
+    Raises: ValueError if there is neither, or if their shapes differ.
+    """
+    if inputs_embeds is None:
+        if input_ids is None:
+            raise ValueError("Give input_ids or inputs_embeds.")
+        return as_ids(input_ids)
+    if inputs_embeds.ndim != 3 or not inputs_embeds.numel():
+        raise ValueError(f"inputs_embeds must have shape (b, t, width), got {tuple(inputs_embeds.shape)}.")
+    if input_ids is None:
+        return torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
+    if input_ids.shape != inputs_embeds.shape[:2]:
+        raise ValueError(
+            f"input_ids have shape {tuple(input_ids.shape)} and inputs_embeds {tuple(inputs_embeds.shape)}: make the "
+            "first two sizes equal."
+        )
+    return as_ids(input_ids)
+
+
 def check_segments(input_ids: Tensor, segments: Segments | None, *, cached: bool) -> None:
     """Check segments against input_ids (b, t); `cached` says whether a cache is used.
 

@@ -25,7 +25,7 @@ from layers.variants.attention import AttentionVariant
 from qwen3next.block import Block, BlockState
 from qwen3next.cache.hybrid import Extension, HybridCache
 from qwen3next.config import ModelConfig
-from qwen3next.inputs import as_ids, check_labels, check_segments, check_vocabulary, like
+from qwen3next.inputs import as_ids, as_tokens, check_labels, check_segments, check_vocabulary, like
 from qwen3next.mtp import MTP
 
 
@@ -101,23 +101,28 @@ class Qwen3Next(nn.Module):
 
     def forward(
         self,
-        input_ids: Int[Tensor, "b t"],
+        input_ids: Int[Tensor, "b t"] | None = None,
         segments: Segments | None = None,
         cache: HybridCache | None = None,
         logits_to_keep: int = 0,
+        *,
+        inputs_embeds: Float[Tensor, "b t width"] | None = None,
     ) -> Output:
         """Predict the next token after each one.
 
         Args:
+            input_ids: token ids; None where `inputs_embeds` says all.
             segments: where sequences begin and end (packed or padded rows); None means every row is one sequence. Where
                 tokens are absent within a row, those behind them are moved up, as hooks see it.
             cache: what came before; extended by these tokens, without gradients.
             logits_to_keep: compute logits for the last so many columns only; 0 means all.
+            inputs_embeds: what enters the first block in place of the embeddings of input_ids.
         Raises: ValueError for ids outside the vocabulary, an empty batch, or tokens that do not fit the cache.
         """
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must not be negative, got {logits_to_keep}: 0 keeps all of them.")
-        hidden, aux, _ = self._hidden_states(as_ids(input_ids), segments, cache, stats=cache is None)
+        tokens = as_tokens(input_ids, inputs_embeds)
+        hidden, aux, _ = self.hidden_states(tokens, segments, cache, stats=cache is None, embeds=inputs_embeds)
         logits = self.hook_logits(self.lm_head(hidden[:, -logits_to_keep:]))
         return Output(logits, hidden, _stack(aux))
 
@@ -145,38 +150,59 @@ class Qwen3Next(nn.Module):
         check_vocabulary(input_ids, self.vocab_size)
         return given.reopened(self._run_blocks(input_ids, segments, [None] * stop, stats=False)[0])
 
-    def _hidden_states(
-        self, input_ids: Tensor, segments: Segments | None, cache: HybridCache | None, *, stats: bool
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        segments: Segments | None,
+        cache: HybridCache | None,
+        *,
+        stats: bool,
+        embeds: Tensor | None = None,
     ) -> tuple[Tensor, list[RouterStats], Segments]:
         """Hidden states after the final norm, router statistics of the sparse layers, and where the sequences are."""
         check_segments(input_ids, segments, cached=cache is not None)
         if segments is not None and segments.gapped:
             ids, together = segments.closed(input_ids)
-            hidden, aux, _ = self._hidden_states(ids, together, cache, stats=stats)
+            embeds = None if embeds is None else segments.closed(embeds)[0]
+            hidden, aux, _ = self.hidden_states(ids, together, cache, stats=stats, embeds=embeds)
             return segments.reopened(hidden), aux, segments
-        check_vocabulary(input_ids, self.vocab_size)
+        if embeds is None:
+            check_vocabulary(input_ids, self.vocab_size)
         if cache is None:
             segments = Segments.full(input_ids) if segments is None else segments
-            return *self._run(input_ids, segments, [None] * len(self.blocks), stats=stats), segments
+            states: list[BlockState] = [None] * len(self.blocks)
+            return *self._run(input_ids, segments, states, stats=stats, embeds=embeds), segments
         with cache.extend(input_ids, segments, self) as call:
-            hidden, aux = self._run(input_ids, call.segments, call.layers, stats=stats)
-            self._complete(call, input_ids, hidden)
+            hidden, aux = self._run(input_ids, call.segments, call.layers, stats=stats, embeds=embeds)
+            self._complete(call, input_ids, hidden, embeds=embeds)
         return hidden, aux, call.segments
 
     def _run(
-        self, input_ids: Tensor, segments: Segments, states: Sequence[BlockState], *, stats: bool
+        self,
+        input_ids: Tensor,
+        segments: Segments,
+        states: Sequence[BlockState],
+        *,
+        stats: bool,
+        embeds: Tensor | None = None,
     ) -> tuple[Tensor, list[RouterStats]]:
-        x, aux = self._run_blocks(input_ids, segments, states, stats=stats)
+        x, aux = self._run_blocks(input_ids, segments, states, stats=stats, embeds=embeds)
         return self.hook_final_norm(self.norm(x, hook_normalized=self.hook_final_normalized)), aux
 
     def _run_blocks(
-        self, input_ids: Tensor, segments: Segments, states: Sequence[BlockState], *, stats: bool
+        self,
+        input_ids: Tensor,
+        segments: Segments,
+        states: Sequence[BlockState],
+        *,
+        stats: bool,
+        embeds: Tensor | None = None,
     ) -> tuple[Tensor, list[RouterStats]]:
         """The residual stream after as many blocks as there are states, and router statistics of the sparse ones."""
         self._warn_of_length(segments)
         same = len(set(segments.offsets)) == 1
         self.hook_call["position"] = segments.offsets[0] if same else segments.offsets
-        x = segments.real(self.hook_embed(self.embed_tokens(input_ids)))
+        x = segments.real(self.hook_embed(self.embed_tokens(input_ids) if embeds is None else embeds))
         rope = self._rotation(segments.positions, x.dtype)
         counted, aux = None if segments.unpadded else segments.mask, []
         for block, state in zip(self.blocks, states, strict=False):
@@ -197,13 +223,14 @@ class Qwen3Next(nn.Module):
     ) -> tuple[Tensor, RouterStats | None]:
         return block(x, rope, segments=segments, state=state, counted=counted, stats=stats)
 
-    def _complete(self, call: Extension, input_ids: Tensor, hidden: Tensor) -> None:
+    def _complete(self, call: Extension, input_ids: Tensor, hidden: Tensor, *, embeds: Tensor | None = None) -> None:
         """Finish a call that extends a cache: the MTP layer adds the pairs of tokens that it completes."""
         if call.mtp is not None and self.mtp is not None:
             before = call.hidden_before
             before = hidden.new_zeros(call.segments.sequences, hidden.shape[-1]) if before is None else before
             rope = self._rotation(call.segments.positions - 1, hidden.dtype)
-            self.mtp.remember(hidden, before, self.embed_tokens(input_ids), rope, call.segments, call.mtp)
+            embeds = self.embed_tokens(input_ids) if embeds is None else embeds
+            self.mtp.remember(hidden, before, embeds, rope, call.segments, call.mtp)
         call.hidden = hidden
 
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
@@ -238,7 +265,7 @@ class Qwen3Next(nn.Module):
             check_segments(input_ids, segments, cached=False)
             labels = segments.closed(labels)[0]
             input_ids, segments = segments.closed(input_ids)
-        hidden, aux, segments = self._hidden_states(input_ids, segments, None, stats=True)
+        hidden, aux, segments = self.hidden_states(input_ids, segments, None, stats=True)
         lm, targets = self._cross_entropy(hidden, labels, segments, ahead=1, hook=self.hook_logits)
         if not torch.compiler.is_compiling() and not targets:
             if bool(segments.next_is_same().any()):

@@ -151,7 +151,7 @@ def models(options: Options, folder: Path, dtype: str) -> Models:
         warnings.simplefilter("ignore")
         ours = q.load(folder, dtype=dtype, device=options.device)
         theirs = Qwen3NextForCausalLM.from_pretrained(folder, dtype=dtype)
-    theirs.to(ours.embed_tokens.weight.device)  # type: ignore[arg-type]
+    theirs.to(ours.embed_tokens.weight.device)
     found = Models(ours, theirs, torch.Generator().manual_seed(options.seed))
     ids = found.draw(1, 100)
     with torch.no_grad():

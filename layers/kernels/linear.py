@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from layers.dispatch.backends import choose
 from layers.dispatch.registry import implements, on_auto
@@ -25,7 +26,12 @@ def _exact(x: Tensor, weight: Tensor) -> bool:
 def _for_torch(x: Tensor, weight: Tensor, _bias: Tensor | None = None) -> bool:
     # An exported graph serves any number of rows, so it must not depend on this one.
     few = not torch.compiler.is_exporting() and x.numel() < FEW * x.shape[-1]
-    return few or not _exact(x, weight)
+    return few or not _exact(x, weight) or _of_its_own_kind(weight)
+
+
+def _of_its_own_kind(weight: Tensor) -> bool:
+    """Whether the weight stands for another, as quantised and sharded tensors do: F.linear asks it what to do."""
+    return type(weight) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(weight)
 
 
 @on_auto("linear", where=_for_torch)

@@ -371,6 +371,18 @@ class HybridCache:
             self.rollback(self.lengths[0] - best)
         return max(best, 0)
 
+    def lengthen(self, max_len: int) -> None:
+        """Let every row hold up to `max_len` tokens, if it could hold fewer; memory for them is taken as they come."""
+        if max_len <= self.max_len:
+            return
+        tokens = _no_tokens(self.batch, max_len, self.tokens.device)
+        tokens[:, : self.max_len] = self.tokens
+        self.tokens = tokens
+        marked = (state for mark in self.snapshots.values() for state in (*mark.layers, mark.mtp))
+        for state in (*self.layers, self.mtp, *marked):
+            if isinstance(state, KVCache):
+                state.max_len = max_len
+
     def nbytes(self) -> int:
         """Bytes of the state and of the keys and values held (token ids, history and snapshots left out)."""
         held = max(self.lengths)

@@ -168,6 +168,7 @@ def fingerprint(
         digest.update(f"{name} {dtype} {tuple(tensors[name].shape)} {total}".encode())
     if not left_out(OFFLOADED):
         digest.update(model.experts_in.encode())
+    digest.update(getattr(model, "live_adapters", "").encode())
     return digest.hexdigest()
 
 

@@ -4,6 +4,8 @@ The results are the same to the bit: parts end where chunks of the delta rule an
 states pass from part to part in full precision.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,9 @@ from layers.state.kv_cache import KVCache
 from layers.state.update_log import UpdateLog
 from qwen3next.block import Block, BlockState
 
+WHOLE: set[Any] = {
+    Block.forward
+}  # forwards that are a mixer and a feed-forward in turn, as `run_block` runs their parts
 TOKENS = 2048  # of a long prompt in a part: whole chunks of the delta rule, whole tiles of attention
 
 
@@ -45,7 +50,7 @@ def run_block(
 
 def _may_split(block: nn.Module, x: Tensor) -> bool:
     """Whether no gradients are taken and no hook of any kind is attached, on the CPU."""
-    if x.device.type != "cpu" or torch.is_grad_enabled() or type(block).forward is not Block.forward:
+    if x.device.type != "cpu" or torch.is_grad_enabled() or type(block).forward not in WHOLE:
         return False
     return not attached(*block.modules())
 

@@ -144,3 +144,9 @@ def test_what_we_save_opens_in_transformers_with_equal_logits(pair, tmp_path):
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="float32").eval()
     with torch.no_grad():
         assert torch.equal(again(tokens(30)).logits, their(tokens(30)).logits)
+
+
+def test_the_auto_class_here_is_transformers_own(tmp_path):
+    """Also where tests of qwen3next.hf, which gives it ours, ran before."""
+    theirs().save_pretrained(tmp_path)
+    assert type(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)) is transformers.Qwen3NextForCausalLM
