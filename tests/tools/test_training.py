@@ -187,7 +187,7 @@ for _ in range(2):
     model(ids, labels=ids).loss.backward()
     optimizer.step()
 total = sum(p.full_tensor().double().abs().sum() for p in model.parameters())
-sys.stdout.write(f"\ntotal {total:.9f}\n")
+sys.stdout.write(f"\\ntotal {total:.9f}\\n")
 torch.distributed.destroy_process_group()
 """
 
