@@ -133,9 +133,9 @@ def ran(model, monkeypatch):
     """Counts compiled steps."""
     calls, real = [], decode.Plan.run
 
-    def run(self, *args):
+    def run(self, *args, **options):
         calls.append(1)
-        return real(self, *args)
+        return real(self, *args, **options)
 
     monkeypatch.setattr(decode.Plan, "run", run)
     return calls
