@@ -16,6 +16,7 @@ from qwen3next.config import ModelConfig
 from qwen3next.files.atomic import fresh_folder
 from qwen3next.inputs import as_dtype
 
+ABOUT_QUANTISATION = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
 CARRIED = (".json", ".jinja", ".txt", ".md", ".model")  # files that describe a model or its text
 
 
@@ -33,7 +34,7 @@ class Source:
         return self.opened.dtypes[entry.places[0].name]
 
     def tensor(self, entry: TensorSpec, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor of the other layout, cast to `dtype`; None keeps the stored dtype, or gives fp32 for FP8 weights."""
+        """A tensor of the other layout, cast to `dtype`; None keeps the stored dtype, or gives fp32 if quantised."""
         return entry.merge(*(self._piece(place, entry.shape, dtype) for place in entry.places))
 
     def _read(self, entry: TensorSpec, dtype: torch.dtype | None, index: int | None = None) -> Tensor:
@@ -72,7 +73,7 @@ def convert(
 ) -> ModelConfig:
     """Rewrite the checkpoint in folder `source` as folder `target`, which may be the same folder.
 
-    FP8 weights are dequantised to the dtype that config.json gives. Sidecar files (tokenizer, chat template,
+    Quantised weights are dequantised to the dtype that config.json gives. Sidecar files (tokenizer, chat template,
     generation_config.json, …) are copied.
 
     Args:
@@ -103,13 +104,13 @@ def convert(
             kind = origin.dtype(entry)
             plan.append((entry, kind if cast is None else cast_dtype(entry.name, kind, cast)))
         kinds = {entry.name: kind for entry, kind in plan}
-        tower = [(TensorSpec(name, stored.shape, ()), stored.dtype) for name, stored in kept]
+        tower = [(TensorSpec(name, stored.shape, ()), opened.dtype_of(stored)) for name, stored in kept]
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             for entry, _ in plan:
                 yield entry.name, origin.tensor(entry, kinds[entry.name])
             for name, stored in kept:
-                yield name, opened.files.read(stored)
+                yield name, opened.values(stored).to(opened.dtype_of(stored))
 
         _carry(opened.folder, fresh)
         label, total = f"converting {opened.folder.name}", len(plan) + len(tower)
@@ -123,5 +124,5 @@ def convert(
 def _carry(source: Path, target: Path) -> None:
     for path in source.iterdir():
         text = path.suffix in CARRIED or path.name.startswith("LICENSE")
-        if path.is_file() and text and not is_weights(path.name):
+        if path.is_file() and text and not is_weights(path.name) and path.name not in ABOUT_QUANTISATION:
             shutil.copyfile(path, target / path.name)

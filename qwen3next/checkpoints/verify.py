@@ -47,7 +47,7 @@ def verify(path: str | Path, *, values: bool = False, progress: bool = False) ->
     else:
         with opened.files:
             report.config, report.tensors = opened.config, len(opened.stored)
-            report.nbytes = sum(s.nbytes for s in (*opened.stored.values(), *opened.scales.values()))
+            report.nbytes = sum(stored.nbytes for stored in opened.stored.values())
             report.problems += opened.problems
             if not opened.problems and (mixed := opened.mixed()):
                 report.problems.append(mixed)
