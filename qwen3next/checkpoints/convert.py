@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qwen3next.checkpoints.gguf.tokenizer import write_text_files
 from qwen3next.checkpoints.progress import tracked
 from qwen3next.checkpoints.reader import CheckpointReader, cast_dtype, open_checkpoint
 from qwen3next.checkpoints.save import is_weights, write_config, write_shards
-from qwen3next.checkpoints.state_dict_adapter import ParamSlice, TensorSpec, tensor_specs
+from qwen3next.checkpoints.state_dict_adapter import Layout, ParamSlice, TensorSpec, tensor_specs
 from qwen3next.config import ModelConfig
 from qwen3next.files.atomic import fresh_folder
 from qwen3next.inputs import as_dtype
@@ -71,7 +72,7 @@ def convert(
     max_shard_bytes: int = 5 * 10**9,
     progress: bool = False,
 ) -> ModelConfig:
-    """Rewrite the checkpoint in folder `source` as folder `target`, which may be the same folder.
+    """Rewrite the checkpoint in `source`, a folder or a GGUF file, as folder `target`, which may be the same folder.
 
     Quantised weights are dequantised to the dtype that config.json gives. Sidecar files (tokenizer, chat template,
     generation_config.json, …) are copied.
@@ -95,7 +96,8 @@ def convert(
     folder, towered = Path(target), vision and bool(opened.vision)
     with opened.files, fresh_folder(folder, replaced=is_weights) as fresh:
         config = opened.config if mtp else opened.config.replace(mtp_num_hidden_layers=0)
-        layout = opened.layout if towered else replace(opened.layout, prefix="model.")
+        layout = opened.layout_to_save or Layout.released(config)
+        layout = layout if towered else replace(layout, prefix="model.")
         if experts is not None:
             layout = replace(layout, fused_experts=experts == "fused", fused_mtp_experts=experts == "fused")
         origin, kept = Source(opened), sorted(opened.vision.items()) if towered else []
@@ -112,11 +114,13 @@ def convert(
             for name, stored in kept:
                 yield name, opened.values(stored).to(opened.dtype_of(stored))
 
-        _carry(opened.folder, fresh)
+        if opened.is_file:
+            write_text_files(opened.metadata, fresh)
+        else:
+            _carry(opened.folder, fresh)
         label, total = f"converting {opened.folder.name}", len(plan) + len(tower)
         write_shards(fresh, plan + tower, tracked(tensors(), progress, label, total), max_shard_bytes)
-        whole = ModelConfig.load(opened.folder)
-        written = whole.replace(mtp_num_hidden_layers=config.mtp_num_hidden_layers) if towered else config
+        written = opened.whole.replace(mtp_num_hidden_layers=config.mtp_num_hidden_layers) if towered else config
         write_config(fresh, written.to_dict(), kinds[f"{layout.prefix}embed_tokens.weight"])
     return written
 

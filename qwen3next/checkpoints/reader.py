@@ -4,11 +4,15 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qwen3next.checkpoints.quantised.find import Found, Weight
+from qwen3next.checkpoints.gguf.config import read_config
+from qwen3next.checkpoints.gguf.header import read_files
+from qwen3next.checkpoints.gguf.tensors import weights
+from qwen3next.checkpoints.quantised.find import Found, Weight, formats
 from qwen3next.checkpoints.quantised.settings import Settings
 from qwen3next.checkpoints.quantised.weight import FLOATS, QuantisedWeight
 from qwen3next.checkpoints.state_dict_adapter import VISION, Layout, TensorSpec, tensor_specs
@@ -19,15 +23,19 @@ from qwen3next.files.tensor_files import CODES, Files, Stored, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+GGUF = ".gguf"
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "LICENSE*")
 BRING = "load with one dtype, such as dtype='bfloat16', or rewrite the folder with `qwen3next convert --dtype`"
 ENOUGH = 10_000  # stop counting missing tensors here: config.json belongs to another model
 
 
 class CheckpointReader:
-    """An open checkpoint folder.
+    """An open checkpoint folder, or GGUF file.
 
     Attributes:
+        folder: the folder, or the file.
+        whole: config.json with a vision tower, if any.
+        metadata: that of a GGUF file.
         config: the configuration of the language model alone, with MTP layers if the folder has their tensors.
         layout: how the tensors are arranged.
         stored: the weights of the language model, by released name; a quantised one counts once, with its scales.
@@ -43,16 +51,16 @@ class CheckpointReader:
 
     def __init__(self, path: str | Path):
         self.folder = local_folder(path)
-        whole = ModelConfig.load(self.folder)
-        self.config = whole.text_only()
         self.files = Files()
         self.problems: list[str] = []
-        settings = self._settings()
-        found = Found(self._headers(), settings, self.files)
-        self.problems += found.problems
-        self.activations, self.formats, self.method = found.activations, found.formats, settings.method
-        self.vision = {n: s for n, s in found.weights.items() if n.startswith(VISION)} if whole.wrapper_config else {}
-        self.stored = {n: s for n, s in found.weights.items() if n not in self.vision}
+        self.activations: list[str] = []
+        self.method = ""
+        self.metadata: dict[str, Any] = {}
+        self.config: ModelConfig
+        every = self._open_file() if self.is_file else self._open_folder()
+        self.formats = formats(every)
+        self.vision = {n: s for n, s in every.items() if n.startswith(VISION)} if self.whole.wrapper_config else {}
+        self.stored = {n: s for n, s in every.items() if n not in self.vision}
         self.mtp_promised = bool(self.config.mtp_num_hidden_layers)
         with_mtp = int(any(name.startswith("mtp.") for name in self.stored))
         self.config = self.config.replace(mtp_num_hidden_layers=with_mtp)
@@ -61,6 +69,21 @@ class CheckpointReader:
         self.torn = ""
         self.dtypes: dict[str, torch.dtype] = {}
         self.problems += self._compare()
+
+    @property
+    def source(self) -> str:
+        """What the configuration was read from."""
+        return "its metadata" if self.is_file else "config.json"
+
+    @property
+    def is_file(self) -> bool:
+        """Whether this is a GGUF file."""
+        return self.folder.suffix == GGUF
+
+    @property
+    def layout_to_save(self) -> Layout | None:
+        """The layout in which a model loaded from here is saved; None for the released one of its family."""
+        return None if self.is_file else self.layout
 
     def notices(self) -> Iterator[str]:
         """Messages about tensors that are skipped or missing without an error."""
@@ -99,6 +122,8 @@ class CheckpointReader:
     def dtype_of(self, stored: Weight) -> torch.dtype:
         if not isinstance(stored, QuantisedWeight):
             return stored.dtype
+        if stored.exact_dtype is not None:
+            return stored.exact_dtype
         named = getattr(torch, str(self.config.extra.get("dtype") or self.config.extra.get("torch_dtype")), None)
         return named if named in FLOATS else torch.bfloat16
 
@@ -124,6 +149,24 @@ class CheckpointReader:
         """Bytes that `read` reads from the files, including scales."""
         stored = self.stored[name]
         return stored.nbytes if index is None else stored.nbytes // stored.shape[0]
+
+    def _open_folder(self) -> dict[str, Weight]:
+        self.whole = ModelConfig.load(self.folder)
+        self.config = self.whole.text_only()
+        settings = self._settings()
+        found = Found(self._headers(), settings, self.files)
+        self.problems += found.problems
+        self.activations, self.method = found.activations, settings.method
+        return found.weights
+
+    def _open_file(self) -> dict[str, Weight]:
+        header = read_files(self.folder)
+        self.metadata = header.metadata
+        try:
+            self.whole = self.config = read_config(header)
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: {error}") from error
+        return dict(weights(header, self.config))
 
     def _settings(self) -> Settings:
         try:
@@ -194,14 +237,14 @@ class CheckpointReader:
                 stored = self.stored[entry.name]
                 yield (
                     f"{stored.path}: {entry.name} has shape {list(stored.shape)}, "
-                    f"but config.json requires {list(entry.shape)}."
+                    f"but {self.source} requires {list(entry.shape)}."
                 )
         if missing:
-            yield f"{self.folder} lacks {some(missing)}, which config.json requires."
+            yield f"{self.folder} lacks {some(missing)}, which {self.source} requires."
         else:
             allowed = expected | ({"lm_head.weight"} if self.config.tie_word_embeddings else set())
             if extra := sorted(self.stored.keys() - allowed):
-                yield f"{self.folder} holds {some(extra)}, which config.json does not define."
+                yield f"{self.folder} holds {some(extra)}, which {self.source} does not define."
         self._note_dtypes()
         yield from self._check_tie()
 
@@ -260,20 +303,25 @@ def cast_dtype(name: str, stored: torch.dtype, dtype: torch.dtype) -> torch.dtyp
 
 
 def local_folder(path: str | Path) -> Path:
-    """The local folder of a checkpoint; a hub id is downloaded.
+    """The local folder of a checkpoint, or a GGUF file; a hub id is downloaded.
 
     Args:
-        path: a folder, owner/name on the hub, or owner/name/folder for a hub repository with several models.
+        path: a folder, a GGUF file, owner/name on the hub, or owner/name/folder for a hub repository with several
+            models.
     Raises: ValueError if it is neither, or cannot be downloaded.
     """
     folder, parts = Path(path), str(path).split("/")
     with usable(path):
         if folder.is_dir():
             return _one_model(folder)
+        if folder.suffix == GGUF and folder.is_file():
+            return folder
     here = folder.exists() or parts[0].startswith((".", "~"))
     mistyped = len(parts) > 2 and Path(parts[0]).exists()  # a local path, not a folder on the hub
     if here or mistyped or len(parts) < 2 or not all(parts):
-        raise ValueError(f"{path} is not a folder: give a folder with config.json and safetensors, or a hub id.")
+        raise ValueError(
+            f"{path} is not a folder: give a folder with config.json and safetensors, a .gguf file, or a hub id."
+        )
     inside = "/".join(parts[2:])
     try:
         from huggingface_hub import snapshot_download

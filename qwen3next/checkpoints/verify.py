@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from qwen3next.checkpoints.gguf.tokenizer import read_tokenizer
 from qwen3next.checkpoints.progress import tracked
 from qwen3next.checkpoints.reader import INDEX, CheckpointReader, local_folder, some
 from qwen3next.config import ModelConfig
@@ -69,24 +70,36 @@ def _check_values(opened: CheckpointReader, report: Report, progress: bool) -> N
 
 
 def _check_tokenizer(opened: CheckpointReader, report: Report) -> None:
-    path = opened.folder / "tokenizer.json"
-    if not path.is_file():
-        report.notices.append("There is no tokenizer.json: the model can be used with token ids only.")
-        return
+    path = opened.folder if opened.is_file else opened.folder / "tokenizer.json"
     try:
-        largest = max(Tokenizer.from_file(str(path)).get_vocab().values(), default=0)
-    except Exception as error:  # the library raises bare Exception
-        report.problems.append(f"{path} is not a tokenizer ({error}).")
+        tokenizer = read_tokenizer(opened.metadata) if opened.is_file else _tokenizer(path)
+    except ValueError as error:
+        report.problems.append(f"{path}: {error}")
         return
+    if tokenizer is None:
+        report.notices.append("There is no tokenizer: the model can be used with token ids only.")
+        return
+    largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= opened.config.vocab_size:
         report.problems.append(
-            f"{path} has ids up to {largest}, but config.json has vocab_size {opened.config.vocab_size}: "
+            f"{path} has ids up to {largest}, but {opened.source} has vocab_size {opened.config.vocab_size}: "
             "use this model's tokenizer."
         )
 
 
+def _tokenizer(path: Path) -> Tokenizer | None:
+    if not path.is_file():
+        return None
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"it is not a tokenizer ({error}).") from error
+
+
 def _check_other_files(report: Report) -> None:
     folder = report.folder
+    if not folder.is_dir():
+        return
     for name in ("generation_config.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             try:

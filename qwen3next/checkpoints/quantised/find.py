@@ -1,5 +1,6 @@
 """Which stored tensors make one weight: by their names, dtypes and shapes."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TypeAlias
 
@@ -61,11 +62,10 @@ class Found:
             except ValueError as error:
                 self.problems.append(str(error))
 
-    @property
-    def formats(self) -> dict[str, int]:
-        """Number of weights of each format, plain ones not counted."""
-        names = [w.format for w in self.weights.values() if isinstance(w, QuantisedWeight)]
-        return {name: names.count(name) for name in sorted(set(names))}
+
+def formats(weights: Mapping[str, Weight]) -> dict[str, int]:
+    """Number of weights of each format, plain ones not counted."""
+    return dict(sorted(Counter(w.format for w in weights.values() if isinstance(w, QuantisedWeight)).items()))
 
 
 def split(name: str) -> tuple[str, str]:

@@ -45,6 +45,11 @@ class QuantisedWeight(ABC):
         return self.parts[self.codes].dtype
 
     @property
+    def exact_dtype(self) -> torch.dtype | None:
+        """The dtype after reading if config.json's does not decide it."""
+        return None
+
+    @property
     def nbytes(self) -> int:
         """Bytes in the files, scales and zero points included."""
         return sum(part.nbytes for part in self.parts.values())
