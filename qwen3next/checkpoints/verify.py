@@ -23,6 +23,7 @@ class Report:
         problems: one message per problem; if there are none, the folder loads.
         notices: messages about files and tensors that are skipped, unused or missing without an error.
         config: the language model's configuration, if config.json could be read.
+        formats: number of quantised weights of each format.
         tensors, nbytes: number and bytes of the language model's tensors, as stored.
     """
 
@@ -31,11 +32,12 @@ class Report:
     notices: list[str] = field(default_factory=list)
     config: ModelConfig | None = None
     tensors: int = 0
+    formats: dict[str, int] = field(default_factory=dict)
     nbytes: int = 0
 
 
 def verify(path: str | Path, *, values: bool = False, progress: bool = False) -> Report:
-    """Check a folder against its config.json: files, headers, names, shapes, dtypes, tokenizer.
+    """Check a folder against its config.json, or a GGUF file: files, headers, names, shapes, dtypes, tokenizer.
 
     Args:
         values: also read every tensor, one at a time, and report NaN, infinity and tensors that are all zero.
@@ -47,7 +49,7 @@ def verify(path: str | Path, *, values: bool = False, progress: bool = False) ->
         report.problems.append(str(error))
     else:
         with opened.files:
-            report.config, report.tensors = opened.config, len(opened.stored)
+            report.config, report.tensors, report.formats = opened.config, len(opened.stored), opened.formats
             report.nbytes = sum(stored.nbytes for stored in opened.stored.values())
             report.problems += opened.problems
             if not opened.problems and (mixed := opened.mixed()):
@@ -77,7 +79,8 @@ def _check_tokenizer(opened: CheckpointReader, report: Report) -> None:
         report.problems.append(f"{path}: {error}")
         return
     if tokenizer is None:
-        report.notices.append("There is no tokenizer: the model can be used with token ids only.")
+        where = "tokenizer in the file" if opened.is_file else "tokenizer.json"
+        report.notices.append(f"There is no {where}: the model can be used with token ids only.")
         return
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= opened.config.vocab_size:

@@ -104,6 +104,18 @@ def float8(*, tensor: bool, modelopt: bool = False) -> Format:
     return Format(write, config, "FP8 or int8")
 
 
+def fp8_blocks(rows: int = 16, columns: int = 24) -> Format:
+    """As the released FP8 checkpoints: blocks that are smaller at the edges."""
+
+    def write(rng, out, inputs):
+        codes = torch.from_numpy(rng.normal(0, 100, (out, inputs))).clamp(-448, 448).to(torch.float8_e4m3fn)
+        scale = scales(rng, -(-out // rows), -(-inputs // columns)) / 20
+        each = [[scale[i // rows, j // columns] for j in range(inputs)] for i in range(out)]
+        return {"weight": codes, "weight_scale_inv": scale}, (codes.double() * torch.tensor(each).double()).float()
+
+    return Format(write, {"quant_method": "fp8", "weight_block_size": [rows, columns]}, "FP8 or int8")
+
+
 def fp4_values(rng: np.random.Generator, out: int, inputs: int) -> tuple[Tensor, np.ndarray]:
     codes = rng.integers(0, 16, (out, inputs)).astype(np.uint8)
     values = np.array([*E2M1, *(-x for x in E2M1)])[codes]
@@ -202,6 +214,7 @@ def awq(*, group: int = 32, autoround: bool = False) -> Format:
 
 
 FORMATS = {
+    "fp8 blocks": fp8_blocks(),
     "int4": packed_ints(bits=4, group=32, symmetric=True),
     "int4 channel": packed_ints(bits=4, group=None, symmetric=True),
     "int4 asymmetric": packed_ints(bits=4, group=16, symmetric=False),

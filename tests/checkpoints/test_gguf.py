@@ -20,9 +20,11 @@ from qwen3next.checkpoints.convert import convert
 from qwen3next.checkpoints.diff import diff
 from qwen3next.checkpoints.gguf.blocks import KINDS, dequantised
 from qwen3next.checkpoints.gguf.header import read_file
+from qwen3next.checkpoints.gguf.write import to_gguf
 from qwen3next.checkpoints.reader import open_checkpoint
 from qwen3next.checkpoints.verify import verify
 from qwen3next.commands.common import config_of, open_tokenizer
+from qwen3next.files.tensor_files import Files
 
 BLOCKS = [kind for kind, (numbers, _) in SIZES.items() if numbers > 1]
 FAMILIES = {
@@ -370,6 +372,87 @@ def test_damaged_files_are_refused_or_open(tmp_path):
         assert not sentence or str(path) in sentence, sentence
         assert "\n" not in sentence
     assert refused > 50
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
+def test_what_is_written_is_what_the_converter_writes(tmp_path, family, kind):
+    """Names, shapes, types and numbers against this file's own writer; then read again."""
+    model = small(family)
+    model.save_pretrained(tmp_path / "folder")
+    assert (
+        cli.main(["convert", str(tmp_path / "folder"), str(tmp_path / "m.gguf"), "--to=gguf", f"--gguf-type={kind}"])
+        == 0
+    )
+    header, expected = read_file(tmp_path / "m.gguf"), tensors_of(model)
+    assert header.tensors.keys() == expected.keys()
+    assert (
+        gguf_files.metadata_of(model.config).items()
+        <= {key: float(str(np.float32(x))) if isinstance(x, float) else x for key, x in header.metadata.items()}.items()
+    )
+    with Files() as files:
+        for name, t in header.tensors.items():
+            x = expected[name]
+            plain = x.ndim == 1 or "norm" in name or "conv1d" in name or "ffn_gate_inp" in name
+            rows = kind.upper() if kind != "q8_0" or x.shape[-1] % 32 == 0 else "F16"
+            assert t.kind.name == ("F32" if plain else rows), name
+            assert t.shape == tuple(x.shape), name
+            got = dequantised(t.kind, files.read(t.stored))
+            if t.kind.name == "Q8_0":
+                size = x.reshape(-1, 32).abs().amax(1, keepdim=True).expand(-1, 32).reshape(x.shape)
+                assert ((got - x).abs() <= size / 127 * 0.51 + size * 2**-11).all(), name
+            else:
+                assert torch.equal(got, x.to(t.kind.dtype).float()), name
+    assert q.load(tmp_path / "m.gguf")(tokens(9)).logits.isfinite().all()
+
+
+def test_a_written_tokenizer_is_read_back(tmp_path):
+    given = tokens_of(bpe())
+    model = small(vocab_size=len(given["tokenizer.ggml.tokens"]) + 5, eos_token_id=3)
+    write_model(tmp_path / "a.gguf", model, tokens=given | {"tokenizer.ggml.eos_token_id": 3})
+    convert(tmp_path / "a.gguf", tmp_path / "folder")
+    to_gguf(tmp_path / "folder", tmp_path / "b.gguf", kind="f32")
+    to_gguf(tmp_path / "b.gguf", tmp_path / "c.gguf", kind="f32")
+    for name in ("b.gguf", "c.gguf"):
+        found, first = open_tokenizer(tmp_path / name), open_tokenizer(tmp_path / "a.gguf")
+        assert found.get_vocab() == first.get_vocab()
+        words = "don't the cat 12<|im_end|>"
+        assert found.encode(words).ids == first.encode(words).ids
+        assert ChatTemplate.find(tmp_path / name).source == given["tokenizer.chat_template"]
+        assert q.load(tmp_path / name).config.stop_tokens == (3,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"attention_gate": "headwise"}, "a variant of the released model"),
+        ({"mlp_only_layers": (1,)}, "dense and sparse layers"),
+        ({"layer_types": ("full_attention", "linear_attention")}, "no regular pattern"),
+        ({"norm_topk_prob": False}, "not renormalised"),
+    ],
+)
+def test_what_gguf_cannot_describe_is_refused(tmp_path, changes, sentence):
+    small(**changes).save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match=sentence):
+        to_gguf(tmp_path / "m", tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+@pytest.mark.oracle
+def test_the_package_reads_what_is_written(tmp_path):
+    """Q8_0 is the package's own, to the bit."""
+    gguf = pytest.importorskip("gguf")
+    model = small("qwen3_5_moe_text")
+    model.save_pretrained(tmp_path / "m")
+    expected = tensors_of(model)
+    for kind in ("bf16", "q8_0"):
+        to_gguf(tmp_path / "m", tmp_path / "m.gguf", kind=kind)
+        for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors:
+            x = expected[t.name].contiguous().numpy()
+            theirs = (
+                gguf.quantize(x, t.tensor_type) if t.tensor_type.name in ("Q8_0", "BF16") else x.astype(t.data.dtype)
+            )
+            assert np.array_equal(np.asarray(t.data).reshape(theirs.shape), theirs), t.name
 
 
 @pytest.mark.oracle

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Scales of activations")
 
 def small_folder(folder, model_type="qwen3_next"):
     types = ("linear_attention", "full_attention")
-    small_model(model_type=model_type, num_hidden_layers=2, layer_types=types).save_pretrained(folder)
+    experts = {"num_experts": 0} if model_type == "qwen3_5_text" else {"num_experts": 4}
+    small_model(model_type=model_type, num_hidden_layers=2, layer_types=types, **experts).save_pretrained(folder)
     if model_type == "qwen3_5_moe_text":
         convert(folder, folder, experts="single")
     return folder
@@ -56,9 +57,9 @@ def test_values_are_those_of_the_format(plain, tmp_path, name):
         if (x := meant.get(f"model.{weight}.weight")) is not None:
             mixer = getattr(model.blocks[int(weight[7])], weight.split(".")[2])
             assert torch.equal(mixer.get_submodule(weight.split(".")[3]).weight, x)
-    expert = meant["model.layers.1.mlp.experts.5.up_proj.weight"]
-    assert torch.equal(model.blocks[1].mlp.experts.gate_up_proj[5, 32:], expert)
-    assert torch.equal(auto.blocks[1].mlp.experts.gate_up_proj[5, 32:], expert.bfloat16())
+    expert = meant["model.layers.1.mlp.experts.3.up_proj.weight"]
+    assert torch.equal(model.blocks[1].mlp.experts.gate_up_proj[3, 32:], expert)
+    assert torch.equal(auto.blocks[1].mlp.experts.gate_up_proj[3, 32:], expert.bfloat16())
     assert model(tokens(20)).logits.isfinite().all()
 
 
@@ -98,6 +99,28 @@ def test_every_way_of_using_a_folder(tmp_path, monkeypatch, name, model_type):
     assert all(d.relative < 2**-8 for d in found.values())
     whole.save_pretrained(tmp_path / "saved")
     assert torch.equal(q.load(tmp_path / "saved")(tokens(9)).logits, whole(tokens(9)).logits)
+
+
+ROWS = ["fp8 blocks", "int4", "int4 asymmetric", "int8", "w8a8", "float8", "nvfp4", "modelopt nvfp4", "mxfp4", "gptq",
+        "gptq v2", "autoround", "autoround gptq", "awq"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("model_type", ["qwen3_next", "qwen3_5_moe_text", "qwen3_5_text"])
+def test_the_table_of_the_page(tmp_path, name, model_type):
+    """docs/quantised.md: each format in each family, in memory, with experts on disk and in int8, and converted."""
+    folder = small_folder(tmp_path / "m", model_type)
+    meant = write_folder(folder, FORMATS[name])
+    assert len(meant) > 5
+    whole = q.load(folder)
+    with torch.no_grad():
+        logits = whole(tokens(9)).logits
+        assert logits.isfinite().all()
+        if model_type != "qwen3_5_text":
+            assert torch.equal(q.load(folder, experts="disk")(tokens(9)).logits, logits)
+            assert q.load(folder, experts="int8").blocks[0].mlp.experts.down_proj.dtype == torch.int8
+        convert(folder, tmp_path / "plain")
+        assert torch.equal(q.load(tmp_path / "plain")(tokens(9)).logits, logits)
 
 
 def test_scales_of_activations_are_left_with_a_warning(plain, tmp_path):
@@ -168,6 +191,12 @@ BROKEN = [
     broken("nvfp4", drop("weight_scale"), r"\.weight_packed \(compressed-tensors nvfp4.* needs"),
     broken("nvfp4", put("weight_scale", CUT), "has scales of shape"),
     broken("nvfp4", drop("_global_scale"), r"_packed \(compressed-tensors mxfp4-pack-quantized\) has scales of shape"),
+    broken(
+        "mxfp4", put("_packed", lambda x: torch.cat((x, x[:, ::2]), 1)), "mxfp4-pack.* has scales of shape"
+    ),  # mxfp6
+    broken(
+        "int4", put("_packed", lambda x: torch.cat((x, x[:, ::2]), 1)), "integers of 6 bits; only 2, 4 and 8 are read"
+    ),
     broken("mxfp4", put("weight_scale", lambda x: x.float()), "needs scales of one byte"),
     broken(
         "modelopt nvfp4", put("_scale_2", lambda x: x.expand(3).clone()), r"weight \(modelopt NVFP4\) .*tensor scale"

@@ -120,6 +120,17 @@ def _mxfp4(b: Tensor) -> Tensor:
     return bits.view(torch.float32) * values[_nibbles(b[:, 1:], 16).int()]
 
 
+def q8_0_blocks(x: Tensor) -> Tensor:
+    """The blocks (n, 34) of numbers whose last axis is a multiple of 32; rounds halves away from zero, as ggml does."""
+    x = x.reshape(-1, 32)
+    d = x.abs().amax(dim=1, keepdim=True) / 127
+    scaled = x * torch.where(d == 0, 0.0, 1 / d)
+    size = scaled.abs()
+    whole = size.floor()
+    q = scaled.sign() * (whole + (2 * (size - whole)).floor())
+    return torch.cat((d.half().view(torch.uint8), q.to(torch.int8).view(torch.uint8)), dim=1)
+
+
 # By the number that stands in the file.
 KINDS = {
     0: Kind("F32", 1, 4, torch.float32),

@@ -147,34 +147,47 @@ def _held_shape(spec: TensorSpec, config: ModelConfig) -> tuple[int, ...]:
 
 def restoring(name: str, config: ModelConfig) -> Callable[[Tensor], Tensor]:
     """What turns the numbers in the file into those of the released tensor."""
-    if name.endswith("linear_attn.norm.weight"):
-        return lambda x: x
-    if ".linear_attn." in name:
-        return _linear_attention(name, config)
-    if "norm" in name:
+    if is_shifted(name):
         return lambda x: x - 1
-    return lambda x: x
+    if ".linear_attn." not in name:
+        return lambda x: x
+    keys, each = config.linear_num_key_heads, config.linear_num_value_heads // config.linear_num_key_heads
+    if name.endswith(("in_proj_b.weight", "in_proj_a.weight")) and config.model_type == "qwen3_next":
+        part = 0 if name.endswith("in_proj_b.weight") else 1  # rows alternate by key head: its b, then its a
+        return lambda x: x.unflatten(0, (keys, 2, each))[:, part].flatten(0, 1)
+    if name.endswith("A_log"):
+        return lambda x: (-_in_order(name, config, (each, keys), x.flatten())).log()
+    return lambda x: _in_order(name, config, (each, keys), x)
 
 
-def _linear_attention(name: str, config: ModelConfig) -> Callable[[Tensor], Tensor]:
-    keys, d = config.linear_num_key_heads, config.linear_value_head_dim
-    each = config.linear_num_value_heads // keys
-    tiled = config.model_type != "qwen3_next"
-    first = 2 * keys * config.linear_key_head_dim  # rows of q and k, which stay
+def storing(name: str, config: ModelConfig) -> Callable[[Tensor], Tensor]:
+    """The reverse of `restoring`, but for b and a of qwen3next."""
+    if is_shifted(name):
+        return lambda x: x + 1
+    if ".linear_attn." not in name:
+        return lambda x: x
+    keys, each = config.linear_num_key_heads, config.linear_num_value_heads // config.linear_num_key_heads
+    if name.endswith("A_log"):
+        return lambda x: _in_order(name, config, (keys, each), -x.exp())
+    if name.endswith("conv1d.weight"):
+        return lambda x: _in_order(name, config, (keys, each), x.squeeze(1))
+    return lambda x: _in_order(name, config, (keys, each), x)
 
-    def heads(x: Tensor, size: int, dim: int = 0) -> Tensor:
-        return x.unflatten(dim, (each, keys, size)).transpose(dim, dim + 1).flatten(dim, dim + 2) if tiled else x
 
-    leaf = name.rpartition("linear_attn.")[2].removesuffix(".weight")
-    if leaf in ("in_proj_qkv", "conv1d"):
-        return lambda x: torch.cat((x[:first], heads(x[first:], d)))
-    if leaf == "in_proj_z":
-        return lambda x: heads(x, d)
-    if leaf == "out_proj":
-        return lambda x: heads(x, d, 1)
-    if leaf == "A_log":
-        return lambda x: (-heads(x.flatten(), 1)).log()
-    if leaf == "dt_bias" or tiled:
-        return lambda x: heads(x, 1)
-    part = 0 if leaf == "in_proj_b" else 1  # rows alternate by key head: its b, then its a
-    return lambda x: x.unflatten(0, (keys, 2, each))[:, part].flatten(0, 1)
+def is_shifted(name: str) -> bool:
+    """Whether a released tensor is a norm's weight, which is stored plus 1."""
+    return "norm" in name and not name.endswith("linear_attn.norm.weight")
+
+
+def _in_order(name: str, config: ModelConfig, axes: tuple[int, int], x: Tensor) -> Tensor:
+    """Value heads of a released tensor in the other order; `axes` are x's numbers of heads, outer first."""
+    if config.model_type == "qwen3_next":
+        return x
+    d, leaf = config.linear_value_head_dim, name.rpartition("linear_attn.")[2].removesuffix(".weight")
+    if leaf == "norm":
+        return x
+    dim, size = (1, d) if leaf == "out_proj" else (0, d if leaf in ("in_proj_qkv", "in_proj_z", "conv1d") else 1)
+    first = 2 * config.linear_num_key_heads * config.linear_key_head_dim if leaf in ("in_proj_qkv", "conv1d") else 0
+    kept, moved = x[:first], x[first:]  # rows of q and k stay
+    moved = moved.unflatten(dim, (*axes, size)).transpose(dim, dim + 1).flatten(dim, dim + 2)
+    return torch.cat((kept, moved))
