@@ -7,7 +7,7 @@ import importlib.util
 import sys
 import types
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -82,7 +82,7 @@ class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self.moved, self.names = moved, names
 
     def find_spec(
-        self, fullname: str, _path: Sequence[str] | None = None, _target: types.ModuleType | None = None
+        self, fullname: str, _path: Iterable[str] | None = None, _target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname not in self.moved:
             return None

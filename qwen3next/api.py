@@ -71,7 +71,7 @@ def load(
     Memory at the peak is that of the model and one tensor of the folder.
 
     Args:
-        dtype: "auto" keeps every tensor as stored, and what is stored in FP8 in the dtype that config.json names; else
+        dtype: "auto" keeps every tensor as stored, and what is quantised in the dtype that config.json names; else
             linear maps and embeddings are cast, while A_log, dt_bias and the norms keep the precision they are stored
             in, which their arithmetic uses.
         device: "auto" is CUDA where there is one, else the CPU.

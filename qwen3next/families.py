@@ -246,10 +246,6 @@ def read(family: Family, values: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"config.json gives two dtypes: {' and '.join(f'{k} {v}' for k, v in kinds.items())}.")
     if missing := [key for key in family.required if values.get(key) is None]:
         raise ValueError(f"config.json lacks {', '.join(missing)}.")
-    quantised = values.get("quantization_config")
-    if quantised is not None and (not isinstance(quantised, Mapping) or quantised.get("quant_method") != "fp8"):
-        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
-        raise ValueError(f"config.json says the weights are quantised with {method!r}; only 'fp8' is supported.")
     return {**family.implied, **{k: v for k, v in values.items() if v is not None or k not in family.implied}}
 
 

@@ -9,6 +9,9 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError, meta
 
 from qwen3next.chat.sandbox import environment
+from qwen3next.checkpoints.gguf.header import read_files
+from qwen3next.checkpoints.gguf.tokenizer import TEMPLATE, special_tokens
+from qwen3next.checkpoints.reader import GGUF
 from qwen3next.files.json_files import read_object
 
 # Templates that accept arguments as JSON text test the type of the arguments.
@@ -39,7 +42,7 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, folder: str | Path) -> "ChatTemplate":
-        """The template of a checkpoint's folder: chat_template.jinja, chat_template.json or tokenizer_config.json.
+        """A folder's template (chat_template.jinja, chat_template.json or tokenizer_config.json), or a GGUF file's.
 
         Raises: ValueError if there is none, or if it is invalid.
         """
@@ -55,6 +58,10 @@ class ChatTemplate:
     def find(cls, folder: str | Path) -> "ChatTemplate | None":
         """As `load`, but returns None if there is no template."""
         folder = Path(folder)
+        if folder.suffix == GGUF and folder.is_file():
+            metadata = read_files(folder).metadata
+            found = metadata.get(TEMPLATE)
+            return cls(found, special_tokens=special_tokens(metadata)) if isinstance(found, str) else None
         config = read_object(folder / "tokenizer_config.json", "a tokenizer's configuration", optional=True)
         try:
             source = (folder / "chat_template.jinja").read_text(encoding="utf-8")

@@ -8,14 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qwen3next.checkpoints.gguf.tokenizer import write_text_files
 from qwen3next.checkpoints.progress import tracked
 from qwen3next.checkpoints.reader import CheckpointReader, cast_dtype, open_checkpoint
 from qwen3next.checkpoints.save import is_weights, write_config, write_shards
-from qwen3next.checkpoints.state_dict_adapter import ParamSlice, TensorSpec, tensor_specs
+from qwen3next.checkpoints.state_dict_adapter import Layout, ParamSlice, TensorSpec, tensor_specs
 from qwen3next.config import ModelConfig
 from qwen3next.files.atomic import fresh_folder
 from qwen3next.inputs import as_dtype
 
+ABOUT_QUANTISATION = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
 CARRIED = (".json", ".jinja", ".txt", ".md", ".model")  # files that describe a model or its text
 
 
@@ -33,7 +35,7 @@ class Source:
         return self.opened.dtypes[entry.places[0].name]
 
     def tensor(self, entry: TensorSpec, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor of the other layout, cast to `dtype`; None keeps the stored dtype, or gives fp32 for FP8 weights."""
+        """A tensor of the other layout, cast to `dtype`; None keeps the stored dtype, or gives fp32 if quantised."""
         return entry.merge(*(self._piece(place, entry.shape, dtype) for place in entry.places))
 
     def _read(self, entry: TensorSpec, dtype: torch.dtype | None, index: int | None = None) -> Tensor:
@@ -70,9 +72,9 @@ def convert(
     max_shard_bytes: int = 5 * 10**9,
     progress: bool = False,
 ) -> ModelConfig:
-    """Rewrite the checkpoint in folder `source` as folder `target`, which may be the same folder.
+    """Rewrite the checkpoint in `source`, a folder or a GGUF file, as folder `target`, which may be the same folder.
 
-    FP8 weights are dequantised to the dtype that config.json gives. Sidecar files (tokenizer, chat template,
+    Quantised weights are dequantised to the dtype that config.json gives. Sidecar files (tokenizer, chat template,
     generation_config.json, …) are copied.
 
     Args:
@@ -94,7 +96,8 @@ def convert(
     folder, towered = Path(target), vision and bool(opened.vision)
     with opened.files, fresh_folder(folder, replaced=is_weights) as fresh:
         config = opened.config if mtp else opened.config.replace(mtp_num_hidden_layers=0)
-        layout = opened.layout if towered else replace(opened.layout, prefix="model.")
+        layout = opened.layout_to_save or Layout.released(config)
+        layout = layout if towered else replace(layout, prefix="model.")
         if experts is not None:
             layout = replace(layout, fused_experts=experts == "fused", fused_mtp_experts=experts == "fused")
         origin, kept = Source(opened), sorted(opened.vision.items()) if towered else []
@@ -103,19 +106,21 @@ def convert(
             kind = origin.dtype(entry)
             plan.append((entry, kind if cast is None else cast_dtype(entry.name, kind, cast)))
         kinds = {entry.name: kind for entry, kind in plan}
-        tower = [(TensorSpec(name, stored.shape, ()), stored.dtype) for name, stored in kept]
+        tower = [(TensorSpec(name, stored.shape, ()), opened.dtype_of(stored)) for name, stored in kept]
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             for entry, _ in plan:
                 yield entry.name, origin.tensor(entry, kinds[entry.name])
             for name, stored in kept:
-                yield name, opened.files.read(stored)
+                yield name, opened.values(stored).to(opened.dtype_of(stored))
 
-        _carry(opened.folder, fresh)
+        if opened.is_file:
+            write_text_files(opened.metadata, fresh)
+        else:
+            _carry(opened.folder, fresh)
         label, total = f"converting {opened.folder.name}", len(plan) + len(tower)
         write_shards(fresh, plan + tower, tracked(tensors(), progress, label, total), max_shard_bytes)
-        whole = ModelConfig.load(opened.folder)
-        written = whole.replace(mtp_num_hidden_layers=config.mtp_num_hidden_layers) if towered else config
+        written = opened.whole.replace(mtp_num_hidden_layers=config.mtp_num_hidden_layers) if towered else config
         write_config(fresh, written.to_dict(), kinds[f"{layout.prefix}embed_tokens.weight"])
     return written
 
@@ -123,5 +128,5 @@ def convert(
 def _carry(source: Path, target: Path) -> None:
     for path in source.iterdir():
         text = path.suffix in CARRIED or path.name.startswith("LICENSE")
-        if path.is_file() and text and not is_weights(path.name):
+        if path.is_file() and text and not is_weights(path.name) and path.name not in ABOUT_QUANTISATION:
             shutil.copyfile(path, target / path.name)

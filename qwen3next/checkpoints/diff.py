@@ -45,7 +45,7 @@ def diff_config(a: CheckpointReader, b: CheckpointReader) -> dict[str, tuple[obj
 def diff(
     a: str | Path | CheckpointReader, b: str | Path | CheckpointReader, *, progress: bool = False
 ) -> Iterator[Difference]:
-    """Yield the tensors that differ. Layout does not matter: fused or single experts, name prefixes, FP8 (dequantised).
+    """Yield the tensors that differ. Layout does not matter: fused or single experts, name prefixes, quantised.
 
     Raises: ValueError for an invalid checkpoint folder.
     """

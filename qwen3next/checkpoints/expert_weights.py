@@ -105,10 +105,7 @@ def reader(opened: CheckpointReader, ours: str) -> Read:
         parts = single.get(e) or [(leaf, name, slice(None)) for leaf, name in fused.items()]
         for leaf, name, rows in parts:
             target, index = targets[leaf][rows], None if single else e
-            if opened.stored[name].dtype == target.dtype:
-                opened.files.read(opened.stored[name], index, into=target)
-            else:
-                target.copy_(opened.read(name, index))
+            opened.read_into(name, index, target)
             count += opened.nbytes(name, index)
         return count
 

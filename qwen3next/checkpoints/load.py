@@ -64,7 +64,7 @@ def load_as(
                     place.of(ours).copy_(piece)
         if experts == "disk":
             failed.pop_all()  # the files stay open, as experts are read later
-    model.layout, model.origin = opened.layout, opened.folder
+    model.layout, model.origin = opened.layout_to_save, opened.folder
     model.generation_config = generation
     model.experts_in = files_as_they_are(opened.folder) if experts == "disk" else ""
     model.weight_sums.loaded(opened.folder, model.state_dict(keep_vars=True), f"{cast} {experts}")

@@ -1,6 +1,5 @@
 """Open a checkpoint folder: read and check its configuration, layout and headers; tensors are read later."""
 
-import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -10,6 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen3next.checkpoints.gguf.config import read_config
+from qwen3next.checkpoints.gguf.header import read_files
+from qwen3next.checkpoints.gguf.tensors import weights
+from qwen3next.checkpoints.quantised.find import Found, Weight, formats
+from qwen3next.checkpoints.quantised.settings import Settings
+from qwen3next.checkpoints.quantised.weight import FLOATS, QuantisedWeight
 from qwen3next.checkpoints.state_dict_adapter import VISION, Layout, TensorSpec, tensor_specs
 from qwen3next.config import ModelConfig
 from qwen3next.files.atomic import usable
@@ -18,23 +23,27 @@ from qwen3next.files.tensor_files import CODES, Files, Stored, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2)
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+GGUF = ".gguf"
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "LICENSE*")
 BRING = "load with one dtype, such as dtype='bfloat16', or rewrite the folder with `qwen3next convert --dtype`"
 ENOUGH = 10_000  # stop counting missing tensors here: config.json belongs to another model
 
 
 class CheckpointReader:
-    """An open checkpoint folder.
+    """An open checkpoint folder, or GGUF file.
 
     Attributes:
+        folder: the folder, or the file.
+        whole: config.json with a vision tower, if any.
+        metadata: that of a GGUF file.
         config: the configuration of the language model alone, with MTP layers if the folder has their tensors.
         layout: how the tensors are arranged.
-        stored: the tensors of the language model, by name on disk, without the scales of FP8 weights.
-        scales: the scales of FP8 weights, by the weight's name.
+        stored: the weights of the language model, by released name; a quantised one counts once, with its scales.
+        formats: number of quantised weights of each format.
+        method: the method of quantisation that config.json names, or "".
+        activations: names of scales of activations, which are not read.
         vision: the tensors of a vision tower, which a text model does not load.
-        dtypes: the stored dtype of each parameter, by the model's names.
+        dtypes: the dtype of each parameter after reading, by the model's names.
         wanted: the tensors that config.json requires, in the order of the layers.
         torn: an error message if tensors of one parameter differ in dtype, so that they need a cast; else "".
         problems: error messages; if there are any, only `verify` continues.
@@ -42,22 +51,39 @@ class CheckpointReader:
 
     def __init__(self, path: str | Path):
         self.folder = local_folder(path)
-        whole = ModelConfig.load(self.folder)
-        self.config = whole.text_only()
         self.files = Files()
         self.problems: list[str] = []
-        every = self._headers()
-        self.vision = {n: s for n, s in every.items() if n.startswith(VISION)} if whole.wrapper_config else {}
-        self.scales = {n.removesuffix("_scale_inv"): s for n, s in every.items() if n.endswith("_scale_inv")}
-        self.stored = {n: s for n, s in every.items() if n not in self.vision and not n.endswith("_scale_inv")}
+        self.activations: list[str] = []
+        self.method = ""
+        self.metadata: dict[str, Any] = {}
+        self.config: ModelConfig
+        every = self._open_file() if self.is_file else self._open_folder()
+        self.formats = formats(every)
+        self.vision = {n: s for n, s in every.items() if n.startswith(VISION)} if self.whole.wrapper_config else {}
+        self.stored = {n: s for n, s in every.items() if n not in self.vision}
         self.mtp_promised = bool(self.config.mtp_num_hidden_layers)
-        found = int(any(name.startswith("mtp.") for name in self.stored))
-        self.config = self.config.replace(mtp_num_hidden_layers=found)
+        with_mtp = int(any(name.startswith("mtp.") for name in self.stored))
+        self.config = self.config.replace(mtp_num_hidden_layers=with_mtp)
         self.layout = Layout.found(self.config, self.stored.keys())
         self.wanted: list[TensorSpec] = []
         self.torn = ""
         self.dtypes: dict[str, torch.dtype] = {}
         self.problems += self._compare()
+
+    @property
+    def source(self) -> str:
+        """What the configuration was read from."""
+        return "its metadata" if self.is_file else "config.json"
+
+    @property
+    def is_file(self) -> bool:
+        """Whether this is a GGUF file."""
+        return self.folder.suffix == GGUF
+
+    @property
+    def layout_to_save(self) -> Layout | None:
+        """The layout in which a model loaded from here is saved; None for the released one of its family."""
+        return None if self.is_file else self.layout
 
     def notices(self) -> Iterator[str]:
         """Messages about tensors that are skipped or missing without an error."""
@@ -69,6 +95,10 @@ class CheckpointReader:
             )
         if self.mtp_promised and not self.config.mtp_num_hidden_layers:
             yield "This checkpoint has no MTP tensors: loaded without multi-token prediction."
+        if self.method and not self.formats:
+            yield f"config.json says the weights are quantised with {self.method!r}, but none is."
+        if self.activations:
+            yield f"Scales of activations are not read, since activations are not quantised: {some(self.activations)}."
 
     def mixed(self) -> str:
         """An error message if the stored dtypes cannot be computed with together; else ""."""
@@ -86,37 +116,64 @@ class CheckpointReader:
         )
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor after reading: as stored, or for FP8 that of config.json (bfloat16 if it has none)."""
-        kind = self.stored[name].dtype
-        if kind not in QUANTISED:
-            return kind
+        """The dtype of a tensor after reading: as stored, or if quantised that of config.json (else bfloat16)."""
+        return self.dtype_of(self.stored[name])
+
+    def dtype_of(self, stored: Weight) -> torch.dtype:
+        if not isinstance(stored, QuantisedWeight):
+            return stored.dtype
+        if stored.exact_dtype is not None:
+            return stored.exact_dtype
         named = getattr(torch, str(self.config.extra.get("dtype") or self.config.extra.get("torch_dtype")), None)
         return named if named in FLOATS else torch.bfloat16
 
     def read(self, name: str, index: int | None = None) -> Tensor:
-        """A tensor, or `[index]` of it, in CPU memory; FP8 weights are dequantised to fp32."""
-        weight = self.files.read(self.stored[name], index)
-        if weight.dtype not in QUANTISED:
-            return weight
-        stored = self.scales[name]
-        scale = self.files.read(stored, index if len(stored.shape) > 2 else None)
-        return dequantise(weight, scale, self.block)
+        """A tensor, or `[index]` of it, in CPU memory; quantised weights are dequantised to fp32."""
+        return self.values(self.stored[name], index)
+
+    def values(self, stored: Weight, index: int | None = None) -> Tensor:
+        """As `read`, for an entry of `stored` or `vision`."""
+        if isinstance(stored, QuantisedWeight):
+            return stored.read(self.files, index)
+        return self.files.read(stored, index)
+
+    def read_into(self, name: str, index: int | None, target: Tensor) -> None:
+        """Read a tensor, or `[index]` of it, into a contiguous tensor; without a copy if it is stored in that dtype."""
+        stored = self.stored[name]
+        if isinstance(stored, QuantisedWeight) or stored.dtype != target.dtype:
+            target.copy_(self.values(stored, index))
+        else:
+            self.files.read(stored, index, into=target)
 
     def nbytes(self, name: str, index: int | None = None) -> int:
         """Bytes that `read` reads from the files, including scales."""
-        size = self.stored[name].nbytes + (self.scales[name].nbytes if name in self.scales else 0)
-        return size if index is None else size // self.stored[name].shape[0]
+        stored = self.stored[name]
+        return stored.nbytes if index is None else stored.nbytes // stored.shape[0]
 
-    @property
-    def block(self) -> tuple[int, int] | None:
-        """Rows and columns of a block of FP8 weights that shares a scale; None for one scale per tensor."""
-        size = self._block_size
-        return None if size is None else (size[0], size[1])
+    def _open_folder(self) -> dict[str, Weight]:
+        self.whole = ModelConfig.load(self.folder)
+        self.config = self.whole.text_only()
+        settings = self._settings()
+        found = Found(self._headers(), settings, self.files)
+        self.problems += found.problems
+        self.activations, self.method = found.activations, settings.method
+        return found.weights
 
-    @property
-    def _block_size(self) -> Any:
-        """The value in config.json, not checked yet."""
-        return (self.config.extra.get("quantization_config") or {}).get("weight_block_size", (128, 128))
+    def _open_file(self) -> dict[str, Weight]:
+        header = read_files(self.folder)
+        self.metadata = header.metadata
+        try:
+            self.whole = self.config = read_config(header)
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: {error}") from error
+        return dict(weights(header, self.config))
+
+    def _settings(self) -> Settings:
+        try:
+            return Settings(self.config.extra.get("quantization_config"))
+        except ValueError as error:
+            self.problems.append(f"{self.folder / 'config.json'}: {error}")
+            return Settings(None)
 
     def _headers(self) -> dict[str, Stored]:
         """Every tensor of the folder by name, from the index or the single file."""
@@ -180,22 +237,21 @@ class CheckpointReader:
                 stored = self.stored[entry.name]
                 yield (
                     f"{stored.path}: {entry.name} has shape {list(stored.shape)}, "
-                    f"but config.json requires {list(entry.shape)}."
+                    f"but {self.source} requires {list(entry.shape)}."
                 )
         if missing:
-            yield f"{self.folder} lacks {some(missing)}, which config.json requires."
+            yield f"{self.folder} lacks {some(missing)}, which {self.source} requires."
         else:
             allowed = expected | ({"lm_head.weight"} if self.config.tie_word_embeddings else set())
             if extra := sorted(self.stored.keys() - allowed):
-                yield f"{self.folder} holds {some(extra)}, which config.json does not define."
-        yield from self._check_stored()
+                yield f"{self.folder} holds {some(extra)}, which {self.source} does not define."
         self._note_dtypes()
         yield from self._check_tie()
 
     def _note_dtypes(self) -> None:
         """Set `dtypes`, and `torn` if tensors of one parameter differ in dtype."""
         for entry in self.wanted:
-            if (stored := self.stored.get(entry.name)) and stored.dtype in (*QUANTISED, *FLOATS):
+            if stored := self.stored.get(entry.name):
                 for place in entry.places:
                     kind = self.dtypes.setdefault(place.name, self.dtype(entry.name))
                     if kind != self.dtype(entry.name) and not self.torn:
@@ -204,46 +260,20 @@ class CheckpointReader:
                             f"the same parameter are {CODES[kind]}: {BRING}."
                         )
 
-    def _check_stored(self) -> Iterator[str]:
-        size = self._block_size
-        pair = isinstance(size, (list, tuple)) and len(size) == 2
-        if size is not None and not (pair and all(type(n) is int and n > 0 for n in size)):
-            yield f"{self.folder / 'config.json'}: weight_block_size must be two positive integers, got {size!r}."
-            return
-        for name, stored in self.stored.items():
-            if stored.dtype not in (*QUANTISED, *FLOATS):
-                yield f"{stored.path}: {name} is stored as {CODES[stored.dtype]}, which is not supported."
-            if stored.dtype in QUANTISED:
-                if name not in self.scales:
-                    yield f"{stored.path}: {name} is stored in FP8, but its scales {name}_scale_inv are missing."
-                elif self.scales[name].shape not in (shapes := self._scale_shapes(stored.shape)):
-                    yield (
-                        f"{self.scales[name].path}: {name}_scale_inv has shape {list(self.scales[name].shape)}, "
-                        f"but the weight's blocks require {list(shapes[0])}."
-                    )
-                elif self.scales[name].dtype not in (*FLOATS, torch.float8_e8m0fnu):
-                    yield (
-                        f"{self.scales[name].path}: {name}_scale_inv is stored as {CODES[self.scales[name].dtype]}, "
-                        "which is not supported."
-                    )
-        if lone := sorted(n for n in self.scales if n not in self.stored or self.stored[n].dtype not in QUANTISED):
-            yield f"{self.scales[lone[0]].path} holds {lone[0]}_scale_inv, but {lone[0]} is not stored in FP8."
-
-    def _scale_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Shapes that the scales of an FP8 weight may have."""
-        if self.block is None or len(shape) < 2:
-            return [(), (1,)]
-        return [(*shape[:-2], math.ceil(shape[-2] / self.block[0]), math.ceil(shape[-1] / self.block[1]))]
-
     def _check_tie(self) -> Iterator[str]:
         head, embedding = self.stored.get("lm_head.weight"), self.stored.get(f"{self.layout.prefix}embed_tokens.weight")
         if self.config.tie_word_embeddings and head and embedding and not self.problems:
-            if not self.files.equal(head, embedding):
+            if not self._equal(head, embedding):
                 yield (
                     f"{head.path}: lm_head.weight differs from the embedding, but config.json has tie_word_embeddings "
                     "true: set it to false."
                 )
             del self.stored["lm_head.weight"]  # some writers repeat the tied embedding
+
+    def _equal(self, a: Weight, b: Weight) -> bool:
+        if isinstance(a, QuantisedWeight) or isinstance(b, QuantisedWeight):
+            return torch.equal(self.values(a).float(), self.values(b).float())
+        return self.files.equal(a, b)
 
 
 def open_checkpoint(path: str | Path) -> CheckpointReader:
@@ -272,30 +302,26 @@ def cast_dtype(name: str, stored: torch.dtype, dtype: torch.dtype) -> torch.dtyp
     return torch.float32 if stored == torch.float64 and dtype != torch.float64 else stored
 
 
-def dequantise(weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
-    """weight · scale in fp32; one scale per block of the last two axes (smaller at the edge), or one per tensor."""
-    scale = scale.float()
-    if block is not None and scale.numel() > 1:
-        rows, columns = weight.shape[-2:]
-        scale = scale.repeat_interleave(block[0], -2)[..., :rows, :].repeat_interleave(block[1], -1)[..., :columns]
-    return weight.float() * scale
-
-
 def local_folder(path: str | Path) -> Path:
-    """The local folder of a checkpoint; a hub id is downloaded.
+    """The local folder of a checkpoint, or a GGUF file; a hub id is downloaded.
 
     Args:
-        path: a folder, owner/name on the hub, or owner/name/folder for a hub repository with several models.
+        path: a folder, a GGUF file, owner/name on the hub, or owner/name/folder for a hub repository with several
+            models.
     Raises: ValueError if it is neither, or cannot be downloaded.
     """
     folder, parts = Path(path), str(path).split("/")
     with usable(path):
         if folder.is_dir():
             return _one_model(folder)
+        if folder.suffix == GGUF and folder.is_file():
+            return folder
     here = folder.exists() or parts[0].startswith((".", "~"))
     mistyped = len(parts) > 2 and Path(parts[0]).exists()  # a local path, not a folder on the hub
     if here or mistyped or len(parts) < 2 or not all(parts):
-        raise ValueError(f"{path} is not a folder: give a folder with config.json and safetensors, or a hub id.")
+        raise ValueError(
+            f"{path} is not a folder: give a folder with config.json and safetensors, a .gguf file, or a hub id."
+        )
     inside = "/".join(parts[2:])
     try:
         from huggingface_hub import snapshot_download

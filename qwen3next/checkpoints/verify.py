@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from qwen3next.checkpoints.gguf.tokenizer import read_tokenizer
 from qwen3next.checkpoints.progress import tracked
 from qwen3next.checkpoints.reader import INDEX, CheckpointReader, local_folder, some
 from qwen3next.config import ModelConfig
@@ -22,6 +23,7 @@ class Report:
         problems: one message per problem; if there are none, the folder loads.
         notices: messages about files and tensors that are skipped, unused or missing without an error.
         config: the language model's configuration, if config.json could be read.
+        formats: number of quantised weights of each format.
         tensors, nbytes: number and bytes of the language model's tensors, as stored.
     """
 
@@ -30,11 +32,12 @@ class Report:
     notices: list[str] = field(default_factory=list)
     config: ModelConfig | None = None
     tensors: int = 0
+    formats: dict[str, int] = field(default_factory=dict)
     nbytes: int = 0
 
 
 def verify(path: str | Path, *, values: bool = False, progress: bool = False) -> Report:
-    """Check a folder against its config.json: files, headers, names, shapes, dtypes, tokenizer.
+    """Check a folder against its config.json, or a GGUF file: files, headers, names, shapes, dtypes, tokenizer.
 
     Args:
         values: also read every tensor, one at a time, and report NaN, infinity and tensors that are all zero.
@@ -46,8 +49,8 @@ def verify(path: str | Path, *, values: bool = False, progress: bool = False) ->
         report.problems.append(str(error))
     else:
         with opened.files:
-            report.config, report.tensors = opened.config, len(opened.stored)
-            report.nbytes = sum(s.nbytes for s in (*opened.stored.values(), *opened.scales.values()))
+            report.config, report.tensors, report.formats = opened.config, len(opened.stored), opened.formats
+            report.nbytes = sum(stored.nbytes for stored in opened.stored.values())
             report.problems += opened.problems
             if not opened.problems and (mixed := opened.mixed()):
                 report.problems.append(mixed)
@@ -69,24 +72,37 @@ def _check_values(opened: CheckpointReader, report: Report, progress: bool) -> N
 
 
 def _check_tokenizer(opened: CheckpointReader, report: Report) -> None:
-    path = opened.folder / "tokenizer.json"
-    if not path.is_file():
-        report.notices.append("There is no tokenizer.json: the model can be used with token ids only.")
-        return
+    path = opened.folder if opened.is_file else opened.folder / "tokenizer.json"
     try:
-        largest = max(Tokenizer.from_file(str(path)).get_vocab().values(), default=0)
-    except Exception as error:  # the library raises bare Exception
-        report.problems.append(f"{path} is not a tokenizer ({error}).")
+        tokenizer = read_tokenizer(opened.metadata) if opened.is_file else _tokenizer(path)
+    except ValueError as error:
+        report.problems.append(f"{path}: {error}")
         return
+    if tokenizer is None:
+        where = "tokenizer in the file" if opened.is_file else "tokenizer.json"
+        report.notices.append(f"There is no {where}: the model can be used with token ids only.")
+        return
+    largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= opened.config.vocab_size:
         report.problems.append(
-            f"{path} has ids up to {largest}, but config.json has vocab_size {opened.config.vocab_size}: "
+            f"{path} has ids up to {largest}, but {opened.source} has vocab_size {opened.config.vocab_size}: "
             "use this model's tokenizer."
         )
 
 
+def _tokenizer(path: Path) -> Tokenizer | None:
+    if not path.is_file():
+        return None
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"it is not a tokenizer ({error}).") from error
+
+
 def _check_other_files(report: Report) -> None:
     folder = report.folder
+    if not folder.is_dir():
+        return
     for name in ("generation_config.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             try:

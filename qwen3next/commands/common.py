@@ -11,6 +11,9 @@ from tokenizers import Tokenizer
 
 from qwen3next import presets
 from qwen3next.api import Qwen3Next, load
+from qwen3next.checkpoints.gguf.header import read_files
+from qwen3next.checkpoints.gguf.tokenizer import read_tokenizer
+from qwen3next.checkpoints.reader import GGUF, CheckpointReader
 from qwen3next.config import ModelConfig
 from qwen3next.files.sizes import binary
 from qwen3next.inputs import as_device
@@ -22,7 +25,18 @@ Target = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR|PRESET"
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
-    """The folder's tokenizer, without truncation and padding. Raises: ValueError if it is missing or invalid."""
+    """The tokenizer of a folder or GGUF file, without truncation and padding.
+
+    Raises: ValueError if it is missing or invalid.
+    """
+    if folder.suffix == GGUF and folder.is_file():
+        try:
+            found = read_tokenizer(read_files(folder).metadata)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+        if found is None:
+            raise ValueError(f"{folder} holds no tokenizer: convert the model again, with its tokenizer.")
+        return found
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give one with config.json, safetensors and tokenizer.json.")
     path = folder / "tokenizer.json"
@@ -59,9 +73,10 @@ def say_reads(model: Qwen3Next) -> None:
 
 
 def config_of(target: str) -> ModelConfig:
-    """The configuration of a folder, a config.json or a preset. Raises: ValueError for anything else."""
+    """The configuration of a folder, a config.json, a GGUF file or a preset. Raises: ValueError for anything else."""
     if Path(target).exists() and target not in presets.ALL:
-        return ModelConfig.load(target)
+        gguf = target.endswith(GGUF) and Path(target).is_file()
+        return CheckpointReader(target).config if gguf else ModelConfig.load(target)
     try:
         return presets.named(target)()
     except ValueError as error:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from qwen3next.checkpoints.convert import convert as convert_folder
+from qwen3next.checkpoints.gguf.write import to_gguf
 from qwen3next.commands.common import Dtype, Folder
 from qwen3next.files.sizes import binary
 
@@ -21,9 +22,11 @@ def convert(
     drop_mtp: bool = False,
     drop_vision: bool = False,
     shard_gb: float = 5.0,
+    to: Literal["folder", "gguf"] = "folder",
+    gguf_type: Literal["bf16", "f16", "f32", "q8_0"] = "bf16",
     quiet: bool = False,
 ) -> None:
-    """Rewrite a checkpoint: experts fused or single, another dtype, FP8 to bf16, with or without MTP and vision tower.
+    """Rewrite a checkpoint: experts fused or single, another dtype, dequantised, with or without MTP and vision tower.
 
     One tensor is in memory at a time. OUT is written atomically and may be DIR itself. Sidecar files, such as the
     tokenizer and the chat template, are copied.
@@ -31,17 +34,27 @@ def convert(
     $ qwen3next convert Qwen3.5-35B-A3B-FP8 Qwen3.5-35B-A3B-bf16
     $ qwen3next convert DIR OUT --experts single --dtype bfloat16
     $ qwen3next convert DIR OUT --drop-mtp --drop-vision
+    $ qwen3next convert model-Q4_K_M.gguf OUT
+    $ qwen3next convert DIR model.gguf --to gguf --gguf-type q8_0
 
     Args:
-        source: checkpoint folder with config.json and *.safetensors.
-        target: folder to write or replace.
+        source: checkpoint folder with config.json and *.safetensors, or a GGUF file.
+        target: folder, or GGUF file, to write or replace.
         experts: fused (two tensors per layer), single (three tensors per expert) or keep.
-        dtype: auto keeps the dtype of each tensor and dequantises FP8; A_log, dt_bias and norms always keep theirs.
+        dtype: auto keeps the dtype of each tensor and dequantises; A_log, dt_bias and norms always keep theirs.
         drop_mtp: leave out the MTP layer.
         drop_vision: leave out the vision tower, so that a text model remains.
         shard_gb: largest size of a file, in 10^9 bytes.
+        to: folder, or gguf for one file that llama.cpp opens; of the options only --drop-mtp applies to it.
+        gguf_type: type of the matrices in a GGUF file.
         quiet: show no progress bar.
     """
+    progress = not quiet and sys.stderr.isatty()
+    if to == "gguf":
+        config = to_gguf(source, target, kind=gguf_type, mtp=not drop_mtp, progress=progress)
+        if not quiet:
+            print(f"{target}: {config.model_type}, {binary(target.stat().st_size)}", file=sys.stderr)
+        return
     config = convert_folder(
         source,
         target,
@@ -50,7 +63,7 @@ def convert(
         mtp=not drop_mtp,
         vision=not drop_vision,
         max_shard_bytes=int(shard_gb * 10**9),
-        progress=not quiet and sys.stderr.isatty(),
+        progress=progress,
     )
     if not quiet:
         files = sorted(target.glob("*.safetensors"))

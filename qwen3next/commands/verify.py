@@ -16,7 +16,7 @@ def verify(folder: Folder, values: bool = False, quiet: bool = False) -> int:
     $ qwen3next verify DIR --values      # also reads all weights: NaN, infinity, zeros
 
     Args:
-        folder: checkpoint folder with config.json, *.safetensors and tokenizer.json.
+        folder: checkpoint folder with config.json, *.safetensors and tokenizer.json, or a GGUF file.
         values: also read every tensor and report NaN, infinity and tensors that are all zero.
         quiet: print problems only, and no progress bar.
     """
@@ -29,5 +29,6 @@ def verify(folder: Folder, values: bool = False, quiet: bool = False) -> int:
         if report.config is not None and not report.problems:
             mtp = "with MTP" if report.config.mtp_num_hidden_layers else "without MTP"
             size = f"{report.tensors} tensors, {binary(report.nbytes)}"
-            print(f"valid: {report.config.model_type}, {mtp}, {size}", flush=True)
+            kinds = "".join(f", {count} of them {name}" for name, count in report.formats.items())
+            print(f"valid: {report.config.model_type}, {mtp}, {size}{kinds}", flush=True)
     return 1 if report.problems else 0

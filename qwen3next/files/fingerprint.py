@@ -96,7 +96,7 @@ class WeightSums:
     def _write(self, kept: dict[str, str], found: dict[str, str], tensors: dict[str, Tensor], *, rounded: bool) -> None:
         """Store the sums of unchanged tensors, if the model is large enough and the folder is writable."""
         untouched = {name: x for name, x in tensors.items() if self._loaded.get(name, _UNKNOWN) == _mark(x)}
-        if self._folder is None or sum(x.nbytes for x in untouched.values()) < KEPT_FROM:
+        if self._folder is None or not self._folder.is_dir() or sum(x.nbytes for x in untouched.values()) < KEPT_FROM:
             return
         told = kept | {f"{name} {rounded}": found[name] for name in untouched} | {"files": self._key}
         if files_as_they_are(self._folder) == self._files:
@@ -137,9 +137,10 @@ def _sums(tensors: dict[str, Tensor], *, rounded: bool) -> Iterator[tuple[str, s
 
 
 def files_as_they_are(folder: Path) -> str:
-    """One hash of the name, size and modification time of a folder's weights and JSON files."""
+    """One hash of the name, size and modification time of a folder's weights and JSON files, or of a file."""
     found = []
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+    paths = [*folder.glob("*.safetensors"), *folder.glob("*.json")] if folder.is_dir() else [folder]
+    for path in sorted(paths):
         with suppress(OSError):
             status = path.stat()
             found.append((path.name, status.st_size, status.st_mtime_ns))

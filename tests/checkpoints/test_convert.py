@@ -193,7 +193,7 @@ def test_damaged_scales_are_named(folder, change, sentence):
 @pytest.mark.parametrize(
     ("value", "sentence"),
     [
-        ({"quant_method": "gptq"}, "'gptq'"),
+        ({"quant_method": "bitsandbytes"}, "'bitsandbytes'; supported are fp8, compressed-tensors"),
         ("awq", "'awq'"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size must be"),
     ],

@@ -1,0 +1,103 @@
+"""A weight that is stored as several tensors: its codes, scales and zero points."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qwen3next.files.tensor_files import CODES, Files, Stored
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class QuantisedWeight(ABC):
+    """One weight.
+
+    Attributes:
+        name: the weight's released name, such as "model.layers.0.mlp.up_proj.weight".
+        parts: the stored tensors, by what the format appends to the name ("" for codes under the weight's own name).
+        shape: the weight's shape, (out, in), or (experts, out, in) for fused experts.
+    """
+
+    name: str
+    parts: Mapping[str, Stored]
+    shape: tuple[int, ...]
+
+    format: ClassVar[str]
+    codes: ClassVar[str]  # the part that holds the quantised numbers
+
+    @abstractmethod
+    def read(self, files: Files, index: int | None = None) -> Tensor:
+        """The weight in fp32, or `[index]` of fused experts. Raises: ValueError for values that cannot be right."""
+
+    @property
+    def path(self) -> Path:
+        return self.parts[self.codes].path
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the codes in the file."""
+        return self.parts[self.codes].dtype
+
+    @property
+    def exact_dtype(self) -> torch.dtype | None:
+        """The dtype after reading if config.json's does not decide it."""
+        return None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the files, scales and zero points included."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    def part(self, files: Files, tag: str, index: int | None = None) -> Tensor:
+        """A stored tensor; `[index]` of it if it has an axis for experts."""
+        stored = self.parts[tag]
+        return files.read(stored, index if len(stored.shape) > 2 else None)
+
+
+def check(found: bool, parts: Mapping[str, Stored], codes: str, sentence: str) -> None:
+    """Raises: ValueError of this sentence, after the file's name, unless `found`."""
+    if not found:
+        raise ValueError(f"{parts[codes].path}: {sentence}.")
+
+
+def check_scales(name: str, stored: Stored, *more: torch.dtype) -> None:
+    """Raises: ValueError unless scales are stored in a float dtype, or in one of `more`."""
+    if stored.dtype not in (*FLOATS, *more):
+        raise ValueError(f"{stored.path}: {name} is stored as {CODES[stored.dtype]}, which is not supported.")
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """Codes (…, n · 32 / bits) in uint8 from int32 words or bytes (…, n), lowest bits first.
+
+    Args:
+        bits: 2, 4 or 8, so that no code lies in two bytes.
+    """
+    assert bits in (2, 4, 8)
+    packed = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # strides too, for one word a row
+    if bits == 8:
+        return packed
+    mask = (1 << bits) - 1
+    return torch.stack([(packed >> shift) & mask for shift in range(0, 8, bits)], dim=-1).flatten(-2)
+
+
+def scale_groups(codes: Tensor, zeros: Tensor | int, scale: Tensor, groups: Tensor | None = None) -> Tensor:
+    """(codes − zeros) · scale in fp32.
+
+    Args:
+        codes: (…, out, in).
+        zeros: (…, out, number of groups), or one number.
+        scale: (…, out, number of groups).
+        groups: the group of each input (in); None if groups are equal runs of inputs.
+    """
+    scale = scale.float()
+    if groups is not None:
+        zeros = zeros[..., groups] if isinstance(zeros, Tensor) else zeros
+        return (codes.float() - zeros) * scale[..., groups]
+    parts = codes.float().unflatten(-1, (scale.shape[-1], -1))
+    return ((parts - (zeros[..., None] if isinstance(zeros, Tensor) else zeros)) * scale[..., None]).flatten(-2)
