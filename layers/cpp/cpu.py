@@ -66,6 +66,11 @@ def can(level: str) -> bool:
     return list(LEVELS).index(level) <= list(LEVELS).index(chosen)
 
 
+def kind() -> str:
+    """The highest level that the processor, or the one that was chosen, has; "other" for none of them."""
+    return next((level for level in reversed(LEVELS) if can(level)), "other")
+
+
 def intel() -> bool:
     """Whether it is, or is taken for, one of Intel's; also where the maker is not known."""
     return choice() == "amx" or _facts()[0] in ("GenuineIntel", "")
