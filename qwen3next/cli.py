@@ -17,6 +17,7 @@ from qwen3next.commands.diff import diff
 from qwen3next.commands.explain import explain
 from qwen3next.commands.generate import generate
 from qwen3next.commands.inspect import inspect
+from qwen3next.commands.tune import tune_here
 from qwen3next.commands.verify import verify
 
 # A command returns its exit status, or None for 0. Its docstring is its help; the first line is its table entry.
@@ -26,6 +27,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "ask": ask,
     "inspect": inspect,
     "explain": explain,
+    "tune": tune_here,
     "context": context,
     "verify": verify,
     "convert": convert,

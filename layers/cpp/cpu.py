@@ -5,8 +5,8 @@ QWEN3NEXT_CPU is one of:
     none: no compiled kernels, as on a machine without a compiler; torch is left as it is.
     avx2, avx512, avx512_bf16: our kernels are compiled for these instructions, torch is bounded by them, and what is
         picked on "auto" is what is picked on a processor that has no more.
-    amx: what is picked is what is picked on an Intel processor with AMX. Nothing is bounded, so that AMX itself runs
-        only where the processor has it; our own kernels have no AMX instructions.
+    amx: what is picked is what is picked on a processor with AMX. Nothing is bounded, so that AMX itself runs only
+        where the processor has it; our own kernels have no AMX instructions.
 """
 
 import os
@@ -71,15 +71,19 @@ def kind() -> str:
     return next((level for level in reversed(LEVELS) if can(level)), "other")
 
 
-def intel() -> bool:
-    """Whether it is, or is taken for, one of Intel's; also where the maker is not known."""
-    return choice() == "amx" or _facts()[0] in ("GenuineIntel", "")
+def name() -> str:
+    """The processor's name and its features, for what is kept per machine; empty where the system does not tell."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted(set(re.findall(r"^(?:flags|Features|model name)\b.*$", text, re.MULTILINE))))
 
 
 def executes(level: str) -> bool:
     """Whether this processor itself has a level's instructions, whatever was chosen."""
     names = list(LEVELS)
-    features = _facts()[1]
+    features = _features()
     return all(feature in features for name in names[: names.index(level) + 1] for feature in LEVELS[name])
 
 
@@ -103,15 +107,14 @@ def bound_torch() -> None:
 
 
 @cache
-def _facts() -> tuple[str, frozenset[str]]:
-    """The maker and the features, as Linux names them."""
+def _features() -> frozenset[str]:
+    """The features, as Linux names them."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return "", _told_by_torch()
-    vendor = re.search(r"^vendor_id\s*: (.*)$", text, re.MULTILINE)
+        return _told_by_torch()
     features = re.search(r"^(?:flags|Features)\s*: (.*)$", text, re.MULTILINE)
-    return vendor[1] if vendor else "", frozenset(features[1].split() if features else ())
+    return frozenset(features[1].split() if features else ())
 
 
 def _told_by_torch() -> frozenset[str]:

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import layers.cpp.build as build
-import layers.dispatch.availability as availability
 from layers.cpp import cpu
 from recipes.training.settings import pick_precision
 
@@ -24,12 +23,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Emulate a processor with the features of a level and a vendor, and set the variables."""
+    """Emulate a processor with the features of a level, and set the variables."""
     monkeypatch.delenv("QWEN3NEXT_PRECISION", raising=False)
     monkeypatch.setattr(cpu.platform, "machine", lambda: "x86_64")
 
-    def make(level, choice=None, vendor="AuthenticAMD"):
-        monkeypatch.setattr(cpu, "_facts", lambda: (vendor, FEATURES[level]))
+    def make(level, choice=None):
+        monkeypatch.setattr(cpu, "_features", lambda: FEATURES[level])
         monkeypatch.delenv("QWEN3NEXT_CPU", raising=False)
         if choice is not None:
             monkeypatch.setenv("QWEN3NEXT_CPU", choice)
@@ -37,32 +36,31 @@ def machine(monkeypatch):
     return make
 
 
-def decisions() -> tuple[tuple[str, ...], bool, str]:
-    return cpu.flags(), availability._mkl_uses_all(), pick_precision("auto", CPU)[0]
+def decisions() -> tuple[tuple[str, ...], str, str]:
+    return cpu.flags(), cpu.kind(), pick_precision("auto", CPU)[0]
 
 
 V3, V4, NATIVE = ("-march=x86-64-v3",), ("-march=x86-64-v4",), ("-march=native",)
 
 
 @pytest.mark.parametrize(
-    "level, vendor, choice, flags, mkl_uses_all, precision",
+    "level, choice, flags, kind, precision",
     [
-        ("old", "AuthenticAMD", None, NATIVE, True, "fp32"),
-        ("avx2", "AuthenticAMD", None, NATIVE, True, "fp32"),
-        ("avx512", "AuthenticAMD", "native", NATIVE, False, "fp32"),
-        ("avx512_bf16", "AuthenticAMD", "", NATIVE, False, "bf16"),
-        ("amx", "GenuineIntel", None, NATIVE, True, "bf16"),
-        ("amx", "GenuineIntel", "avx512_bf16", (*V4, "-mavx512bf16"), True, "bf16"),
-        ("amx", "GenuineIntel", "avx512", V4, True, "fp32"),
-        ("avx512_bf16", "AuthenticAMD", "avx512", V4, False, "fp32"),
-        ("avx512_bf16", "AuthenticAMD", "avx2", V3, True, "fp32"),
-        ("avx512_bf16", "AuthenticAMD", "none", NATIVE, False, "bf16"),
-        ("avx2", "AuthenticAMD", "amx", NATIVE, True, "bf16"),  # what is decided, not what is executed
+        ("old", None, NATIVE, "other", "fp32"),
+        ("avx2", None, NATIVE, "avx2", "fp32"),
+        ("avx512", "native", NATIVE, "avx512", "fp32"),
+        ("avx512_bf16", "", NATIVE, "avx512_bf16", "bf16"),
+        ("amx", None, NATIVE, "amx", "bf16"),
+        ("amx", "avx512_bf16", (*V4, "-mavx512bf16"), "avx512_bf16", "bf16"),
+        ("amx", "avx512", V4, "avx512", "fp32"),
+        ("avx512_bf16", "avx2", V3, "avx2", "fp32"),
+        ("avx512_bf16", "none", NATIVE, "avx512_bf16", "bf16"),
+        ("avx2", "amx", NATIVE, "amx", "bf16"),  # what is decided, not what is executed
     ],
 )
-def test_what_a_choice_decides(machine, level, vendor, choice, flags, mkl_uses_all, precision):
-    machine(level, choice, vendor)
-    assert decisions() == (flags, mkl_uses_all, precision)
+def test_what_a_choice_decides(machine, level, choice, flags, kind, precision):
+    machine(level, choice)
+    assert decisions() == (flags, kind, precision)
 
 
 @pytest.mark.parametrize("level, choice", [("old", "avx2"), ("avx2", "avx512"), ("avx512", "avx512_bf16")])
@@ -163,7 +161,6 @@ def test_these_tests_keep_to_the_choice_that_was_made():
     bound = cpu.TORCH.get(cpu.choice())
     if bound is not None:
         assert torch.backends.cpu.get_cpu_capability().lower() == bound["ATEN_CPU_CAPABILITY"]
-    assert availability._mkl_uses_all() == availability.MKL_USES_ALL
     if cpu.choice() == "none":
         assert "QWEN3NEXT_CPU is none" in build.missing()
 
