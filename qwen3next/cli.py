@@ -6,8 +6,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Union
 
+import torch
 import tyro
 
+from layers.cpp import cpu
 from qwen3next import presets
 from qwen3next.commands.ask import ask
 from qwen3next.commands.chat import chat
@@ -48,6 +50,7 @@ def main(args: Sequence[str] | None = None) -> int:
         stderr; 130: Ctrl-C; 141: a closed pipe.
     """
     args = sys.argv[1:] if args is None else args
+    keep_to_processors()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"qwen3next: {message}", file=sys.stderr)
@@ -64,6 +67,15 @@ def main(args: Sequence[str] | None = None) -> int:
         sentence = (str(error) or repr(error)).splitlines()[0]
         print(f"qwen3next: {sentence}", file=sys.stderr)
         return 2
+
+
+def keep_to_processors() -> None:
+    """Have torch start no more threads than a container's quota lets run; torch itself knows the affinity alone.
+
+    OMP_NUM_THREADS, where it is set, decides.
+    """
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cpu.processors():
+        torch.set_num_threads(cpu.processors())
 
 
 def _run(args: Sequence[str]) -> int | None:

@@ -9,6 +9,7 @@ QWEN3NEXT_CPU is one of:
         where the processor has it; our own kernels have no AMX instructions.
 """
 
+import math
 import os
 import platform
 import re
@@ -78,6 +79,24 @@ def name() -> str:
     except OSError:
         return platform.processor()
     return "\n".join(sorted(set(re.findall(r"^(?:flags|Features|model name)\b.*$", text, re.MULTILINE))))
+
+
+def processors(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """How many processors this process may keep busy: those it is bound to, or fewer by the quota of its container.
+
+    Args:
+        cgroup: the folder in which Linux tells the quota, of version 2 (cpu.max) or 1.
+    """
+    able = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        if (cgroup / "cpu.max").exists():
+            quota, period = (cgroup / "cpu.max").read_text().split()
+        else:
+            quota, period = ((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        allowed = math.ceil(int(quota) / int(period)) if int(quota) > 0 else able
+    except (OSError, ValueError):  # no quota: "max", or no such file
+        allowed = able
+    return max(1, min(able, allowed))
 
 
 def executes(level: str) -> bool:

@@ -9,6 +9,7 @@ import torch
 
 import layers.cpp.build as build
 from layers.cpp import cpu
+from qwen3next.cli import keep_to_processors
 from recipes.training.settings import pick_precision
 
 FEATURES = {
@@ -172,3 +173,53 @@ def test_a_wrong_choice_ends_in_the_sentence():
     )
     assert told.returncode == 1
     assert told.stderr.splitlines()[-1].startswith("ValueError: QWEN3NEXT_CPU is 'sse4': choose none, avx2")
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "max 100000"}, 4),
+        ({"cpu.max": "900000 100000"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 4),
+        ({}, 4),
+    ],
+)
+def test_processors_keep_to_affinity_and_quota(monkeypatch, tmp_path, files, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cpu.processors(tmp_path) == expected
+
+
+def test_the_command_keeps_to_the_processors(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(cpu, "processors", lambda: 1)
+    try:
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        torch.set_num_threads(2)
+        keep_to_processors()
+        assert torch.get_num_threads() == 2  # as asked
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        keep_to_processors()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="affinity is set on Linux")
+def test_a_process_that_is_bound_to_one_processor_has_one_thread():
+    program = "import torch, layers; from layers.cpp import cpu; print(torch.get_num_threads(), cpu.processors())"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    one = min(os.sched_getaffinity(0))
+    told = subprocess.run(
+        [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{one}}}); {program}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.split() == ["1", "1"]
