@@ -125,6 +125,16 @@ def bound_torch() -> None:
     os.environ.update(TORCH.get(choice(), {}))
 
 
+def wait_briefly() -> None:
+    """Have OpenMP's threads sleep soon at a barrier instead of spinning; what the user has set stays.
+
+    A spinning thread keeps the one it waits for from running where other processes are busy. OpenMP reads the variable
+    when torch is loaded, so it acts if `layers` or `qwen3next` is imported before torch.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 @cache
 def _features() -> frozenset[str]:
     """The features, as Linux names them."""
