@@ -10,7 +10,9 @@ from conftest import small_model
 
 import qwen3next as q
 from layers.cpp import cpu
+from layers.delta_rule import gated_delta_rule
 from layers.dispatch import availability, backends, registry, speeds
+from layers.norm import l2_normalise
 from qwen3next import tuning
 from qwen3next.cli import main
 
@@ -204,6 +206,36 @@ def test_everything_that_is_tuned_runs_by_every_candidate(monkeypatch):
                 torch.testing.assert_close(y, found[0], rtol=2e-4, atol=2e-4)
         if work.inputs:
             assert all(x is not None for x in torch.autograd.grad(found[0].sum(), work.inputs))
+
+
+def test_products_handed_to_torch_are_as_exact():
+    """What AMX machines may choose for the bf16 delta rule, forced here: values and gradients beside fp64's loop."""
+    torch.manual_seed(0)
+    shapes = ((1, 150, 2, 32), (1, 150, 2, 32), (1, 150, 4, 32), (1, 150, 4), (1, 150, 4))
+    q_, k, v, g, b = (torch.randn(*shape) for shape in shapes)
+    v = v.bfloat16()
+
+    def results(dtype, backend="auto"):
+        leaves = [x.to(dtype or x.dtype).requires_grad_() for x in (q_, k, v, g, b)]
+        parts = l2_normalise(leaves[0], scale=32**-0.5), l2_normalise(leaves[1]), leaves[2]
+        o, _ = gated_delta_rule(*parts, -0.1 * leaves[3].exp(), leaves[4].sigmoid(), backend=backend)
+        return [o, *torch.autograd.grad(o.to(torch.float64).square().sum(), leaves)]
+
+    def errors(found):
+        return [((x.double() - y).norm() / y.norm()).item() for x, y in zip(found, exact, strict=True)]
+
+    exact, ratios = results(torch.float64, "recurrent"), {}
+    for gradients in (False, True):
+        ratios["delta_rule", "bfloat16", gradients] = {
+            "chunked_recompute": {64: 2.0},
+            "chunked": {64: 1.0},
+            "cpp": {64: 0.9},
+        }
+    with speeds.using(speeds.Figures("an AMX machine", ratios)):
+        assert chosen("delta_rule", torch.bfloat16, True) == "chunked_recompute"
+        by_torch = errors(results(None))
+    assert max(by_torch) < 2e-2  # bf16 has 8 bits
+    assert max(by_torch) < 3 * max(errors(results(None, "chunked")))
 
 
 def test_a_compiled_model_chooses_too():
