@@ -6,8 +6,9 @@ Shapes: b batch, t time (tokens), s time of keys, h heads, k key width, v value 
 a flattened batch.
 """
 
-from layers.cpp.cpu import bound_torch
+from layers.cpp.cpu import bound_torch, wait_briefly
 
+wait_briefly()  # before torch is loaded
 bound_torch()  # before torch runs anything
 
 # These register implementations, which definitions find by name.

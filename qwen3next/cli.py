@@ -6,8 +6,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Union
 
+import torch
 import tyro
 
+from layers.cpp import cpu
 from qwen3next import presets
 from qwen3next.commands.ask import ask
 from qwen3next.commands.chat import chat
@@ -18,6 +20,7 @@ from qwen3next.commands.explain import explain
 from qwen3next.commands.generate import generate
 from qwen3next.commands.inspect import inspect
 from qwen3next.commands.serve import serve
+from qwen3next.commands.tune import tune_here
 from qwen3next.commands.verify import verify
 
 # A command returns its exit status, or None for 0. Its docstring is its help; the first line is its table entry.
@@ -28,6 +31,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "serve": serve,
     "inspect": inspect,
     "explain": explain,
+    "tune": tune_here,
     "context": context,
     "verify": verify,
     "convert": convert,
@@ -48,6 +52,7 @@ def main(args: Sequence[str] | None = None) -> int:
         stderr; 130: Ctrl-C; 141: a closed pipe.
     """
     args = sys.argv[1:] if args is None else args
+    keep_to_processors()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"qwen3next: {message}", file=sys.stderr)
@@ -64,6 +69,15 @@ def main(args: Sequence[str] | None = None) -> int:
         sentence = (str(error) or repr(error)).splitlines()[0]
         print(f"qwen3next: {sentence}", file=sys.stderr)
         return 2
+
+
+def keep_to_processors() -> None:
+    """Have torch start no more threads than a container's quota lets run; torch itself knows the affinity alone.
+
+    OMP_NUM_THREADS, where it is set, decides.
+    """
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cpu.processors():
+        torch.set_num_threads(cpu.processors())
 
 
 def _run(args: Sequence[str]) -> int | None:

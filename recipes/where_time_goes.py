@@ -31,7 +31,7 @@ import layers.mlp
 import layers.moe
 import qwen3next as q
 from layers.delta_rule import gated_delta_rule
-from layers.dispatch import availability, backends
+from layers.dispatch import availability, backends, speeds
 from layers.norm import l2_normalise
 from qwen3next.decoding.plan import Plan
 from recipes.measure.measuring import machine, machine_can, random_bytes, seconds_of, write_results
@@ -122,7 +122,7 @@ def torch_alone(model: q.Qwen3Next) -> Iterator[None]:
         chosen["delta_rule"] = "chunked"
     with (
         patch.object(availability, "missing", lambda: "it is left out"),
-        patch.object(availability, "MKL_USES_ALL", True),
+        speeds.using(),  # without figures, products are torch's
     ):
         for operation, name in chosen.items():
             model.set_backend(operation, name)

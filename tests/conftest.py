@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("QWEN3NEXT_TUNED", "0")  # what `qwen3next tune` has measured on this machine
 
 with install_import_hook(["layers", "qwen3next"], "beartype.beartype"):
     import qwen3next as q  # and layers, before torch runs anything: QWEN3NEXT_CPU bounds it

@@ -10,7 +10,6 @@ import ctypes
 import hashlib
 import os
 import platform
-import re
 import shutil
 import subprocess
 import tempfile
@@ -77,10 +76,8 @@ def _compiled() -> Path:
     sources = sorted(FOLDER.glob("*.cpp"))
     digest = hashlib.sha256()
     version, tools = _run([compiler, "--version"]), f"{' '.join(flags)} {MORE_FLAGS!r}"
-    for part in (version, tools, cpu.choice(), _processor(), torch.__version__):
+    for part in (version, tools, cpu.choice(), cpu.name(), torch.__version__, digest_of_sources()):
         digest.update(part.encode())
-    for file in (*sources, *sorted(FOLDER.glob("*.h"))):
-        digest.update(file.read_bytes())
     name = f"kernels-{digest.hexdigest()[:16]}.so"
     kept = _folder() / name
     if not kept.exists():
@@ -103,6 +100,15 @@ def _compiled() -> Path:
     return kept
 
 
+@cache
+def digest_of_sources() -> str:
+    """What the kernels are compiled from."""
+    digest = hashlib.sha256()
+    for file in (*sorted(FOLDER.glob("*.cpp")), *sorted(FOLDER.glob("*.h"))):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 def _compiler() -> str:
     for name in filter(None, (os.environ.get("CXX"), "g++", "clang++")):
         if found := shutil.which(name):
@@ -119,15 +125,6 @@ def _folder() -> Path:
     except OSError:
         return Path(tempfile.mkdtemp(prefix="qwen3next-"))
     return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="qwen3next-"))
-
-
-def _processor() -> str:
-    """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return "\n".join(sorted({line for line in lines if re.match(r"(flags|Features|model name)\b", line)}))
 
 
 def _run(command: list[str]) -> str:

@@ -5,10 +5,11 @@ QWEN3NEXT_CPU is one of:
     none: no compiled kernels, as on a machine without a compiler; torch is left as it is.
     avx2, avx512, avx512_bf16: our kernels are compiled for these instructions, torch is bounded by them, and what is
         picked on "auto" is what is picked on a processor that has no more.
-    amx: what is picked is what is picked on an Intel processor with AMX. Nothing is bounded, so that AMX itself runs
-        only where the processor has it; our own kernels have no AMX instructions.
+    amx: what is picked is what is picked on a processor with AMX. Nothing is bounded, so that AMX itself runs only
+        where the processor has it; our own kernels have no AMX instructions.
 """
 
+import math
 import os
 import platform
 import re
@@ -66,15 +67,42 @@ def can(level: str) -> bool:
     return list(LEVELS).index(level) <= list(LEVELS).index(chosen)
 
 
-def intel() -> bool:
-    """Whether it is, or is taken for, one of Intel's; also where the maker is not known."""
-    return choice() == "amx" or _facts()[0] in ("GenuineIntel", "")
+def kind() -> str:
+    """The highest level that the processor, or the one that was chosen, has; "other" for none of them."""
+    return next((level for level in reversed(LEVELS) if can(level)), "other")
+
+
+def name() -> str:
+    """The processor's name and its features, for what is kept per machine; empty where the system does not tell."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted(set(re.findall(r"^(?:flags|Features|model name)\b.*$", text, re.MULTILINE))))
+
+
+def processors(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """How many processors this process may keep busy: those it is bound to, or fewer by the quota of its container.
+
+    Args:
+        cgroup: the folder in which Linux tells the quota, of version 2 (cpu.max) or 1.
+    """
+    able = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        if (cgroup / "cpu.max").exists():
+            quota, period = (cgroup / "cpu.max").read_text().split()
+        else:
+            quota, period = ((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        allowed = math.ceil(int(quota) / int(period)) if int(quota) > 0 else able
+    except (OSError, ValueError):  # no quota: "max", or no such file
+        allowed = able
+    return max(1, min(able, allowed))
 
 
 def executes(level: str) -> bool:
     """Whether this processor itself has a level's instructions, whatever was chosen."""
     names = list(LEVELS)
-    features = _facts()[1]
+    features = _features()
     return all(feature in features for name in names[: names.index(level) + 1] for feature in LEVELS[name])
 
 
@@ -97,16 +125,25 @@ def bound_torch() -> None:
     os.environ.update(TORCH.get(choice(), {}))
 
 
+def wait_briefly() -> None:
+    """Have OpenMP's threads sleep soon at a barrier instead of spinning; what the user has set stays.
+
+    A spinning thread keeps the one it waits for from running where other processes are busy. OpenMP reads the variable
+    when torch is loaded, so it acts if `layers` or `qwen3next` is imported before torch.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 @cache
-def _facts() -> tuple[str, frozenset[str]]:
-    """The maker and the features, as Linux names them."""
+def _features() -> frozenset[str]:
+    """The features, as Linux names them."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return "", _told_by_torch()
-    vendor = re.search(r"^vendor_id\s*: (.*)$", text, re.MULTILINE)
+        return _told_by_torch()
     features = re.search(r"^(?:flags|Features)\s*: (.*)$", text, re.MULTILINE)
-    return vendor[1] if vendor else "", frozenset(features[1].split() if features else ())
+    return frozenset(features[1].split() if features else ())
 
 
 def _told_by_torch() -> frozenset[str]:

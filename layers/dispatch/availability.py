@@ -11,9 +11,8 @@ from functools import cache
 
 import torch
 
-from layers.cpp import cpu
 from layers.cpp.build import missing
-from layers.dispatch import self_check
+from layers.dispatch import self_check, speeds
 from layers.dispatch.registry import parts_of
 
 
@@ -163,16 +162,11 @@ def onednn(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _mkl_uses_all() -> bool:
-    """MKL leaves AVX-512 unused on processors that are not Intel's; elsewhere there is nothing to gain."""
-    return cpu.intel() or not cpu.can("avx512")
-
-
-MKL_USES_ALL = _mkl_uses_all()
-
-
-def mkl_serves(_device: torch.device, _dtype: torch.dtype) -> str | None:
-    return "MKL, which torch uses, is as fast on this processor" if MKL_USES_ALL else None
+def without_figure(_device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why oneDNN is not picked where nobody has measured it: on some processors torch's own library is as fast."""
+    if speeds.known("linear", dtype, torch.is_grad_enabled()):
+        return None
+    return "no figure says that it is faster on this processor: `qwen3next tune` measures it"
 
 
 def cpp(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -1,6 +1,7 @@
 """Choose the implementation of an operation, run it, and explain the choice.
 
-"auto" picks the fastest implementation that can run. A backend that is named runs or raises.
+"auto" picks the fastest implementation that can run: on the CPU by measured figures (layers/dispatch/speeds.py), else
+in the order below. A backend that is named runs or raises.
 """
 
 import warnings
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from layers.deprecation import renamed_names, warn_renamed
 from layers.dispatch import availability as can
+from layers.dispatch import speeds
 from layers.dispatch.availability import Refusal
 from layers.dispatch.registry import function_of, special_cases
 
@@ -51,7 +53,7 @@ _ONE_TOKEN = "a token by itself takes the token loop"
 _ONE_EXPERT_AT_A_TIME = "a token by itself takes one expert after another"
 _ONE_QUERY = "one query behind more than 4096 keys takes plain products"
 
-# Fastest first: "auto" takes the first that can run.
+# Fastest first, as far as is known without figures: "auto" takes the first that can run.
 OPERATIONS: dict[str, tuple[Implementation, ...]] = {
     "decode": (
         Implementation("cpp", "a step of a few tokens as one call into compiled code", can.compiled_step),
@@ -63,7 +65,7 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
             "onednn",
             "uses AVX-512 where torch's own fp32 products do not",
             can.onednn,
-            can.mkl_serves,
+            can.without_figure,
             except_for="under autocast torch's linear multiplies in bf16",
             on_auto_except_for="fewer than 16 rows take torch's linear",
         ),
@@ -192,13 +194,23 @@ def choose_for(operation: str, backend: str, device: torch.device, dtype: torch.
         if reason is not None:
             raise RuntimeError(f"The {backend!r} backend of {operation} cannot run here: {reason}.")
         return backend
-    for implementation in OPERATIONS[operation]:
+    for implementation in _in_order(operation, device, dtype):
         reason = implementation.unfit(device, dtype, head_dim)
         if reason is None:
             return implementation.name
         if isinstance(reason, Refusal):
             _warn_once(operation, implementation.name, reason)
     raise AssertionError(f"{operation} has no implementation that always runs")
+
+
+def _in_order(operation: str, device: torch.device, dtype: torch.dtype) -> tuple[Implementation, ...]:
+    """The implementations, the fastest first."""
+    found = OPERATIONS[operation]
+    if device.type != "cpu":
+        return found
+    by_name = {implementation.name: implementation for implementation in found}
+    names = speeds.order(operation, tuple(by_name), dtype, torch.is_grad_enabled())
+    return tuple(by_name[name] for name in names)
 
 
 def run(operation: str, backend: str, like: Tensor | Like, *args: Any, **kwargs: Any) -> Any:
@@ -238,12 +250,15 @@ def explain_operation(
         runs = choose_for(operation, backend, device, dtype, head_dim=head_dim)
         why = "named" if backend != "auto" else "fastest that can run here"
         faster: list[str] = []
-        for implementation in OPERATIONS[operation]:
+        for implementation in _in_order(operation, device, dtype):
             if implementation.name == runs:
                 break
             reason = implementation.unfit(device, dtype, head_dim)
             faster.append(f"{implementation.name}: {reason or 'choose it or auto'}")
     why = f"{why}: {implementation.why}"
+    if device.type == "cpu" and backend == "auto" and len(OPERATIONS[operation]) > 1:
+        with torch.no_grad():
+            why += f"; {speeds.verdict(operation, dtype, False) or 'no figure for it on this kind of processor'}"
     excepted = implementation.except_for, implementation.on_auto_except_for if backend == "auto" else ""
     why += "".join(f"; {words}" for words in excepted if words)
     with torch.enable_grad():
@@ -256,5 +271,5 @@ def explain_operation(
     return Explanation(operation, runs, why, "; ".join(faster) or "-")
 
 
-_MOVED = ("MKL_USES_ALL", "fla_missing", "flash_module", "generation", "missing", "release", "triton_refused")
+_MOVED = ("fla_missing", "flash_module", "generation", "missing", "release", "triton_refused")
 __getattr__ = renamed_names(__name__, {name: f"layers.dispatch.availability.{name}" for name in _MOVED})

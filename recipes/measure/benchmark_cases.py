@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import qwen3next as q
 from layers.delta_rule import gated_delta_rule
+from layers.dispatch.backends import choose_for
 from layers.moe import SparseMoE
 from layers.norm import l2_normalise
-from recipes.measure.work import active_weight_bytes, delta_rule_flops, forward_flops, linear_weights, train_flops
+from recipes.measure.work import active_weight_bytes, delta_rule_flops, forward_flops, train_flops
 
 Run = Callable[[], object]
 
@@ -22,6 +23,7 @@ class Case:
 
     Attributes:
         what: name of the row.
+        runs: which implementations of ours run in it.
         tokens: tokens in one run.
         flops: floating-point operations of the required matrix products.
         nbytes: bytes of weights and states that must be read.
@@ -33,6 +35,31 @@ class Case:
     flops: int = 0
     nbytes: int = 0
     sides: dict[str, Run] = field(default_factory=dict)
+    runs: str = ""
+
+
+class Job(NamedTuple):
+    """A case that is not made yet: its name, and what makes it."""
+
+    what: str
+    make: Callable[[], Case]
+
+
+def implementations(model: q.Qwen3Next, *operations: str, gradients: bool = False, dtype: str | None = None) -> str:
+    """What runs of ours for these operations, for a row of the table.
+
+    Args:
+        dtype: of the products under autocast; None means the model's own, without autocast.
+    """
+    kind = model.dtype if dtype is None else getattr(torch, dtype)
+    found = {"linear": "torch"} if dtype is not None else {}  # autocast multiplies in torch
+    with torch.set_grad_enabled(gradients):
+        for operation in operations:
+            found.setdefault(operation, choose_for(operation, "auto", model.device, kind))
+    return ", ".join(f"{operation} {found[operation]}" for operation in operations)
+
+
+LAYERS = ("linear", "elementwise", "delta_rule", "causal_conv", "attention", "experts")
 
 
 @dataclass(frozen=True)
@@ -65,7 +92,8 @@ def prefill(models: Models, batch: int, length: int) -> Case:
         theirs(ids, use_cache=True, logits_to_keep=1)
 
     flops = batch * forward_flops(ours.config, length)
-    return Case(f"prefill {batch} x {length}", ids.numel(), flops, 0, {"qwen3next": us, "transformers": them})
+    sides: dict[str, Run] = {"qwen3next": us, "transformers": them}
+    return Case(f"prefill {batch} x {length}", ids.numel(), flops, 0, sides, implementations(ours, *LAYERS))
 
 
 def decode(models: Models, batch: int, before: int, steps: int, *, at_once: int = 1) -> Case:
@@ -89,7 +117,8 @@ def decode(models: Models, batch: int, before: int, steps: int, *, at_once: int 
     weight = ours.embed_tokens.weight
     nbytes = steps * active_weight_bytes(ours.config, weight.element_size(), tokens=batch * at_once)
     what = f"decode {batch} x {at_once} after {before}"
-    return Case(what, new.numel(), 0, nbytes, {"qwen3next": us, "transformers": them})
+    sides: dict[str, Run] = {"qwen3next": us, "transformers": them}
+    return Case(what, new.numel(), 0, nbytes, sides, implementations(ours, "decode"))
 
 
 def question(models: Models, document: int, tokens: int) -> Case:
@@ -110,9 +139,9 @@ def question(models: Models, document: int, tokens: int) -> Case:
         theirs(whole, use_cache=True, logits_to_keep=1)
 
     flops = forward_flops(ours.config, tokens, past=document)
-    return Case(
-        f"question of {tokens} after {document}", tokens, flops, 0, {"qwen3next": us, "transformers, cold": them}
-    )
+    what = f"question of {tokens} after {document}"
+    sides: dict[str, Run] = {"qwen3next": us, "transformers, cold": them}
+    return Case(what, tokens, flops, 0, sides, implementations(ours, *LAYERS))
 
 
 def train(models: Models, batch: int, length: int, *, autocast: bool) -> Case:
@@ -133,7 +162,9 @@ def train(models: Models, batch: int, length: int, *, autocast: bool) -> Case:
         loss.backward()
 
     flops = batch * train_flops(ours.config, length)
-    return Case(f"train {batch} x {length}", ids.numel(), flops, 0, {"qwen3next": us, "transformers": them})
+    runs = implementations(ours, *LAYERS, gradients=True, dtype="bfloat16" if autocast else None)
+    sides: dict[str, Run] = {"qwen3next": us, "transformers": them}
+    return Case(f"train {batch} x {length}", ids.numel(), flops, 0, sides, runs)
 
 
 def experts(models: Models, tokens: int) -> Case:
@@ -153,12 +184,13 @@ def experts(models: Models, tokens: int) -> Case:
 
     inner = c.num_experts_per_tok * c.moe_intermediate_size + c.shared_expert_intermediate_size
     flops = 2 * tokens * c.hidden_size * (3 * inner + c.num_experts + 1)
-    return Case(f"experts alone, {tokens}", tokens, flops, 0, {"qwen3next": us, "transformers": them})
+    runs = implementations(models.ours, "linear", "elementwise", "experts")
+    return Case(f"experts alone, {tokens}", tokens, flops, 0, {"qwen3next": us, "transformers": them}, runs)
 
 
-def delta_rule(tokens: int, *, heads: tuple[int, int], dim: int, backward: bool, like: Tensor) -> Case:
+def delta_rule(models: Models, tokens: int, *, heads: tuple[int, int], dim: int, backward: bool) -> Case:
     """The delta rule alone, on random inputs with normalised q and k."""
-    key_heads, value_heads = heads
+    (key_heads, value_heads), like = heads, models.ours.embed_tokens.weight
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
     generator = torch.Generator().manual_seed(0)
@@ -185,7 +217,5 @@ def delta_rule(tokens: int, *, heads: tuple[int, int], dim: int, backward: bool,
 
     flops = delta_rule_flops(tokens=tokens, heads=value_heads, key_dim=dim, value_dim=dim) * (3 if backward else 1)
     what = f"delta rule {'and gradients ' if backward else ''}{key_heads}:{value_heads} x {dim}, {tokens}"
-    return Case(what, tokens, flops, 0, {"qwen3next": us, "transformers": them})
-
-
-__all__ = ["Case", "Models", "decode", "delta_rule", "experts", "linear_weights", "prefill", "question", "train"]
+    runs = implementations(models.ours, "elementwise", "delta_rule", gradients=backward)
+    return Case(what, tokens, flops, 0, {"qwen3next": us, "transformers": them}, runs)

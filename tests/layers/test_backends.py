@@ -11,6 +11,7 @@ from conftest import small_model
 import layers.dispatch.availability as availability
 import layers.dispatch.backends as backends
 import layers.dispatch.registry as registry
+import layers.dispatch.speeds as speeds
 import qwen3next as q
 from layers.causal_conv import causal_conv
 from layers.delta_rule import gated_delta_rule
@@ -21,11 +22,13 @@ CUDA = torch.device("cuda")
 
 def test_auto_takes_the_fastest_that_can_run(monkeypatch):
     cpu = torch.zeros(1)
-    for mkl_uses_all, linear in ((True, "torch"), (False, "onednn")):
-        monkeypatch.setattr(availability, "MKL_USES_ALL", mkl_uses_all)
+    ratios = {
+        ("linear", "float32", gradients): {"onednn": {64: 2.0}, "torch": {64: 1.0}} for gradients in (True, False)
+    }
+    for tables, linear in (((), "torch"), ((speeds.Figures("a test", ratios),), "onednn")):
         for compiler, grad, kernels in ((None, False, "cpp"), (None, True, "cpp"), ("no compiler", False, None)):
             monkeypatch.setattr(availability, "missing", lambda compiler=compiler: compiler)
-            with torch.set_grad_enabled(grad):
+            with torch.set_grad_enabled(grad), speeds.using(*tables):
                 assert {name: backends.choose(name, "auto", cpu) for name in backends.OPERATIONS} == {
                     "decode": "cpp" if compiler is None else "torch",
                     "linear": linear,

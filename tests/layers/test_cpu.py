@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import layers.cpp.build as build
-import layers.dispatch.availability as availability
 from layers.cpp import cpu
+from qwen3next.cli import keep_to_processors
 from recipes.training.settings import pick_precision
 
 FEATURES = {
@@ -24,12 +24,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Emulate a processor with the features of a level and a vendor, and set the variables."""
+    """Emulate a processor with the features of a level, and set the variables."""
     monkeypatch.delenv("QWEN3NEXT_PRECISION", raising=False)
     monkeypatch.setattr(cpu.platform, "machine", lambda: "x86_64")
 
-    def make(level, choice=None, vendor="AuthenticAMD"):
-        monkeypatch.setattr(cpu, "_facts", lambda: (vendor, FEATURES[level]))
+    def make(level, choice=None):
+        monkeypatch.setattr(cpu, "_features", lambda: FEATURES[level])
         monkeypatch.delenv("QWEN3NEXT_CPU", raising=False)
         if choice is not None:
             monkeypatch.setenv("QWEN3NEXT_CPU", choice)
@@ -37,32 +37,31 @@ def machine(monkeypatch):
     return make
 
 
-def decisions() -> tuple[tuple[str, ...], bool, str]:
-    return cpu.flags(), availability._mkl_uses_all(), pick_precision("auto", CPU)[0]
+def decisions() -> tuple[tuple[str, ...], str, str]:
+    return cpu.flags(), cpu.kind(), pick_precision("auto", CPU)[0]
 
 
 V3, V4, NATIVE = ("-march=x86-64-v3",), ("-march=x86-64-v4",), ("-march=native",)
 
 
 @pytest.mark.parametrize(
-    "level, vendor, choice, flags, mkl_uses_all, precision",
+    "level, choice, flags, kind, precision",
     [
-        ("old", "AuthenticAMD", None, NATIVE, True, "fp32"),
-        ("avx2", "AuthenticAMD", None, NATIVE, True, "fp32"),
-        ("avx512", "AuthenticAMD", "native", NATIVE, False, "fp32"),
-        ("avx512_bf16", "AuthenticAMD", "", NATIVE, False, "bf16"),
-        ("amx", "GenuineIntel", None, NATIVE, True, "bf16"),
-        ("amx", "GenuineIntel", "avx512_bf16", (*V4, "-mavx512bf16"), True, "bf16"),
-        ("amx", "GenuineIntel", "avx512", V4, True, "fp32"),
-        ("avx512_bf16", "AuthenticAMD", "avx512", V4, False, "fp32"),
-        ("avx512_bf16", "AuthenticAMD", "avx2", V3, True, "fp32"),
-        ("avx512_bf16", "AuthenticAMD", "none", NATIVE, False, "bf16"),
-        ("avx2", "AuthenticAMD", "amx", NATIVE, True, "bf16"),  # what is decided, not what is executed
+        ("old", None, NATIVE, "other", "fp32"),
+        ("avx2", None, NATIVE, "avx2", "fp32"),
+        ("avx512", "native", NATIVE, "avx512", "fp32"),
+        ("avx512_bf16", "", NATIVE, "avx512_bf16", "bf16"),
+        ("amx", None, NATIVE, "amx", "bf16"),
+        ("amx", "avx512_bf16", (*V4, "-mavx512bf16"), "avx512_bf16", "bf16"),
+        ("amx", "avx512", V4, "avx512", "fp32"),
+        ("avx512_bf16", "avx2", V3, "avx2", "fp32"),
+        ("avx512_bf16", "none", NATIVE, "avx512_bf16", "bf16"),
+        ("avx2", "amx", NATIVE, "amx", "bf16"),  # what is decided, not what is executed
     ],
 )
-def test_what_a_choice_decides(machine, level, vendor, choice, flags, mkl_uses_all, precision):
-    machine(level, choice, vendor)
-    assert decisions() == (flags, mkl_uses_all, precision)
+def test_what_a_choice_decides(machine, level, choice, flags, kind, precision):
+    machine(level, choice)
+    assert decisions() == (flags, kind, precision)
 
 
 @pytest.mark.parametrize("level, choice", [("old", "avx2"), ("avx2", "avx512"), ("avx512", "avx512_bf16")])
@@ -163,7 +162,6 @@ def test_these_tests_keep_to_the_choice_that_was_made():
     bound = cpu.TORCH.get(cpu.choice())
     if bound is not None:
         assert torch.backends.cpu.get_cpu_capability().lower() == bound["ATEN_CPU_CAPABILITY"]
-    assert availability._mkl_uses_all() == availability.MKL_USES_ALL
     if cpu.choice() == "none":
         assert "QWEN3NEXT_CPU is none" in build.missing()
 
@@ -175,3 +173,77 @@ def test_a_wrong_choice_ends_in_the_sentence():
     )
     assert told.returncode == 1
     assert told.stderr.splitlines()[-1].startswith("ValueError: QWEN3NEXT_CPU is 'sse4': choose none, avx2")
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "max 100000"}, 4),
+        ({"cpu.max": "900000 100000"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 4),
+        ({}, 4),
+    ],
+)
+def test_processors_keep_to_affinity_and_quota(monkeypatch, tmp_path, files, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cpu.processors(tmp_path) == expected
+
+
+def test_the_command_keeps_to_the_processors(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(cpu, "processors", lambda: 1)
+    try:
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        torch.set_num_threads(2)
+        keep_to_processors()
+        assert torch.get_num_threads() == 2  # as asked
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        keep_to_processors()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="affinity is set on Linux")
+def test_a_process_that_is_bound_to_one_processor_has_one_thread():
+    program = "import torch, layers; from layers.cpp import cpu; print(torch.get_num_threads(), cpu.processors())"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    one = min(os.sched_getaffinity(0))
+    told = subprocess.run(
+        [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{one}}}); {program}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.split() == ["1", "1"]
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_threads_wait_briefly_unless_the_user_says_otherwise(given, expected):
+    """The variable has its value when torch is loaded, which reads it then."""
+    program = (
+        "import os, sys\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch':\n"
+        "            print(os.environ.get('GOMP_SPINCOUNT'))\n"
+        "            sys.meta_path.remove(self)\n"
+        "sys.meta_path.insert(0, Watch())\n"
+        "import layers"
+    )
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    told = subprocess.run(
+        [sys.executable, "-c", program], env=environment | given, capture_output=True, text=True, check=True
+    )
+    assert told.stdout.split() == [expected]

@@ -1,16 +1,28 @@
 """The benchmark runs, compares equal work and writes its results. Speeds are not asserted, because they are noisy."""
 
 import json
+import os
+import signal
+import struct
+import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
 import qwen3next as q
 from qwen3next.inspect import on_meta
+from recipes import benchmark
 from recipes.benchmark import Options, compare, main
+from recipes.measure import llama_cpp
 from recipes.measure.benchmark_cases import Case
+from recipes.measure.benchmark_rows import Row, line
+from recipes.measure.gguf_file import write_gguf
+from recipes.measure.measuring import machine
 from recipes.measure.work import active_weight_bytes, forward_flops, linear_weights
 
 SMALL = {
@@ -27,6 +39,7 @@ SMALL = {
     "repetitions": 1,
     "device": "cpu",
 }
+ROOT = Path(__file__).parent.parent.parent
 PEER = """
 def make(folder, dtype, device):
     assert (folder / "config.json").is_file()
@@ -68,6 +81,135 @@ def test_runs_and_writes(tmp_path):
     assert written["machine_can"]["float32_flops_per_second"] > 1e9
     assert "| prefill 1 x 70 |" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_every_row_says_what_ran_and_where(tmp_path):
+    rows = main(Options(**SMALL | {"train": ("1x8",), "operators": (8,)}, only=("train", "decode 1"), llama_cpp="no"))
+    assert [row.what for row in rows] == ["decode 1 x 1 after 5", "train 1 x 8"]
+    assert all("threads" in row.machine for row in rows)
+    assert rows[0].runs in ("decode cpp", "decode torch")
+    assert "delta_rule" in rows[1].runs
+    assert "attention sdpa" in rows[1].runs  # the C++ attention has no gradients
+    assert rows[1].runs in line(rows[1])
+    assert rows[1].machine in line(rows[1])
+
+
+SLOW = """
+import pathlib, time
+def make(folder, dtype, device):
+    def sides(what):
+        if what == "decode 1 x 1 after 5" and not pathlib.Path(__file__).with_name("go").exists():
+            time.sleep(600)
+        return {}
+    return sides
+"""
+
+
+def test_a_killed_run_leaves_its_rows_and_resume_goes_on(tmp_path, capsys):
+    """Rows come out of a pipe while the run goes on; after a kill the file holds them, and the rest is added."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    out = tmp_path / "result"
+    options = "--preset tiny --dtypes float32 --prefill 1x70 2x20 --decode 1 --decode-after 5 --steps 2 --train 1x20 "
+    options += (
+        "--question 40 3 --operators 70 --repetitions 1 --device cpu --only prefill decode experts --llama-cpp no"
+    )
+    command = [sys.executable, "-m", "recipes.benchmark", *options.split(), "--out", str(out)]
+    command += ["--peer", str(tmp_path / "slow.py")]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        lines = [run.stdout.readline() for _ in range(2)]  # the third row never comes
+    finally:
+        os.kill(run.pid, signal.SIGKILL)
+        errors = run.communicate()[1]
+    assert ["prefill 1 x 70" in lines[0], "prefill 2 x 20" in lines[1]] == [True, True], errors
+    left = json.loads(out.with_suffix(".json").read_text())["rows"]
+    assert [row["what"] for row in left] == ["prefill 1 x 70", "prefill 2 x 20"]
+    assert "| prefill 2 x 20 |" in out.with_suffix(".md").read_text()
+
+    (tmp_path / "go").touch()
+    rows = main(Options(resume=out.with_suffix(".json")))
+    assert [r.what for r in rows] == ["prefill 1 x 70", "prefill 2 x 20", "decode 1 x 1 after 5", "experts alone, 70"]
+    written = json.loads(out.with_suffix(".json").read_text())
+    assert written["rows"][:2] == left  # not measured again
+    assert len(written["rows"]) == 4
+    assert "prefill" not in capsys.readouterr().out.partition("Measured")[0]
+
+
+def test_resume_refuses_what_does_not_belong_together(tmp_path):
+    path = tmp_path / "result.json"
+    row = Row("float32", "prefill 1 x 70", "transformers", 70, 1.0, 2.0, 2.0, 2.0, 2.0, 0.5)
+    results = benchmark.Results({"preset": "tiny"}, machine(), path.with_suffix(""), {"read_bytes_per_second": 1e9})
+    results.add([row])
+    with pytest.raises(ValueError, match="give no others"):
+        main(Options(resume=path, preset="tiny"))
+    with pytest.raises(ValueError, match=r"has machine .* and this is 'another'"):
+        benchmark.read_results(path, machine() | {"machine": "another"})
+    assert benchmark.read_results(path, machine()).rows == [row]
+    path.write_text('{"rows": 3}')
+    with pytest.raises(ValueError, match="is not a result of this recipes"):
+        main(Options(resume=path))
+    with pytest.raises(ValueError, match="does not exist"):
+        main(Options(resume=tmp_path / "none.json"))
+
+
+def test_without_llama_cpp_a_row_says_so_if_it_was_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "found", lambda: None)
+    options = Options(**SMALL, only=("prefill 1",), llama_cpp="yes")
+    rows = main(options)
+    assert [row.peer for row in rows] == ["llama.cpp", "transformers"]
+    assert "llama.cpp was not found" in rows[0].note
+    assert rows[0].note in capsys.readouterr().out
+    assert [row.peer for row in main(replace(options, llama_cpp="auto"))] == ["transformers"]
+
+
+BENCH = """#!/bin/sh
+echo "$@" > "$(dirname "$0")/called"
+echo '[{"avg_ns": 2500000}]'
+"""
+
+
+def test_llama_bench_is_asked_for_its_own_time(tmp_path, monkeypatch):
+    """The program is one that only answers: what it is called with, and that its seconds are taken, is tested."""
+    folder, program = tmp_path / "model", tmp_path / "llama-bench"
+    q.Qwen3Next(q.presets.tiny(mtp_num_hidden_layers=0)).save_pretrained(folder)
+    program.write_text(BENCH)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(llama_cpp, "found", lambda: "llama-bench")
+    peer = llama_cpp.LlamaCpp(folder, "float32", threads=1, steps=4)
+    assert peer.sides("train 1 x 20") == {}
+    case = Case("decode 1 x 1 after 5", 4, sides={"qwen3next": lambda: None} | peer.sides("decode 1 x 1 after 5"))
+    (row,) = compare(case, 1, dtype="float32", limit=0.0)
+    assert row.theirs == 2.5e-3
+    called = (tmp_path / "called").read_text()
+    assert "-p 0 -n 4 -d 5" in called
+    assert "float32.gguf -t 1" in called
+    program.write_text("#!/bin/sh\necho no such model >&2; exit 1")
+    with pytest.raises(RuntimeError, match=r"llama-bench failed \(no such model\)"):
+        peer.sides("prefill 1 x 70")["llama.cpp"]()
+
+
+def test_a_gguf_file_has_every_tensor_once(tmp_path):
+    """Read back by its offsets: q, k, v and z of one layer are those of the checkpoint, other counts are its sizes."""
+    model = q.Qwen3Next(q.presets.tiny(mtp_num_hidden_layers=0))
+    model.save_pretrained(tmp_path / "model")
+    write_gguf(tmp_path / "model", tmp_path / "x.gguf", torch.float32)
+    raw = (tmp_path / "x.gguf").read_bytes()
+    magic, version, tensors, _ = struct.unpack_from("<4sIQQ", raw)
+    assert (magic, version) == (b"GGUF", 3)
+    assert tensors == 2 + 4 * 10 + 3 * 8 + 6  # outer; norms and experts of four layers; mixers of two kinds
+    weight = model.blocks[0].linear_attn.in_proj_z.weight.detach().contiguous()
+    assert raw.count(weight.numpy().tobytes()) == 1
+    q.Qwen3Next(q.presets.tiny()).save_pretrained(tmp_path / "mtp")
+    with pytest.raises(ValueError, match="without MTP"):
+        write_gguf(tmp_path / "mtp", tmp_path / "y.gguf", torch.float32)
+
+
+def test_llama_cpp_computes_the_same(tmp_path):
+    """Where its bindings are installed: logits of the same weights, and rows of prefill and decoding."""
+    pytest.importorskip("llama_cpp")
+    rows = main(Options(**SMALL | {"prefill": ("1x70",), "decode": (1,)}, only=("prefill", "decode")))
+    assert [row.what for row in rows if row.peer == "llama.cpp"] == ["prefill 1 x 70", "decode 1 x 1 after 5"]
 
 
 def test_bad_options_get_a_sentence(tmp_path):
