@@ -49,11 +49,12 @@ class MTP(nn.Module):
         state: KVCache | None = None,
     ) -> tuple[Float[Tensor, "b t width"], list]:
         """Hidden states for the head, and the router statistics of the block; `state` holds the pairs before."""
-        # A sequence's last token has no next one: its result is not used and not counted.
-        counted = segments.next_is_same()
+        # A sequence's last token has no next one: its result is not used and not counted. With a state each has one.
+        cached = None if segments.unpadded else segments.mask
+        counted = segments.next_is_same() if state is None else cached
         if not segments.unpadded:  # elsewhere stands another sequence's token, or none
-            paired = counted if state is None else segments.mask  # with a state every token is a pair's
-            next_embedding = next_embedding.masked_fill(~paired[..., None], 0.0)
+            assert counted is not None
+            next_embedding = next_embedding.masked_fill(~counted[..., None], 0.0)
         x, aux = self._pairs(hidden, next_embedding), []
         for block in self.blocks:
             x, stats = block(x, rope, segments=segments, state=state, counted=counted, stats=state is None)

@@ -18,14 +18,17 @@ def cold(model, ids):
 
 
 def cold_draft(model, ids, token):
-    """MTP's logits after `ids` and `token` (b,), from all pairs at once: (b, vocab)."""
-    whole = torch.cat((ids, token[:, None]), dim=1)
+    """MTP's logits after `ids` and `token` (b,), from all pairs at once: (b, vocab).
+
+    One token more follows, as a sequence's last has no next one and its pair would not count.
+    """
+    ids = torch.cat((ids, token[:, None]), dim=1)
     with torch.no_grad():
         hidden = model(ids).hidden
         segments = Segments.full(ids)
         rope = model._rotation(segments.positions, hidden.dtype)
-        ahead, _ = model.mtp(hidden, model.embed_tokens(whole[:, 1:]), rope, segments)
-        return model.lm_head(ahead[:, -1])
+        ahead, _ = model.mtp(hidden, model.embed_tokens(ids.roll(-1, dims=1)), rope, segments)
+        return model.lm_head(ahead[:, -2])
 
 
 def same(a, b, bound=1e-10):

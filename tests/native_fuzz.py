@@ -159,7 +159,15 @@ ENTRIES = {
     "permute": (ops.permute, permute),
     "replay": (_replay_compiled, replay),
 }
-THROUGH_OTHERS = {"each_once", "structure_size", "decode_step", "linear"}  # combine; nothing; steps of a model
+THROUGH_OTHERS = {
+    "each_once",
+    "structure_size",
+    "decode_step",
+    "linear",
+    "remember_pairs",
+    "draft",
+    "fold",
+}  # combine; nothing; steps of a model
 
 
 def odd(r: Random, x: Tensor) -> Tensor:

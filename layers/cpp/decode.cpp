@@ -11,6 +11,7 @@
 #include "decode_attention.h"
 #include "decode_deltanet.h"
 #include "decode_feed_forward.h"
+#include "decode_replay.h"
 
 namespace {
 
@@ -45,10 +46,20 @@ void predict(Worker<T>& worker, const EmbeddingAndHead& ends) {
     });
 }
 
+// Call `use` with the first row and the end of each group of rows that go through the layers together.
+template <class Use>
+void each_group(const Call& call, Use&& use) {
+    for (int64_t begin = 0, end; begin < call.row_count; begin = end) {
+        int64_t tokens = call.rows[begin].count;
+        for (end = begin + 1; end < call.row_count && tokens + call.rows[end].count <= TOKENS; end++)
+            tokens += call.rows[end].count;
+        use(begin, end);
+    }
+}
+
 template <class T>
-void all_layers(Step<T>& step, const Layer* layers, const EmbeddingAndHead& ends) {
-    Worker<T> worker(step);
-    for (int64_t i = 0; i < step.s.layers; i++) {
+void all_layers(Worker<T>& worker, const Layer* layers, const EmbeddingAndHead& ends) {
+    for (int64_t i = 0; i < worker.s.layers; i++) {
         worker.norm_stream(layers[i].norm_in);
         if (layers[i].softmax) AttentionStep<T>(worker, layers[i]).run();
         else DeltaNetStep<T>(worker, layers[i]).run();
@@ -60,14 +71,14 @@ void all_layers(Step<T>& step, const Layer* layers, const EmbeddingAndHead& ends
 
 template <class T>
 void decode(const Sizes& s, const Layer* layers, const EmbeddingAndHead& ends, const Call& call, int64_t threads) {
-    for (int64_t begin = 0, end; begin < call.row_count; begin = end) {
-        int64_t tokens = call.rows[begin].count;
-        for (end = begin + 1; end < call.row_count && tokens + call.rows[end].count <= TOKENS; end++)
-            tokens += call.rows[end].count;
+    each_group(call, [&](int64_t begin, int64_t end) {
         Step<T> step(s, call, begin, end, threads);
         embed(step, ends);
-        pool().run(threads, [&] { all_layers(step, layers, ends); });
-    }
+        pool().run(threads, [&] {
+            Worker<T> worker(step);
+            all_layers(worker, layers, ends);
+        });
+    });
 }
 
 template <class T>
@@ -91,30 +102,9 @@ void multiply(const Mat& w, int64_t rows, int64_t columns, int64_t n, const void
     });
 }
 
-// One memory (key_dim, value_dim) after n tokens, whose keys, deltas and decays lie some elements apart.
-template <class real>
-void replay_head(real* S, const Sizes& s, int64_t n, const real* keys, const real* deltas, const real* decay) {
-    const int64_t dk = s.key_dim, dv = s.value_dim;
-    for (int64_t t = 0; t < n; t++) {
-        const real d = *decay;
-        for (int64_t e = 0; e < dk; e++)
-            for (int64_t c = 0; c < dv; c++) S[e * dv + c] = updated(S[e * dv + c], d, keys[e], deltas[c]);
-        keys += s.key_heads * dk, deltas += s.value_heads * dv, decay += s.value_heads;
-    }
-}
-
-template <class real>
-void replay_all(const Sizes& s, int64_t b, real* memory, const real* keys, const real* deltas, const real* decay, int64_t n) {
-    const int64_t dk = s.key_dim, dv = s.value_dim, share = s.value_heads / s.key_heads;
-    for (int64_t i = 0; i < b; i++)
-        for (int64_t h = 0; h < s.value_heads; h++) {
-            const int64_t head = i * n * s.value_heads + h, key_head = i * n * s.key_heads + h / share;
-            replay_head(memory + (i * s.value_heads + h) * dk * dv, s, n, keys + key_head * dk, deltas + head * dv,
-                        decay + head);
-        }
-}
-
 }  // namespace
+
+#include "decode_mtp.h"
 
 extern "C" {
 
@@ -144,6 +134,32 @@ void replay(const Sizes* s, int64_t b, void* memory, const void* keys, const voi
     };
     if (s->dtype == F64) all((double*)memory);
     else all((float*)memory);
+}
+
+// Keys and values of an MTP layer's pairs: tokens `call->ids` and, in `hidden`, the model's hidden states before them.
+void remember_pairs(const Sizes* s, const Layer* layer, const EmbeddingAndHead* ends, const Call* call,
+                    const void* hidden, int64_t threads) {
+    if (s->dtype == F64) remember_pairs_of<double>(*s, *layer, *ends, *call, hidden, threads);
+    else if (s->dtype == BF16) remember_pairs_of<bf16>(*s, *layer, *ends, *call, hidden, threads);
+    else remember_pairs_of<float>(*s, *layer, *ends, *call, hidden, threads);
+}
+
+// The `count` most likely tokens (rows, count) behind a pair of each row; the call brings cos and sin of (count, rows)
+// positions. Its hidden states and logits are then those of the last draft.
+void draft(const Sizes* s, const Layer* layer, const EmbeddingAndHead* ends, const Call* call, const void* hidden,
+           int64_t count, int64_t* drafts, int64_t threads) {
+    if (s->dtype == F64) draft_of<double>(*s, *layer, *ends, *call, hidden, count, drafts, threads);
+    else if (s->dtype == BF16) draft_of<bf16>(*s, *layer, *ends, *call, hidden, count, drafts, threads);
+    else draft_of<float>(*s, *layer, *ends, *call, hidden, count, drafts, threads);
+}
+
+// States of `layers` Gated DeltaNet layers of a cache of b rows after the first counts[row] of a call's n tokens, from
+// those before it and its update log, to the bits that `decode_step` makes.
+void fold(const Sizes* s, const RecurrentState* states, int64_t layers, int64_t b, int64_t n, const int64_t* counts,
+          int64_t threads) {
+    if (s->dtype == F64) fold_all<double>(*s, states, layers, b, n, counts, threads);
+    else if (s->dtype == BF16) fold_all<bf16>(*s, states, layers, b, n, counts, threads);
+    else fold_all<float>(*s, states, layers, b, n, counts, threads);
 }
 
 // Bytes of a structure, in the order of STRUCTURES in step.py, which compares them with its own.

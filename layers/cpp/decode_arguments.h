@@ -53,6 +53,7 @@ struct Layer {
 
 struct EmbeddingAndHead {
     Mat embedding, norm, head;
+    Mat norm_embedding, norm_hidden, fc, fc_bias;  // of the MTP layer, whose own final norm `norm` then is; else null
     int64_t vocab;
 };
 

@@ -100,6 +100,18 @@ struct AttentionStep {
         });
     }
 
+    // Keys and values alone, which is all that later tokens need of these.
+    void remember() {
+        const Linear in[] = {{w.k, w.k_bias, s.kv_heads * d}, {w.v, w.v_bias, s.kv_heads * d}};
+        real* to[] = {step.k.data(), step.v.data()};
+        worker.products(in, s.width, worker.stream.all(), [&](int m, int64_t r, int64_t row, int64_t n, real* v) {
+            std::copy_n(v, n, to[m] + r * in[m].rows + row);
+        });
+        worker.for_each_small(step.n * s.kv_heads, [&](int64_t item) {
+            norm_and_rotate(item / s.kv_heads, s.heads + item % s.kv_heads);
+        });
+    }
+
     // One head of token r, the query heads first; keys and values go to their positions in the cache.
     void norm_and_rotate(int64_t r, int64_t h) const {
         const bool key = h >= s.heads;

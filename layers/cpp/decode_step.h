@@ -44,7 +44,7 @@ struct Step {
     Step(const Sizes& sizes, const Call& whole, int64_t begin, int64_t end, int64_t thread_count)
         : s(sizes), call(whole), rows(whole.rows + begin), row_count(end - begin), first(rows->first),
           n(rows[row_count - 1].first + rows[row_count - 1].count - first), threads(thread_count),
-          phases(s.layers * 8 + 2), x(n * s.width) {
+          phases(s.layers * 8 + 3), x(n * s.width) {
         for (int64_t i = 0; i < row_count; i++) row_of.insert(row_of.end(), rows[i].count, i);
         const int64_t tokens = divide(), keys = s.key_heads * s.key_dim, values = s.value_heads * s.value_dim;
         const int64_t query = s.heads * s.head_dim;

@@ -28,6 +28,9 @@ ARGUMENTS: dict[str, str] = {
     "decode_step": "ppppi",
     "linear": "piiippii",
     "replay": "pippppi",
+    "fold": "ppiiipi",
+    "remember_pairs": "pppppi",
+    "draft": "pppppipi",
     "structure_size": "i",
 }
 ANSWERS = {"each_once", "permute", "structure_size"}

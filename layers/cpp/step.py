@@ -67,7 +67,7 @@ class Layer(ctypes.Structure):
 
 class EmbeddingAndHead(ctypes.Structure):
     __slots__ = ()
-    _fields_ = _fields("embedding norm head #vocab")
+    _fields_ = _fields("embedding norm head norm_embedding norm_hidden fc fc_bias #vocab")
 
 
 class Row(ctypes.Structure):

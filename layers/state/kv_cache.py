@@ -128,14 +128,17 @@ class KVCache:
         Raises: ValueError for more than `max_len` tokens.
         """
         first, past, end = min(segments.offsets), max(segments.offsets), max(segments.ends)
+        self.reserve_places(first, past, end, in_one=in_one or not segments.uniform_offset)
+
+    def reserve_places(self, first: int, past: int, end: int, *, in_one: bool = False) -> None:
+        """Make places `first` to `end` this state's own; those before `past` keep what they hold.
+
+        Raises: as `reserve`.
+        """
         if end > self.max_len:
             raise ValueError(
                 f"The cache holds {self.max_len} tokens and {end} are needed: make it with a larger max_len."
             )
-        self._make_room(first, past, end, in_one=in_one or not segments.uniform_offset)
-
-    def _make_room(self, first: int, past: int, end: int, *, in_one: bool) -> None:
-        """Make places `first` to `end` this state's own; those before `past` keep what they hold."""
         spare = 0
         if first < self.base + self._seen or (end > self.capacity and self._seen):
             # Others share the places to write to, or keep alive what would be copied: leave all of it to them.

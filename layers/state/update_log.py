@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layers.cpp.operands import address, operand
-from layers.cpp.step import DTYPES, Sizes, kernels
+from layers.cpp.step import DTYPES, RecurrentState, Sizes, kernels
 from layers.norm import at_least_fp32
 from layers.state.written import written
 
@@ -140,6 +140,48 @@ class UpdateLog:
         place = count[:, None] + torch.arange(kernel_size, device=state.device)
         conv = history.gather(1, place[..., None].expand(-1, -1, history.shape[2]))
         return conv, state.to(self.dtype)
+
+
+def fold(
+    before: Sequence[tuple[Tensor, Tensor]], logs: Sequence[UpdateLog], counts: Sequence[int]
+) -> list[tuple[Tensor, Tensor]]:
+    """Convolution and recurrent state of each layer after the first `counts` tokens of each row of a compiled call.
+
+    Equal to the bit to single steps. One pass over the states, in one call for all layers.
+
+    Args:
+        before: these states of each layer before the call.
+        logs: whose last entries are the call's.
+    """
+    (b, heads, key_dim, value_dim), inputs = before[0][1].shape, logs[0].inputs[-1]
+    n, key_heads, kernel_size = inputs.shape[1], logs[0].keys[-1].shape[2], before[0][0].shape[1] + 1
+    sizes = Sizes(key_heads=key_heads, key_dim=key_dim, value_heads=heads, value_dim=value_dim, kernel_size=kernel_size)
+    sizes.dtype, exact = DTYPES[inputs.dtype], logs[0].writes[-1].dtype
+    if not key_heads or heads % key_heads or len(counts) != b or not 0 <= min(counts) <= max(counts) <= n:
+        raise ValueError(f"A call of {n} tokens a row of {b} cannot be folded to {list(counts)} of them.")
+    channels = 2 * key_heads * key_dim + heads * value_dim
+    states, after, alive = (RecurrentState * len(before))(), [], []
+    for arguments, (conv, memory), log in zip(states, before, logs, strict=True):
+        now = torch.empty_like(conv), torch.empty_like(memory)
+        read = (
+            operand("fold: conv", conv, (b, kernel_size - 1, channels), inputs.dtype),
+            operand(
+                "fold: state", memory, (b, heads, key_dim, value_dim), torch.float32, torch.bfloat16, torch.float64
+            ),
+            operand("fold: inputs", log.inputs[-1], (b, n, channels), inputs.dtype),
+            operand("fold: keys", log.keys[-1], (b, n, key_heads, key_dim), exact),
+            operand("fold: writes", log.writes[-1], (b, n, heads, value_dim), exact),
+            operand("fold: decay", log.decay[-1], (b, n, heads), exact),
+        )
+        arguments.conv_after, arguments.after = (x.data_ptr() for x in now)
+        arguments.conv_before, arguments.before = address(read[0]), address(read[1])
+        arguments.log_inputs, arguments.log_keys, arguments.log_deltas, arguments.log_decay = map(address, read[2:])
+        arguments.dtype = DTYPES[memory.dtype]
+        after.append(now)
+        alive.append(read)
+    numbers = (ctypes.c_int64 * b)(*counts)
+    kernels().fold(ctypes.byref(sizes), states, len(states), b, n, numbers, torch.get_num_threads())
+    return after
 
 
 def _replay(state: Tensor, keys: Tensor, writes: Tensor, decay: Tensor) -> Tensor:

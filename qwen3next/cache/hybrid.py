@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -36,16 +36,28 @@ class Extension:
     Attributes:
         segments: where the call's tokens lie, and how many tokens each sequence has before them.
         layers: the state of each layer, which the layer reads and replaces.
-        mtp: the MTP layer's keys and values, or None.
+        cache: the one that is extended.
         hidden_before: (b, hidden size) after each row's last token before the call; None where there are none.
         hidden: (b, t, hidden size) after the final norm, set by the caller.
     """
 
     segments: Segments
     layers: list[State]
-    mtp: KVCache | None
+    cache: "HybridCache"
     hidden_before: Tensor | None
     hidden: Tensor | None = None
+
+    @property
+    def mtp(self) -> KVCache | None:
+        """The MTP layer's keys and values, or None."""
+        return self.cache.mtp
+
+
+@runtime_checkable
+class Waiting(Protocol):
+    """Keys and values of the MTP layer that are still to be written."""
+
+    def write(self, state: KVCache, lengths: Sequence[int], tokens: Tensor) -> None: ...
 
 
 @dataclass
@@ -61,7 +73,7 @@ class HybridCache:
         lengths: tokens each row holds.
         yarn: how RoPE was stretched where the keys were turned.
         history: tokens that `rollback` can take back; what that takes is kept beside what `nbytes` counts.
-        mtp: keys and values of the MTP layer, where the cache was made with it: one fewer than tokens.
+        waiting_pairs: what compiled steps have not written into `mtp` yet; it is written when `mtp` is read.
         hidden: (b, width) after each row's last token and the final norm; None while the cache is empty.
         last_logits: (b, vocab) after each row's last token, once `generate` or `prefill` has run; else None.
         snapshots: marks by name.
@@ -74,21 +86,44 @@ class HybridCache:
     lengths: tuple[int, ...]
     yarn: Yarn | None = None
     history: int = 0
-    mtp: KVCache | None = None
+    waiting_pairs: Waiting | None = field(default=None, repr=False)
     hidden: Tensor | None = field(default=None, repr=False)
     last_logits: Tensor | None = field(default=None, repr=False)
     snapshots: dict[str, Snapshot] = field(default_factory=dict, repr=False)
     model: "weakref.ref[Any] | None" = field(default=None, repr=False)
     _rollback_log: RollbackLog | None = field(default=None, repr=False)
     _resting: Sequence[int] = field(default=(), repr=False)
+    _mtp: KVCache | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, object]:
         """For pickle: without the model, which the next call with one gives back."""
+        self.write_pairs()
         return self.__dict__ | {"model": None}
 
     @property
     def batch(self) -> int:
         return len(self.lengths)
+
+    @property
+    def mtp(self) -> KVCache | None:
+        """Keys and values of the MTP layer, where the cache was made with it: one fewer than tokens."""
+        self.write_pairs()
+        return self._mtp
+
+    @mtp.setter
+    def mtp(self, state: KVCache | None) -> None:
+        self._mtp, self.waiting_pairs = state, None
+
+    @property
+    def unwritten_mtp(self) -> KVCache | None:
+        """`mtp`, in which the pairs that wait are missing."""
+        return self._mtp
+
+    def write_pairs(self) -> None:
+        """Write the pairs that wait into the MTP layer's keys and values."""
+        waiting, self.waiting_pairs = self.waiting_pairs, None
+        if waiting is not None and self._mtp is not None:
+            waiting.write(self._mtp, self.lengths, self.tokens)
 
     @property
     def max_len(self) -> int:
@@ -122,6 +157,7 @@ class HybridCache:
 
         Keys, values and recurrent states stay as `new_cache` was asked for them, but that fp64 comes and goes.
         """
+        self.write_pairs()
         for i, state in enumerate(self.layers):
             if isinstance(state, DeltaNetState):
                 exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -154,7 +190,7 @@ class HybridCache:
             self._rollback_log.begin(
                 self.layers, segments, logits=self.last_logits, hidden=self.hidden, resting=self._resting
             )
-        call, hidden, lengths = Extension(segments, self.layers, self.mtp, self.hidden), self.hidden, self.lengths
+        call, hidden, lengths = Extension(segments, self.layers, self, self.hidden), self.hidden, self.lengths
         try:
             yield call
             assert call.hidden is not None
@@ -502,4 +538,6 @@ def new_cache(
             recurrent = at_least_fp32(recurrent) if state_dtype is None else recurrent.to(state_dtype)
             layers.append(DeltaNetState(conv, recurrent))
     tokens = _no_tokens(batch, max_len, device)
-    return HybridCache(c, layers, tokens, (0,) * batch, c.rope_scaling, history, mtp=keys_and_values() if mtp else None)
+    cache = HybridCache(c, layers, tokens, (0,) * batch, c.rope_scaling, history)
+    cache.mtp = keys_and_values() if mtp else None
+    return cache

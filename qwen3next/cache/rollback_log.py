@@ -10,7 +10,7 @@ from torch import Tensor
 from layers.gated_deltanet import DeltaNetState
 from layers.segments import Segments
 from layers.state.kv_cache import KVCache
-from layers.state.update_log import UpdateLog
+from layers.state.update_log import UpdateLog, fold
 
 GRID = 64  # tokens: long calls are cut at multiples of this, so that the cut does not change their result
 State = KVCache | DeltaNetState
@@ -64,6 +64,32 @@ class Span:
         return Span(self.lengths, update_logs, self.logits, self.before, hidden, rested)
 
 
+@dataclass
+class LastCall:
+    """The latest call, if it brought several tokens a row in compiled code: from its start the way back is shortest.
+
+    Attributes:
+        lengths, states, hidden: of each row or layer before the call.
+    """
+
+    lengths: tuple[int, ...]
+    states: list[tuple[Tensor, Tensor]]
+    hidden: Tensor | None
+    resting: frozenset[int]
+
+    def after(self, span: Span, targets: Sequence[int]) -> "Point | None":
+        """The state after `targets` tokens of each row; None where one is not of this call."""
+        counts = [target - begin for target, begin in zip(targets, self.lengths, strict=True)]
+        logs, call = span.update_logs, span.hidden[-1]
+        if self.hidden is None or not logs or not all(log.compiled and log.compiled[-1] for log in logs):
+            return None
+        if not 0 <= min(counts) <= max(counts) <= call.shape[1] or any(counts[row] for row in self.resting):
+            return None
+        layers = [DeltaNetState(*state) for state in fold(self.states, logs, counts)]
+        hidden = [self.hidden[row] if not n else call[row, n - 1] for row, n in enumerate(counts)]
+        return Point(tuple(targets), layers, None, torch.stack(hidden))
+
+
 @dataclass(frozen=True)
 class Point:
     """The state after an earlier token: `layers` holds Gated DeltaNet states in the order of the layers."""
@@ -89,6 +115,7 @@ class RollbackLog:
     def __init__(self, limit: int):
         self.limit = limit
         self.spans: deque[Span] = deque()
+        self._last: LastCall | None = None
         self._open: Span | None = None  # records the current call,
         self._cut = 0  # from this token of it
 
@@ -100,7 +127,7 @@ class RollbackLog:
 
     def clear(self) -> None:
         self.spans.clear()
-        self._open = None
+        self._open = self._last = None
 
     def begin(
         self,
@@ -120,6 +147,10 @@ class RollbackLog:
         states = [s for s in layers if isinstance(s, DeltaNetState)]
         newest = self.spans[-1] if self.spans else None
         length, cut = segments.length, 0
+        self._last = None
+        if segments.unpadded and 1 < length <= self.limit:
+            before = [(s.conv, s.recurrent) for s in states]
+            self._last = LastCall(segments.offsets, before, hidden, frozenset(resting))
         if not segments.unpadded:
             self._open = None
             self._keep(Span(segments.offsets, _update_logs(states), logits, hidden))
@@ -151,6 +182,7 @@ class RollbackLog:
         whole = [update_log for update_log in update_logs if update_log is not None]
         if len(whole) < len(update_logs):  # hooks changed the updates: only the state at the call's start is known
             span.update_logs = [update_log.cut(span.noted) for update_log in span.update_logs]
+            self._last = None
             if not cut:
                 self._keep(span)
             return
@@ -162,7 +194,7 @@ class RollbackLog:
 
     def abandon(self, layers: Sequence[State]) -> None:
         """Instead of `end`, if the call failed and the layers' states are restored."""
-        span, self._open = self._open, None
+        span, self._open, self._last = self._open, None, None
         if span is not None:
             span.update_logs = [update_log.cut(span.noted) for update_log in span.update_logs]
         for state in layers:
@@ -171,6 +203,11 @@ class RollbackLog:
 
     def find(self, targets: Sequence[int]) -> Point | None:
         """The state after `targets` tokens of each row, or None if it is not known. Drops all records after it."""
+        if self._last is not None and self.spans and (point := self._last.after(self.spans[-1], targets)):
+            self._last = None
+            self._forget(targets)
+            return point
+        self._last = None
         holding = []
         for row, target in enumerate(targets):
             found = [i for i, s in enumerate(self.spans) if 0 <= target - s.lengths[row] <= s.own(row)]
@@ -197,16 +234,16 @@ class RollbackLog:
             span = self.spans.popleft()
             left = [min(target - span.lengths[row], span.own(row)) for row, target in enumerate(targets)]
             if max(left) >= 0:
-                kept = span.cut(max(left))
+                kept = span if max(left) == span.noted else span.cut(max(left))
                 kept.rested = {row: n for row, n in enumerate(left) if n < max(left)}
                 self.spans.append(kept)
 
     @property
     def nbytes(self) -> int:
         update_logs = [update_log for span in self.spans for update_log in span.update_logs]
-        return sum(x.nbytes for s in self.spans for x in s.hidden) + sum(
-            update_log.nbytes for update_log in update_logs
-        )
+        kept = [x for span in self.spans for x in span.hidden]
+        kept += [] if self._last is None else [x for state in self._last.states for x in state]
+        return sum(x.nbytes for x in kept) + sum(update_log.nbytes for update_log in update_logs)
 
     def __str__(self) -> str:
         known = [f"{s.lengths[0]} to {s.lengths[0] + s.noted}" if s.noted else str(s.lengths[0]) for s in self.spans]

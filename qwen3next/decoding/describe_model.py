@@ -1,15 +1,19 @@
 """Describe a whole model for its compiled step, and check it: a weight that is not understood is refused."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 import qwen3next.decoding.kinds  # noqa: F401  # registers the kinds
-from layers.cpp.step import has_field
+from layers.cpp.step import EmbeddingAndHead, has_field
 from qwen3next.decoding.description import CALLS, KINDS, REFUSED, Description, Held, Layer, Needed, Number, Place
 from qwen3next.decoding.protocol import Decodable
 from qwen3next.inputs import like
 
 AROUND = ("embed_tokens", "norm", "lm_head")  # the blocks
+ENDS = ("embed_tokens", "lm_head")  # of the model, which the MTP layer uses too
 FLOATS = (torch.float32, torch.bfloat16, torch.float64)  # dtypes of weights and states that C++ reads
 
 
@@ -26,14 +30,46 @@ def describe(model: Decodable) -> Description:
         raise Unsupported(reason)
     found, width = Description(), like(model).shape[-1]
     places = Place("embedding", "embedding", (None, width)), Place("norm", "norm", (width,))
-    try:
+    with _parts_in_place():
         for name, place in zip(AROUND, (*places, Place("linear", "head", (None, width))), strict=True):
             _visit(getattr(model, name), name, place, found.around, found.sizes)
         for i, block in enumerate(model.blocks):
             found.layers.append(Layer())
             _visit(block, f"blocks.{i}", Place("block", shape=(width,)), found.layers[-1], found.sizes)
-    except (AttributeError, IndexError, TypeError, ZeroDivisionError) as error:  # an entry's module lacks a part
+    return _checked(model, found)
+
+
+def describe_mtp(model: Decodable) -> Description:
+    """What drafts need of the MTP layer: its only block, and around it the model's embedding and head and all else.
+
+    Raises: Unsupported with the first reason why compiled code cannot run this layer.
+    """
+    if model.mtp is None:
+        raise Unsupported("the model has no MTP layer")
+    around = [(name, getattr(model, name)) for name in ENDS]
+    if reason := _unknown([*around, *model.mtp.named_modules(prefix="mtp")]):
+        raise Unsupported(reason)
+    found, whole, width = Description(), Layer(), like(model).shape[-1]
+    with _parts_in_place():
+        _visit(model.embed_tokens, "embed_tokens", Place("embedding", "embedding", (None, width)), whole, found.sizes)
+        _visit(model.lm_head, "lm_head", Place("linear", "head", (None, width)), whole, found.sizes)
+        _visit(model.mtp, "mtp", Place("mtp", shape=(width,)), whole, found.sizes)
+    outer = {name for name, _ in EmbeddingAndHead._fields_}
+    found.around.weights = [held for held in whole.weights if held.field in outer]
+    found.layers.append(Layer([held for held in whole.weights if held.field not in outer], whole.settings))
+    return _checked(model, found)
+
+
+@contextmanager
+def _parts_in_place() -> Iterator[None]:
+    """Raises: Unsupported where an entry's module lacks a part."""
+    try:
+        yield
+    except (AttributeError, IndexError, TypeError, ZeroDivisionError) as error:
         raise Unsupported(f"a module is not in its place ({error})") from None
+
+
+def _checked(model: Decodable, found: Description) -> Description:
     for held in found.weights:
         _check(held, like(model).device)
     _check_sizes(model, found)
@@ -43,7 +79,11 @@ def describe(model: Decodable) -> Description:
 def unknown_module(model: Decodable) -> str | None:
     """The first module of a class that is not registered or whose call was replaced, in a sentence, or None."""
     around = [(name, getattr(model, name)) for name in AROUND]
-    for name, module in (*around, *model.blocks.named_modules(prefix="blocks")):
+    return _unknown([*around, *model.blocks.named_modules(prefix="blocks")])
+
+
+def _unknown(named: list[tuple[str, nn.Module]]) -> str | None:
+    for name, module in named:
         kind = type(module)
         if kind in REFUSED:
             return f"{name} is a {kind.__name__}: {REFUSED[kind]}"

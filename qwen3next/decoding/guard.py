@@ -4,6 +4,7 @@ A compiled step and a CUDA graph read weights and settings where they were found
 the model with what it was then: modules, weights, settings, hooks. Whatever happened in between acts on that very step.
 """
 
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import cast
 
@@ -21,14 +22,18 @@ ARMED, FORWARD = attrgetter("armed"), attrgetter("forward")
 
 
 class Guard:
-    """A model's modules, weights and settings as they are now, the MTP layer left out.
+    """A model's modules, weights and settings as they are now.
+
+    Args:
+        modules: those that matter; None means all but the MTP layer's.
 
     Every weight's memory is kept alive, so that its address stays good even where the model lets go of it. The guard
     holds nothing that refers to the model itself.
     """
 
-    def __init__(self, model: Decodable):
+    def __init__(self, model: Decodable, modules: Sequence[nn.Module] | None = None):
         inner = [module for module in decoding_modules(model) if module is not model]
+        inner = inner if modules is None else list(modules)
         self._points = [m for m in inner if isinstance(m, HookPoint)]
         self._modules = [m for m in inner if not isinstance(m, HookPoint)]
         self._classes = list({type(m) for m in inner})

@@ -20,6 +20,7 @@ from layers.variants.attention import AttentionVariant
 from layers.variants.deltanet import DeltaNetVariant
 from qwen3next.block import Block
 from qwen3next.decoding.description import Needed, Place, StepSpec, describes, refuses
+from qwen3next.mtp import MTP
 
 
 @describes(Linear, nn.Linear, roles=("linear",))
@@ -47,7 +48,7 @@ def _gated_rms_norm(m: GatedRMSNorm, place: Place) -> StepSpec:
 
 
 @describes(nn.Identity, roles=("head_norm",))
-@describes(HookPoint, nn.ModuleList, roles=())
+@describes(HookPoint, roles=())
 def _without_weights(_: nn.Module, _place: Place) -> StepSpec:
     return StepSpec()
 
@@ -171,6 +172,27 @@ def _block(m: Block, place: Place) -> StepSpec:
             "mlp": Place("sparse_feed_forward" if m.sparse else "feed_forward", "", place.shape),
         },
         settings={"softmax": softmax, "sparse": m.sparse},
+    )
+
+
+@describes(nn.ModuleList, roles=("only_block",))
+def _only_block(m: nn.ModuleList, place: Place) -> StepSpec:
+    refusal = None if len(m) == 1 else f"has {len(m)} blocks where it knows one"
+    return StepSpec(children={"0": Place("block", shape=place.shape)}, refusal=refusal)
+
+
+@describes(MTP, roles=("mtp",))
+def _mtp(_: MTP, place: Place) -> StepSpec:
+    (width,) = place.shape
+    assert width is not None
+    return StepSpec(
+        children={
+            "pre_fc_norm_embedding": Place("norm", "norm_embedding", (width,)),
+            "pre_fc_norm_hidden": Place("norm", "norm_hidden", (width,)),
+            "fc": Place("linear", "fc", (width, 2 * width)),
+            "blocks": Place("only_block", shape=(width,)),
+            "norm": Place("norm", "norm", (width,)),
+        }
     )
 
 

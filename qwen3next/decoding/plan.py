@@ -8,6 +8,7 @@ the model with the state in which the plan was made (guard.py), so that a change
 import ctypes
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ class Plan:
         with self._lock:
             turns = [self.rotations.at(model, row.past + j) for row in rows for j in range(row.count)]
             written, _alive = self._states.point_to(steps)
-            call, _held = _call(rows, joined, turns, wanted)
+            call, _held = call_of(rows, joined, turns, wanted)
             call.hidden, call.logits = hidden.data_ptr(), logits.data_ptr()
             kernels().decode_step(
                 ctypes.byref(self._arguments.sizes),
@@ -111,7 +112,7 @@ def _rows(steps: Sequence[CacheStep]) -> list[Row]:
     return rows
 
 
-def _call(
+def call_of(
     rows: list[Row], ids: Tensor, turns: list[tuple[Tensor, Tensor, int]], wanted: Sequence[int]
 ) -> tuple[Call, object]:
     """The arguments of a call but for its results, and what must stay alive until it returns."""
@@ -131,6 +132,7 @@ class PlanCache:
         self.guard: Guard | None = None
         self.plan: Plan | None = None
         self.reasons: dict[str, str | None] = {}  # by backend: why it cannot run, as long as the guard holds
+        self.mtp: Any = None  # the same for the MTP layer (mtp_plan.py)
 
     def current(self, model: Decodable) -> Guard:
         """The guard of the model as it is; what was made for another is forgotten."""

@@ -102,7 +102,8 @@ class States:
             next_states = self._next_states(step.cache)
             for state, array in zip(step.cache.layers, self._arrays, strict=True):
                 if isinstance(state, KVCache):
-                    alive.append(_point_to_keys(array[number], state, step.segments))
+                    state.reserve(step.segments)
+                    alive.append(point_to_keys(array[number], state))
                 else:
                     after = next(next_states)
                     arguments, segments = array[number], step.segments
@@ -149,8 +150,8 @@ class States:
         return log
 
 
-def _point_to_keys(arguments: KeysAndValues, state: KVCache, segments: Segments) -> object:
-    state.reserve(segments)
+def point_to_keys(arguments: KeysAndValues, state: KVCache) -> object:
+    """Point a structure to a state that has room for a call. Returns: what must stay alive until that call returns."""
     if state.native is None:
         state.native = Parts(state)
     parts = cast("Parts", state.native)

@@ -77,7 +77,7 @@ def _together(model: Any, plan: Plan, rows: Rows, *, all_logits: bool) -> Tensor
             model._warn_of_length(step.segments)
         hidden, logits = plan.run(model, steps, all_logits=all_logits)
         for call, step, own in zip(calls, steps, hidden, strict=True):
-            model._complete(call, step.ids, own)
+            model._complete(call, step.ids, own, compiled=True)
     return logits
 
 

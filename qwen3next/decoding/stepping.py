@@ -11,9 +11,10 @@ from torch import Tensor
 from layers.deprecation import renamed_attribute
 from layers.dispatch.attached import attached
 from layers.segments import Segments
-from qwen3next.cache.hybrid import HybridCache, new_cache
+from qwen3next.cache.hybrid import Extension, HybridCache, new_cache
 from qwen3next.config import ModelConfig
 from qwen3next.decoding.cuda_graph import graph_for
+from qwen3next.decoding.mtp_plan import MTPPlan, available_mtp_plan, note_pairs
 from qwen3next.decoding.plan import MOST_TOKENS, PlanCache, available_plan, plan_for
 from qwen3next.decoding.states import CacheStep
 from qwen3next.decoding.step_many import looked_at, step_many
@@ -71,7 +72,7 @@ class Stepping(Reference):
         """
         if looked_at(self):
             return self(input_ids, cache=cache, logits_to_keep=1).logits[:, -1]
-        input_ids = as_ids(input_ids)
+        input_ids, plan = as_ids(input_ids), None
         check_vocabulary(input_ids, self.vocab_size)
         with cache.extend(input_ids, None, self) as call:
             self._warn_of_length(call.segments)
@@ -82,7 +83,7 @@ class Stepping(Reference):
             else:
                 hidden, _ = self._run(input_ids, call.segments, call.layers, stats=False)
                 logits = self.hook_logits(self.lm_head(hidden[:, -1:]))[:, -1]
-            self._complete(call, input_ids, hidden)
+            self._complete(call, input_ids, hidden, compiled=plan is not None)
         return logits
 
     @torch.no_grad()
@@ -132,7 +133,7 @@ class Stepping(Reference):
             self._warn_of_length(call.segments)
             step = CacheStep(cache, call.segments, input_ids)
             (hidden,), logits = plan.run(self, [step], all_logits=True)
-            self._complete(call, input_ids, hidden)
+            self._complete(call, input_ids, hidden, compiled=True)
         return logits.view(*input_ids.shape, -1)
 
     @torch.no_grad()
@@ -141,10 +142,10 @@ class Stepping(Reference):
 
         Raises: as `draft`.
         """
-        found = []
-        for logits in self._drafted(cache, token, count):
-            found.append(logits.argmax(-1))
-        return torch.stack(found, dim=1)
+        token = self._checked_draft(cache, token)
+        if plan := self._draft_plan(cache):
+            return plan.draft(self, cache, token, count)[0]
+        return torch.stack([logits.argmax(-1) for logits in self._drafted(cache, token, count)], dim=1)
 
     @torch.no_grad()
     def draft(self, cache: HybridCache, token: Int[Tensor, "b"]) -> Float[Tensor, "b vocab"]:
@@ -152,17 +153,39 @@ class Stepping(Reference):
 
         Raises: ValueError for a cache made without mtp=True, or an empty one.
         """
+        token = self._checked_draft(cache, token)
+        if plan := self._draft_plan(cache):
+            return plan.draft(self, cache, token, 1)[1]
         return next(self._drafted(cache, token, 1))
 
-    def _drafted(self, cache: HybridCache, token: Tensor, count: int) -> Iterator[Tensor]:
-        """Logits (b, vocab) of the MTP layer behind `token`, then behind the most likely token of those, and so on."""
-        if cache.mtp is None or self.mtp is None or cache.hidden is None or not min(cache.lengths):
+    def _complete(self, call: Extension, input_ids: Tensor, hidden: Tensor, *, compiled: bool = False) -> None:
+        """As the definition's; behind a compiled step the pairs are noted, and written in compiled code later."""
+        if compiled and note_pairs(self, call.cache, call.segments, hidden):
+            call.hidden = hidden
+        else:
+            super()._complete(call, input_ids, hidden)
+
+    def _draft_plan(self, cache: HybridCache) -> MTPPlan | None:
+        plan, state = available_mtp_plan(self), cache.unwritten_mtp
+        return plan if plan is not None and state is not None and plan.supports(state) else None
+
+    def _checked_draft(self, cache: HybridCache, token: Tensor) -> Tensor:
+        """The token ids (b,). Raises: as `draft`."""
+        cache.check(self.config)
+        if cache.unwritten_mtp is None or self.mtp is None or cache.hidden is None or not min(cache.lengths):
             raise ValueError("A draft needs a cache that was made with mtp=True and holds at least one token a row.")
         token = as_ids(token, "token", ndim=1)
         if len(token) != cache.batch:
             raise ValueError(f"token has {len(token)} ids and the cache {cache.batch} rows: give one a row.")
         if not 0 <= int(token.min()) <= int(token.max()) < self.vocab_size:
             raise ValueError(f"token holds {int(token.min())} to {int(token.max())} of 0 to {self.vocab_size - 1}.")
+        return token
+
+    def _drafted(self, cache: HybridCache, token: Tensor, count: int) -> Iterator[Tensor]:
+        """Logits (b, vocab) of the MTP layer behind `token`, then behind the most likely token of those, and so on."""
+        assert self.mtp is not None
+        assert cache.mtp is not None
+        assert cache.hidden is not None
         past, hidden = [n - 1 for n in cache.lengths], cache.hidden[:, None]
         state = cache.mtp.share(max(past))  # continued here and forgotten
         for _ in range(count):

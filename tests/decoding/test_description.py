@@ -14,7 +14,7 @@ import qwen3next as q
 from layers.cpp import build, step
 from layers.linear import Linear
 from qwen3next.decoding import cuda_graph
-from qwen3next.decoding.describe_model import Unsupported, describe
+from qwen3next.decoding.describe_model import Unsupported, describe, describe_mtp
 from qwen3next.decoding.description import KINDS, describes
 from qwen3next.decoding.why_not import why_not
 
@@ -38,8 +38,14 @@ def test_the_entries_fill_every_field_and_name_every_weight():
         parts = [model.embed_tokens, model.norm, model.lm_head, *model.blocks]
         weights = [id(x) for part in parts for x in part.parameters()]
         assert sorted(id(held.tensor) for held in found) == sorted(weights)
-    # "gate_bias": of a gate that is there in no model with biases.
-    assert set(matrices(step.Layer)) | set(matrices(step.EmbeddingAndHead)) == used | {"attention.gate_bias"}
+        if model.mtp is not None:
+            ahead = list(describe_mtp(model).weights)
+            used |= {held.field for held in ahead}
+            weights = [id(x) for part in (model.embed_tokens, model.lm_head, model.mtp) for x in part.parameters()]
+            assert sorted(id(held.tensor) for held in ahead) == sorted(weights)
+    # In no model here: the bias of a gate, and of the MTP layer's first product.
+    absent = {"attention.gate_bias", "fc_bias"}
+    assert set(matrices(step.Layer)) | set(matrices(step.EmbeddingAndHead)) == used | absent
 
 
 @pytest.mark.skipif(build.missing() is not None, reason=f"compiled code cannot run: {build.missing()}")
