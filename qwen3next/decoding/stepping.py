@@ -158,12 +158,20 @@ class Stepping(Reference):
             return plan.draft(self, cache, token, 1)[1]
         return next(self._drafted(cache, token, 1))
 
-    def _complete(self, call: Extension, input_ids: Tensor, hidden: Tensor, *, compiled: bool = False) -> None:
+    def _complete(
+        self,
+        call: Extension,
+        input_ids: Tensor,
+        hidden: Tensor,
+        *,
+        embeds: Tensor | None = None,
+        compiled: bool = False,
+    ) -> None:
         """As the definition's; behind a compiled step the pairs are noted, and written in compiled code later."""
         if compiled and note_pairs(self, call.cache, call.segments, hidden):
             call.hidden = hidden
         else:
-            super()._complete(call, input_ids, hidden)
+            super()._complete(call, input_ids, hidden, embeds=embeds)
 
     def _draft_plan(self, cache: HybridCache) -> MTPPlan | None:
         plan, state = available_mtp_plan(self), cache.unwritten_mtp
