@@ -11,11 +11,12 @@ from qwen3next.tuning import Measured, tune, write_table
 def tune_here(repetitions: int = 5, out: Path | None = None, seed: int = 0) -> None:
     """Measure on this CPU which implementations "auto" should pick, and keep the figures for this machine.
 
-    Takes some ten seconds on two idle cores. The figures go to the user's cache folder and replace those that are
+    Takes about a minute, less on an idle machine. The figures go to the user's cache folder and replace those that are
     shipped for this kind of processor. `qwen3next explain` names the figures that decide. The environment variable
     QWEN3NEXT_TUNED=0 leaves them out; deleting the file forgets them.
 
     $ qwen3next tune
+    $ qwen3next tune --repetitions 10
 
     Args:
         repetitions: least number of turns of each measurement, after one that does not count.
