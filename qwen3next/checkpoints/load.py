@@ -62,6 +62,7 @@ def load_as(
                     continue
                 for place, piece in zip(entry.places, entry.split(opened.read(entry.name)), strict=True):
                     place.of(ours).copy_(piece)
+                del piece  # or it would be in memory with the next one
         if experts == "disk":
             failed.pop_all()  # the files stay open, as experts are read later
     model.layout, model.origin = opened.layout_to_save, opened.folder

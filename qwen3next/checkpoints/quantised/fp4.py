@@ -20,6 +20,7 @@ from torch import Tensor
 from qwen3next.checkpoints.quantised.weight import QuantisedWeight, check, check_scales
 from qwen3next.files.tensor_files import Files, Stored
 
+PIECE = 2**20  # bytes unpacked at a time
 VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
@@ -58,8 +59,11 @@ class FP4Weight(QuantisedWeight):
     def read(self, files: Files, index: int | None = None) -> Tensor:
         packed = self.part(files, self.codes, index)
         scale = self._scale(files, index)
-        pairs = _pairs()[packed.int()]  # (…, in / 2, 2)
-        return (pairs.flatten(-2).unflatten(-1, (-1, self.group)) * scale[..., None]).flatten(-2)
+        out = torch.empty(*packed.shape, 2)
+        pairs, rows, step = _pairs(), packed.flatten(0, -2), max(PIECE // packed.shape[-1], 1)
+        for begin in range(0, len(rows), step):  # indices take 8 bytes each
+            out.flatten(0, -3)[begin : begin + step] = pairs[rows[begin : begin + step].int()]
+        return out.flatten(-2).unflatten(-1, (-1, self.group)).mul_(scale[..., None]).flatten(-2)
 
     def _scale(self, files: Files, index: int | None) -> Tensor:
         """The scale of each group in fp32."""

@@ -64,15 +64,16 @@ class GPTQWeight(QuantisedWeight):
         scale = files.read(self.parts["scales"]).T
         return scale_groups(codes, zeros, scale, self._groups(files, count))
 
-    def _groups(self, files: Files, count: int) -> Tensor:
-        if "g_idx" not in self.parts:
-            return torch.arange(self.shape[1]) // self.group
-        groups = files.read(self.parts["g_idx"]).long()
+    def _groups(self, files: Files, count: int) -> Tensor | None:
+        """The group of each input; None if groups are equal runs, which needs no gathered copy of the scales."""
+        inputs = self.shape[1]
+        groups = torch.arange(inputs) // self.group if self.group else files.read(self.parts["g_idx"]).long()
         if len(groups) and not 0 <= int(groups.min()) <= int(groups.max()) < count:
             raise ValueError(
                 f"{self.path}: g_idx of {self.name} ({self.format}) names a group that does not exist: copy it again."
             )
-        return groups
+        equal = inputs % count == 0 and torch.equal(groups, torch.arange(inputs) // (inputs // count))
+        return None if equal else groups
 
 
 def _minus_one(settings: Settings) -> bool:

@@ -55,7 +55,7 @@ class ScaledWeight(QuantisedWeight):
         scale = (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
         if "_zero_point" in self.parts:
             codes -= self._spread(self.part(files, "_zero_point", index).float(), codes)
-        return codes * self._spread(scale, codes)
+        return codes.mul_(self._spread(scale, codes))
 
     def _spread(self, x: Tensor, codes: Tensor) -> Tensor:
         """Scales or zero points in a shape that broadcasts with the codes."""
@@ -64,6 +64,8 @@ class ScaledWeight(QuantisedWeight):
             return x.reshape(())
         if x.ndim < codes.ndim:
             return x[..., None]  # one a row
+        if x.shape[-2:] == (rows, 1):
+            return x
         if x.shape[-2] == rows and columns % x.shape[-1] == 0 and self.tag == "_scale":
             return x.repeat_interleave(columns // x.shape[-1], -1)
         assert self.block is not None

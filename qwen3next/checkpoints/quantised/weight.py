@@ -87,7 +87,7 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 
 
 def scale_groups(codes: Tensor, zeros: Tensor | int, scale: Tensor, groups: Tensor | None = None) -> Tensor:
-    """(codes − zeros) · scale in fp32.
+    """(codes − zeros) · scale in fp32, in place after the first copy: a matrix may be large.
 
     Args:
         codes: (…, out, in).
@@ -98,6 +98,6 @@ def scale_groups(codes: Tensor, zeros: Tensor | int, scale: Tensor, groups: Tens
     scale = scale.float()
     if groups is not None:
         zeros = zeros[..., groups] if isinstance(zeros, Tensor) else zeros
-        return (codes.float() - zeros) * scale[..., groups]
+        return codes.float().sub_(zeros).mul_(scale[..., groups])
     parts = codes.float().unflatten(-1, (scale.shape[-1], -1))
-    return ((parts - (zeros[..., None] if isinstance(zeros, Tensor) else zeros)) * scale[..., None]).flatten(-2)
+    return parts.sub_(zeros[..., None] if isinstance(zeros, Tensor) else zeros).mul_(scale[..., None]).flatten(-2)
