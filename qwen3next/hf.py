@@ -42,7 +42,7 @@ from qwen3next.files.tensor_files import read_header
 from qwen3next.hooks.layer_outputs import Columns, carried_on, pooled_balance, recorded, watched
 from qwen3next.inputs import as_tokens
 from qwen3next.mtp import MTP
-from qwen3next.transformers_parts import Core, Qwen3NextDecoderLayer, fit
+from qwen3next.transformers_parts import Core, PartOfOthers, Qwen3NextDecoderLayer, fit
 
 # What tensor parallelism splits by rows, of the maps that are stored as they are here; each call gathers its output.
 SPLIT = (
@@ -320,7 +320,7 @@ class Qwen3NextForCausalLM(CausalLM):
     config_class, backbone = Qwen3NextConfig, Qwen3NextModel
 
 
-class Qwen3_5TextModel(Backbone):  # transformers' names
+class Qwen3_5TextModel(PartOfOthers, Backbone):  # transformers' names
     config_class = Qwen3_5TextConfig
 
 
@@ -328,7 +328,7 @@ class Qwen3_5ForCausalLM(CausalLM):
     config_class, backbone = Qwen3_5TextConfig, Qwen3_5TextModel
 
 
-class Qwen3_5MoeTextModel(Backbone):
+class Qwen3_5MoeTextModel(PartOfOthers, Backbone):
     config_class = Qwen3_5MoeTextConfig
 
 
@@ -336,7 +336,7 @@ class Qwen3_5MoeForCausalLM(CausalLM):
     config_class, backbone = Qwen3_5MoeTextConfig, Qwen3_5MoeTextModel
 
 
-class Qwen3Model(Backbone):
+class Qwen3Model(PartOfOthers, Backbone):
     config_class = Qwen3Config
 
 

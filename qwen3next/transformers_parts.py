@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -33,6 +34,17 @@ class Core(Qwen3Next):
         frequencies, scale = make(self.rope, positions.device, seq_len=int(positions.max()) + 1)
         angles = positions[..., None, None].double() * frequencies.double().repeat(2)
         return Rotation((angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype))
+
+
+class PartOfOthers:
+    """A text model that AutoModel.from_config also makes inside of other models, such as those with a vision tower.
+
+    These need transformers' own class, of the same name, whose positions and parameter names they use.
+    """
+
+    @classmethod
+    def _from_config(cls, config: PreTrainedConfig, **options: Any) -> Any:
+        return getattr(transformers, cls.__name__)._from_config(config, **options)
 
 
 class Qwen3NextDecoderLayer(GradientCheckpointingLayer, Block):

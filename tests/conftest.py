@@ -71,14 +71,22 @@ def model64() -> q.Qwen3Next:
 WITH_OUR_CLASSES = ("hf", "tools")  # folders of tests whose Auto classes give ours, as does the page about them
 
 
+@pytest.fixture(autouse=True, scope="module")
+def auto_classes_of_a_file(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Once qwen3next.hf is imported, Auto classes give ours: elsewhere that would compare our model with itself."""
+    ours = request.path.parent.name in WITH_OUR_CLASSES or request.path.name == "test_docs.py"
+    yield from _without_our_classes(not ours)
+
+
 @pytest.fixture(autouse=True)
 def auto_classes(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Once qwen3next.hf is imported, Auto classes give ours: elsewhere that would compare our model with itself."""
-    if (
-        "qwen3next.hf" not in sys.modules
-        or request.path.parent.name in WITH_OUR_CLASSES
-        or "hf.md" in request.node.name
-    ):
+    """As above, where a test of another file has imported it, and for pages but the one about transformers."""
+    ours = request.path.parent.name in WITH_OUR_CLASSES or "hf.md" in request.node.name
+    yield from _without_our_classes(not ours)
+
+
+def _without_our_classes(wanted: bool) -> Iterator[None]:
+    if not wanted or "qwen3next.hf" not in sys.modules:
         yield
         return
     from transformers import AutoModel, AutoModelForCausalLM

@@ -417,3 +417,15 @@ def test_transformers_functions_for_experts(our, name):
         our.set_experts_implementation(name)
         assert (our(ids).logits - before).abs().max() <= 1e-5
         assert our.core.decode_backend == "torch"
+
+
+def test_models_with_a_vision_tower_stay_transformers_own():
+    """They make their language model by AutoModel.from_config, and need its positions and parameter names."""
+    text = transformers.Qwen3_5TextConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=2,
+        linear_key_head_dim=16, linear_value_head_dim=16,
+    )  # fmt: skip
+    made = transformers.AutoModel.from_config(text)
+    assert type(made).__module__.startswith("transformers.")
+    assert type(made).__name__ == "Qwen3_5TextModel"
