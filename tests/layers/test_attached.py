@@ -240,7 +240,8 @@ def _around(owner, places):
 @pytest.mark.parametrize("changes", [{}, {"num_experts": 0}])
 @torch.no_grad()
 def test_weights_may_be_there_for_the_time_of_their_modules_forward(changes, whole_blocks):
-    """Logits, prefill, steps and drafts are bit-equal; the loss, with sums in another order, is equal to an ulp."""
+    """Logits, prefill and steps are bit-equal; the loss, with sums in another order, is equal to an ulp; drafts, which
+    compiled code makes where weights stay, are equal to rounding."""
 
     def runs(model):
         model.set_backend("decode", "auto")
@@ -252,14 +253,15 @@ def test_weights_may_be_there_for_the_time_of_their_modules_forward(changes, who
         for _ in model.prefill(TOKENS, padded, 64, segments=Segments.from_mask(MASK)):
             pass
         drafts = [model.draft(x, TOKENS[:, 0]) for x in (cache, padded)]
-        return model.loss(TOKENS).total, [model(TOKENS).logits, *steps, *drafts]
+        return model.loss(TOKENS).total, [model(TOKENS).logits, *steps], drafts
 
-    loss, expected = runs(small_model(**changes))
+    loss, expected, drafts = runs(small_model(**changes))
     model = small_model(**changes)
     offload(model, whole_blocks=whole_blocks)
     assert {p.device.type for p in model.parameters()} == {"meta"}
-    got_loss, got = runs(model)
+    got_loss, got, got_drafts = runs(model)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    torch.testing.assert_close(got_drafts, drafts, rtol=0, atol=1e-5)
     torch.testing.assert_close(got_loss, loss, rtol=2e-7, atol=0)
     cache = model.new_cache(batch=2)
     model.step(TOKENS[:, :3], cache)
