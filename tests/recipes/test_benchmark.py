@@ -84,7 +84,11 @@ def test_runs_and_writes(tmp_path):
 
 
 def test_every_row_says_what_ran_and_where(tmp_path):
-    rows = main(Options(**SMALL | {"train": ("1x8",), "operators": (8,)}, only=("train", "decode 1"), llama_cpp="no"))
+    rows = main(
+        Options(
+            **SMALL | {"train": ("1x8",), "operators": (8,), "at_once": ()}, only=("train", "decode 1"), llama_cpp="no"
+        )
+    )
     assert [row.what for row in rows] == ["decode 1 x 1 after 5", "train 1 x 8"]
     assert all("threads" in row.machine for row in rows)
     assert rows[0].runs in ("decode cpp", "decode torch")
@@ -110,9 +114,7 @@ def test_a_killed_run_leaves_its_rows_and_resume_goes_on(tmp_path, capsys):
     (tmp_path / "slow.py").write_text(SLOW)
     out = tmp_path / "result"
     options = "--preset tiny --dtypes float32 --prefill 1x70 2x20 --decode 1 --decode-after 5 --steps 2 --train 1x20 "
-    options += (
-        "--question 40 3 --operators 70 --repetitions 1 --device cpu --only prefill decode experts --llama-cpp no"
-    )
+    options += "--question 40 3 --operators 70 --at-once --repetitions 1 --device cpu --only prefill decode experts --llama-cpp no"
     command = [sys.executable, "-m", "recipes.benchmark", *options.split(), "--out", str(out)]
     command += ["--peer", str(tmp_path / "slow.py")]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
