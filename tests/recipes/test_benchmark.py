@@ -114,7 +114,8 @@ def test_a_killed_run_leaves_its_rows_and_resume_goes_on(tmp_path, capsys):
     (tmp_path / "slow.py").write_text(SLOW)
     out = tmp_path / "result"
     options = "--preset tiny --dtypes float32 --prefill 1x70 2x20 --decode 1 --decode-after 5 --steps 2 --train 1x20 "
-    options += "--question 40 3 --operators 70 --at-once --repetitions 1 --device cpu --only prefill decode experts --llama-cpp no"
+    options += "--question 40 3 --operators 70 --at-once --repetitions 1 --device cpu --llama-cpp no "
+    options += "--only prefill decode experts"
     command = [sys.executable, "-m", "recipes.benchmark", *options.split(), "--out", str(out)]
     command += ["--peer", str(tmp_path / "slow.py")]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
