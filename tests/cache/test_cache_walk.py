@@ -161,7 +161,7 @@ def walk(kind):
     """The same walk over another model family."""
     model = small_model(dtype=torch.float64, **KINDS[kind])
     case = type(f"Walk_{kind}", (Walk,), {"model": model}).TestCase
-    most = 25 if kind == "hybrid" else 6
+    most = 15 if kind == "hybrid" else 6
     case.settings = settings(max_examples=most, stateful_step_count=25, deadline=None)
     return case
 

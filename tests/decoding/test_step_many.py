@@ -323,7 +323,9 @@ for seed, dtype in ((0, torch.float32), (1, torch.bfloat16)):
 
 
 @needs_cpp
-@pytest.mark.parametrize("choice", ["none", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize(
+    "choice", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("avx2", "avx512", "avx512_bf16"))]
+)
 def test_every_choice_of_instructions(choice):
     """In a process of its own, since torch is bounded too. "none" runs the modules."""
     if choice not in cpu.possible():
