@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recipes.measure.gguf_file import write_gguf
+from qwen3next.checkpoints.convert import convert
+from qwen3next.checkpoints.gguf.write import to_gguf
+from qwen3next.config import ModelConfig
 
 Side = Callable[[], object]
 NAME = "llama.cpp"
@@ -36,6 +39,24 @@ def why_not() -> str:
     """Why llama.cpp is not measured, in a sentence."""
     server = " (llama-server alone cannot time a prompt of given tokens)" if shutil.which("llama-server") else ""
     return f"llama.cpp was not found{server}: pip install llama-cpp-python, or put llama-bench on the PATH"
+
+
+def write_gguf(folder: Path, path: Path, dtype: torch.dtype) -> None:
+    """Write the checkpoint in `folder` as the GGUF file `path`, its weights rounded as `q.load` rounds them for ours.
+
+    Raises: ValueError for a checkpoint that the benchmark cannot compare.
+    """
+    config = ModelConfig.load(folder)
+    if config.model_type != "qwen3_next" or not config.num_experts or config.mtp_num_hidden_layers:
+        raise ValueError(
+            f"{folder} cannot be written for llama.cpp here: it takes qwen3_next with experts, without MTP."
+        )
+    if config.linear_key_head_dim != config.linear_value_head_dim:
+        raise ValueError("llama.cpp has one width for the key and value heads of Gated DeltaNet: make them equal.")
+    with tempfile.TemporaryDirectory() as temporary:
+        rounded = Path(temporary) / "model"
+        convert(folder, rounded, dtype=dtype)
+        to_gguf(rounded, path, kind={torch.float32: "f32", torch.bfloat16: "bf16"}[dtype])
 
 
 class LlamaCpp:

@@ -21,7 +21,7 @@ from recipes.benchmark import Options, compare, main
 from recipes.measure import llama_cpp
 from recipes.measure.benchmark_cases import Case
 from recipes.measure.benchmark_rows import Row, line
-from recipes.measure.gguf_file import write_gguf
+from recipes.measure.llama_cpp import write_gguf
 from recipes.measure.measuring import machine
 from recipes.measure.work import active_weight_bytes, forward_flops, linear_weights
 

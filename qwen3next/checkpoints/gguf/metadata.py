@@ -48,14 +48,17 @@ def model_metadata(config: ModelConfig) -> dict[str, Any]:
 
 
 def tokenizer_metadata(folder: Path, metadata: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """The tokenizer and chat template of a folder, or of another GGUF file; empty if there is none, or not Qwen's."""
+    """The tokenizer and chat template of a folder, or of another GGUF file.
+
+    If there is none, or not Qwen's, what llama.cpp needs to open a file without one.
+    """
     if not folder.is_dir():
-        return {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+        return {key: value for key, value in metadata.items() if key.startswith("tokenizer.")} or _no_tokenizer(config)
     given = read_object(folder / "tokenizer.json", "a tokenizer", optional=True)
     model, text = given.get("model") or {}, str(given.get("pre_tokenizer"))
     split = next((name for name, pattern in SPLITS.items() if repr(pattern) in text), None)
     if split is None or model.get("type") != "BPE":
-        return {}
+        return _no_tokenizer(config)
     tokens, types = [f"[PAD{i}]" for i in range(config.vocab_size)], [UNUSED] * config.vocab_size
     added = [(entry["content"], entry["id"], entry.get("special")) for entry in given.get("added_tokens") or []]
     for token, i in model["vocab"].items():
@@ -76,3 +79,7 @@ def tokenizer_metadata(folder: Path, metadata: Mapping[str, Any], config: ModelC
     config_json = read_object(folder / "tokenizer_config.json", "a tokenizer's configuration", optional=True)
     source = config_json.get("chat_template")
     return whole | ({TEMPLATE: source} if isinstance(source, str) else {})
+
+
+def _no_tokenizer(config: ModelConfig) -> dict[str, Any]:
+    return {"tokenizer.ggml.model": "none", f"{ARCHITECTURES[config.model_type]}.vocab_size": config.vocab_size}
