@@ -1,7 +1,7 @@
 """The MTP layer in compiled code, on the CPU: drafts, and the keys and values that later drafts need.
 
-A step only notes the pairs that its tokens complete. They are written into the layer's cache when somebody reads it:
-a draft, a fork, a file. By then it is known which tokens were accepted, and steps that nobody drafts for cost nothing.
+A step only notes the pairs that its tokens complete. They are written into the layer's cache when it is next read, by a
+draft, a fork or a file. By then it is known which tokens were accepted. Steps without drafts write nothing.
 The keys and values do not depend on when they are written, or on how the tokens were divided over calls.
 """
 
@@ -194,30 +194,34 @@ class _Kept:
             self.reason = str(reason).rstrip(".")
 
 
-def why_not_draft(model: Decodable) -> str | None:
-    """Why the MTP layer cannot run in compiled code, in a sentence without a full stop, or None."""
+def _kept_or_reason(model: Decodable) -> _Kept | str:
+    """What is kept of the layer, if compiled code can run it as it stands; else why not, without a full stop."""
     if model.mtp is None:
         return "the model has no MTP layer"
-    weight = like(model)
+    weight, slot = like(model), model.plan_cache
     if model.decode_backend in ("torch", "graph"):
         return f"the backend of decode is {model.decode_backend}"
     if reason := backend_why_not("decode", "cpp", weight.device, weight.dtype):
         return reason
     if (MTP.remember, MTP._pairs) != _METHODS:
         return "a method of MTP was replaced"
-    kept = _kept(model)
-    hooked = kept.guard.hooked(model) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    return kept.reason or ("hooks are attached, or a backend was chosen" if hooked else None)
-
-
-def _kept(model: Decodable) -> _Kept:
-    slot = model.plan_cache
     if slot.mtp is None or not slot.mtp.guard.is_valid(model):
         slot.mtp = None  # before another is made: what it keeps alive may be large
         slot.mtp = _Kept(model)
-    return slot.mtp
+    kept: _Kept = slot.mtp
+    if kept.reason:
+        return kept.reason
+    hooked = kept.guard.hooked(model) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    return "hooks are attached, or a backend was chosen" if hooked else kept
+
+
+def why_not_draft(model: Decodable) -> str | None:
+    """Why the MTP layer cannot run in compiled code, as a sentence without a full stop, or None."""
+    found = _kept_or_reason(model)
+    return found if isinstance(found, str) else None
 
 
 def available_mtp_plan(model: Decodable) -> MTPPlan | None:
     """The plan by which the MTP layer can run as it stands, None where it cannot."""
-    return None if why_not_draft(model) else _kept(model).plan
+    found = _kept_or_reason(model)
+    return None if isinstance(found, str) else found.plan

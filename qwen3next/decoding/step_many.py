@@ -14,26 +14,26 @@ from qwen3next.decoding.states import CacheStep
 from qwen3next.inputs import as_ids, check_vocabulary
 from qwen3next.model import Qwen3Next as Reference
 
-Rows = list[tuple[Tensor, HybridCache]]  # ids (1, t) and where they go
+Rows = list[tuple[Tensor, HybridCache]]  # ids (b, t), and the cache that takes them
 
 
 def step_many(model: Any, tokens: Sequence[Tensor], caches: Sequence[HybridCache], *, all_logits: bool) -> Tensor:
     """`model.step_many`: one compiled call for the rows that it can run, then the others one after the other."""
     rows = checked_rows(model, tokens, caches)
     plan = None if looked_at(model) else available_plan(model)
-    together = [
+    compiled = [
         n for n, (ids, cache) in enumerate(rows) if plan and ids.shape[1] <= MOST_TOKENS and plan.supports(cache)
     ]
-    if plan and len(together) == len(rows):
-        return _together(model, plan, rows, all_logits=all_logits)
+    if plan and len(compiled) == len(rows):
+        return together(model, plan, rows, all_logits=all_logits)
     found: dict[int, Tensor] = {}
     with ExitStack() as stack:
         for _, cache in rows:
             stack.enter_context(cache.unchanged_on_failure())
-        if plan and together:
-            logits = _together(model, plan, [rows[n] for n in together], all_logits=all_logits)
-            counts = [rows[n][0].shape[1] if all_logits else 1 for n in together]
-            found |= zip(together, logits.split(counts), strict=True)
+        if plan and compiled:
+            logits = together(model, plan, [rows[n] for n in compiled], all_logits=all_logits)
+            counts = [rows[n][0].shape[1] if all_logits else 1 for n in compiled]
+            found |= zip(compiled, logits.split(counts), strict=True)
         for n, (ids, cache) in enumerate(rows):
             if n not in found:
                 found[n] = _by_itself(model, ids, cache, all_logits=all_logits)
@@ -68,7 +68,7 @@ def looked_at(model: Any) -> bool:
     return type(model).forward is not Reference.forward or attached(model)
 
 
-def _together(model: Any, plan: Plan, rows: Rows, *, all_logits: bool) -> Tensor:
+def together(model: Any, plan: Plan, rows: Rows, *, all_logits: bool) -> Tensor:
     """Logits (n, vocab) of one compiled call."""
     with ExitStack() as stack:
         calls = [stack.enter_context(cache.extend(ids, None, model)) for ids, cache in rows]

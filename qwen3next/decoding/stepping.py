@@ -17,7 +17,7 @@ from qwen3next.decoding.cuda_graph import graph_for
 from qwen3next.decoding.mtp_plan import MTPPlan, available_mtp_plan, note_pairs
 from qwen3next.decoding.plan import MOST_TOKENS, PlanCache, available_plan, plan_for
 from qwen3next.decoding.states import CacheStep
-from qwen3next.decoding.step_many import looked_at, step_many
+from qwen3next.decoding.step_many import looked_at, step_many, together
 from qwen3next.inputs import as_dtype, as_ids, as_kv_dtype, check_vocabulary
 from qwen3next.model import Qwen3Next as Reference
 
@@ -129,12 +129,7 @@ class Stepping(Reference):
         if plan is None or input_ids.shape[1] > MOST_TOKENS or not plan.supports(cache):
             return torch.stack([self.step(token, cache) for token in input_ids.split(1, dim=1)], dim=1)
         check_vocabulary(input_ids, self.vocab_size)
-        with cache.extend(input_ids, None, self) as call:
-            self._warn_of_length(call.segments)
-            step = CacheStep(cache, call.segments, input_ids)
-            (hidden,), logits = plan.run(self, [step], all_logits=True)
-            self._complete(call, input_ids, hidden, compiled=True)
-        return logits.view(*input_ids.shape, -1)
+        return together(self, plan, [(input_ids, cache)], all_logits=True).view(*input_ids.shape, -1)
 
     @torch.no_grad()
     def draft_tokens(self, cache: HybridCache, token: Int[Tensor, "b"], count: int) -> Int[Tensor, "b count"]:
