@@ -163,7 +163,7 @@ def onednn(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def without_figure(_device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why oneDNN is not picked where nobody has measured it: on some processors torch's own library is as fast."""
+    """Why oneDNN is not picked without a measurement: on some processors torch's own library is as fast."""
     if speeds.known("linear", dtype, torch.is_grad_enabled()):
         return None
     return "no figure says that it is faster on this processor: `qwen3next tune` measures it"

@@ -1,8 +1,8 @@
 """The engine: one thread owns the model and works for all requests, each of which gets the tokens of a single run.
 
 Every tick it steps all running texts in one call, a token each, and then runs at most one piece of one waiting prompt.
-A piece is sized in time, so that nobody waits long for a stranger's prompt. A request is admitted once the memory of
-its whole prompt and all its new tokens is free, and keeps that until it ends: nothing is taken back from it.
+A piece takes about the same time for every prompt, so a long prompt delays the other requests only briefly. A request
+is admitted once the memory for its whole prompt and all its new tokens is free. It keeps this memory until it ends.
 """
 
 import queue
