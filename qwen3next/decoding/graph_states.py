@@ -1,8 +1,8 @@
 """Recurrent states in a graph's own memory, lent to the cache without a copy.
 
 The memory has two sides. A step reads one side and writes the other, so the state before a step is still there if the
-step fails. Steps one after another copy nothing. A state is copied out when it is read, or when it is still held and its
-side is about to be written again.
+step fails. Steps one after another copy nothing. A state is copied out when it is read, or when it is still held and
+its side is about to be written again.
 """
 
 import weakref
