@@ -117,7 +117,7 @@ def test_no_usage_chunk_where_none_was_asked_for(client):
 
 def test_thinking_is_apart(model, tokenizer, running, monkeypatch):
     """The template opens thinking; what the model says before it closes it is reasoning."""
-    monkeypatch.setattr(running[1], "template", ChatTemplate(TEMPLATE + "<think>"))
+    monkeypatch.setattr(running[1].chats, "template", ChatTemplate(TEMPLATE + "<think>"))
     client = openai.OpenAI(base_url=f"{running[0]}/v1", api_key="none")
     answer = client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "Hi"}], max_tokens=8, temperature=0
@@ -193,6 +193,13 @@ def post(address, path, body, **headers):
         return error.code, json.loads(error.read())
 
 
+IMAGE, TOOL = "messages.0.content.0.type", "tool_choice"
+
+
+def chat_of(**message):
+    return {"model": "tiny", "messages": [message]}
+
+
 GOOD = {"model": "tiny", "prompt": "x", "max_tokens": 1}
 
 
@@ -204,19 +211,15 @@ GOOD = {"model": "tiny", "prompt": "x", "max_tokens": 1}
         ("/v1/completions", {**GOOD, "best_of": 2}, 400, "best_of is not supported: leave it out", "best_of"),
         ("/v1/completions", {**GOOD, "temperature": "warm"}, 400, "temperature", "temperature"),
         ("/v1/completions", {**GOOD, "temperature": -1}, 400, "temperature", "temperature"),
-        ("/v1/completions", {**GOOD, "prompt": []}, 400, "prompt is empty", "prompt"),
+        ("/v1/completions", {**GOOD, "prompt": []}, 400, "at least 1 item", "prompt"),
         ("/v1/completions", {**GOOD, "prompt": [300]}, 400, "a token outside", None),
         ("/v1/completions", {**GOOD, "logit_bias": {"999": 1}}, 400, "logit_bias has token 999", None),
         ("/v1/completions", {**GOOD, "max_tokens": 10**9}, 400, "exceed the context", None),
         ("/v1/completions", {**GOOD, "model": "other"}, 404, "There is no model 'other'", "model"),
         ("/v1/chat/completions", {"model": "tiny", "messages": []}, 400, "messages", "messages"),
-        (
-            "/v1/chat/completions",
-            {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "tools": []},
-            400,
-            "tools is not supported",
-            "tools",
-        ),
+        ("/v1/chat/completions", chat_of(role="user", content="x", colour=1), 400, "colour is not", "messages.0.colour"),
+        ("/v1/chat/completions", chat_of(role="user", content=[{"type": "image_url"}]), 400, "'text'", IMAGE),
+        ("/v1/chat/completions", {**chat_of(role="user", content="x"), "tool_choice": "required"}, 400, "no tools", TOOL),
         ("/v1/nothing", GOOD, 404, "Not Found", None),
         ("/v1/models", GOOD, 405, "Method Not Allowed", None),
         ("/detokenize", {"tokens": [999]}, 400, "outside the vocabulary", "tokens"),

@@ -10,7 +10,8 @@ from conftest import small_model
 import qwen3next as q
 from qwen3next.generation.choice import Choice
 from qwen3next.generation.sampling_rules import SamplingRules
-from qwen3next.serving.engine import Busy, Engine, Finished, Refused, Request
+from qwen3next.serving.engine import Engine
+from qwen3next.serving.tickets import Busy, Finished, Refused, Request
 
 CHOICES = [
     Choice(),
