@@ -214,8 +214,8 @@ class PrefixStore:
         matched = best.end if best.ends else 0
         if matched == len(ids):
             reason = ""
-        elif held > matched or (self.exact and shared == len(ids) and matched == _last_exact(len(ids))):
-            reason = f"The tokens from {matched} on run again, because results stay equal to the bit only then."
+        elif held > matched or (self.exact and matched == _last_exact(len(ids))):
+            reason = f"Results stay equal to the bit only if the tokens from {matched} on run again."
         elif shared > matched:
             reason = f"Tokens {matched} to {shared} are stored, but without a state after any of them."
         elif not shared:

@@ -141,6 +141,7 @@ class ChatAnswer(Answer):
 
     def whole(self, reader: Reader) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": reader.said["answer"], "refusal": None}
+        message["annotations"] = []
         if thinking := reader.said["thinking"]:
             message |= {"reasoning": thinking, "reasoning_content": thinking}
         if reader.calls:

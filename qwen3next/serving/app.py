@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from importlib.resources import files
 from typing import Any
 
 from starlette.applications import Starlette
@@ -24,6 +23,7 @@ from qwen3next.serving.engine import Engine
 from qwen3next.serving.errors import FAILED, Failure, read_body
 from qwen3next.serving.metrics import metrics
 from qwen3next.serving.openapi import description
+from qwen3next.serving.page import PAGE, PAGE_HEADERS
 from qwen3next.serving.reader import PlainText
 from qwen3next.serving.response_schemas import Response as ResponseBody
 from qwen3next.serving.responses import ResponseAnswer
@@ -32,15 +32,6 @@ from qwen3next.serving.schemas import Chat, Completion, Detokenize, Tokenize
 from qwen3next.serving.tickets import Busy, Refused
 
 LOG = logging.getLogger(__name__)
-# The page loads nothing from elsewhere, and no other page may frame it.
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
-
-
 class Server:
     """The application for one model.
 
@@ -125,8 +116,7 @@ class Server:
             raise Failure(401, message, kind="authentication_error")
 
     async def page(self, _request: Request) -> Response:
-        html = files("qwen3next.serving").joinpath("page.html").read_text(encoding="utf-8")
-        return HTMLResponse(html, headers=PAGE_HEADERS)
+        return HTMLResponse(PAGE, headers=PAGE_HEADERS)
 
     async def health(self, _request: Request) -> Response:
         return JSONResponse({"status": "ok"}) if self.engine.healthy else JSONResponse({"status": "stuck"}, 503)

@@ -64,9 +64,8 @@ def _place(content: Any, loc: Sequence[int | str], *, missing: bool) -> list[int
     """The keys of a place in the body, without the names of alternatives that are not in it."""
     found: list[int | str] = []
     for n, key in enumerate(loc):
-        if isinstance(content, dict) and key in content:
-            content = content[key]
-        elif isinstance(content, list) and isinstance(key, int) and key < len(content):
+        in_list = isinstance(content, list) and isinstance(key, int) and key < len(content)
+        if in_list or (isinstance(content, dict) and key in content):
             content = content[key]
         elif not (missing and n == len(loc) - 1):
             continue

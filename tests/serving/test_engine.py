@@ -124,8 +124,7 @@ def test_it_is_said_why_no_more_tokens_were_cached(model):
             list(ticket)
     assert [ticket.cached_tokens for ticket in tickets] == [0, 128, 0, 128]
     assert tickets[0].not_cached == "Nothing is stored yet."
-    again = "run again, because results stay equal to the bit only then."
-    assert tickets[1].not_cached == f"The tokens from 128 on {again}"
+    assert tickets[1].not_cached == "Results stay equal to the bit only if the tokens from 128 on run again."
     assert tickets[2].not_cached == "Tokens 0 to 100 are stored, but without a state after any of them."
     assert tickets[3].not_cached == "The stored text ends there."
     with Engine(model) as engine:
