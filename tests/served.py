@@ -3,7 +3,7 @@
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -39,11 +39,12 @@ def byte_tokenizer(*, markup: bool = False) -> Tokenizer:
 
 
 class GivenReplies(Engine):
-    """Answers requests with texts that are given, and notes the requests."""
+    """Answers requests with texts that are given, or made from the prompt by `reply`, and notes the requests."""
 
-    def __init__(self, tokenizer: Tokenizer, replies: Sequence[str] = (), *, pause: float = 0.0):
+    def __init__(self, tokenizer: Tokenizer, *, reply: Callable[[str], str] | None = None, pause: float = 0.0):
         super().__init__(small_model(vocab_size=tokenizer.get_vocab_size(), eos_token_id=256))
-        self.tokenizer, self.replies, self.pause = tokenizer, list(replies), pause
+        self.tokenizer, self.pause, self.reply = tokenizer, pause, reply
+        self.replies: list[str] = []
         self.requests: list[Request] = []
 
     def submit_all(self, requests: Sequence[Request]) -> list[Ticket]:
@@ -52,18 +53,19 @@ class GivenReplies(Engine):
         self.requests += requests
         tickets = [Ticket(request) for request in requests]
         for ticket in tickets:
-            ids = self.tokenizer.encode(self.replies.pop(0)).ids
-            threading.Thread(target=self._reply, args=(ticket, ids), daemon=True).start()
+            prompt = self.tokenizer.decode(ticket.request.ids, skip_special_tokens=False)
+            text = self.replies.pop(0) if self.reply is None else self.reply(prompt)
+            threading.Thread(target=self._give, args=(ticket, self.tokenizer.encode(text).ids), daemon=True).start()
         return tickets
 
-    def _reply(self, ticket: Ticket, ids: Sequence[int]) -> None:
+    def _give(self, ticket: Ticket, ids: Sequence[int]) -> None:
         ids, most = [*ids, 256], ticket.request.most
         ticket.cached_tokens, ticket.not_cached = 7, "Given."
         for token in ids[:most]:
             if ticket.cancelled.wait(self.pause) or ticket.cancelled.is_set():
                 ticket.give(Finished("cancelled"))
                 return
-            ticket.give(Picked(token))
+            ticket.give(Picked(token, -0.5, ((token, -0.5),)))
         ticket.give(Finished("stop" if len(ids) <= most else "length"))
 
 

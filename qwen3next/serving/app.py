@@ -32,6 +32,8 @@ from qwen3next.serving.schemas import Chat, Completion, Detokenize, Tokenize
 from qwen3next.serving.tickets import Busy, Refused
 
 LOG = logging.getLogger(__name__)
+
+
 class Server:
     """The application for one model.
 
@@ -122,7 +124,7 @@ class Server:
         return JSONResponse({"status": "ok"}) if self.engine.healthy else JSONResponse({"status": "stuck"}, 503)
 
     async def openapi(self, _request: Request) -> Response:
-        return JSONResponse(description())
+        return JSONResponse(description(self.name))
 
     async def metrics(self, _request: Request) -> Response:
         return Response(metrics(self.engine), media_type="text/plain; version=0.0.4")
@@ -134,11 +136,13 @@ class Server:
 
     async def tokenize(self, request: Request) -> Response:
         body = await read_body(request, Tokenize)
+        self._check_model(body.model or self.name)
         ids = self.tokenizer.encode(body.prompt).ids
         return JSONResponse({"tokens": ids, "count": len(ids)})
 
     async def detokenize(self, request: Request) -> Response:
         body = await read_body(request, Detokenize)
+        self._check_model(body.model or self.name)
         if body.tokens and max(body.tokens) >= self.engine.model.vocab_size:
             raise Failure(400, "tokens has an id outside the vocabulary.", param="tokens")
         return JSONResponse({"prompt": self.tokenizer.decode(body.tokens, skip_special_tokens=False)})

@@ -46,8 +46,8 @@ FAILURES = {
 }
 
 
-def description() -> dict[str, Any]:
-    """An OpenAPI 3.1 document."""
+def description(name: str) -> dict[str, Any]:
+    """An OpenAPI 3.1 document for a server whose model has this name."""
     schemas: dict[str, Any] = {"Error": ERROR}
     paths: dict[str, Any] = {
         path: {
@@ -59,6 +59,7 @@ def description() -> dict[str, Any]:
     for path, (summary, model) in BODIES.items():
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {})
+        schema["properties"]["model"] = {"enum": [name, *([] if "model" in schema["required"] else [None])]}
         schemas[model.__name__] = schema
         body = {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}
         answers: dict[str, Any] = {"200": {"description": "The answer, as JSON or as server-sent events."}}

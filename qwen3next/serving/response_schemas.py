@@ -1,11 +1,11 @@
 """What clients may send to /v1/responses. The server keeps nothing, so what needs an earlier response is refused."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from qwen3next.serving.errors import Failure
-from qwen3next.serving.schemas import Chat, Name, Strict
+from qwen3next.serving.schemas import Chat, Name, Never, Strict
 
 ROLES = Literal["system", "developer", "user", "assistant"]
 Status = Literal["in_progress", "completed", "incomplete"] | None
@@ -93,7 +93,7 @@ class Reasoning(Strict):
 
 class Response(Strict):
     model: str
-    input: str | list[Item] = Field(min_length=1)
+    input: Annotated[str, Field(min_length=1)] | Annotated[list[Item], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=100)
@@ -105,13 +105,13 @@ class Response(Strict):
     text: TextOptions | None = None
     reasoning: Reasoning | None = None
     metadata: dict[str, str] | None = None
-    store: bool | None = None
+    store: Never | None = None
     previous_response_id: str | None = None
     truncation: Literal["disabled"] | None = None
     include: list[str] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    background: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
+    background: Never | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=0)
     user: str | None = None
 
     def chat(self) -> Chat:
@@ -119,8 +119,6 @@ class Response(Strict):
         if self.previous_response_id is not None:
             message = "This server keeps no responses: send the whole conversation as input."
             raise Failure(400, message, param="previous_response_id")
-        if self.store:
-            raise Failure(400, "This server keeps no responses: leave store out, or false.", param="store")
         if self.include:
             raise Failure(400, f"{self.include[0]} is not supported: leave it out.", param="include")
         form = self.text.format if self.text else None

@@ -2,14 +2,22 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 from qwen3next.generation.choice import Choice
 from qwen3next.generation.sampling_rules import SamplingRules
 
+
+def _only_false(value: bool) -> bool:
+    if value:
+        raise ValueError("this server does not do that: leave it out, or false")
+    return value
+
+
 MOST_PROMPTS = 64  # in one request
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[Token], Field(min_length=1)]
+Never = Annotated[bool, AfterValidator(_only_false), WithJsonSchema({"type": "boolean", "enum": [False]})]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
@@ -173,7 +181,7 @@ class Chat(Sampling):
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    store: Literal[False] | None = None
+    store: Never | None = None
 
     @property
     def callable(self) -> list[dict[str, Any]]:
