@@ -216,9 +216,7 @@ def test_drafts_need_neither_history_nor_room(model, history, rows):
     expected = q.generate(model, ids, cache=plain, max_new_tokens=20)
     for draft_tokens in (3, "auto"):
         cache = model.new_cache(rows, max_len=most, history=history, mtp=True)
-        assert torch.equal(
-            q.generate(model, ids, cache=cache, max_new_tokens=20, draft_tokens=draft_tokens), expected
-        )
+        assert torch.equal(q.generate(model, ids, cache=cache, max_new_tokens=20, draft_tokens=draft_tokens), expected)
         assert (cache.history, cache.lengths) == (history, plain.lengths)
         back = 2 if history else 0
         if not history:
