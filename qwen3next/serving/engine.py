@@ -245,11 +245,8 @@ class Engine:
         """Run a piece of a prompt; behind the last one, choose the first token."""
         (one,) = these
         if one.prompt is None:  # only now: the prompt before it may have stored what it begins with
-            ahead = self.speculation
-            length = one.row.prompt + one.row.most + ahead.most
-            one.prompt = Prompt(
-                self.model, self.store, one.ticket, max_len=length, history=ahead.history, mtp=ahead.mtp
-            )
+            length = one.row.prompt + one.row.most + self.speculation.most
+            one.prompt = Prompt(self.model, self.store, one.ticket, max_len=length, mtp=self.speculation.mtp)
             self.counters.cached_tokens += one.ticket.cached_tokens
         tokens, done = one.prompt.advance(self._piece)
         self.counters.prompt_tokens += tokens

@@ -34,17 +34,15 @@ class Prompt:
         cache: holds the prompt's tokens that are stored or have run.
     """
 
-    def __init__(
-        self, model: Qwen3Next, store: PrefixStore | None, ticket: Ticket, *, max_len: int, history: int, mtp: bool
-    ):
+    def __init__(self, model: Qwen3Next, store: PrefixStore | None, ticket: Ticket, *, max_len: int, mtp: bool):
         self.model, self._ids = model, torch.tensor(ticket.request.ids)
         self._run: Prefill | None = None
         if store is None:
-            self.cache: HybridCache = model.new_cache(max_len=max_len, history=history, mtp=mtp)
+            self.cache: HybridCache = model.new_cache(max_len=max_len, mtp=mtp)
             ticket.not_cached = "The server keeps no prefixes."
             return
         store.refresh()
-        self._run = store.prefill(self._ids, max_len=max_len, points=ticket.request.points, history=history)
+        self._run = store.prefill(self._ids, max_len=max_len, points=ticket.request.points)
         self.cache = self._run.cache
         ticket.cached_tokens, ticket.not_cached = self._run.matched_tokens, self._run.reason
 

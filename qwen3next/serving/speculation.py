@@ -1,7 +1,7 @@
 """Speculative decoding of many texts: how many tokens to guess for each, measured for each number of texts."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from qwen3next.api import Qwen3Next
@@ -10,7 +10,7 @@ from qwen3next.generation.drafts import DraftLength
 from qwen3next.generation.generate import drafting
 from qwen3next.generation.rounds import Row
 
-STATES = 3  # recurrent states that a cache keeps for rolling back, at most
+STATES = 3  # recurrent states that a cache keeps beside its own while drafts are checked, at most
 
 
 @dataclass
@@ -34,8 +34,7 @@ class Speculation:
 
     Attributes:
         most: tokens drafted at most.
-        history: tokens that caches must be able to take back.
-        kept_states: recurrent states that this costs.
+        kept_states: recurrent states that the check of a draft needs beside the cache's own.
         mtp: whether caches must hold the MTP layer's keys and values.
     Raises: ValueError, as `Generation`, for a number that cannot be, or a model without an MTP layer.
     """
@@ -43,21 +42,24 @@ class Speculation:
     def __init__(self, model: Qwen3Next, draft_tokens: int | str):
         length, drafter = drafting(model, draft_tokens, "mtp")
         self.most = 0 if length is None else length.most
-        self.history = self.most + 1 if self.most else 0
         self.kept_states, self.mtp = (STATES if self.most else 0), drafter is not None
         self._drafter, self._adapt = drafter, draft_tokens == "auto"
         self._lengths: dict[int, DraftLength] = {}
 
     @contextmanager
     def round(self, rows: Sequence[Row], caches: Sequence[HybridCache]) -> Iterator[Turn]:
-        """Around a step of these texts, which it times."""
+        """Around a step of these texts, which it times; the caches can take back what the step brings."""
         if self._drafter is None:
             yield Turn([[] for _ in rows])
             return
         length = self._lengths.setdefault(len(rows), DraftLength(self.most, adapt=self._adapt))
         count = min(length.begin(), max(row.most - row.new for row in rows) - 1)
         turn = Turn([self._drafted(row, cache, count) for row, cache in zip(rows, caches, strict=True)])
-        yield turn
+        with ExitStack() as stack:
+            for cache, guesses in zip(caches, turn.drafts, strict=True):
+                if guesses:
+                    stack.enter_context(cache.revocable(1 + len(guesses)))
+            yield turn
         length.end(max(map(len, turn.drafts)), turn.accepted)
 
     def _drafted(self, row: Row, cache: HybridCache, count: int) -> list[int]:
