@@ -7,7 +7,7 @@ READY := $(VENV)/.qwen3next-installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oracles test-cpu test-cpus test-slow test-sanitize test-gpu gpu-check gpu-bundle test-kernels test-packages test-hf test-tools lint types format wheel bench docs clean
+.PHONY: help demo test test-oracles test-cpu test-cpus test-slow test-sanitize test-gpu gpu-check gpu-bundle test-kernels test-packages test-hf test-tools test-install lint types format wheel bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -112,6 +112,11 @@ test-tools: $(TOOLS)/.installed ## PEFT, TRL, lm-eval, accelerate and torchao on
 test-hf: $(TOOLS)/.installed ## transformers' own model tests, on its class and on ours
 	$(ONE_THREAD) $(TOOLS)/bin/python tests/hf/suite.py
 
+# ALSO names more interpreters and versions of torch: make test-install ALSO='--also python3.13 torch==2.15.0'
+ALSO ?=
+test-install: $(READY) ## the wheel by pip, uv and pipx in new environments; without a compiler; with triton
+	$(RUN) tests/install/matrix.py $(ALSO)
+
 lint: $(READY) types ## check style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -141,5 +146,5 @@ docs: $(DOCS) ## build the pages and the API reference into site/; fails on a wa
 
 clean: ## remove files of builds and tests; keeps the environment
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	rm -f test-cpus.txt test-cpus.log gpu-bundle.txz
+	rm -f test-install.json test-cpus.txt test-cpus.log gpu-bundle.txz
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from qwen3next.chat.template import ChatTemplate
-from qwen3next.commands.common import Dtype, ExpertPlace, Folder, open_model, open_tokenizer
+from qwen3next.commands.common import Dtype, ExpertPlace, Folder, Quiet, Verbose, open_model, open_tokenizer
 from qwen3next.files.sizes import parse_bytes
 
 
@@ -22,7 +22,8 @@ def serve(
     dtype: Dtype = "auto",
     experts: ExpertPlace = "memory",
     expert_cache: str = "2GiB",
-    quiet: bool = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Serve a checkpoint with OpenAI's interface: /v1/completions and /v1/chat/completions.
 
@@ -45,6 +46,7 @@ def serve(
         experts: memory; int8 (one byte per weight); disk (read from the files when tokens need them).
         expert_cache: memory for experts read from the files.
         quiet: write only errors to stderr.
+        verbose: write to stderr which implementation runs for each operation, and the traceback of an error.
     """
     try:
         import uvicorn
@@ -57,7 +59,9 @@ def serve(
     if not key and not _local(host):
         raise ValueError(f"{host} can be reached from other machines: set QWEN3NEXT_API_KEY, or use --host 127.0.0.1.")
     budget, tokenizer = parse_bytes(max_memory), open_tokenizer(folder)
-    model = open_model(folder, device=device, dtype=dtype, experts=experts, cache=expert_cache, quiet=quiet)
+    model = open_model(
+        folder, device=device, dtype=dtype, experts=experts, cache=expert_cache, quiet=quiet, verbose=verbose
+    )
     engine = Engine(model, max_memory=budget, max_waiting=max_waiting, max_rows=max_rows)
     template = ChatTemplate.find(folder)
     called = name or Path(folder).resolve().name
