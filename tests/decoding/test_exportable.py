@@ -1,4 +1,4 @@
-"""A step, a loss and a whole page by torch.export; a step as a package of AOTInductor.
+"""A step and a whole page by torch.export; a step as a package of AOTInductor.
 
 Each case runs this file in a separate process, because torch cannot trace the shape checks that conftest.py puts around
 every function.
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.export import Dim
 
 import qwen3next as q
 from layers.segments import Segments
@@ -69,32 +68,6 @@ def exported(kind: str) -> None:
     follows(program.module(), whole, cache, position, step.states(cache, 100)[1], 1e-5)
 
 
-def loss() -> None:
-    """Exported at 40 tokens, with its gradients at 70."""
-    whole = model()
-
-    class Loss(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.whole = whole
-
-        def forward(self, ids):
-            return self.whole.loss(ids).total
-
-    ids = torch.arange(140).view(2, 70) * 31 % 251
-    length = Dim("length", min=4, max=1 << 16)
-    program = torch.export.export(Loss(), (ids[:, :40].contiguous(),), dynamic_shapes=({1: length},)).module()
-    expected = whole.loss(ids).total
-    expected.backward()
-    gradients = {name: p.grad.clone() for name, p in whole.named_parameters()}
-    got = program(ids)
-    got.backward()
-    assert (got - expected).abs() <= 1e-5
-    for name, p in program.named_parameters():
-        g = gradients[name.removeprefix("whole.")]
-        assert (p.grad - g).abs().max() <= 1e-4 * g.abs().max() + 1e-7, name
-
-
 @torch.no_grad()
 def compiled(folder: str) -> None:
     """A package, in fp32."""
@@ -129,7 +102,6 @@ SLOW = pytest.mark.slow
     [
         ("exported", "plain"),
         pytest.param(("exported", "auto"), marks=SLOW),
-        pytest.param(("loss",), marks=SLOW),
     ],
     ids="-".join,
 )

@@ -129,3 +129,45 @@ def test_a_patch_does_there_what_it_does_here(both, name):
         got = ours.run_with_hooks(TOKENS, fwd_hooks=hooks).logits
         assert not torch.allclose(got, ours(TOKENS).logits)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory):
+    """The class of qwen3next/hf.py on a random hybrid checkpoint."""
+    pytest.importorskip("transformers", minversion="5.23")
+    from transformers import AutoModelForCausalLM
+
+    import qwen3next.hf  # noqa: F401
+
+    folder = tmp_path_factory.mktemp("hybrid")
+    small_model(mtp_num_hidden_layers=0).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_nnsight_on_transformers_class(hybrid):
+    """Layers by transformers' names and hook points by ours; in generation as well."""
+    nnsight = pytest.importorskip("nnsight")
+    traced = nnsight.NNsight(hybrid)
+    with torch.no_grad():
+        _, acts = hybrid.core.run_with_cache(TOKENS, names_filter=[BETA, "blocks.2.hook_resid_post"])
+        nulled = hybrid.core.run_with_hooks(TOKENS, fwd_hooks=[(BETA, lambda beta, _hook: beta * 0)]).logits
+        with traced.trace(TOKENS):
+            beta = traced.model.layers[1].linear_attn.hook_beta.output.save()
+            layer = traced.model.layers[2].output[0].save()
+            logits = traced.lm_head.output.save()
+        assert torch.equal(beta, acts[BETA])
+        assert torch.equal(layer, acts["blocks.2.hook_resid_post"])
+        assert torch.equal(logits, hybrid(TOKENS).logits)
+        with traced.trace(TOKENS):
+            traced.model.layers[1].linear_attn.hook_beta.output = (
+                traced.model.layers[1].linear_attn.hook_beta.output * 0
+            )
+            patched = traced.lm_head.output.save()
+        assert torch.equal(patched, nulled)
+
+
+def test_transformer_lens_boots_the_class_or_says_why(hybrid):
+    """TransformerLens has no adapter for this architecture: its message names it."""
+    bridge = pytest.importorskip("transformer_lens.model_bridge")
+    with pytest.raises(Exception, match=r"(?i)qwen3.?next|unsupported|not supported"):
+        bridge.TransformerBridge.boot_transformers("tiny", hf_model=hybrid, device="cpu")
