@@ -113,7 +113,7 @@ def examine() -> Iterator[Finding]:
 def _packages(what: str, brings: str, packages: dict[str, str], *, required: bool = False) -> Finding:
     """Whether these distributions are installed, in versions that are new enough."""
     name = "qwen3next" if required else f"qwen3next{what}"
-    line = f'{Path(sys.executable).name} -m pip install --upgrade "{name}"'
+    line = f'{sys.executable} -m pip install --upgrade "{name}"'
     found, absent, old = [], [], []
     for package, oldest in packages.items():
         try:

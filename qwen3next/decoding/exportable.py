@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from layers.gated_deltanet import DeltaNetState
+from layers.gated_deltanet import DeltaNetState, GatedDeltaNet
+from layers.moe import Experts
 from layers.segments import Segments
 from layers.state.kv_cache import KVCache
 from layers.state.static_kv_cache import StaticKVCache
@@ -22,29 +23,34 @@ PLAIN = {
     "experts": "gathered",
     "decode": "torch",
 }
+NEEDS: dict[str, type[nn.Module]] = {"delta_rule": GatedDeltaNet, "experts": Experts}  # not in every model
 
 
 class ExportableStep(nn.Module):
-    """One token a row, behind states that are plain tensors: two a layer, which a call changes in place.
+    """One token a row, behind states that are plain tensors, two a layer.
 
     The states of a Gated DeltaNet layer are the last inputs of its convolution (b, kernel size − 1, channels) and the
     recurrent state (b, heads, k, v). Those of a softmax layer are keys and values (b, kv heads, places, head dim).
 
     Args:
         model: whose modules run, with the backends that are chosen for it.
+        in_place: a call changes the states that it is given; else it returns new ones, for formats such as ONNX that
+            cannot change their inputs.
     """
 
-    def __init__(self, model: Decodable):
+    def __init__(self, model: Decodable, *, in_place: bool = True):
         super().__init__()
-        self.model = model
+        self.model, self.in_place = model, in_place
 
     def forward(
         self, input_ids: Int[Tensor, "b 1"], position: Int[Tensor, "b"], *states: Tensor
-    ) -> Float[Tensor, "b vocab"]:
+    ) -> Float[Tensor, "b vocab"] | tuple[Tensor, ...]:
         """Logits after each row's new token, which stands at `position`, from 0, in its sequence.
 
-        The caller sees to it that positions are below the number of places; nothing checks it in an exported program.
+        Without `in_place` a tuple of the logits and all states. The caller sees to it that positions are below the
+        number of places; nothing checks it in an exported program.
         """
+        states = states if self.in_place else tuple(x.clone() for x in states)
         x = self.model.embed_tokens(input_ids)
         rope = self.model._rotation(position[:, None], x.dtype)
         segments, given = Segments.full(input_ids), iter(states)
@@ -58,7 +64,8 @@ class ExportableStep(nn.Module):
             else:
                 keys_and_values = StaticKVCache(first, second, position)
                 x, _ = block(x, rope, segments=segments, state=keys_and_values, stats=False)
-        return self.model.lm_head(self.model.norm(x))[:, 0]
+        logits = self.model.lm_head(self.model.norm(x))[:, 0]
+        return logits if self.in_place else (logits, *states)
 
     def dynamic_places(self, states: Sequence[Tensor]) -> tuple[dict[int, torch.export.Dim] | None, ...]:
         """`dynamic_shapes` of the states for torch.export: the places of keys and values are dynamic."""
@@ -91,7 +98,8 @@ def plain(model: Any) -> None:
     Slower than what "auto" picks. `model.set_backend(operation, "auto")` takes it back.
     """
     for operation, backend in PLAIN.items():
-        model.set_backend(operation, backend)
+        if any(isinstance(module, NEEDS.get(operation, nn.Module)) for module in model.modules()):
+            model.set_backend(operation, backend)
 
 
 def _with_room(heads: Sequence[Tensor], places: int) -> list[Tensor]:

@@ -83,7 +83,7 @@ def compiled(folder: str) -> None:
 def page(blocks: str) -> None:
     """The first so many blocks of the page."""
     code = re.findall(r"^```python no-run\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(code) == 3
+    assert len(code) == 4  # the last needs onnx: tests/tools/test_onnx.py
     exec("\n".join(code[: int(blocks)]), {"__name__": "__page__"})
 
 
@@ -126,6 +126,24 @@ def test_a_step_by_tensors_is_a_step():
         change(whole)
         step, cache, position, states = prepared(whole)
         follows(step, whole, cache, position, states, 1e-5)
+
+
+@torch.no_grad()
+def test_states_that_are_returned():
+    whole = model()
+    step, _, position, states = prepared(whole)
+    before = [x.clone() for x in states]
+    logits, *after = ExportableStep(whole, in_place=False)(torch.tensor([[5], [6]]), position, *states)
+    assert all(torch.equal(a, b) for a, b in zip(states, before, strict=True))
+    assert torch.equal(step(torch.tensor([[5], [6]]), position, *states), logits)
+    assert all(torch.equal(a, b) for a, b in zip(states, after, strict=True))
+
+
+def test_a_dense_model():
+    whole = model(num_experts=0, intermediate_size=48)
+    plain(whole)
+    step, cache, position, states = prepared(whole)
+    follows(step, whole, cache, position, states, 1e-5)
 
 
 def test_refusals():
