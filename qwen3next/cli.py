@@ -6,12 +6,12 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from typing import Annotated, Any, Literal, Union
 
 import torch
 import tyro
 
+import qwen3next
 from layers.cpp import cpu
 from qwen3next import presets
 from qwen3next.commands.ask import ask
@@ -110,7 +110,7 @@ def _run(args: Sequence[str]) -> int | None:
     if args and args[0] in COMMANDS:
         return tyro.cli(COMMANDS[args[0]], prog=f"qwen3next {args[0]}", args=args[1:], config=CONFIG)
     if list(args) == ["--version"]:
-        print(f"qwen3next {version('qwen3next')}")
+        print(f"qwen3next {qwen3next.__version__}")
         return 0
     # No command or an unknown one: tyro prints the table for --help, or an error for a misspelt name.
     return _all_commands(args)
