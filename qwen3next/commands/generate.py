@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from qwen3next.api import Qwen3Next
 from qwen3next.commands.choosing import Choosing
-from qwen3next.commands.common import Dtype, ExpertPlace, Folder, open_model, open_tokenizer, say_reads
+from qwen3next.commands.common import Dtype, ExpertPlace, Folder, Quiet, Verbose, open_model, open_tokenizer, say_reads
 from qwen3next.generation.beam_search import beam_search
 from qwen3next.generation.choice import Picked
 from qwen3next.generation.generate import Generation
@@ -41,7 +41,8 @@ def generate(
     dtype: Dtype = "auto",
     experts: ExpertPlace = "memory",
     expert_cache: str = "2GiB",
-    quiet: bool = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Continue a prompt; the text is streamed, and the speed is printed to stderr at the end.
 
@@ -71,10 +72,13 @@ def generate(
         experts: memory; int8 (one byte per weight); disk (read from the files when tokens need them).
         expert_cache: memory for experts read from the files.
         quiet: write only errors to stderr.
+        verbose: write to stderr which implementation runs for each operation, and the traceback of an error.
     """
     text = _read_prompt(prompt, file)
     tokenizer = open_tokenizer(folder)
-    model = open_model(folder, device=device, dtype=dtype, experts=experts, cache=expert_cache, quiet=quiet)
+    model = open_model(
+        folder, device=device, dtype=dtype, experts=experts, cache=expert_cache, quiet=quiet, verbose=verbose
+    )
     ids = torch.tensor([tokenizer.encode(text).ids], dtype=torch.long, device=model.device)
     stops = tuple(dict.fromkeys((*model.stop_tokens, *stop_tokens)))
     options = choosing.options(tokenizer, model.vocab_size, stops)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from qwen3next.chat.template import ChatTemplate
-from qwen3next.commands.common import Dtype, ExpertPlace, Folder, open_model, open_tokenizer
+from qwen3next.commands.common import Dtype, ExpertPlace, Folder, Quiet, Verbose, open_model, open_tokenizer
 from qwen3next.files.sizes import parse_bytes
 
 
@@ -27,7 +27,8 @@ def serve(
     dtype: Dtype = "auto",
     experts: ExpertPlace = "memory",
     expert_cache: str = "2GiB",
-    quiet: bool = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Serve a checkpoint with OpenAI's interface: completions, chats and responses, and a page to chat on.
 
@@ -55,6 +56,7 @@ def serve(
         experts: memory; int8 (one byte per weight); disk (read from the files when tokens need them).
         expert_cache: memory for experts read from the files.
         quiet: write only errors to stderr.
+        verbose: write to stderr which implementation runs for each operation, and the traceback of an error.
     """
     try:
         import uvicorn
@@ -69,7 +71,9 @@ def serve(
     if prefix_folder is not None and not parse_bytes(prefix_memory):
         raise ValueError("--prefix-folder needs --prefix-memory above 0: prefixes pass through memory.")
     budget, tokenizer = parse_bytes(max_memory), open_tokenizer(folder)
-    model = open_model(folder, device=device, dtype=dtype, experts=experts, cache=expert_cache, quiet=quiet)
+    model = open_model(
+        folder, device=device, dtype=dtype, experts=experts, cache=expert_cache, quiet=quiet, verbose=verbose
+    )
     engine = Engine(
         model,
         max_memory=budget,
