@@ -256,7 +256,9 @@ class Run:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         row: Row = {"step": state.step + 1, "lr": lr}
-        row |= accumulate_gradients(self.model, micro, precision=self.precision)
+        row |= accumulate_gradients(
+            self.model, micro, precision=self.precision, balance=settings.balance, mtp_depths=settings.mtp_depths
+        )
         if not math.isfinite(row["loss"]):
             raise FloatingPointError(self._diverged(f"the loss is {row['loss']}"))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip).item()

@@ -44,6 +44,9 @@ class Settings:
         accumulate: micro-batches in a step.
         lr: peak learning rate.
         warmup: steps of linear warm-up.
+        balance: "batch" balances the load of experts over all micro-batches of a step together, "micro" over each by
+            itself, which saves a forward pass where there are several.
+        mtp_depths: how many tokens the MTP layer drafts in its loss, one after another as in decoding.
         schedule: "wsd" keeps the peak and decays to zero over the last fifth; "cosine" decays to a tenth of the peak.
         weight_decay: weight decay of matrices and zero-centred norms.
         clip: largest gradient norm.
@@ -67,6 +70,8 @@ class Settings:
     batch_size: int = 4
     window: int = 256
     accumulate: int = 1
+    balance: Literal["batch", "micro"] = "batch"
+    mtp_depths: int = 1
     lr: float = 4e-3
     warmup: int = 50
     schedule: Literal["wsd", "cosine"] = "wsd"
@@ -91,6 +96,7 @@ class Settings:
         for name in (
             "batch_size",
             "accumulate",
+            "mtp_depths",
             "steps",
             "eval_every",
             "save_every",
