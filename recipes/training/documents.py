@@ -36,7 +36,7 @@ def documents(source: str | Path, *, skipped: list[str] | None = None) -> Iterat
     if str(source).startswith(HUB):
         yield from _hub(str(source).removeprefix(HUB), skipped)
         return
-    for name, path in _files(str(source)):
+    for name, path in files_of(str(source)):
         if path.suffix == ".jsonl":
             yield from _jsonl(name, path, skipped)
         elif path.suffix == ".parquet":
@@ -76,7 +76,7 @@ def _hub(dataset: str, skipped: list[str]) -> Iterator[tuple[str, str]]:
         ) from error
 
 
-def _files(source: str) -> list[tuple[str, Path]]:
+def files_of(source: str) -> list[tuple[str, Path]]:
     """Files with names relative to the source, so that a copied corpus keeps its names and therefore its split."""
     path = Path(source)
     if source == "stdlib":

@@ -25,12 +25,12 @@ def orthogonalised(x: Tensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Matrices (… m n) with their singular values moved near 1, by five Newton-Schulz steps in `dtype`."""
     a, b, c = COEFFICIENTS
     tall = x.shape[-2] > x.shape[-1]
-    y = (x.mT if tall else x).to(dtype)  # the smaller Gram matrix
+    y = (x.mT if tall else x).to(dtype).reshape(-1, min(x.shape[-2:]), max(x.shape[-2:]))
     y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value above 1
     for _ in range(STEPS):
-        gram = y @ y.mT
-        y = a * y + (b * gram + c * gram @ gram) @ y
-    return y.mT if tall else y
+        gram = y @ y.mT  # the smaller one
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return (y.mT if tall else y).reshape(x.shape)
 
 
 class Muon(Optimizer):

@@ -900,3 +900,120 @@ def test_bf16_trains_and_measures(settings, tmp_path):
     nats = held_out_nats(q.load(out / "model").double(), batches, precision="fp32")
     exact = batches.bits_per_byte(sum(nats.values()))
     assert result.bits_per_byte == pytest.approx(exact, rel=2**-8)
+
+
+# ---- all parts of a run together
+
+
+@pytest.fixture(scope="module")
+def everything(settings, tmp_path_factory):
+    """Muon, the average of weights, spikes, two sources, best-fit packing, marks and several MTP depths."""
+    folder = tmp_path_factory.mktemp("more")
+    (folder / "prose.jsonl").write_text(
+        "".join(json.dumps({"text": f"Sentence {i} of {i * i}. " * (1 + i % 7)}) + "\n" for i in range(40))
+    )
+    return replace(
+        settings,
+        data=(f"code={settings.data[0]}@0.7", f"prose={folder / 'prose.jsonl'}@0.3"),
+        optimizer="muon",
+        ema=0.9,
+        skip_spikes=6.0,
+        packing="best_fit",
+        fim=0.5,
+        mtp_depths=2,
+        accumulate=2,
+        needles=(24,),
+        samples=1,
+        model=("router_z_loss_coef=0.001", "logit_z_loss_coef=0.0001"),
+    )
+
+
+@pytest.mark.parametrize("place, times", [("step", 5), pytest.param("file", 2, marks=pytest.mark.slow)])
+def test_killed_with_everything_on(everything, tmp_path, monkeypatch, place, times):
+    """The same seed gives the same run, killed or not: losses, measures, weights and their average, to the bit."""
+    outs = [tmp_path / name for name in ("whole", "killed")]
+    for out, fault in zip(outs, (None, (place, times)), strict=True):
+        run = replace(everything, out=out)
+        assert finish(process(run, fault)) == (-signal.SIGKILL if fault else 0)
+        if fault:
+            assert finish(process(replace(run, resume=True))) == 0
+    assert losses(outs[0]) == losses(outs[1])
+    for name in ("model", "model-ema"):
+        a, b = (dict(q.load(out / name).named_parameters()) for out in outs)
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    last = read_metrics(outs[0])[-1]
+    assert {"val_bits_per_byte/code", "val_bits_per_byte/prose", "mtp_accuracy/2", "needle/24", "decay"} <= last.keys()
+    assert {"gradient_norm/experts", "load_entropy", "flops_per_second", "logit_z", "z"} <= last.keys()
+    result = json.loads((outs[0] / "result.json").read_text())
+    assert set(result["sources"]) == {"code", "prose"}
+    assert result["ema_bits_per_byte"] != result["bits_per_byte"]
+    sizes = {"code": 0, "prose": 0}
+    for document in result["documents"]:
+        sizes[document["name"].split(":")[0]] += document["utf8_bytes"]
+    mean = sum(result["sources"][name] * size for name, size in sizes.items()) / sum(sizes.values())
+    assert result["bits_per_byte"] == pytest.approx(mean)
+    assert (outs[0] / "samples.md").read_text().startswith("# Samples")
+    assert json.loads((outs[0] / "model.json").read_text())["logit_z_loss_coef"] == 0.0001
+
+
+def test_spikes_are_skipped_and_remembered(settings, tmp_path, monkeypatch):
+    """Weights stay as they were; a resumed run compares with the same steps."""
+    run, calls = replace(settings, out=tmp_path / "run", steps=80, skip_spikes=6.0, save_every=79, eval_every=80), []
+
+    def spiky(model, micro, **options):
+        row = accumulate_gradients(model, micro, **options)
+        calls.append(row["loss"])
+        if len(calls) == 70:
+            for p in model.parameters():
+                if p.grad is not None:
+                    p.grad *= 1e4
+        return row
+
+    monkeypatch.setattr(pretrain, "accumulate_gradients", spiky)
+    console = quiet()
+    pretrain.train(run, console=console)
+    rows = losses(run.out)
+    assert [row["step"] for row in rows if row["skipped"]] == [70]
+    assert "Step 70: loss" in console.file.getvalue()
+    state = read_state(newest(run.out / "checkpoints"))
+    assert state.recent == [[row["loss"], row["gradient_norm"]] for row in rows]
+
+
+def test_presets_and_fields_on_the_command_line(tmp_path, monkeypatch, capsys):
+    """A preset sets what was not given; what was given wins; minutes replace its steps."""
+    seen = []
+    monkeypatch.setattr(pretrain, "train", seen.append)
+    for preset, found in pretrain.PRESETS.items():
+        assert pretrain.main(["--preset", preset, "--out", str(tmp_path / "a")]) == 0
+        assert {key: getattr(seen[-1], key) for key in found.settings} == found.settings
+        assert found.cost in capsys.readouterr().out
+        pretrain.model_config(seen[-1], load_tokenizer_of_bytes())
+    assert pretrain.main(["--preset", "nano-60m", "--lr", "0.5", "--minutes", "3", "--data", "a", "b=c@2"]) == 0
+    assert (seen[-1].lr, seen[-1].minutes, seen[-1].steps) == (0.5, 3.0, None)
+    assert (seen[-1].optimizer, seen[-1].data) == ("muon", ("a", "b=c@2"))
+    assert pretrain.main(["--preset", "medium"]) == 0
+    assert seen[-1] == Settings(preset="medium")
+
+
+def load_tokenizer_of_bytes() -> Tokenizer:
+    from recipes.training.tokenizer import byte_tokenizer
+
+    return byte_tokenizer()
+
+
+@pytest.mark.parametrize("given, sentence", [("hidden=3", "no field"), ("hidden_size", "no field")])
+def test_fields_of_the_model_that_are_not_there(settings, given, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        pretrain.model_config(replace(settings, model=(given,)), load_tokenizer_of_bytes())
+
+
+def test_going_on_from_a_folder(settings, whole, tmp_path):
+    """Longer windows and another rope base, from a trained model; sizes cannot change."""
+    out = tmp_path / "longer"
+    longer = replace(settings, init=str(whole / "model"), window=64, steps=2, out=out, model=("rope_theta=50000",))
+    pretrain.train(longer, console=quiet())
+    after = q.load(out / "model")
+    assert after.config.rope_theta == 50000
+    assert losses(out)[0]["lm"] < losses(whole)[0]["lm"]
+    with pytest.raises(ValueError, match="needs no other weights"):
+        pretrain.train(replace(longer, out=tmp_path / "x", model=("num_experts=8",)), console=quiet())
