@@ -219,8 +219,8 @@ def _in_processes(out: Path, parts: dict[int, list[Piece]], workers: int) -> Ite
 
 def _tokenize_hub(options: Options, console: Console) -> int:
     """As `_tokenize`, of a streamed dataset; finished parts are skipped over. Returns the number of parts."""
-    rows, unreadable = documents(options.source, skipped=(skipped := [])), 0
-    number, batch = 0, list[tuple[str, str]]()
+    skipped, batch, unreadable, number = list[str](), list[tuple[str, str]](), 0, 0
+    rows = documents(options.source, skipped=skipped)
 
     def flush() -> None:
         nonlocal number, batch, unreadable

@@ -170,7 +170,8 @@ def new_model(settings: Settings, data: Prepared) -> q.Qwen3Next:
         return q.Qwen3Next(model_config(settings, data.tokenizer))
     model = q.load(settings.init, dtype="float32", device="cpu")
     config = model.config.replace(**model_changes(settings.model))
-    shapes = {name: p.shape for name, p in q.Qwen3Next(config).to("meta").named_parameters()}
+    with torch.device("meta"):  # shapes alone
+        shapes = {name: p.shape for name, p in q.Qwen3Next(config).named_parameters()}
     if shapes != {name: p.shape for name, p in model.named_parameters()}:
         raise ValueError(f"--model changes sizes of {settings.init}: change only what needs no other weights.")
     if data.tokenizer.get_vocab_size() > config.vocab_size:

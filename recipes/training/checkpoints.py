@@ -55,6 +55,11 @@ class TrainingState:
     recent: list[list[float]] = field(default_factory=list)
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name; a state holds these."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def newest(folder: Path) -> Path | None:
     """The state file with the highest step in a folder, or None."""
     return max(folder.glob("step-*.safetensors"), default=None)
@@ -73,8 +78,9 @@ def save_state(
 
     Raises: OSError for a full disk; the older states remain.
     """
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-    for name, parameter in model.named_parameters():
+    taught = trained(model)
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in taught.items()}
+    for name, parameter in taught.items():
         for optimizer in optimizers:
             moments = optimizer.state.get(parameter, {})
             tensors |= {f"optimizer.{key}.{name}": value.detach() for key, value in moments.items()}
@@ -129,7 +135,7 @@ def load_state(
     Raises: ValueError for a file that is damaged or belongs to another model.
     """
     state, header, tensors = _read(path, tensors=True)
-    named = dict(model.named_parameters())
+    named = trained(model)
     stored = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     wrong = named.keys() ^ stored.keys() or {n for n, p in named.items() if p.shape != stored[n].shape}
     if wrong:
@@ -142,7 +148,8 @@ def load_state(
         if name.startswith("optimizer."):
             _, key, parameter_name = name.split(".", 2)
             moments[parameter_name][key] = tensor
-    name_of = {id(parameter): name for name, parameter in named.items()}
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    moments |= {name: {} for name in name_of.values() if name not in moments}
     for optimizer in optimizers:
         order = [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
         filled = {i: moments[name] for i, name in enumerate(order) if moments[name]}

@@ -5,13 +5,14 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from tokenizers import Tokenizer
 
 import qwen3next as q
 from layers.cpp import cpu
+from qwen3next.files.json_files import typed
 from recipes.training.data import Baseline, compression_baselines
 from recipes.training.documents import digest, plan_split, split_documents
 from recipes.training.shards import Meta, build_shards, open_split, read_meta
@@ -163,6 +164,9 @@ class Settings:
             )
         if not self.data:
             raise ValueError("No source of text is given: name one or more after --data.")
+
+
+Kind = TypeVar("Kind", bound=Settings)
 
 
 def pick_device(name: str) -> torch.device:
@@ -324,23 +328,24 @@ def model_config(settings: Settings, tokenizer: Tokenizer) -> q.ModelConfig:
 
 def model_changes(pairs: Sequence[str]) -> dict[str, Any]:
     """`KEY=VALUE` pairs as fields of a configuration. Raises: ValueError for another form or an unknown field."""
-    known, found = {f.name for f in fields(q.ModelConfig)}, {}
+    known, found = {f.name: f.type for f in fields(q.ModelConfig)}, {}
     for pair in pairs:
-        name, equals, value = pair.partition("=")
+        name, equals, text = pair.partition("=")
         if not equals or name not in known:
             raise ValueError(f"--model {pair!r} is no field of the configuration with a value: write hidden_size=256.")
         try:
-            found[name] = json.loads(value)
+            value = json.loads(text)
         except ValueError:
-            found[name] = value  # a plain word, such as attention_gate=none
+            value = text  # a plain word, such as attention_gate=none
+        found[name] = typed(name, known[name], value)
     return found
 
 
-def recorded(out: Path) -> Settings:
-    """The settings of the run in a folder. Raises: ValueError if there is no run."""
+def recorded(out: Path, kind: type[Kind] = Settings) -> Kind:  # type: ignore[assignment]
+    """The settings of the run in a folder, of that kind. Raises: ValueError if there is no such run."""
     try:
         values = json.loads((out / "settings.json").read_bytes())
-        return Settings(**(BEFORE | values | {"out": out, "resume": True}))
+        return kind(**(BEFORE | values | {"out": out, "resume": True}))
     except FileNotFoundError:
         raise ValueError(f"There is no run to resume in {out}: leave --resume out to start one.") from None
     except (ValueError, TypeError) as error:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from recipes.training.data import Batch, PackedWindows
+from recipes.training.data import Batch, LabelledBatch, PackedWindows
 from recipes.training.shards import open_split
 
 FORM = re.compile(r"(?:(?P<name>[A-Za-z0-9_.-]+)=)?(?P<place>.+?)(?:@(?P<weight>[0-9.eE+-]+))?$")
@@ -54,7 +54,7 @@ def parse_sources(data: Sequence[str]) -> list[Source]:
 class Windows(Protocol):
     """The source of batches, a pure function of the number of samples seen."""
 
-    def batch(self, first_sample: int, batch_size: int) -> Batch: ...
+    def batch(self, first_sample: int, batch_size: int) -> Batch | LabelledBatch: ...
 
 
 class BestFitWindows:
@@ -167,7 +167,7 @@ class Mixture:
         """As `PackedWindows.batch`."""
         rows = [self.where(sample) for sample in range(first_sample, first_sample + batch_size)]
         found = [self.sources[source].batch(index, 1) for source, index in rows]
-        return Batch(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        return Batch(torch.cat([b.input_ids for b in found]), torch.cat([b.document_ids for b in found]))
 
 
 class FillInTheMiddle:
@@ -186,8 +186,8 @@ class FillInTheMiddle:
 
     def batch(self, first_sample: int, batch_size: int) -> Batch:
         """As `PackedWindows.batch`."""
-        ids, documents = self.windows.batch(first_sample, batch_size)
-        ids = ids.clone()
+        batch = self.windows.batch(first_sample, batch_size)
+        ids, documents = batch.input_ids.clone(), batch.document_ids
         for row in range(batch_size):
             generator = np.random.default_rng([self.seed, 2, first_sample + row])
             numbers, counts = np.unique(documents[row].numpy(), return_counts=True)

@@ -1,7 +1,8 @@
 """The parts of a training step: learning rate, parameter groups, gradient accumulation; and losses of documents."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from layers.gated_deltanet import GatedDeltaNet
 from layers.norm import GatedRMSNorm, RMSNorm
 from layers.segments import Segments
 from qwen3next.losses import Counts, sum_of
-from recipes.training.data import Batch, ValidationBatches
+from recipes.training.data import Batch, LabelledBatch, ValidationBatches
 from recipes.training.report import Row
 from recipes.training.settings import MEASURED_STEPS, Settings
 
@@ -54,7 +55,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def accumulate_gradients(
-    model: q.Qwen3Next, micro: list[Batch], *, precision: str, balance: str = "batch", mtp_depths: int = 1
+    model: q.Qwen3Next,
+    micro: Sequence[Batch | LabelledBatch],
+    *,
+    precision: str,
+    balance: str = "batch",
+    mtp_depths: int = 1,
 ) -> Row:
     """Accumulate the gradients of one big batch in parts; return its losses and `targets`, the predicted tokens.
 
@@ -63,13 +69,13 @@ def accumulate_gradients(
     `balance` "batch" each part runs forward twice: first to count, then for its gradients. Losses and gradients are
     then those of the whole batch. "micro" runs once and balances each part by itself.
 
-    If no token of any part has a next one, losses are zero and there are no gradients.
+    If no token of any part is to be predicted, losses are zero and there are no gradients.
     """
     device, config = model.embed_tokens.weight.device, model.config
-    parts = [(batch.input_ids.to(device), Segments.from_document_ids(batch.document_ids.to(device))) for batch in micro]
+    parts = [Part.of(batch, device) for batch in micro]
     names = ("loss", "lm", "mtp", "balance", "z", "logit_z")
     row: Row = dict.fromkeys((*names, "max_load", "load_entropy"), 0.0) | {"targets": 0}
-    if not any(bool(segments.next_is_same().any()) for _, segments in parts):
+    if not any(bool(part.targets(1)) for part in parts):
         return row
 
     def autocast() -> torch.autocast:
@@ -78,17 +84,17 @@ def accumulate_gradients(
     counts: Counts | None = None
     if len(parts) > 1:
         found = []
-        for ids, segments in parts:
+        for part in parts:
             if balance == "micro":
-                found.append(token_counts(model, segments, mtp_depths))
+                found.append(token_counts(model, part, mtp_depths))
             else:
                 with autocast():
-                    found.append(model.loss_counts(ids, segments=segments, mtp_depths=mtp_depths))
+                    found.append(model.loss_counts(part.input_ids, **part.options, mtp_depths=mtp_depths))
         counts = sum_of(found)
     choices: Tensor | float = 0.0
-    for ids, segments in parts:
+    for part in parts:
         with autocast():
-            sums = model.loss_sums(ids, segments=segments, mtp_depths=mtp_depths)
+            sums = model.loss_sums(part.input_ids, **part.options, mtp_depths=mtp_depths)
         losses = sums.losses(config, _balanced_alone(sums.counts, counts) if balance == "micro" else counts)
         losses.total.backward()
         for name in names:
@@ -105,16 +111,39 @@ def accumulate_gradients(
     return row
 
 
-def token_counts(model: q.Qwen3Next, segments: Segments, mtp_depths: int) -> Counts:
+class Part(NamedTuple):
+    """A micro-batch on the model's device."""
+
+    input_ids: Tensor
+    segments: Segments
+    labels: Tensor | None
+
+    @classmethod
+    def of(cls, batch: Batch | LabelledBatch, device: torch.device) -> "Part":
+        labels = batch.labels.to(device) if isinstance(batch, LabelledBatch) else None
+        return cls(batch.input_ids.to(device), Segments.from_document_ids(batch.document_ids.to(device)), labels)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"segments": self.segments, "labels": self.labels}
+
+    def targets(self, ahead: int) -> Tensor:
+        """How many tokens are predicted from the one `ahead` places before them."""
+        place = self.segments.next_is_same(ahead)
+        return (place if self.labels is None else place & (self.labels.roll(-ahead, dims=1) != -100)).sum()
+
+
+def token_counts(model: q.Qwen3Next, part: Part, mtp_depths: int) -> Counts:
     """The counts of a part that follow from its segments, without a forward pass; no expert is counted as chosen."""
-    ahead = [segments.next_is_same(depth).sum() for depth in range(1, mtp_depths + 2)]
-    drafts = model.mtp is not None and model.config.mtp_loss_coef > 0
+    segments, config = part.segments, model.config
+    drafts = mtp_depths if model.mtp is not None and config.mtp_loss_coef > 0 else 0
     tokens = [segments.mask.sum() for block in model.blocks if block.sparse]
-    if drafts and model.config.num_experts:
-        tokens += [torch.stack(ahead[:-1]).sum()] * model.config.mtp_num_hidden_layers
+    if drafts and config.num_experts:
+        pairs = torch.stack([segments.next_is_same(depth).sum() for depth in range(1, drafts + 1)]).sum()
+        tokens += [pairs] * config.mtp_num_hidden_layers
     layers = torch.stack(tokens).double() if tokens else torch.zeros(0, dtype=torch.float64, device=segments.device)
-    choices = layers.new_zeros(len(tokens), model.config.num_experts if tokens else 0)
-    return Counts(torch.stack(ahead if drafts else ahead[:1]), choices, layers)
+    choices = layers.new_zeros(len(tokens), config.num_experts if tokens else 0)
+    return Counts(torch.stack([part.targets(ahead) for ahead in range(1, drafts + 2)]), choices, layers)
 
 
 def _balanced_alone(own: Counts, whole: Counts | None) -> Counts | None:
