@@ -102,13 +102,13 @@ def mixers() -> list[Arm]:
 
 
 def recall() -> list[Arm]:
-    """Softmax layers at the end, none to all of four; equal parameters, and keys of 8 in the recurrent states."""
-    small = {"linear_key_head_dim": 8, "linear_value_head_dim": 16, "mtp_num_hidden_layers": 0}
-    target = _size({"layer_types": [LINEAR] * 3 + [FULL], **small})
-    arms = []
+    """Softmax layers at the end, none to all of four; dense feed-forwards, equal parameters, 8 pairs to remember."""
+    small = {"num_experts": 0, "linear_key_head_dim": 8, "linear_value_head_dim": 16, "mtp_num_hidden_layers": 0}
+    target = _size({"layer_types": [LINEAR] * 3 + [FULL], "intermediate_size": 128, **small})
+    how, arms = {"batch_size": 32, "window": 32, "lr": 4e-3}, []
     for softmax in (0, 1, 2, 4):
         changes = {"layer_types": [LINEAR] * (4 - softmax) + [FULL] * softmax, **small}
-        arms.append(Arm(f"{softmax} of 4", _matched(changes, target), {"batch_size": 32, "window": 48, "lr": 3e-3}))
+        arms.append(Arm(f"{softmax} of 4", _matched(changes, target), how))
     return arms
 
 
@@ -139,10 +139,11 @@ def _size(changes: dict[str, Any]) -> int:
 
 
 def _matched(changes: dict[str, Any], target: int) -> dict[str, Any]:
-    """The changes with the experts' width that comes nearest to so many parameters."""
-    widths = range(8, 129)
-    best = min(widths, key=lambda n: abs(_size(changes | {"moe_intermediate_size": n}) - target))
-    return changes | {"moe_intermediate_size": best}
+    """The changes with the feed-forward's or experts' width that comes nearest to so many parameters."""
+    field = "intermediate_size" if changes.get("num_experts") == 0 else "moe_intermediate_size"
+    sizes = {width: _size(changes | {field: width}) for width in (16, 17)}
+    width = 16 + round((target - sizes[16]) / (sizes[17] - sizes[16]))  # the number is linear in the width
+    return changes | {field: max(width, 1)}
 
 
 def run(options: Options, *, console: Console | None = None) -> dict[str, Any]:

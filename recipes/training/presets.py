@@ -16,11 +16,11 @@ class Preset(NamedTuple):
 PRESETS = {
     "tiny": Preset(
         {"steps": 1000, "batch_size": 4, "window": 256, "lr": 4e-3},
-        "2.1M parameters, 1.0M tokens: minutes on two CPU cores",
+        "2.1M parameters, 1.0M tokens, 1.5e13 operations: 9 minutes at the 1,972 tok/s that the demo measured on two cores",
     ),
     "small": Preset(
-        {"steps": 8000, "batch_size": 8, "window": 512, "lr": 2e-3, "warmup": 200, "accumulate": 1, "ema": 0.999},
-        "28.7M parameters, 33M tokens: hours on two CPU cores",
+        {"steps": 2000, "batch_size": 8, "window": 512, "lr": 2e-3, "warmup": 200, "accumulate": 1, "ema": 0.999},
+        "28.7M parameters, 8.2M tokens, 8.6e14 operations: estimated at 8 hours on two cores, at the operations a second of tiny",
     ),
     "nano-60m": Preset(
         {
@@ -39,7 +39,7 @@ PRESETS = {
             "save_every": 500,
             "model": ("router_z_loss_coef=1e-3", "logit_z_loss_coef=1e-5"),
         },
-        "56.8M parameters, 1.6G tokens",
+        "56.8M parameters, 1.6G tokens, 4.2e17 operations: estimated at 0.4 hours of an H100 or 1.3 of an A100, at 30 % of the peak",
     ),
     "base-350m-a100m": Preset(
         {
@@ -60,7 +60,7 @@ PRESETS = {
             "recompute": ("mlp",),
             "model": ("router_z_loss_coef=1e-3", "logit_z_loss_coef=1e-5"),
         },
-        "345M parameters, 97M active, 10.5G tokens",
+        "345M parameters, 97M active, 10.5G tokens, 9.1e18 operations: estimated at 9 hours of an H100 or 27 of an A100, at 30 % of the peak",
     ),
 }
 
