@@ -7,7 +7,10 @@ from recipes.training.settings import Settings
 
 
 class Preset(NamedTuple):
-    """What a preset sets, and its expected cost in a sentence; only figures called measured were measured."""
+    """What a preset sets, and its expected cost in a sentence.
+
+    Operations are counted (flops.py). Hours of a GPU are an estimate: operations at 30 % of its bf16 peak.
+    """
 
     settings: dict[str, Any]
     cost: str
@@ -16,11 +19,11 @@ class Preset(NamedTuple):
 PRESETS = {
     "tiny": Preset(
         {"steps": 1000, "batch_size": 4, "window": 256, "lr": 4e-3},
-        "2.1M parameters, 1.0M tokens, 1.5e13 operations: 9 minutes at the 1,972 tok/s that the demo measured on two cores",
+        "2.1M parameters, 1.0M tokens, 1.5e13 operations: 9 minutes at the demo's 1,972 tok/s on two cores",
     ),
     "small": Preset(
         {"steps": 2000, "batch_size": 8, "window": 512, "lr": 2e-3, "warmup": 200, "accumulate": 1, "ema": 0.999},
-        "28.7M parameters, 8.2M tokens, 8.6e14 operations: estimated at 8 hours on two cores, at the operations a second of tiny",
+        "28.7M parameters, 8.2M tokens, 8.6e14 operations: an estimated 8 hours on two cores, at the rate of tiny",
     ),
     "nano-60m": Preset(
         {
@@ -39,7 +42,7 @@ PRESETS = {
             "save_every": 500,
             "model": ("router_z_loss_coef=1e-3", "logit_z_loss_coef=1e-5"),
         },
-        "56.8M parameters, 1.6G tokens, 4.2e17 operations: estimated at 0.4 hours of an H100 or 1.3 of an A100, at 30 % of the peak",
+        "56.8M parameters, 1.6G tokens, 4.2e17 operations: an estimated 24 minutes of an H100, 75 of an A100",
     ),
     "base-350m-a100m": Preset(
         {
@@ -60,7 +63,7 @@ PRESETS = {
             "recompute": ("mlp",),
             "model": ("router_z_loss_coef=1e-3", "logit_z_loss_coef=1e-5"),
         },
-        "345M parameters, 97M active, 10.5G tokens, 9.1e18 operations: estimated at 9 hours of an H100 or 27 of an A100, at 30 % of the peak",
+        "345M parameters, 97M active, 10.5G tokens, 9.1e18 operations: an estimated 9 hours of an H100, 27 of an A100",
     ),
 }
 

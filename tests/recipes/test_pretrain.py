@@ -266,25 +266,6 @@ def test_a_resumed_run_recomputes_what_it_did_or_what_is_given(settings, whole, 
         assert losses(run.out) == losses(whole)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
-def test_killed_again_and_again_at_any_time(settings, tmp_path, seed):
-    """Kills after random times: while reading text, in a step, while saving, at the end."""
-    reference = replace(settings, out=tmp_path / "whole", steps=40)
-    assert finish(process(reference)) == 0
-    run = replace(reference, out=tmp_path / "run")
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(4):
-        resume = (run.out / "settings.json").exists()
-        child = process(replace(run, resume=resume))
-        child.start()
-        child.join(float(torch.rand((), generator=generator)) * 4)
-        child.kill()
-        child.join()
-    assert finish(process(replace(run, resume=(run.out / "settings.json").exists()))) == 0
-    assert losses(run.out) == losses(reference.out)
-
-
 class Timed(pretrain.Run):
     """A run whose clock advances only in steps, validations and saves; `slowness` is the seconds of a step."""
 
@@ -954,6 +935,26 @@ def test_killed_with_everything_on(everything, tmp_path, monkeypatch, place, tim
     assert result["bits_per_byte"] == pytest.approx(mean)
     assert (outs[0] / "samples.md").read_text().startswith("# Samples")
     assert json.loads((outs[0] / "model.json").read_text())["logit_z_loss_coef"] == 0.0001
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["settings", "everything"])
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_again_and_again_at_any_time(request, tmp_path, seed, kind):
+    """Kills after random times: while reading text, in a step, while saving, at the end."""
+    reference = replace(request.getfixturevalue(kind), out=tmp_path / "whole", steps=40)
+    assert finish(process(reference)) == 0
+    run = replace(reference, out=tmp_path / "run")
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(4):
+        resume = (run.out / "settings.json").exists()
+        child = process(replace(run, resume=resume))
+        child.start()
+        child.join(float(torch.rand((), generator=generator)) * 4)
+        child.kill()
+        child.join()
+    assert finish(process(replace(run, resume=(run.out / "settings.json").exists()))) == 0
+    assert losses(run.out) == losses(reference.out)
 
 
 def test_spikes_are_skipped_and_remembered(settings, tmp_path, monkeypatch):
