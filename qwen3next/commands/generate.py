@@ -99,6 +99,7 @@ def generate(
             draft_tokens=draft_tokens,
             drafts=drafts,
             logprobs=logprobs if json else None,
+            stop_tokens=stops,
             **options,
         )
         written = [Written(tokenizer, strings) for _ in range(n)]
