@@ -1,7 +1,5 @@
 """Weights in groups: multiplied as they are, and dequantised, in C++. See ops.py and layers/quantised/group_weight.py."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -27,8 +25,7 @@ def group_linear(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -
     x = operand("group_linear: x", x, (len(x) if x.ndim else 0, columns), FP32, BF16)
     y = x.new_empty(len(x), len(codes))
     if y.numel() and not isinstance(x, FakeTensor):
-        weight = ctypes.byref(mat(codes, scale, zero))
-        call("linear", weight, len(codes), columns, len(x), x, y, DTYPES[x.dtype], torch.get_num_threads())
+        call("linear", mat(codes, scale, zero), len(codes), columns, len(x), x, y, DTYPES[x.dtype], torch.get_num_threads())
     return y
 
 
@@ -40,7 +37,7 @@ def dequantise_groups(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: 
         raise ValueError(f"dequantise_groups: dtype must be float32 or bfloat16, it is {dtype}.")
     w = codes.new_empty(len(codes), columns, dtype=dtype)
     if w.numel() and not isinstance(codes, FakeTensor):
-        call("dequantise", ctypes.byref(mat(codes, scale, zero)), len(codes), columns, w, DTYPES[dtype])
+        call("dequantise", mat(codes, scale, zero), len(codes), columns, w, DTYPES[dtype])
     return w
 
 

@@ -5,9 +5,9 @@ import warnings
 import pytest
 import torch
 from conftest import small_model
-from gguf_files import write_model
 from parity import tokens
 from quantised_folders import FORMATS, write_folder
+from test_gguf import quantised_file
 from test_quantised import copied, small_folder
 
 import qwen3next as q
@@ -17,7 +17,7 @@ from qwen3next.checkpoints.group_weights import held
 
 KEPT = ["int4", "int4 channel", "int4 asymmetric", "int4 channel asymmetric", "int8", "int8 channel asymmetric", "w8a8",
         "w8a8 asymmetric", "gptq without g_idx", "gptq v2", "gptq one group", "autoround", "autoround gptq",
-        "autoround awq", "awq"]  # fmt: skip
+        "autoround awq", "awq", "gptq ordered"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +41,19 @@ def test_what_is_kept_has_the_values_of_the_dequantised_load(plain, tmp_path, mo
     write_folder(folder, FORMATS[name])
     needs = []
     monkeypatch.setattr(load, "check_memory", lambda found, *_: needs.append(found["memory"]))
-    kept, whole = q.load(folder, weights="stored"), q.load(folder, dtype="float32")
+    kept, whole = q.load(folder, weights="stored", dtype="float32"), q.load(folder, dtype="float32")
     exact, found = dict(whole.named_parameters()), groups_of(kept)
-    assert len(found) >= 8
+    assert len(found) >= (1 if name in ("gptq ordered", "gptq without g_idx") else 8)  # others have odd groups
     assert kept.rounding == {}
     for parameter, weight in found.items():
         assert torch.equal(weight.dequantise(), exact[parameter]), parameter
     alive = {id(x): x.nbytes for x in (*kept.parameters(), *kept.buffers())}
     assert needs[0] == sum(alive.values())
     with torch.no_grad():
-        logits = kept.float()(tokens(40)).logits
-        torch.testing.assert_close(logits, whole(tokens(40)).logits, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(kept(tokens(40)).logits, whole(tokens(40)).logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["fp8 blocks", "nvfp4", "gptq ordered", "int2"])
+@pytest.mark.parametrize("name", ["fp8 blocks", "nvfp4", "mxfp4", "int2"])
 def test_other_formats_are_dequantised_or_rounded(plain, tmp_path, name):
     folder = copied(plain, tmp_path / "m")
     write_folder(folder, FORMATS[name])
@@ -68,11 +67,11 @@ def test_other_formats_are_dequantised_or_rounded(plain, tmp_path, name):
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
 def test_gguf_blocks_are_kept(tmp_path, family, kind):
     """Also where value heads are in another order in the file."""
-    sparse = {} if family == "qwen3_5_text" else {"num_experts": 4}
+    sparse = {"num_experts": 0 if family == "qwen3_5_text" else 4}
     model = small_model(model_type=family, num_hidden_layers=2, layer_types=("linear_attention", "full_attention"),
                         hidden_size=64, moe_intermediate_size=32, shared_expert_intermediate_size=32,
                         intermediate_size=64, linear_value_head_dim=32, **sparse)  # fmt: skip
-    write_model(tmp_path / "m.gguf", model, kind=kind)
+    quantised_file(tmp_path / "m.gguf", model, (kind,))
     kept, whole = q.load(tmp_path / "m.gguf", weights="stored"), q.load(tmp_path / "m.gguf", dtype="float32")
     found, exact = groups_of(kept), dict(whole.named_parameters())
     assert any(name.endswith("out_proj.weight") for name in found)
@@ -93,7 +92,7 @@ def test_a_folder_is_rounded_and_runs_compiled(tmp_path, weights, dtype):
     for name in ("router", "shared_expert_gate"):
         assert type(getattr(model.blocks[0].mlp, name)).__name__ == "Linear"
     assert q.explain(model)[0].runs == "cpp"
-    ids = tokens(24, vocab=250)
+    ids = tokens(24, b=1)
     with torch.no_grad():
         whole, cache, other = model(ids).logits[0], model.new_cache(1), model.new_cache(1)
         steps = torch.cat([model.step(ids[:, i : i + 1], cache) for i in range(24)])
@@ -128,7 +127,7 @@ def test_lora_trains_over_weights_in_groups(tmp_path):
     """Gradients pass through the weights to what stands before them."""
     q.Qwen3Next(q.presets.tiny(mtp_num_hidden_layers=0)).save_pretrained(tmp_path / "m")
     model = q.load(tmp_path / "m", weights="int4", dtype="float32")
-    ids = tokens(12, vocab=250)
+    ids = tokens(12)
     model(ids).logits.square().mean().backward()
     assert model.embed_tokens.weight.grad.abs().sum() > 0
     assert model.blocks[0].linear_attn.A_log.grad.abs().sum() > 0
