@@ -60,6 +60,10 @@ class HoldsGroups(nn.Module):
         assert scale is not None
         return GroupWeight(codes, scale, buffers.get(f"{name}_zero"))
 
+    def all_held(self) -> list[GroupWeight]:
+        """All its weights in groups."""
+        return [self.held(name.removesuffix("_codes")) for name in self._buffers if name.endswith("_codes")]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move with the model; but `model.bfloat16()` must not round the scales, so they pass as whole numbers."""
         scales = {name: x for name, x in self._buffers.items() if name.endswith("_scale") and x is not None}

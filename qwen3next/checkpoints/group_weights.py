@@ -19,6 +19,7 @@ from qwen3next.checkpoints.state_dict_adapter import TensorSpec
 WEIGHTS = ("dequantised", "stored", "int8", "int4")
 # Small projections whose outputs are logits, gates or decays: they stay as stored, and so do embedding, norms and conv.
 AS_STORED = ("router", "shared_expert_gate", "in_proj_b", "in_proj_a")
+LEAVES = ("gate_up_proj", "down_proj")  # of experts
 HEAD_BITS = 8  # of an untied head in "int4" too: its error is the logits'
 
 
@@ -50,11 +51,27 @@ def roundable(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def layout_for(name: str, shape: tuple[int, ...], weights: str) -> GroupLayout | None:
+def layout_for(name: str, shape: tuple[int, ...], weights: str, group_size: int | None = None) -> GroupLayout | None:
     """How "int8" or "int4" keeps a parameter; None if its rows do not consist of whole groups."""
     bits = HEAD_BITS if weights == "int8" or name.startswith("lm_head") else 4
-    size = GROUP_SIZES[bits]
+    size = GROUP_SIZES[bits] if group_size is None else group_size
     return None if shape[-1] % (size or 2) else GroupLayout(bits, size)
+
+
+def layouts_for(model: nn.Module, weights: str, group_size: int | None = None) -> dict[str, GroupLayout]:
+    """How "int8" or "int4" keeps the parameters of a model, by name."""
+    every = {name: layout_for(name, shape, weights, group_size) for name, shape in roundable(model).items()}
+    return _pairs({name: layout for name, layout in every.items() if layout is not None})
+
+
+def _pairs(layouts: dict[str, GroupLayout]) -> dict[str, GroupLayout]:
+    """The layouts without those of experts of which only one matrix has one."""
+    lone = {
+        name
+        for name in layouts
+        if name.endswith(LEAVES) and any(f"{name.rpartition('.')[0]}.{leaf}" not in layouts for leaf in LEAVES)
+    }
+    return {name: layout for name, layout in layouts.items() if name not in lone}
 
 
 def group_layouts(model: nn.Module, opened: CheckpointReader, weights: str, *, routed: bool) -> dict[str, GroupLayout]:
@@ -83,11 +100,7 @@ def group_layouts(model: nn.Module, opened: CheckpointReader, weights: str, *, r
             layout = layout_for(name, shape, weights)
         if layout is not None:
             found[name] = layout
-    for name in [name for name in found if ".mlp.experts." in name]:  # both matrices or neither
-        prefix = name.rpartition(".")[0]
-        if any(f"{prefix}.{leaf}" not in found for leaf in ("gate_up_proj", "down_proj")):
-            del found[name]
-    return found
+    return _pairs(found)
 
 
 def hold_groups(model: nn.Module, layouts: dict[str, GroupLayout], device: torch.device) -> None:
@@ -97,7 +110,7 @@ def hold_groups(model: nn.Module, layouts: dict[str, GroupLayout], device: torch
         module = modules[owner]
         with device:
             if isinstance(module, Experts):
-                parts = [layouts[f"{owner}.{n}"].empty(*getattr(module, n).shape) for n in ("gate_up_proj", "down_proj")]
+                parts = [layouts[f"{owner}.{leaf}"].empty(*getattr(module, leaf).shape) for leaf in LEAVES]
                 made: nn.Module = QuantisedExperts(*parts)
             else:
                 assert isinstance(module, Linear)

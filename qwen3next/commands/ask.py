@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from qwen3next.chat.document import Document
 from qwen3next.chat.template import ChatTemplate
 from qwen3next.chat.thinking import Piece
-from qwen3next.commands.common import Dtype, ExpertPlace, Folder, open_model, open_tokenizer, say_reads
+from qwen3next.commands.common import Dtype, ExpertPlace, KeptWeights, Folder, open_model, open_tokenizer, say_reads
 from qwen3next.commands.screen import Screen, note
 from qwen3next.prefix.store import PrefixStore
 
@@ -42,6 +42,7 @@ def ask(
     device: str = "auto",
     dtype: Dtype = "auto",
     experts: ExpertPlace = "memory",
+    weights: KeptWeights = "dequantised",
     expert_cache: str = "2GiB",
     quiet: bool = False,
 ) -> None:
@@ -76,6 +77,7 @@ def ask(
         device: auto (CUDA if available), cpu, cuda, cuda:1, ...
         dtype: auto keeps the stored dtype of each tensor.
         experts: memory; int8 (one byte per weight); disk (read from the files when tokens need them).
+        weights: dequantised; stored (in the groups of 4 or 8 bits of the folder, if any); int8; int4.
         expert_cache: memory for experts read from the files.
         quiet: write only errors to stderr.
     """
@@ -86,7 +88,9 @@ def ask(
     if any(not one.strip() for one in question):
         raise ValueError("--question is empty: give a text.")
     tokenizer, template = open_tokenizer(folder), None if plain else ChatTemplate.find(folder)
-    model = open_model(folder, device=device, dtype=dtype, experts=experts, cache=expert_cache, quiet=quiet)
+    model = open_model(
+        folder, device=device, dtype=dtype, experts=experts, weights=weights, cache=expert_cache, quiet=quiet
+    )
     if context_factor != 1:
         model.extend_context(context_factor)
     kept = PrefixStore(

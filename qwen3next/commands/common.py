@@ -20,6 +20,7 @@ from qwen3next.inputs import as_device
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ExpertPlace = Literal["memory", "disk", "int8"]
+KeptWeights = Literal["dequantised", "stored", "int8", "int4"]
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 Target = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR|PRESET")]
 
@@ -52,13 +53,23 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def open_model(folder: Path, *, device: str, dtype: Dtype, experts: ExpertPlace, cache: str, quiet: bool) -> Qwen3Next:
+def open_model(
+    folder: Path,
+    *,
+    device: str,
+    dtype: Dtype,
+    experts: ExpertPlace,
+    cache: str,
+    quiet: bool,
+    weights: KeptWeights = "dequantised",
+) -> Qwen3Next:
     """The folder's model, loaded with a progress bar on a terminal. Raises: ValueError for an unavailable device."""
     target = as_device(device)
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch finds no CUDA device: choose --device cpu.")
     progress = not quiet and sys.stderr.isatty()
-    return load(folder, dtype=dtype, device=target, progress=progress, experts=experts, expert_cache=cache)
+    places = {"experts": experts, "expert_cache": cache, "weights": weights}
+    return load(folder, dtype=dtype, device=target, progress=progress, **places)
 
 
 def say_reads(model: Qwen3Next) -> None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from qwen3next.chat.template import ChatTemplate
-from qwen3next.commands.common import Dtype, ExpertPlace, Folder, open_model, open_tokenizer
+from qwen3next.commands.common import Dtype, ExpertPlace, KeptWeights, Folder, open_model, open_tokenizer
 from qwen3next.files.sizes import parse_bytes
 
 
@@ -21,6 +21,7 @@ def serve(
     device: str = "auto",
     dtype: Dtype = "auto",
     experts: ExpertPlace = "memory",
+    weights: KeptWeights = "dequantised",
     expert_cache: str = "2GiB",
     quiet: bool = False,
 ) -> None:
@@ -43,6 +44,7 @@ def serve(
         device: auto (CUDA if available), cpu, cuda, cuda:1, ...
         dtype: auto keeps the stored dtype of each tensor.
         experts: memory; int8 (one byte per weight); disk (read from the files when tokens need them).
+        weights: dequantised; stored (in the groups of 4 or 8 bits of the folder, if any); int8; int4.
         expert_cache: memory for experts read from the files.
         quiet: write only errors to stderr.
     """
@@ -57,7 +59,9 @@ def serve(
     if not key and not _local(host):
         raise ValueError(f"{host} can be reached from other machines: set QWEN3NEXT_API_KEY, or use --host 127.0.0.1.")
     budget, tokenizer = parse_bytes(max_memory), open_tokenizer(folder)
-    model = open_model(folder, device=device, dtype=dtype, experts=experts, cache=expert_cache, quiet=quiet)
+    model = open_model(
+        folder, device=device, dtype=dtype, experts=experts, weights=weights, cache=expert_cache, quiet=quiet
+    )
     engine = Engine(model, max_memory=budget, max_waiting=max_waiting, max_rows=max_rows)
     template = ChatTemplate.find(folder)
     called = name or Path(folder).resolve().name
