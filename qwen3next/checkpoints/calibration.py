@@ -53,7 +53,8 @@ def round_model(
     """Round linear maps and experts of a model in place, to "int8" or "int4".
 
     Each block is rounded with the inputs that the blocks before it give when they are rounded already. Inputs of one
-    block are in memory at a time. The head and the MTP layer are rounded to the nearest code.
+    block are in memory at a time. The MTP layer is rounded to the nearest code. The head stays as it is: other programs
+    read folders of one kind of weights.
 
     Args:
         ids: rows of tokens (1, t) to calibrate with; none rounds to the nearest.
@@ -62,6 +63,7 @@ def round_model(
     Raises: ValueError for weights that are not finite, and for rows that are no whole groups of `group_size`.
     """
     found, layouts = list[Rounded](), layouts_for(model, weights, group_size)
+    layouts.pop("lm_head.weight", None)
     rows = [(model.embed_tokens(row), Segments.full(row)) for row in ids]
 
     def finish(prefix: str, grams: Grams) -> None:

@@ -34,8 +34,9 @@ def load_as(
     experts: str,
     expert_cache: str | int,
     weights: str = "dequantised",
+    head: bool = True,
 ) -> M:
-    """`q.load` for the model class `kind`; see there for arguments and errors."""
+    """`q.load` for the model class `kind`; see there for arguments and errors. `head`: whether to round the head too."""
     cast, target = None if dtype == "auto" else as_dtype(dtype), as_device(device)
     if experts == "mmap":
         warn_renamed("experts='mmap'", "experts='disk'", stacklevel=4)
@@ -54,6 +55,8 @@ def load_as(
         with torch.device("meta"):
             model = kind(opened.config)
         layouts = group_layouts(model, opened, weights, routed=experts == "memory")
+        if not head:
+            layouts.pop("lm_head.weight", None)
         needs = bytes_needed(model, partial(_dtype, opened, cast), layouts)
         check_memory(needs, experts, target, opened.folder.name)
         if experts != "memory":
