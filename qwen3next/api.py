@@ -85,15 +85,21 @@ def load(
         expert_cache: bytes for experts read from the files, as "2GiB"; `model.expert_cache.report` tells the hit rate.
         weights: how linear maps and experts in memory are kept. "dequantised", in `dtype`; "stored", in the groups of 4
             or 8 bits that the folder stores them in, where it does (compressed-tensors, GPTQ and AWQ in order, GGUF
-            Q8_0 and Q4_0), with values equal to the dequantised ones; "int8" and "int4" as "stored", and what the folder
-            does not store so is rounded (`model.rounding` has the errors). Router, gates, norms, convolution and
-            embedding stay as stored. docs/quantised.md has figures.
+            Q8_0 and Q4_0), with values equal to the dequantised ones; "int8" and "int4" as "stored", and all else is
+            rounded (`model.rounding` has the errors). Router, gates, norms, convolution and embedding stay as stored.
+            docs/quantised.md has figures.
         adapters: folders of LoRA adapters that PEFT wrote; all act, with weight 1. `model.adapters` switches them.
     Raises: ValueError that names file and tensor for anything missing, left over, misshapen, truncated or unsafe;
         nothing is left half-loaded.
     """
     model = load_as(
-        Qwen3Next, path, dtype=dtype, device=device, progress=progress, experts=experts, expert_cache=expert_cache,
+        Qwen3Next,
+        path,
+        dtype=dtype,
+        device=device,
+        progress=progress,
+        experts=experts,
+        expert_cache=expert_cache,
         weights=weights,
     )
     if adapters:

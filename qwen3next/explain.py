@@ -111,4 +111,6 @@ def _groups(held: list[GroupWeight], dtype: torch.dtype) -> Explanation:
     compiled = held[0].codes.device.type == "cpu" and dtype in FAST and missing() is None
     why = f"{bits} bits a weight: {binary(size)} in place of {binary(plain)}; "
     why += "codes are multiplied for a few rows, dequantised in tiles for many" if compiled else "dequantised in tiles"
-    return Explanation("weights in groups", "cpp" if compiled else "torch", why, "-" if compiled else "the CPU's kernels")
+    return Explanation(
+        "weights in groups", "cpp" if compiled else "torch", why, "-" if compiled else "the CPU's kernels"
+    )

@@ -1,4 +1,4 @@
-"""Weights in groups: multiplied as they are, and dequantised, in C++. See ops.py and layers/quantised/group_weight.py."""
+"""Weights in groups (layers/quantised/group_weight.py): multiplied as they are, and dequantised, in C++. See ops.py."""
 
 import torch
 from torch import Tensor
@@ -25,7 +25,17 @@ def group_linear(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -
     x = operand("group_linear: x", x, (len(x) if x.ndim else 0, columns), FP32, BF16)
     y = x.new_empty(len(x), len(codes))
     if y.numel() and not isinstance(x, FakeTensor):
-        call("linear", mat(codes, scale, zero), len(codes), columns, len(x), x, y, DTYPES[x.dtype], torch.get_num_threads())
+        call(
+            "linear",
+            mat(codes, scale, zero),
+            len(codes),
+            columns,
+            len(x),
+            x,
+            y,
+            DTYPES[x.dtype],
+            torch.get_num_threads(),
+        )
     return y
 
 
@@ -41,9 +51,7 @@ def dequantise_groups(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: 
     return w
 
 
-def _weight(
-    name: str, codes: Tensor, scale: Tensor, zero: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, int]:
+def _weight(name: str, codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, int]:
     """The tensors of a weight, contiguous, and its number of columns."""
     if codes.ndim != 2 or scale.ndim != 2:
         raise ValueError(f"{name}: codes and scale must be matrices, they are {codes.shape} and {scale.shape}.")

@@ -14,7 +14,9 @@ from layers.dispatch.autocast import product_dtype
 from layers.linear import linear
 from layers.quantised.group_weight import GroupWeight
 
-FEW = 16  # rows of x up to which codes are multiplied as they are; beyond, a large product of dequantised ones is faster
+FEW = (
+    16  # rows of x up to which codes are multiplied as they are; beyond, a large product of dequantised ones is faster
+)
 TILE = 2**22  # weights that are dequantised at a time
 FAST = (torch.float32, torch.bfloat16)  # dtypes of compiled code
 

@@ -36,7 +36,7 @@ def load_as(
     weights: str = "dequantised",
     head: bool = True,
 ) -> M:
-    """`q.load` for the model class `kind`; see there for arguments and errors. `head`: whether to round the head too."""
+    """`q.load` for the model class `kind`; see there for arguments and errors; `head` is whether the head is rounded."""
     cast, target = None if dtype == "auto" else as_dtype(dtype), as_device(device)
     if experts == "mmap":
         warn_renamed("experts='mmap'", "experts='disk'", stacklevel=4)

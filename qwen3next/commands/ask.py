@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from qwen3next.chat.document import Document
 from qwen3next.chat.template import ChatTemplate
 from qwen3next.chat.thinking import Piece
-from qwen3next.commands.common import Dtype, ExpertPlace, KeptWeights, Folder, open_model, open_tokenizer, say_reads
+from qwen3next.commands.common import Dtype, ExpertPlace, Folder, KeptWeights, open_model, open_tokenizer, say_reads
 from qwen3next.commands.screen import Screen, note
 from qwen3next.prefix.store import PrefixStore
 

@@ -7,7 +7,7 @@ from typing import Literal
 from qwen3next.chat import ChatTemplate, Conversation, GenerationConfig
 from qwen3next.chat.thinking import Piece
 from qwen3next.commands.chat_session import Session
-from qwen3next.commands.common import Dtype, ExpertPlace, KeptWeights, Folder, open_model, open_tokenizer, say_reads
+from qwen3next.commands.common import Dtype, ExpertPlace, Folder, KeptWeights, open_model, open_tokenizer, say_reads
 
 
 def chat(
@@ -68,8 +68,8 @@ def chat(
         raise ValueError("This chat template does not read enable_thinking: leave --think out.")
     conversation = Conversation(
         open_model(
-        folder, device=device, dtype=dtype, experts=experts, weights=weights, cache=expert_cache, quiet=quiet
-    ),
+            folder, device=device, dtype=dtype, experts=experts, weights=weights, cache=expert_cache, quiet=quiet
+        ),
         tokenizer,
         template,
         generation=generation,

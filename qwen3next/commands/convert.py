@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from qwen3next.checkpoints.convert import convert as convert_folder
 from qwen3next.api import Qwen3Next
+from qwen3next.checkpoints.convert import convert as convert_folder
 from qwen3next.checkpoints.gguf.write import to_gguf
 from qwen3next.checkpoints.quantise import quantise_folder
 from qwen3next.commands.common import Dtype, Folder

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from qwen3next.api import Qwen3Next
 from qwen3next.commands.choosing import Choosing
-from qwen3next.commands.common import Dtype, ExpertPlace, KeptWeights, Folder, open_model, open_tokenizer, say_reads
+from qwen3next.commands.common import Dtype, ExpertPlace, Folder, KeptWeights, open_model, open_tokenizer, say_reads
 from qwen3next.generation.beam_search import beam_search
 from qwen3next.generation.choice import Picked
 from qwen3next.generation.generate import Generation

@@ -72,7 +72,15 @@ def quantize(
 
     progress = not quiet and sys.stderr.isatty()
     found = quantise_folder(
-        Qwen3Next, source, target, weights, ids=ids, group_size=group_size, progress=progress, done=done, compare=compare
+        Qwen3Next,
+        source,
+        target,
+        weights,
+        ids=ids,
+        group_size=group_size,
+        progress=progress,
+        done=done,
+        compare=compare,
     )
     if quiet:
         return

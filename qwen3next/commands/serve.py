@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from qwen3next.chat.template import ChatTemplate
-from qwen3next.commands.common import Dtype, ExpertPlace, KeptWeights, Folder, open_model, open_tokenizer
+from qwen3next.commands.common import Dtype, ExpertPlace, Folder, KeptWeights, open_model, open_tokenizer
 from qwen3next.files.sizes import parse_bytes
 
 

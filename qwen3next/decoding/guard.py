@@ -41,7 +41,9 @@ class Guard:
         self._top, self._kind, self._config = dict(model._modules), type(model), model.config
         self._children = [m._modules for m in self._modules if m._modules]
         self._children_then = [dict(children) for children in self._children]
-        held = [m._parameters for m in self._modules if m._parameters] + [m._buffers for m in self._modules if m._buffers]
+        held = [m._parameters for m in self._modules if m._parameters] + [
+            m._buffers for m in self._modules if m._buffers
+        ]
         self._weights = Weights(held)
         self._changes = attribute_changes.changes
         self._others = [m for m in self._modules if type(m) not in attribute_changes.COUNTED]

@@ -136,7 +136,9 @@ def test_transformers_opens_what_is_written(folder, tmp_path):
     from transformers import CompressedTensorsConfig, Qwen3NextForCausalLM
 
     quantise_folder(q.Qwen3Next, folder / "m", tmp_path / "out", "int4")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["format"] == "pack-quantized"
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["format"] == "pack-quantized"
+    )
     ours = q.load(tmp_path / "out", dtype="bfloat16")
     settings = CompressedTensorsConfig(dequantize=True)
     theirs = Qwen3NextForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, quantization_config=settings)

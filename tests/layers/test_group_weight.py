@@ -1,4 +1,4 @@
-"""Weights in groups: the definition by single numbers, compiled code against it, gradients, and the modules around it."""
+"""Weights in groups: the definition by single numbers, compiled code against it, gradients, the modules around it."""
 
 import copy
 

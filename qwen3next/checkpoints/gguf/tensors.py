@@ -89,7 +89,6 @@ class GGUFWeight(QuantisedWeight):
         assert index is None
         return self.restore(dequantised(self.kind, files.read(self.parts[""]))).reshape(self.shape)
 
-
     def group_layout(self, files: Files) -> GroupLayout | None:  # noqa: ARG002
         if self.kind.codes is None or len(self.shape) != 2:
             return None

@@ -64,7 +64,13 @@ class ScaledWeight(QuantisedWeight):
         scale, (*outer, columns) = self.parts[self.tag], self.shape
         counts = {(*outer, n): n for n in (1, scale.shape[-1] if scale.shape else 1)} | {tuple(outer): 1}
         count = counts.get(scale.shape, 0)
-        if self.parts[""].dtype != torch.int8 or scale.dtype not in SCALES or not count or columns % count or columns % 2:
+        if (
+            self.parts[""].dtype != torch.int8
+            or scale.dtype not in SCALES
+            or not count
+            or columns % count
+            or columns % 2
+        ):
             return None
         if len(outer) > 1 and "_zero_point" in self.parts:
             return None
