@@ -18,11 +18,24 @@ from layers.quantised.held import HoldsGroups
 from layers.quantised.products import FAST, multiply
 
 
+def swiglu_in_groups(
+    x: Tensor,
+    gate_up: GroupWeight,
+    down: GroupWeight,
+    *,
+    linear_backend: str = "auto",
+    elementwise_backend: str = "auto",
+) -> Tensor:
+    """One expert's feed-forward of rows x."""
+    gate, up = multiply(x, gate_up, backend=linear_backend).chunk(2, dim=-1)
+    return multiply(activate(gate, up, backend=elementwise_backend), down, backend=linear_backend)
+
+
 class QuantisedExperts(HoldsGroups):
     """`Experts` with the weights gate_up (e, 2·inner, width) and down (e, width, inner) in groups.
 
     Attributes:
-        backend: of "experts": "loop" is the definition; "auto" the fastest.
+        backend: of "experts": "loop" is the definition; "auto" the fastest, and so is any other.
         linear_backend, elementwise_backend: of their products and activations.
     """
 
@@ -44,7 +57,7 @@ class QuantisedExperts(HoldsGroups):
         self, x: Float[Tensor, "n width"], weights: Float[Tensor, "n k"], indices: Int[Tensor, "n k"]
     ) -> Float[Tensor, "n width"]:
         """Σ_j weights[:, j] · expert[indices[:, j]](x)."""
-        if torch.is_grad_enabled() or self.backend != "auto":
+        if torch.is_grad_enabled() or self.backend == "loop":
             return loop(x, weights, indices, self._expert)
         if len(x) == 1:
             return one_token(x, weights, indices, self._expert)
@@ -65,10 +78,9 @@ class QuantisedExperts(HoldsGroups):
         return native.combine(out, weights.float().contiguous(), inverse, exact=x.dtype == torch.float32)
 
     def _expert(self, e: int, x: Tensor) -> Tensor:
-        gate_up, down = (weight.each(lambda part: part[e]) for weight in (self.gate_up, self.down))
-        gate, up = multiply(x, gate_up, backend=self.linear_backend).chunk(2, dim=-1)
-        hidden = activate(gate, up, backend=self.elementwise_backend)
-        return multiply(hidden, down, backend=self.linear_backend)
+        gate_up, down = (weight.at(e) for weight in (self.gate_up, self.down))
+        backends = {"linear_backend": self.linear_backend, "elementwise_backend": self.elementwise_backend}
+        return swiglu_in_groups(x, gate_up, down, **backends)
 
     def extra_repr(self) -> str:
         (e, hidden_size, intermediate_size), bits = self.down.shape, self.gate_up.bits

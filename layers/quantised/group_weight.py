@@ -8,6 +8,7 @@ half. Scales are fp32, bf16 or fp16; zero points are int8. Without zero points, 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float32, Int8, Shaped, UInt8
@@ -65,6 +66,10 @@ class GroupWeight:
         """The weight with each of its tensors changed, such as by a choice of rows."""
         zero = None if self.zero is None else change(self.zero)
         return GroupWeight(change(self.codes), change(self.scale), zero)
+
+    def at(self, index: Any) -> "GroupWeight":
+        """Rows of it, or some of several matrices."""
+        return self.each(lambda part: part[index])
 
 
 def pack(codes: UInt8[Tensor, "*e in"]) -> UInt8[Tensor, "*e half"]:

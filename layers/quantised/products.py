@@ -54,7 +54,7 @@ def _product(x: Tensor, weight: GroupWeight, backend: str) -> Tensor:
         return group_linear(x, *weight.tensors)
     step, rows = max(TILE // max(x.shape[1], 1), 1), weight.shape[0]
     with torch.autocast(x.device.type, enabled=False):
-        tiles = [weight.each(lambda part, a=a: part[a : a + step]) for a in range(0, rows, step)]
+        tiles = [weight.at(slice(a, a + step)) for a in range(0, rows, step)]
         found = [linear(x, dequantised(tile, x.dtype, backend), backend=backend) for tile in tiles]
     return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 

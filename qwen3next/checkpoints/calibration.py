@@ -131,7 +131,8 @@ def _round_one(model: nn.Module, name: str, layout: GroupLayout, gram: Tensor | 
     module = model.get_submodule(owner)
     exact = getattr(module, leaf).detach()
     nearest = rounded(exact, layout)
-    piece, errors = nearest, (None, None)
+    piece = nearest
+    errors: tuple[float | None, float | None] = (None, None)
     if gram is not None:
         piece = quantise_for(exact, gram, layout.bits, layout.group_size, scale_dtype=layout.scale_dtype)
         wrong, whole = output_error(piece, exact, gram)

@@ -1,6 +1,7 @@
 """Which weights of a loaded model stay in groups of 4 or 8 bits, and reading them."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,13 +75,14 @@ def _pairs(layouts: dict[str, GroupLayout]) -> dict[str, GroupLayout]:
     return {name: layout for name, layout in layouts.items() if name not in lone}
 
 
-def group_layouts(model: nn.Module, opened: CheckpointReader, weights: str, *, routed: bool) -> dict[str, GroupLayout]:
+def group_layouts(model: nn.Module, opened: CheckpointReader, weights: str, *, routed: str) -> dict[str, GroupLayout]:
     """The parameters that stay in groups, by name, and how.
 
     Args:
         model: on the meta device.
         weights: "stored" keeps what the folder stores in groups; "int8" and "int4" also round what it does not.
-        routed: whether the routed experts are in memory.
+        routed: where the routed experts are: in "memory"; in "int8", which has groups of its own; or on "disk", where
+            they are as stored, in all layers or in none, for one cache serves all.
     """
     if weights == "dequantised":
         return {}
@@ -92,15 +94,21 @@ def group_layouts(model: nn.Module, opened: CheckpointReader, weights: str, *, r
             stored.setdefault(place.name, set()).add(kept)
     found: dict[str, GroupLayout] = {}
     for name, shape in roundable(model).items():
-        if not routed and ".mlp.experts." in name:
+        expert = name.endswith(LEAVES)
+        if expert and routed == "int8":
             continue
         layouts = stored[name]
         layout = next(iter(layouts)) if len(layouts) == 1 else None  # those of all experts must be equal
-        if layout is None and weights != "stored":
+        if layout is None and weights != "stored" and not (expert and routed == "disk"):
             layout = layout_for(name, shape, weights)
         if layout is not None:
             found[name] = layout
-    return _pairs(found)
+    found = _pairs(found)
+    experts = {name: found.get(name) for name in stored if name.endswith(LEAVES)}
+    kinds = {tuple(experts[f"{name.rpartition('.')[0]}.{leaf}"] for leaf in LEAVES) for name in experts}
+    if routed == "disk" and len(kinds) > 1:
+        return {name: layout for name, layout in found.items() if name not in experts}
+    return found
 
 
 def hold_groups(model: nn.Module, layouts: dict[str, GroupLayout], device: torch.device) -> None:
@@ -146,9 +154,9 @@ def fill_groups(
                 place.of(ours).copy_(entry.split(x)[i])
                 continue
             target = held(model, place.name)
-            target = target.each(lambda part, at=at: part[at]) if at else target
+            target = target.at(at) if at else target
             if groups is not None:
-                piece = groups.each(lambda part, i=i: entry.split(part)[i])
+                piece = groups.each(partial(_piece, entry, i))
             else:
                 assert x is not None
                 exact = entry.split(x)[i].float()
@@ -156,6 +164,11 @@ def fill_groups(
                 errors[place.name] = errors.get(place.name, Rounding()) + difference(piece, exact)
             put(piece, target)
     return errors
+
+
+def _piece(entry: TensorSpec, i: int, x: Tensor) -> Tensor:
+    """What a stored tensor gives for its place number i."""
+    return entry.split(x)[i]
 
 
 def held(model: nn.Module, name: str) -> GroupWeight:

@@ -36,7 +36,7 @@ def load_as(
     weights: str = "dequantised",
     head: bool = True,
 ) -> M:
-    """`q.load` for the model class `kind`; see there for arguments and errors; `head` is whether the head is rounded."""
+    """`q.load` for the model class `kind`; see there for arguments and errors; `head`: whether it is rounded."""
     cast, target = None if dtype == "auto" else as_dtype(dtype), as_device(device)
     if experts == "mmap":
         warn_renamed("experts='mmap'", "experts='disk'", stacklevel=4)
@@ -54,14 +54,15 @@ def load_as(
         generation = GenerationConfig.load(opened.folder, quiet=True)
         with torch.device("meta"):
             model = kind(opened.config)
-        layouts = group_layouts(model, opened, weights, routed=experts == "memory")
+        layouts = group_layouts(model, opened, weights, routed=experts)
         if not head:
             layouts.pop("lm_head.weight", None)
         needs = bytes_needed(model, partial(_dtype, opened, cast), layouts)
         check_memory(needs, experts, target, opened.folder.name)
         if experts != "memory":
-            replace_experts(model, opened, experts, dtype=cast, device=target, cache=budget)
-        hold_groups(model, layouts, target)
+            places: Any = {"dtype": cast, "device": target, "cache": budget, "layouts": layouts}
+            replace_experts(model, opened, experts, **places)
+        hold_groups(model, {n: x for n, x in layouts.items() if experts == "memory" or not routed(n)}, target)
         ours = _allocate(model, opened, cast, target)
         with torch.no_grad():
             for entry in tracked(opened.wanted, progress, f"loading {opened.folder.name}"):

@@ -45,7 +45,13 @@ def quantise_folder(
     """
     if weights not in BITS:
         raise ValueError(f"weights must be int8 or int4, got {weights!r}.")
-    options = {"dtype": "auto", "device": "cpu", "progress": progress, "experts": "memory", "expert_cache": 0}
+    options: dict[str, Any] = {
+        "dtype": "auto",
+        "device": "cpu",
+        "progress": progress,
+        "experts": "memory",
+        "expert_cache": 0,
+    }
     whole = bool(ids) or group_size is not None
     model = load_as(kind, source, weights="dequantised" if whole else weights, head=False, **options)
     if whole:

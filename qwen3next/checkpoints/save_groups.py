@@ -79,7 +79,7 @@ def groups_of(model: Any) -> Iterator[tuple[str, GroupWeight]]:
 
 def _merged(entry: TensorSpec, groups: dict[str, GroupWeight]) -> GroupWeight:
     """A released weight of the rows of its places, which are in the same groups."""
-    pieces = [groups[p.name].each(lambda x, p=p: x[p.index] if p.index else x) for p in entry.places]
+    pieces = [groups[p.name].at(p.index or ...) for p in entry.places]
     if len({(w.bits, w.group_size, w.scale.dtype, w.zero is None) for w in pieces}) > 1:
         raise ValueError(f"The parts of {entry.name} are in different groups: load with one kind of weights.")
     zero = None if pieces[0].zero is None else entry.merge(*(w.zero for w in pieces))

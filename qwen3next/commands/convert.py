@@ -65,8 +65,8 @@ def convert(
             raise ValueError(f"--to {to} takes no other option: convert first, then quantise the result.")
         quantise_folder(Qwen3Next, source, target, to, progress=progress)
         if not quiet:
-            size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-            print(f"{target}: {to} weights, {binary(size)}", file=sys.stderr)
+            written = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+            print(f"{target}: {to} weights, {binary(written)}", file=sys.stderr)
         return
     if to == "bf16":
         if dtype not in ("auto", "bfloat16"):

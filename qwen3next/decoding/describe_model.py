@@ -134,7 +134,8 @@ def _take(tensor: Tensor | None, name: str, needed: Needed | None, layer: Layer)
 def _check(held: Held, device: torch.device) -> None:
     """Raises: Unsupported for a weight that C++ would misread."""
     x, shape = held.tensor, held.needed.shape
-    kind, dtypes = nn.Parameter, FLOATS
+    kind: type[Tensor] = nn.Parameter
+    dtypes: tuple[torch.dtype, ...] = FLOATS
     if held.needed.in_groups or held.needed.part:
         kind, dtypes = Tensor, GROUPS[held.needed.part]
     if type(x) is not kind:

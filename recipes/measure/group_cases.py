@@ -43,7 +43,7 @@ def decode(models: Models, folder: Path, dtype: str, weights: str, after: int, s
     return Case(f"decode with {weights} after {after}", steps, sides=sides, runs=runs)
 
 
-def _steps(model: q.Qwen3Next, cache: q.Cache, new: torch.Tensor) -> None:
+def _steps(model: q.Qwen3Next, cache: q.HybridCache, new: torch.Tensor) -> None:
     for token in new.split(1, dim=1):
         model.step(token, cache)
 

@@ -11,7 +11,7 @@ from test_gguf import quantised_file
 from test_quantised import copied, small_folder
 
 import qwen3next as q
-from layers.quantised.held import HoldsGroups
+from layers.quantised.held import GroupLayout, HoldsGroups
 from qwen3next.checkpoints import load
 from qwen3next.checkpoints.group_weights import held
 
@@ -131,6 +131,30 @@ def test_lora_trains_over_weights_in_groups(tmp_path):
     model(ids).logits.square().mean().backward()
     assert model.embed_tokens.weight.grad.abs().sum() > 0
     assert model.blocks[0].linear_attn.A_log.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["int4", "int8 channel asymmetric", "awq"])
+def test_experts_on_disk_stay_in_groups(plain, tmp_path, name):
+    """The cache holds codes; values equal those of the experts in memory."""
+    folder = copied(plain, tmp_path / "m")
+    write_folder(folder, FORMATS[name])
+    whole = q.load(folder, weights="stored", dtype="float32")
+    disk = q.load(folder, weights="stored", dtype="float32", experts="disk", expert_cache=60_000)
+    read = q.load(folder, dtype="float32", experts="disk", expert_cache=60_000)
+    kept, plain_module = disk.blocks[0].mlp.experts, read.blocks[0].mlp.experts
+    assert whole.blocks[0].mlp.experts.gate_up.bits == (8 if "8" in name else 4)
+    assert disk.expert_cache.slots > 2 * read.expert_cache.slots
+    with torch.no_grad():
+        whole.set_backend("experts", "loop")
+        assert torch.equal(disk(tokens(40)).logits, whole(tokens(40)).logits)
+        one = tokens(1, b=1)
+        torch.testing.assert_close(disk(one).logits, read(one).logits, atol=1e-4, rtol=1e-4)
+    held_by = whole.blocks[0].mlp.experts
+    codes = [GroupLayout.of(w).empty(*w.shape[1:]) for w in (held_by.gate_up, held_by.down)]
+    numbers = [torch.empty(w.shape[1:]) for w in (held_by.gate_up, held_by.down)]
+    assert kept.read(1, *codes) == plain_module.read(1, *numbers)  # bytes of the files
+    for code, number in zip(codes, numbers, strict=True):
+        assert torch.equal(code.dequantise(), number)
 
 
 def test_bad_choices_are_refused(plain, tmp_path):

@@ -7,12 +7,14 @@ Source: compressed-tensors 0.20.1, compressors/pack_quantized.
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from layers.quantised.group_weight import GroupWeight
 from qwen3next.checkpoints.quantised.settings import Settings
 from qwen3next.checkpoints.quantised.weight import GroupedCodes, check, check_scales, unpack
 from qwen3next.files.tensor_files import Files, Stored
@@ -58,6 +60,17 @@ class PackedInts(GroupedCodes):
         if "_zero_point" in self.parts:
             zeros = self._zeros(self.part(files, "_zero_point", index))
         return codes, zeros, scale, self._groups(files, scale.shape[-1])
+
+    def read_groups(self, files: Files, index: int | None = None) -> GroupWeight:
+        """As the base class, without unpacking: words of little-endian bytes hold the codes in the order of groups."""
+        if sys.byteorder != "little" or self.group_layout(files) is None:
+            return super().read_groups(files, index)
+        codes = self.part(files, "_packed", index).view(torch.uint8)[..., : self.shape[-1] * self.bits // 8]
+        codes = codes if self.bits == 4 else (codes ^ 128).view(torch.int8)
+        zero = None
+        if "_zero_point" in self.parts:
+            zero = (self._zeros(self.part(files, "_zero_point", index)) - (128 if self.bits == 8 else 0)).to(torch.int8)
+        return GroupWeight(codes, self.part(files, "_scale", index), zero)
 
     @property
     def code_bits(self) -> int:
