@@ -68,20 +68,24 @@ class Qwen3Next(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Linear maps, experts, router and embeddings N(0, initializer_range); norms and decay as their modules say."""
-        std = self.config.initializer_range
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=std)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, Experts):
-                nn.init.normal_(module.gate_up_proj, std=std)
-                nn.init.normal_(module.down_proj, std=std)
-            elif isinstance(module, (RMSNorm, GatedRMSNorm, GatedDeltaNet, AttentionVariant)):
-                module.reset_parameters()
+            self.reset_module(module)
+
+    @torch.no_grad()
+    def reset_module(self, module: nn.Module) -> None:
+        """Random weights for the parameters that one module of the model has itself, without those inside of it."""
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, Experts):
+            nn.init.normal_(module.gate_up_proj, std=std)
+            nn.init.normal_(module.down_proj, std=std)
+        elif isinstance(module, (RMSNorm, GatedRMSNorm, GatedDeltaNet, AttentionVariant)):
+            module.reset_parameters()
 
     def forward(
         self,

@@ -1,0 +1,1 @@
+"""The model on many processes under torchtitan: layouts, sharding, the trainer, distributed checkpoints."""

@@ -1,0 +1,153 @@
+"""Distributed checkpoints outside of a run: read without processes, export, and turn into plain training states.
+
+torchtitan writes `OUT/checkpoint/step-N`, a folder of torch.distributed.checkpoint (DCP): parts of tensors, which any
+number of processes reads. Here one process reads tensor by tensor. DCP pickles what is no tensor: open only your own.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+import qwen3next as q
+from qwen3next.checkpoints.save import is_weights, write_config, write_shards
+from qwen3next.checkpoints.state_dict_adapter import Layout, tensor_specs
+from qwen3next.files.atomic import fresh_folder
+from recipes.scaling.pieces import in_pieces, piece_names, whole
+
+PREFIX = "core."
+
+
+def newest(out: Path) -> Path:
+    """The last complete checkpoint of a run. Raises: ValueError if there is none."""
+    found = [path.parent for path in out.glob("checkpoint/step-*/.metadata")]
+    if not found:
+        raise ValueError(f"There is no complete checkpoint in {out / 'checkpoint'}: let the run save one.")
+    return max(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+class Reader(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by our parameters' names, each read when it is asked for.
+
+    Args:
+        folder: a step's folder.
+        kind: "" for weights, or a moment of AdamW: "exp_avg", "exp_avg_sq", "step".
+    """
+
+    def __init__(self, folder: Path, config: q.ModelConfig, kind: str = "") -> None:
+        self.folder, self.config, self.kind = folder, config, kind
+        self.stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        with torch.device("meta"):
+            self.names = [name for name, _ in q.Qwen3Next(config).named_parameters()]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self.kind == "step":
+            return self._read(piece_names(self.config, name)[0])
+        return whole(self.config, name, self._read)
+
+    def _read(self, piece: str) -> Tensor:
+        key = f"optimizer.state.{PREFIX}{piece}.{self.kind}" if self.kind else f"{PREFIX}{piece}"
+        about = self.stored.get(key)
+        if about is None or isinstance(about, BytesStorageMetadata):
+            raise ValueError(f"{self.folder} lacks {key}: it belongs to another model than model.json says.")
+        state = {key: torch.empty(about.size, dtype=about.properties.dtype)}
+        dcp.load(state, checkpoint_id=self.folder, no_dist=True)
+        return state[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def read_values(folder: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that are no tensors, by their keys, as {"train_state": {"step": 0}}."""
+    state = json.loads(json.dumps(keys))
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    return state
+
+
+def export(out: Path, folder: Path, *, dtype: torch.dtype | None = None) -> Path:
+    """Write the last checkpoint of a run as a model folder in the released layout, one tensor at a time.
+
+    Args:
+        dtype: of the written tensors; None keeps that of the checkpoint.
+    Raises: ValueError without a complete checkpoint.
+    """
+    config = q.ModelConfig.load(out / "model.json")
+    source = Reader(newest(out), config)
+    wanted = list(tensor_specs(config, Layout.released(config)))
+    kept = {key: about.properties.dtype for key, about in source.stored.items() if hasattr(about, "properties")}
+    of = {e.name: dtype or kept[PREFIX + piece_names(config, e.places[0].name)[0]] for e in wanted}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        last: tuple[str, Tensor] | None = None  # experts of a layer are views of one tensor
+        for e in wanted:
+            pieces = []
+            for place in e.places:
+                if last is None or last[0] != place.name:
+                    last = place.name, source[place.name]
+                pieces.append(place.of({place.name: last[1]}))
+            yield e.name, e.merge(*pieces).to(of[e.name])
+
+    with fresh_folder(folder, replaced=is_weights) as fresh:
+        write_shards(fresh, [(e, of[e.name]) for e in wanted], tensors(), 5 * 10**9)
+        write_config(fresh, config.to_dict(), of[wanted[0].name])
+    return folder
+
+
+def plain_state(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and AdamW's moments of the last checkpoint in memory, with the names of `recipes.training.checkpoints`.
+
+    Returns: tensors, and {"step", "samples"}.
+    """
+    config, folder = q.ModelConfig.load(out / "model.json"), newest(out)
+    tensors = {f"model.{name}": tensor for name, tensor in Reader(folder, config).items()}
+    for kind in ("step", "exp_avg", "exp_avg_sq"):
+        tensors |= {f"optimizer.{kind}.{name}": tensor for name, tensor in Reader(folder, config, kind).items()}
+    values = read_values(folder, {"train_state": {"step": 0}, "dataloader": {"samples": 0}})
+    return tensors, {"step": values["train_state"]["step"], "samples": values["dataloader"]["samples"]}
+
+
+def write_plain(
+    folder: Path, config: q.ModelConfig, tensors: Mapping[str, Tensor], groups: Mapping[str, dict[str, Any]],
+    *, step: int, samples: int, tokens: int,
+) -> None:  # fmt: skip
+    """Write a plain training state as a checkpoint that torchtitan resumes from.
+
+    Args:
+        folder: OUT/checkpoint/step-N.
+        tensors: as `plain_state` gives them.
+        groups: options of AdamW's group of each parameter (lr, betas, weight_decay, ...).
+    """
+    state: dict[str, Any] = {}
+    moments: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        if kind == "model":
+            state |= {f"{PREFIX}{piece}": x.contiguous() for piece, x in in_pieces(config, name, tensor).items()}
+            for piece in piece_names(config, name):
+                options |= {f"param_groups.{PREFIX}{piece}.{option}": x for option, x in groups[name].items()}
+        elif kind == "optimizer":
+            moment, _, name = name.partition(".")
+            if moment == "step":
+                pieces: dict[str, Tensor] = dict.fromkeys(piece_names(config, name), tensor)
+            else:
+                pieces = in_pieces(config, name, tensor)
+            moments |= {f"state.{PREFIX}{piece}.{moment}": x.contiguous() for piece, x in pieces.items()}
+    if config.tie_word_embeddings:
+        state[f"{PREFIX}lm_head.weight"] = state[f"{PREFIX}embed_tokens.weight"]
+    state |= {
+        "optimizer": moments | options,
+        "lr_scheduler": {"last_epoch": step},
+        "dataloader": {"samples": samples},
+        "train_state": {"step": step, "ntokens_seen": tokens},
+    }
+    dcp.save(state, checkpoint_id=folder, no_dist=True)

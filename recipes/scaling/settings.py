@@ -1,0 +1,54 @@
+"""The settings of a run on many processes: those of one process, and its layout."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from recipes.scaling.layout import Layout
+from recipes.training.settings import FREE, Settings
+
+# Settings that a resumed run may change, since neither losses nor the saved state depend on them.
+LAYOUT = {"tensor", "expert", "replicate", "processes", "async_save"}
+
+
+@dataclass(frozen=True)
+class ScalingSettings(Settings):
+    """Train a Qwen3-Next model on many GPUs, under torchtitan.
+
+    `batch_size` is that of a micro-batch over all processes, and `accumulate` the micro-batches of a step, so that the
+    same settings give the same losses in every layout and in `python -m recipes.pretrain`. See there for the others.
+
+    Attributes:
+        tensor: processes that share the heads, inner dimensions and vocabulary of a layer (TP).
+        expert: processes over which the experts of a layer are divided (EP).
+        replicate: groups of processes that each hold all weights (HSDP); within a group FSDP shards them.
+        processes: start so many processes on this machine; 0: torchrun or Slurm has started them.
+        async_save: write checkpoints in the background.
+    """
+
+    tensor: int = 1
+    expert: int = 1
+    replicate: int = 1
+    processes: int = 0
+    async_save: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, wanted, instead in (
+            ("minutes", None, "give --steps"),
+            ("optimizer", "adamw", "use adamw"),
+            ("balance", "batch", "use batch"),
+            ("ema", 0.0, "use 0"),
+            ("skip_spikes", 0.0, "use 0"),
+            ("needles", (), "evaluate the exported model"),
+            ("samples", 0, "sample from the exported model"),
+        ):
+            if getattr(self, name) != wanted:
+                raise ValueError(f"--{name.replace('_', '-')} is for one process only; on many {instead}.")
+
+    def layout(self, world: int) -> Layout:
+        return Layout(world, self.replicate, self.tensor, self.expert)
+
+
+def comparable(settings: ScalingSettings) -> dict[str, Any]:
+    """What must not change when a run resumes."""
+    return {name: value for name, value in asdict(settings).items() if name not in FREE | LAYOUT}
