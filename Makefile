@@ -7,7 +7,7 @@ READY := $(VENV)/.qwen3next-installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oracles test-cpu test-cpus test-slow test-sanitize test-gpu gpu-check gpu-bundle test-kernels test-packages test-hf test-tools test-server test-install lint types format wheel bench docs clean
+.PHONY: help demo test test-oracles test-cpu test-cpus test-slow test-sanitize test-gpu gpu-check gpu-bundle test-kernels test-packages test-hf test-tools test-server test-titan test-install lint types format wheel bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -121,6 +121,18 @@ $(SERVED)/.installed: pyproject.toml constraints.txt
 
 test-server: $(SERVED)/.installed ## the server: conformance, random requests, hostile load, its page in a browser
 	$(ONE_THREAD) QWEN3NEXT_LOAD_SECONDS=$(LOAD_SECONDS) $(SERVED)/bin/python -m pytest -m "not gpu" tests/serving tests/chat
+
+# torchtitan names no torch and pip would take the newest; its other pins contradict constraints.txt.
+TITAN := .venv-titan
+$(TITAN)/.installed: pyproject.toml constraints.txt
+	test -x $(TITAN)/bin/python || $(PYTHON) -m venv $(TITAN)
+	$(TITAN)/bin/python -m pip install -c constraints.txt torch==2.13.0
+	$(TITAN)/bin/python -m pip install -c constraints.txt -e . pytest beartype
+	$(TITAN)/bin/python -m pip install torch==2.13.0 -e ".[titan]"
+	@touch $@
+
+test-titan: $(TITAN)/.installed ## training on 2 and 4 processes under torchtitan, on the CPU
+	$(ONE_THREAD) $(TITAN)/bin/python -m pytest tests/titan
 
 test-hf: $(TOOLS)/.installed ## transformers' own model tests, on its class and on ours
 	$(ONE_THREAD) $(TOOLS)/bin/python tests/hf/suite.py

@@ -59,9 +59,10 @@ def check(settings: ScalingSettings, world: int) -> None:
         refuse_changes("setting", comparable(recorded(settings.out, ScalingSettings)), comparable(settings))
     elif begun:
         raise ValueError(f"{settings.out} already holds a run: add --resume to continue it, or choose another --out.")
-    # Of a text that is not read yet the vocabulary is unknown; `config_of` looks at it again.
-    vocabulary = {"vocab_size": 1024 * settings.tensor}
-    config = _architecture(settings).replace(**vocabulary, **model_changes(settings.model))
+    changes = model_changes(settings.model)
+    if not settings.init:  # of a text that is not read yet, the vocabulary is unknown; `work` looks at it again
+        changes = {"vocab_size": 1024 * settings.tensor} | changes
+    config = _architecture(settings).replace(**changes)
     check_layout(settings.layout(world), config, settings.batch_size)
 
 
@@ -73,17 +74,17 @@ def _architecture(settings: ScalingSettings) -> q.ModelConfig:
 
 
 def config_of(settings: ScalingSettings, data: Prepared) -> q.ModelConfig:
-    """The model's configuration. With --tensor the vocabulary is rounded up, so that its rows can be divided.
-
-    Raises: ValueError for a checkpoint whose vocabulary is smaller than the text's.
-    """
+    """The model's configuration. Raises: ValueError if its vocabulary is smaller than the text's."""
     if settings.init:
         config = _architecture(settings).replace(**model_changes(settings.model))
-        if data.tokenizer.get_vocab_size() > config.vocab_size:
-            raise ValueError(f"The text has more kinds of tokens than {settings.init}: use the model's own tokenizer.")
-        return config
-    config = model_config(settings, data.tokenizer)
-    return config.replace(vocab_size=-(-config.vocab_size // settings.tensor) * settings.tensor)
+    else:
+        config = model_config(settings, data.tokenizer)
+    if (size := data.tokenizer.get_vocab_size()) > config.vocab_size:
+        raise ValueError(
+            f"The text has {size} kinds of tokens and the model a vocabulary of {config.vocab_size}: "
+            "use the model's own tokenizer, or a larger --model vocab_size."
+        )
+    return config
 
 
 def prepare(settings: ScalingSettings) -> Prepared:

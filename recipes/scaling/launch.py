@@ -1,6 +1,7 @@
 """Start the processes of a run on this machine, and say in a sentence how it ended if one of them fails."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -24,6 +25,7 @@ def launch(module: str, args: Sequence[str], processes: int) -> None:
 
     Raises: RunFailed with the first process that failed, and how.
     """
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `RunFailed` says what it would
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -92,5 +92,10 @@ def _check_tensor(layout: Layout, config: q.ModelConfig) -> None:
     if not all(block.sparse for block in blocks):
         sizes["intermediate_size"] = c.intermediate_size
     for name, size in sizes.items():
+        if name == "vocab_size" and size % n:
+            raise ValueError(
+                f"--tensor {n} does not divide the vocabulary of {size} tokens: add unused ones with "
+                f"--model vocab_size={-(-size // n) * n}."
+            )
         if size % n:
             raise ValueError(f"--tensor {n} does not divide {name} {size} of this model: choose another --tensor.")

@@ -1,0 +1,140 @@
+"""Checkpoints go from two processes to one, to the plain loop and back, moments included; export; kills."""
+
+import dataclasses
+import json
+import shutil
+
+import runs
+
+import pytest
+import torch
+
+import qwen3next as q
+from recipes.scaling.checkpoints import Reader, newest, plain_state, write_plain
+from recipes.training.checkpoints import trained
+
+SAME = 1e-6  # two orders of summation over five steps
+
+
+def at_five(finished, out):
+    """A copy of the finished run as it was after step 5."""
+    shutil.copytree(finished.out, out)
+    shutil.rmtree(out / "checkpoint" / "step-10")
+    return dataclasses.replace(finished, out=out, resume=True)
+
+
+def close(found, wanted):
+    loss, norm = runs.differences(found, wanted)
+    assert loss < SAME
+    assert norm < 10 * SAME
+
+
+def test_two_processes_to_one(finished, tmp_path):
+    settings = at_five(finished, tmp_path / "run")
+    runs.titan(dataclasses.replace(settings, processes=1))
+    found = runs.rows(settings.out)
+    assert [row["step"] for row in found] == list(range(1, 11))
+    close(found, runs.rows(finished.out))
+    assert found[-1]["samples"] == 40  # one integer, in any world
+
+
+def test_two_processes_to_the_plain_loop_and_back(finished, text, tmp_path):
+    """The moments are those of the plain loop, which goes on from them; and its state is what two processes go on from."""
+    settings = at_five(finished, tmp_path / "run")
+    alone = runs.Plain(runs.settings_of(text, tmp_path / "plain", runs.tiny()))
+    first = alone.to(5)
+    tensors, values = plain_state(settings.out)
+    assert values == {"step": 5, "samples": 20}
+    own = trained(alone.model)
+    for name, parameter in own.items():
+        torch.testing.assert_close(tensors[f"model.{name}"], parameter, atol=1e-5, rtol=1e-4)
+        state = alone.optimizer.state[parameter]
+        for moment in ("exp_avg", "exp_avg_sq", "step"):
+            torch.testing.assert_close(tensors[f"optimizer.{moment}.{name}"], state[moment], atol=1e-6, rtol=1e-3)
+    before = {f"model.{name}": p.detach().clone() for name, p in own.items()}
+    options = {id(p): group for group in alone.optimizer.param_groups for p in group["params"]}
+    groups = {name: {k: v for k, v in options[id(p)].items() if k != "params"} for name, p in own.items()}
+    moments = {f"optimizer.{m}.{n}": alone.optimizer.state[p][m].clone() for n, p in own.items()
+               for m in ("exp_avg", "exp_avg_sq", "step")}  # fmt: skip
+
+    with torch.no_grad():  # the plain loop goes on from the checkpoint of two processes
+        for name, parameter in own.items():
+            parameter.copy_(tensors[f"model.{name}"])
+            for moment in ("exp_avg", "exp_avg_sq", "step"):
+                alone.optimizer.state[parameter][moment].copy_(tensors[f"optimizer.{moment}.{name}"])
+    rest = alone.to(10)
+    close(first + rest, runs.rows(finished.out))
+
+    back = dataclasses.replace(settings, out=tmp_path / "back", processes=2)  # and two processes from its state
+    shutil.copytree(settings.out, back.out)
+    shutil.rmtree(back.out / "checkpoint")
+    write_plain(back.out / "checkpoint" / "step-5", alone.config, before | moments, groups, step=5, samples=20, tokens=0)
+    runs.titan(back)
+    close(runs.rows(back.out), runs.rows(finished.out))
+
+
+def test_the_exported_folder_is_the_last_checkpoint(finished):
+    model = q.load(finished.out / "model", device="cpu")
+    source = Reader(newest(finished.out), q.ModelConfig.load(finished.out / "model.json"))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(source[name], parameter), name
+    assert (finished.out / "model" / "tokenizer.json").is_file()
+
+
+def test_a_run_starts_from_a_released_folder(finished, text, tmp_path):
+    settings = runs.settings_of(
+        text, tmp_path / "run", runs.tiny(), processes=2, expert=2, steps=1, init=str(finished.out / "model"), model=()
+    )
+    runs.titan(settings)
+    alone = runs.Plain(runs.settings_of(text, tmp_path / "plain", runs.tiny(), steps=1))
+    alone.model.load_state_dict(q.load(finished.out / "model", device="cpu").state_dict())
+    loss, norm = runs.differences(runs.rows(settings.out), alone.to(1))
+    assert loss < 2e-6
+    assert norm < 2e-5
+
+
+def test_a_killed_process_ends_the_run_in_a_sentence_and_the_run_resumes(finished, text, tmp_path):
+    settings = runs.settings_of(text, tmp_path / "run", runs.tiny(), processes=2, save_every=3)
+    done = runs.titan(settings, planted="kill 1 8", check=False)
+    assert done.returncode == 1
+    said = done.stderr.strip().splitlines()[-1]
+    assert said.startswith("Process 1 of 2 was killed by SIGKILL, so the run stopped. Go on with: python -m recipes.titan")
+    assert "Traceback" not in done.stderr
+    assert newest(settings.out).name in ("step-3", "step-6")  # complete, though written in the background
+    runs.titan(dataclasses.replace(settings, resume=True))
+    found = runs.rows(settings.out)
+    assert [row["step"] for row in found] == list(range(1, 11))
+    assert runs.differences(found, runs.rows(finished.out)) == (0.0, 0.0)
+
+
+def test_another_run_is_not_resumed(finished):
+    changed = dataclasses.replace(finished, resume=True, lr=1e-3, processes=2)
+    done = runs.titan(changed, check=False)
+    assert done.returncode == 1
+    assert "lr = 0.004, now it is 0.001" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads((finished.out / "settings.json").read_text())["lr"] == 4e-3
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"processes": 3}, "cannot be divided among 3 groups"),
+        ({"processes": 2, "tensor": 4}, "no multiple of"),
+        ({"processes": 4, "tensor": 4}, "does not divide num_key_value_heads 2"),
+        ({"processes": 2, "expert": 4}, "must divide the 4 experts and the 2 processes"),
+        ({"processes": 2, "replicate": 2, "expert": 2}, "the 1 processes of a replica"),
+        ({"processes": 2, "optimizer": "muon"}, "on many use adamw"),
+        ({"processes": 0}, "No processes were started"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(changes, sentence, text, tmp_path):
+    settings = runs.settings_of(text, tmp_path / "run", runs.tiny())
+    given = runs.words(settings)
+    for name, value in changes.items():
+        given += [f"--{name}", str(value)]
+    done = runs.command(given)
+    assert done.returncode == 1
+    assert sentence in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not settings.out.exists()
