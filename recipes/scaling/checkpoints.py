@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 import qwen3next as q
 from qwen3next.checkpoints.save import is_weights, write_config, write_shards
@@ -41,7 +43,7 @@ class Reader(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path, config: q.ModelConfig, kind: str = "") -> None:
         self.folder, self.config, self.kind = folder, config, kind
-        self.stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        self.stored = FileSystemReader(folder).read_metadata().state_dict_metadata
         with torch.device("meta"):
             self.names = [name for name, _ in q.Qwen3Next(config).named_parameters()]
 
@@ -56,7 +58,7 @@ class Reader(Mapping[str, Tensor]):
         if about is None or isinstance(about, BytesStorageMetadata):
             raise ValueError(f"{self.folder} lacks {key}: it belongs to another model than model.json says.")
         state = {key: torch.empty(about.size, dtype=about.properties.dtype)}
-        dcp.load(state, checkpoint_id=self.folder, no_dist=True)
+        load(state, checkpoint_id=self.folder, no_dist=True)
         return state[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -69,7 +71,7 @@ class Reader(Mapping[str, Tensor]):
 def read_values(folder: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
     """Values that are no tensors, by their keys, as {"train_state": {"step": 0}}."""
     state = json.loads(json.dumps(keys))
-    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    load(state, checkpoint_id=folder, no_dist=True)
     return state
 
 
@@ -150,4 +152,4 @@ def write_plain(
         "dataloader": {"samples": samples},
         "train_state": {"step": step, "ntokens_seen": tokens},
     }
-    dcp.save(state, checkpoint_id=folder, no_dist=True)
+    save(state, checkpoint_id=folder, no_dist=True)

@@ -1,7 +1,7 @@
 """torchtitan's Trainer around our model, data and losses.
 
-torchtitan brings the meshes, FSDP2, checkpoints, the optimizers' container and the loop; ours are the model, its losses,
-the windows of text and the step. Classes here are what torchtitan asks for, no more.
+torchtitan brings the meshes, FSDP2, checkpoints, the optimizers' container and the loop; ours are the model, its
+losses, the windows of text and the step. Classes here are what torchtitan asks for, no more.
 """
 
 import math
@@ -119,9 +119,6 @@ def parallelize(model: TitanModel, *, parallel_dims: Any, settings: ScalingSetti
     dims, core = parallel_dims, model.core
     core.recompute(*settings.recompute)
     apply(core, tensor=dims.get_optional_mesh("tp"), expert=dims.get_optional_mesh("ep"))
-    if settings.compile:
-        for block in core.blocks:
-            block.compile()
     replicas = ["dp_replicate"] if dims.dp_replicate > 1 else []
     expert_data = dims.get_mesh([*replicas, "efsdp"]) if dims.ep > 1 else None
     shard_fully(
@@ -207,10 +204,12 @@ class Schedule(LRSchedulersContainer):
 
         def build(self, *, optimizers: Any, training_steps: int) -> "LRSchedulersContainer":
             assert self.settings is not None
-            settings = self.settings
-            return LRSchedulersContainer(
-                optimizers, lambda step: learning_rate(min(step, training_steps - 1), training_steps, settings) / settings.lr
-            )
+            settings, last = self.settings, training_steps - 1
+
+            def share(step: int) -> float:  # of the peak; after the last step there is no rate
+                return learning_rate(min(step, last), training_steps, settings) / settings.lr
+
+            return LRSchedulersContainer(optimizers, share)
 
 
 def optimizer_groups(config: q.ModelConfig, settings: ScalingSettings, layout: Layout) -> list[ParamGroupConfig]:
@@ -246,8 +245,8 @@ def clip_gradients(parameters: list[nn.Parameter], largest: float) -> float:
             meshes.setdefault(p.grad.device_mesh if isinstance(p.grad, DTensor) else None, []).append(p)
     square = 0.0
     for some in meshes.values():
-        norm = nn.utils.get_total_norm([p.grad for p in some if p.grad is not None])
-        square += float(norm.full_tensor() if isinstance(norm, DTensor) else norm) ** 2
+        one = nn.utils.get_total_norm([p.grad for p in some if p.grad is not None])
+        square += float(one.full_tensor() if isinstance(one, DTensor) else one) ** 2
     norm = math.sqrt(square) if math.isfinite(square) else square
     if math.isfinite(norm):
         for some in meshes.values():

@@ -61,8 +61,10 @@ def check_layout(layout: Layout, config: q.ModelConfig, batch_size: int) -> None
         raise ValueError(
             f"--expert {expert} must divide the {config.num_experts} experts and the {inside} processes of a replica."
         )
-    if expert > 1 and (config.num_experts // expert) % (inside // expert) and (
-        config.moe_intermediate_size % (inside // expert) or config.hidden_size % (inside // expert)
+    if (
+        expert > 1
+        and (config.num_experts // expert) % (inside // expert)
+        and (config.moe_intermediate_size % (inside // expert) or config.hidden_size % (inside // expert))
     ):
         raise ValueError(
             f"FSDP cannot divide {config.num_experts // expert} experts over {inside // expert} processes: "

@@ -37,6 +37,7 @@ class ScalingSettings(Settings):
             ("minutes", None, "give --steps"),
             ("optimizer", "adamw", "use adamw"),
             ("balance", "batch", "use batch"),
+            ("compile", False, "leave it out"),
             ("ema", 0.0, "use 0"),
             ("skip_spikes", 0.0, "use 0"),
             ("needles", (), "evaluate the exported model"),

@@ -4,7 +4,7 @@
 modules: they run with fewer heads, and the regions around them exchange what is missing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from layers.gated_deltanet import GatedDeltaNet
 from layers.mlp import SwiGLU
 from layers.moe import Experts, SparseMoE
 from qwen3next.block import Block
-from recipes.scaling.experts import exchanged_experts
+from recipes.scaling.experts import exchanged_experts, own_count
 from recipes.scaling.pieces import divide
 from recipes.scaling.regions import Group, Substitution, local, part, region, shared
 from recipes.scaling.vocabulary import divided_embedding, divided_head
@@ -37,7 +37,7 @@ EXPERTS = {"gate_up_proj": 2, "down_proj": 2}  # (e, 2, inner, width) and (e, wi
 
 def blocks_of(model: q.Qwen3Next) -> list[Block]:
     """All blocks, the MTP layer's too."""
-    return [*model.blocks, *(model.mtp.blocks if model.mtp is not None else [])]  # type: ignore[list-item]
+    return [*model.blocks, *(model.mtp.blocks if model.mtp is not None else [])]
 
 
 def apply(model: q.Qwen3Next, *, tensor: DeviceMesh | None, expert: DeviceMesh | None) -> None:
@@ -99,7 +99,7 @@ def _sparse(mlp: SparseMoE, tensor: DeviceMesh | None, expert: DeviceMesh | None
     if expert is not None:
         for leaf in EXPERTS:
             _shard(experts, leaf, expert, 0)
-        experts.forward = exchanged_experts(experts, expert, tensor, own)  # type: ignore[method-assign]
+        experts.forward = exchanged_experts(experts, expert, tensor, own)  # type: ignore[method-assign, assignment]
     else:
         items += own
         for leaf, dim in EXPERTS.items():
@@ -112,7 +112,7 @@ def _sparse(mlp: SparseMoE, tensor: DeviceMesh | None, expert: DeviceMesh | None
     mlp._expert_sum = region(mlp._expert_sum, items, group, inputs=2)  # type: ignore[method-assign]
 
 
-def _divided(module: nn.Module, plan: dict[str, int | None], mesh: DeviceMesh, group: Group) -> list[Substitution]:
+def _divided(module: nn.Module, plan: Mapping[str, int | None], mesh: DeviceMesh, group: Group) -> list[Substitution]:
     """Divide the parameters of a region, and what stands for them in a call."""
     items = []
     for name, dim in plan.items():
@@ -150,7 +150,8 @@ def shard_fully(
     for block in blocks_of(model):
         if expert_data is not None and isinstance(block.mlp, SparseMoE):
             experts, size = block.mlp.experts, expert_data.size(-1)
-            few = bool(experts.down_proj.to_local().shape[0] % size)  # type: ignore[operator]
+            assert isinstance(experts, Experts)
+            few = bool(own_count(experts) % size)
 
             def dimension(p: nn.Parameter, few: bool = few) -> Shard:  # the inner one where experts are too few
                 return Shard(p.ndim - 2) if few else Shard(0)

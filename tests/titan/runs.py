@@ -66,7 +66,7 @@ def settings_of(text, out, config, **changes):
         "warmup": 2,
         "save_every": 5,
         "packing": "best_fit",  # windows end in padding
-        "lr": 4e-3,
+        "lr": 1e-3,
         "precision": "fp32",
         "model": ("vocab_size=264",),  # of 257 bytes and marks; a multiple for TP
         "tensorboard": False,

@@ -4,9 +4,8 @@ import dataclasses
 import json
 import shutil
 
-import runs
-
 import pytest
+import runs
 import torch
 
 import qwen3next as q
@@ -39,7 +38,7 @@ def test_two_processes_to_one(finished, tmp_path):
 
 
 def test_two_processes_to_the_plain_loop_and_back(finished, text, tmp_path):
-    """The moments are those of the plain loop, which goes on from them; and its state is what two processes go on from."""
+    """Its moments are those of the plain loop, which goes on from them; two processes go on from the loop's state."""
     settings = at_five(finished, tmp_path / "run")
     alone = runs.Plain(runs.settings_of(text, tmp_path / "plain", runs.tiny()))
     first = alone.to(5)
@@ -68,7 +67,8 @@ def test_two_processes_to_the_plain_loop_and_back(finished, text, tmp_path):
     back = dataclasses.replace(settings, out=tmp_path / "back", processes=2)  # and two processes from its state
     shutil.copytree(settings.out, back.out)
     shutil.rmtree(back.out / "checkpoint")
-    write_plain(back.out / "checkpoint" / "step-5", alone.config, before | moments, groups, step=5, samples=20, tokens=0)
+    place, counts = back.out / "checkpoint" / "step-5", {"step": 5, "samples": 20, "tokens": 0}
+    write_plain(place, alone.config, before | moments, groups, **counts)
     runs.titan(back)
     close(runs.rows(back.out), runs.rows(finished.out))
 
@@ -97,8 +97,8 @@ def test_a_killed_process_ends_the_run_in_a_sentence_and_the_run_resumes(finishe
     settings = runs.settings_of(text, tmp_path / "run", runs.tiny(), processes=2, save_every=3)
     done = runs.titan(settings, planted="kill 1 8", check=False)
     assert done.returncode == 1
-    said = done.stderr.strip().splitlines()[-1]
-    assert said.startswith("Process 1 of 2 was killed by SIGKILL, so the run stopped. Go on with: python -m recipes.titan")
+    said, sentence = done.stderr.strip().splitlines()[-1], "Process 1 of 2 was killed by SIGKILL, so the run stopped."
+    assert said.startswith(f"{sentence} Go on with: python -m recipes.titan")
     assert "Traceback" not in done.stderr
     assert newest(settings.out).name in ("step-3", "step-6")  # complete, though written in the background
     runs.titan(dataclasses.replace(settings, resume=True))
@@ -108,12 +108,12 @@ def test_a_killed_process_ends_the_run_in_a_sentence_and_the_run_resumes(finishe
 
 
 def test_another_run_is_not_resumed(finished):
-    changed = dataclasses.replace(finished, resume=True, lr=1e-3, processes=2)
+    changed = dataclasses.replace(finished, resume=True, lr=2e-3, processes=2)
     done = runs.titan(changed, check=False)
     assert done.returncode == 1
-    assert "lr = 0.004, now it is 0.001" in done.stderr
+    assert "lr = 0.001, now it is 0.002" in done.stderr
     assert "Traceback" not in done.stderr
-    assert json.loads((finished.out / "settings.json").read_text())["lr"] == 4e-3
+    assert json.loads((finished.out / "settings.json").read_text())["lr"] == 1e-3
 
 
 @pytest.mark.parametrize(

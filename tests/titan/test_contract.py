@@ -5,9 +5,8 @@ routers. Losses are near 5 and norms near 1; 2e-6 and 2e-5 are a few units of th
 carried through ten updates of AdamW. A gradient that lacks a term is off by 1e-3 and more.
 """
 
-import runs
-
 import pytest
+import runs
 import torch
 
 from layers.segments import Segments

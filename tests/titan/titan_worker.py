@@ -1,4 +1,4 @@
-"""`python -m titan_worker ARGUMENTS`: recipes.titan on a CPU; in a process of a run it may have a fault planted in it."""
+"""`python -m titan_worker ARGUMENTS`: recipes.titan on a CPU; a fault may be planted in its processes."""
 
 import os
 import signal
