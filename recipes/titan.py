@@ -26,7 +26,7 @@ import qwen3next as q
 from recipes.pretrain import exit_status, windows_of
 from recipes.scaling.launch import RunFailed, launch, lost_connection
 from recipes.scaling.layout import check_layout
-from recipes.scaling.settings import ScalingSettings, comparable
+from recipes.scaling.settings import ScalingSettings, comparable, refuse_single
 from recipes.training.presets import PRESETS
 from recipes.training.report import Metrics
 from recipes.training.settings import (
@@ -54,6 +54,7 @@ def check(settings: ScalingSettings, world: int) -> None:
         raise ValueError("torchtitan is not installed: pip install 'qwen3next[titan]' in an environment of its own.")
     if torch._utils._get_available_device_type() is None:
         raise ValueError("torchtitan trains on GPUs and there is none here: use `python -m recipes.pretrain`.")
+    refuse_single(settings)
     begun = (settings.out / "settings.json").exists()
     if settings.resume:
         refuse_changes("setting", comparable(recorded(settings.out, ScalingSettings)), comparable(settings))

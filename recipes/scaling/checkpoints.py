@@ -5,7 +5,8 @@ number of processes reads. Here one process reads tensor by tensor. DCP pickles 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,13 @@ from qwen3next.files.atomic import fresh_folder
 from recipes.scaling.pieces import in_pieces, piece_names, whole
 
 PREFIX = "core."
+
+
+def _alone(call: Callable[..., Any], state: dict[str, Any], folder: Path) -> None:
+    """Load or save in this process, without DCP's warning that there is only one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        call(state, checkpoint_id=folder, no_dist=True)
 
 
 def newest(out: Path) -> Path:
@@ -58,7 +66,7 @@ class Reader(Mapping[str, Tensor]):
         if about is None or isinstance(about, BytesStorageMetadata):
             raise ValueError(f"{self.folder} lacks {key}: it belongs to another model than model.json says.")
         state = {key: torch.empty(about.size, dtype=about.properties.dtype)}
-        load(state, checkpoint_id=self.folder, no_dist=True)
+        _alone(load, state, self.folder)
         return state[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -71,7 +79,7 @@ class Reader(Mapping[str, Tensor]):
 def read_values(folder: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
     """Values that are no tensors, by their keys, as {"train_state": {"step": 0}}."""
     state = json.loads(json.dumps(keys))
-    load(state, checkpoint_id=folder, no_dist=True)
+    _alone(load, state, folder)
     return state
 
 
@@ -136,7 +144,8 @@ def write_plain(
         if kind == "model":
             state |= {f"{PREFIX}{piece}": x.contiguous() for piece, x in in_pieces(config, name, tensor).items()}
             for piece in piece_names(config, name):
-                options |= {f"param_groups.{PREFIX}{piece}.{option}": x for option, x in groups[name].items()}
+                chosen = {"initial_lr": groups[name]["lr"]} | groups[name]  # torchtitan's schedule adds the first
+                options |= {f"param_groups.{PREFIX}{piece}.{option}": x for option, x in chosen.items()}
         elif kind == "optimizer":
             moment, _, name = name.partition(".")
             if moment == "step":
@@ -152,4 +161,4 @@ def write_plain(
         "dataloader": {"samples": samples},
         "train_state": {"step": step, "ntokens_seen": tokens},
     }
-    save(state, checkpoint_id=folder, no_dist=True)
+    _alone(save, state, folder)

@@ -31,23 +31,24 @@ class ScalingSettings(Settings):
     processes: int = 0
     async_save: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, wanted, instead in (
-            ("minutes", None, "give --steps"),
-            ("optimizer", "adamw", "use adamw"),
-            ("balance", "batch", "use batch"),
-            ("compile", False, "leave it out"),
-            ("ema", 0.0, "use 0"),
-            ("skip_spikes", 0.0, "use 0"),
-            ("needles", (), "evaluate the exported model"),
-            ("samples", 0, "sample from the exported model"),
-        ):
-            if getattr(self, name) != wanted:
-                raise ValueError(f"--{name.replace('_', '-')} is for one process only; on many {instead}.")
-
     def layout(self, world: int) -> Layout:
         return Layout(world, self.replicate, self.tensor, self.expert)
+
+
+def refuse_single(settings: ScalingSettings) -> None:
+    """Raises: ValueError for a setting that only `recipes.pretrain` knows what to do with."""
+    for name, wanted, instead in (
+        ("minutes", None, "give --steps"),
+        ("optimizer", "adamw", "use adamw"),
+        ("balance", "batch", "use batch"),
+        ("compile", False, "leave it out"),
+        ("ema", 0.0, "use 0"),
+        ("skip_spikes", 0.0, "use 0"),
+        ("needles", (), "evaluate the exported model"),
+        ("samples", 0, "sample from the exported model"),
+    ):
+        if getattr(settings, name) != wanted:
+            raise ValueError(f"--{name.replace('_', '-')} is for one process only; on many {instead}.")
 
 
 def comparable(settings: ScalingSettings) -> dict[str, Any]:

@@ -132,7 +132,12 @@ class Plain:
     def __init__(self, settings):
         self.settings, data = settings, prepare_data(settings)
         self.config = model_config(settings, data.tokenizer)
-        self.model, self.windows, self.step, self.samples = initial(self.config), windows_of(settings, data), 0, 0
+        self.model, self.windows, self.step, self.samples = (
+            initial(self.config, settings.seed),
+            windows_of(settings, data),
+            0,
+            0,
+        )
         groups = parameter_groups(self.model, settings.weight_decay)
         self.optimizer = AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), foreach=False)
 

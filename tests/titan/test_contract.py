@@ -38,7 +38,7 @@ def test_a_layout_has_the_losses_of_one_process(layout, text, plain, tmp_path):
 @pytest.mark.parametrize("layout", ["ep", "tp"])
 def test_untied_head_micro_batches_and_two_mtp_depths(layout, text, plain, tmp_path):
     config = runs.tiny(tie_word_embeddings=False)
-    changes = {"accumulate": 2, "mtp_depths": 2}
+    changes = {"accumulate": 2, "mtp_depths": 2, "lr": 5e-4}
     held(plain, runs.settings_of(text, tmp_path / "run", config, **changes, **LAYOUTS[layout]), config, **changes)
 
 
