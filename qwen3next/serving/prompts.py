@@ -1,5 +1,6 @@
 """How the engine runs prompts: behind the prefix that is stored, in pieces that take about the same time."""
 
+import logging
 import time
 
 import torch
@@ -10,6 +11,7 @@ from qwen3next.generation.prefill import GRID
 from qwen3next.prefix.store import Prefill, PrefixStore
 from qwen3next.serving.tickets import Ticket
 
+LOG = logging.getLogger(__name__)
 PIECE_SECONDS = 0.2  # that a piece of a prompt should take
 LARGEST_PIECE = 4096  # tokens
 
@@ -54,7 +56,12 @@ class Prompt:
             next(self.model.prefill(ids, self.cache, size.tokens))
         else:
             self._run.chunk_size = size.tokens
-            self._run.advance()
+            try:
+                self._run.advance()
+            except OSError as error:  # the folder is full or gone: what ran is there, and was not kept
+                if self.cache.lengths[0] == held:
+                    raise
+                LOG.warning("a prefix was not written: %s", error.strerror)
         ran = self.cache.lengths[0] - held
         size.measured(ran, time.monotonic() - began)
         return ran, self.cache.lengths[0] == len(self._ids)
