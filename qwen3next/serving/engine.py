@@ -249,7 +249,8 @@ class Engine:
             length = one.row.prompt + one.row.most + self.speculation.most
             one.prompt = Prompt(self.model, self.store, one.ticket, max_len=length, mtp=self.speculation.mtp)
             self.counters.cached_tokens += one.ticket.cached_tokens
-        tokens, done = one.prompt.advance(self._piece)
+        alone = all(other.cache is None for other in self._running)
+        tokens, done = one.prompt.advance(self._piece, alone=alone)
         self.counters.prompt_tokens += tokens
         if done:
             one.cache, one.prompt = one.prompt.cache, None
