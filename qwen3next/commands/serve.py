@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Literal
 
 from qwen3next.chat.template import ChatTemplate
-from qwen3next.commands.common import Dtype, ExpertPlace, Folder, open_model, open_tokenizer
+from qwen3next.commands.common import (
+    Dtype,
+    ExpertPlace,
+    Folder,
+    KeptWeights,
+    Quiet,
+    Verbose,
+    open_model,
+    open_tokenizer,
+)
 from qwen3next.files.sizes import parse_bytes
 
 
@@ -26,8 +35,10 @@ def serve(
     device: str = "auto",
     dtype: Dtype = "auto",
     experts: ExpertPlace = "memory",
+    weights: KeptWeights = "dequantised",
     expert_cache: str = "2GiB",
-    quiet: bool = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Serve a checkpoint with OpenAI's interface: completions, chats and responses, and a page to chat on.
 
@@ -53,8 +64,10 @@ def serve(
         device: auto (CUDA if available), cpu, cuda, cuda:1, ...
         dtype: auto keeps the stored dtype of each tensor.
         experts: memory; int8 (one byte per weight); disk (read from the files when tokens need them).
+        weights: dequantised; stored (in the groups of 4 or 8 bits of the folder, if any); int8; int4.
         expert_cache: memory for experts read from the files.
         quiet: write only errors to stderr.
+        verbose: write to stderr which implementation runs for each operation, and the traceback of an error.
     """
     try:
         import uvicorn
@@ -69,7 +82,16 @@ def serve(
     if prefix_folder is not None and not parse_bytes(prefix_memory):
         raise ValueError("--prefix-folder needs --prefix-memory above 0: prefixes pass through memory.")
     budget, tokenizer = parse_bytes(max_memory), open_tokenizer(folder)
-    model = open_model(folder, device=device, dtype=dtype, experts=experts, cache=expert_cache, quiet=quiet)
+    model = open_model(
+        folder,
+        device=device,
+        dtype=dtype,
+        experts=experts,
+        weights=weights,
+        cache=expert_cache,
+        quiet=quiet,
+        verbose=verbose,
+    )
     engine = Engine(
         model,
         max_memory=budget,
