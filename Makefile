@@ -7,7 +7,7 @@ READY := $(VENV)/.qwen3next-installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oracles test-cpu test-cpus test-slow test-sanitize test-gpu gpu-check gpu-bundle test-kernels test-packages test-saes test-hf test-tools test-install lint types format wheel bench docs clean
+.PHONY: help demo test test-oracles test-cpu test-cpus test-slow test-sanitize test-gpu gpu-check gpu-bundle test-kernels test-packages test-saes test-hf test-tools test-server test-install lint types format wheel bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -121,6 +121,18 @@ $(TOOLS)/.installed: pyproject.toml constraints.txt
 
 test-tools: $(TOOLS)/.installed ## PEFT, TRL, lm-eval, accelerate, torchao and ONNX on our classes
 	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(TOOLS)/bin/python -m pytest tests/tools
+
+# What holds the server to OpenAI's descriptions, and drives a browser. The page's tests need Chromium and chromedriver.
+SERVED := .venv-server
+LOAD_SECONDS := 60
+$(SERVED)/.installed: pyproject.toml constraints.txt
+	test -x $(SERVED)/bin/python || $(PYTHON) -m venv $(SERVED)
+	$(SERVED)/bin/python -m pip install -c constraints.txt torch==2.13.0
+	$(SERVED)/bin/python -m pip install -c constraints.txt -e ".[dev]" llm-comply schemathesis selenium
+	@touch $@
+
+test-server: $(SERVED)/.installed ## the server: conformance, random requests, hostile load, its page in a browser
+	$(ONE_THREAD) QWEN3NEXT_LOAD_SECONDS=$(LOAD_SECONDS) $(SERVED)/bin/python -m pytest -m "not gpu" tests/serving tests/chat
 
 test-hf: $(TOOLS)/.installed ## transformers' own model tests, on its class and on ours
 	$(ONE_THREAD) $(TOOLS)/bin/python tests/hf/suite.py

@@ -23,6 +23,7 @@ from qwen3next.commands.doctor import doctor
 from qwen3next.commands.explain import explain
 from qwen3next.commands.generate import generate
 from qwen3next.commands.inspect import inspect
+from qwen3next.commands.quantize import quantize
 from qwen3next.commands.serve import serve
 from qwen3next.commands.tune import tune_here
 from qwen3next.commands.verify import verify
@@ -56,6 +57,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "context": context,
     "verify": verify,
     "convert": convert,
+    "quantize": quantize,
     "diff": diff,
     "doctor": doctor,
     "completion": completion,

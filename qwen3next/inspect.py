@@ -11,6 +11,7 @@ from torch import nn
 
 from layers.moe import Experts
 from qwen3next.api import Qwen3Next
+from qwen3next.checkpoints.group_weights import layouts_for
 from qwen3next.checkpoints.memory_needs import bytes_needed
 from qwen3next.checkpoints.reader import stays_exact
 from qwen3next.config import ModelConfig
@@ -156,6 +157,7 @@ def _model_table(model: Qwen3Next) -> Table:
         table.add_row("weights in bf16", f"{binary(needs['memory'])}, {places} and its cache")
     else:
         table.add_row("weights in bf16", binary(needs["memory"]))
+    table.add_row("weights in groups", ", ".join(_in_groups(model, weights) for weights in ("int8", "int4")))
     table.add_row("embedding", f"{c.vocab_size} x {c.hidden_size} = {short(counts.embedding)}; head: {head}")
     if c.chosen() or c.attention_gate == "head_shared":
         gate = {"attention_gate": c.attention_gate} if c.has_attention_variant else {}
@@ -163,6 +165,13 @@ def _model_table(model: Qwen3Next) -> Table:
     table.add_row("longest context", f"{c.max_position_embeddings} tokens in training")
     table.add_row("RoPE", f"first {c.rotary_dim} of {c.head_dim} dimensions, theta {c.rope_theta:,.0f}")
     return table
+
+
+def _in_groups(model: Qwen3Next, weights: str) -> str:
+    """Bytes of all weights with `weights=` of `q.load`."""
+    kinds = lambda name: torch.float32 if stays_exact(name) else torch.bfloat16  # noqa: E731
+    needs = bytes_needed(model, kinds, layouts_for(model, weights))
+    return f'{binary(needs["memory"])} with weights="{weights}"'
 
 
 def _layer_table(model: Qwen3Next, kinds: dict[tuple[str, bool], list[int]]) -> Table:

@@ -18,6 +18,7 @@ from qwen3next.commands.common import (
     Dtype,
     ExpertPlace,
     Folder,
+    KeptWeights,
     Quiet,
     Verbose,
     open_model,
@@ -52,6 +53,7 @@ def ask(
     device: str = "auto",
     dtype: Dtype = "auto",
     experts: ExpertPlace = "memory",
+    weights: KeptWeights = "dequantised",
     expert_cache: str = "2GiB",
     json: bool = False,
     quiet: Quiet = False,
@@ -88,6 +90,7 @@ def ask(
         device: auto (CUDA if available), cpu, cuda, cuda:1, ...
         dtype: auto keeps the stored dtype of each tensor.
         experts: memory; int8 (one byte per weight); disk (read from the files when tokens need them).
+        weights: dequantised; stored (in the groups of 4 or 8 bits of the folder, if any); int8; int4.
         expert_cache: memory for experts read from the files.
         json: print one JSON object a question, on a line: question, thinking, answer and numbers of tokens.
         quiet: write only errors to stderr.
@@ -101,7 +104,14 @@ def ask(
         raise ValueError("--question is empty: give a text.")
     tokenizer, template = open_tokenizer(folder), None if plain else ChatTemplate.find(folder)
     model = open_model(
-        folder, device=device, dtype=dtype, experts=experts, cache=expert_cache, quiet=quiet, verbose=verbose
+        folder,
+        device=device,
+        dtype=dtype,
+        experts=experts,
+        weights=weights,
+        cache=expert_cache,
+        quiet=quiet,
+        verbose=verbose,
     )
     if context_factor != 1:
         model.extend_context(context_factor)

@@ -24,6 +24,7 @@ from qwen3next.inputs import as_device
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ExpertPlace = Literal["memory", "disk", "int8"]
+KeptWeights = Literal["dequantised", "stored", "int8", "int4"]
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 Quiet = Annotated[bool, tyro.conf.arg(aliases=["-q"])]
 Verbose = Annotated[bool, tyro.conf.arg(aliases=["-v"])]
@@ -59,7 +60,15 @@ def open_tokenizer(folder: Path) -> Tokenizer:
 
 
 def open_model(
-    folder: Path, *, device: str, dtype: Dtype, experts: ExpertPlace, cache: str, quiet: bool, verbose: bool = False
+    folder: Path,
+    *,
+    device: str,
+    dtype: Dtype,
+    experts: ExpertPlace,
+    cache: str,
+    quiet: bool,
+    verbose: bool = False,
+    weights: KeptWeights = "dequantised",
 ) -> Qwen3Next:
     """The folder's model, loaded with a progress bar on a terminal; `verbose` tells on stderr what it will run.
 
@@ -70,7 +79,8 @@ def open_model(
         raise ValueError("torch finds no CUDA device: choose --device cpu.")
     progress = not quiet and sys.stderr.isatty()
     began = time.perf_counter()
-    model = load(folder, dtype=dtype, device=target, progress=progress, experts=experts, expert_cache=cache)
+    places = {"experts": experts, "expert_cache": cache, "weights": weights}
+    model = load(folder, dtype=dtype, device=target, progress=progress, **places)
     if verbose:
         size = binary(sum(p.nbytes for p in model.parameters()))
         print(f"{folder}: {size} of weights loaded in {time.perf_counter() - began:.1f} s", file=sys.stderr)
