@@ -48,6 +48,7 @@ from recipes.measure.measuring import (
     read_bandwidth,
     seconds_told,
 )
+from recipes.pretrain import exit_status
 
 
 @dataclass(frozen=True)
