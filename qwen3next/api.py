@@ -9,6 +9,7 @@ from layers.experts.cache import ExpertCache
 from layers.rope import Yarn
 from qwen3next.backends import Backends
 from qwen3next.checkpoints.adapters import Adapters
+from qwen3next.checkpoints.group_weights import Rounding
 from qwen3next.checkpoints.load import load_as
 from qwen3next.checkpoints.save import save
 from qwen3next.checkpoints.state_dict_adapter import Layout
@@ -30,6 +31,7 @@ class Qwen3Next(Backends):
         self.origin: Path | None = None
         self.expert_cache: ExpertCache | None = None  # where routed experts stay in the files,
         self.experts_in = ""  # as they were when it was loaded
+        self.rounding: dict[str, Rounding] = {}  # of weights that `load` rounded, by parameter
         self.weight_sums = WeightSums()
         self.live_adapters = ""  # what hooks of adapters add, for the fingerprint
         self._adapters: Adapters | None = None
@@ -64,6 +66,7 @@ def load(
     progress: bool = False,
     experts: str = "memory",
     expert_cache: str | int = "2GiB",
+    weights: str = "dequantised",
     adapters: Sequence[str | Path] = (),
 ) -> Qwen3Next:
     """Open a checkpoint folder (or a hub id, where huggingface_hub can reach it), streamed tensor by tensor.
@@ -80,12 +83,24 @@ def load(
             the files, from which the experts that tokens route to are read into a cache, so that a model runs that is
             several times larger than memory. docs/larger_than_memory.md has figures.
         expert_cache: bytes for experts read from the files, as "2GiB"; `model.expert_cache.report` tells the hit rate.
+        weights: how linear maps and experts in memory are kept. "dequantised", in `dtype`; "stored", in the groups of 4
+            or 8 bits that the folder stores them in, where it does (compressed-tensors, GPTQ and AWQ in order, GGUF
+            Q8_0 and Q4_0), with values equal to the dequantised ones; "int8" and "int4" as "stored", and all else is
+            rounded (`model.rounding` has the errors). Router, gates, norms, convolution and embedding stay as stored.
+            docs/quantised.md has figures.
         adapters: folders of LoRA adapters that PEFT wrote; all act, with weight 1. `model.adapters` switches them.
     Raises: ValueError that names file and tensor for anything missing, left over, misshapen, truncated or unsafe;
         nothing is left half-loaded.
     """
     model = load_as(
-        Qwen3Next, path, dtype=dtype, device=device, progress=progress, experts=experts, expert_cache=expert_cache
+        Qwen3Next,
+        path,
+        dtype=dtype,
+        device=device,
+        progress=progress,
+        experts=experts,
+        expert_cache=expert_cache,
+        weights=weights,
     )
     if adapters:
         model.adapters.use({model.adapters.load(folder): 1.0 for folder in adapters})

@@ -16,6 +16,8 @@ from layers.linear import Linear
 from layers.mlp import SwiGLU
 from layers.moe import Experts
 from layers.norm import GatedRMSNorm, RMSNorm
+from layers.quantised.experts import QuantisedExperts
+from layers.quantised.linear import QuantisedLinear
 from layers.segments import Segments
 from qwen3next.block import Block
 from qwen3next.config import ModelConfig
@@ -79,11 +81,11 @@ class Backends(Prefilling):
         Raises: ValueError for an unknown operation or backend; RuntimeError where a named one cannot run here.
         """
         kinds: dict[str, Any] = {
-            "linear": Linear,
+            "linear": (Linear, QuantisedLinear),
             "elementwise": (RMSNorm, GatedRMSNorm, SwiGLU),
             "delta_rule": GatedDeltaNet,
             "attention": GatedAttention,
-            "experts": Experts,
+            "experts": (Experts, QuantisedExperts),
         }
         attribute = f"{operation}_backend"  # of modules that do several kinds of things
         if operation not in kinds and operation not in ("decode", "cross_entropy"):

@@ -1,9 +1,11 @@
 """Which implementation of each operation runs, and why."""
 
+import math
 from dataclasses import replace
 
 import torch
 
+from layers.cpp.build import missing
 from layers.delta_rule import gated_delta_rule
 from layers.dispatch.backends import Explanation, explain_operation
 from layers.experts.disk import OffloadedExperts
@@ -15,11 +17,15 @@ from layers.kernels.one_token import MOST_ROWS
 from layers.linear import Linear
 from layers.moe import Experts
 from layers.norm import RMSNorm
+from layers.quantised.group_weight import GroupWeight
+from layers.quantised.held import HoldsGroups
+from layers.quantised.products import FAST
 from qwen3next.api import Qwen3Next
 from qwen3next.decoding.observers import hooked, named_backend
 from qwen3next.decoding.protocol import decoding_modules
 from qwen3next.decoding.token_step import why_not_kernels
 from qwen3next.decoding.why_not import why_not
+from qwen3next.files.sizes import binary
 from qwen3next.inputs import as_device, as_dtype, like
 
 LOOKS = "it is blocked by hooks, model.materialize, a replaced forward of a module, or a torch mode"
@@ -93,4 +99,18 @@ def explain(
         elif isinstance(module, Int8Experts):
             faster = "for many tokens at once: load with experts='memory'"
             rows["experts"] = Explanation("experts", "int8", "one byte per weight and one scale per output row", faster)
+    if held := [w for module in model.modules() if isinstance(module, HoldsGroups) for w in module.all_held()]:
+        rows["weights in groups"] = _groups(held, kind)
     return Table(rows.values())
+
+
+def _groups(held: list[GroupWeight], dtype: torch.dtype) -> Explanation:
+    """What is kept in groups, in bytes, and how it is multiplied."""
+    bits = " and ".join(str(n) for n in sorted({w.bits for w in held}))
+    size, plain = sum(w.nbytes for w in held), sum(math.prod(w.shape) for w in held) * dtype.itemsize
+    compiled = held[0].codes.device.type == "cpu" and dtype in FAST and missing() is None
+    why = f"{bits} bits a weight: {binary(size)} in place of {binary(plain)}; "
+    why += "codes are multiplied for a few rows, dequantised in tiles for many" if compiled else "dequantised in tiles"
+    return Explanation(
+        "weights in groups", "cpp" if compiled else "torch", why, "-" if compiled else "the CPU's kernels"
+    )

@@ -1,6 +1,7 @@
 """Parameters, layers and bytes of context of a configuration, without allocating the model."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -10,6 +11,7 @@ from torch import nn
 
 from layers.moe import Experts
 from qwen3next.api import Qwen3Next
+from qwen3next.checkpoints.group_weights import layouts_for
 from qwen3next.checkpoints.memory_needs import bytes_needed
 from qwen3next.checkpoints.reader import stays_exact
 from qwen3next.config import ModelConfig
@@ -83,9 +85,37 @@ def describe(config: ModelConfig) -> Group:
 
 def hook_lines(config: ModelConfig) -> list[str]:
     """The model's hook points, one per line: name, shape with this config's sizes, dtype, and what makes it fire."""
-    rows = [(name, _dims(config, name, p.shape), p.dtype, p.route) for name, p in on_meta(config).hook_dict.items()]
+    rows = hook_table(config)
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return ["  ".join([*map(str.ljust, row, widths), row[3]]).rstrip() for row in rows]
+
+
+def hook_table(config: ModelConfig) -> list[tuple[str, str, str, str]]:
+    """Name, shape, dtype and route of the model's hook points."""
+    return [(name, _dims(config, name, p.shape), p.dtype, p.route) for name, p in on_meta(config).hook_dict.items()]
+
+
+def summary(config: ModelConfig) -> dict[str, Any]:
+    """What `describe` shows, as numbers: parameters, bytes of weights and context, and the layers by kind."""
+    model = on_meta(config)
+    counts = _counts(model)
+    layers = [
+        {
+            "mixer": config.layer_types[i],
+            "sparse": config.is_sparse(i),
+            "parameters": {name: list(p.shape) for name, p in block.named_parameters()},
+        }
+        for i, block in enumerate(model.blocks)
+    ]
+    return {
+        "model_type": config.model_type,
+        "parameters": {**asdict(counts), "total": counts.total},
+        "weights_bytes_bf16": bytes_needed(model, lambda name: torch.float32 if stays_exact(name) else torch.bfloat16),
+        "bytes_per_token": config.bytes_per_token(),
+        "bytes_per_sequence": config.bytes_per_sequence(),
+        "longest_context": config.longest_context,
+        "layers": layers,
+    }
 
 
 def _dims(config: ModelConfig, name: str, shape: str) -> str:
@@ -127,6 +157,7 @@ def _model_table(model: Qwen3Next) -> Table:
         table.add_row("weights in bf16", f"{binary(needs['memory'])}, {places} and its cache")
     else:
         table.add_row("weights in bf16", binary(needs["memory"]))
+    table.add_row("weights in groups", ", ".join(_in_groups(model, weights) for weights in ("int8", "int4")))
     table.add_row("embedding", f"{c.vocab_size} x {c.hidden_size} = {short(counts.embedding)}; head: {head}")
     if c.chosen() or c.attention_gate == "head_shared":
         gate = {"attention_gate": c.attention_gate} if c.has_attention_variant else {}
@@ -134,6 +165,13 @@ def _model_table(model: Qwen3Next) -> Table:
     table.add_row("longest context", f"{c.max_position_embeddings} tokens in training")
     table.add_row("RoPE", f"first {c.rotary_dim} of {c.head_dim} dimensions, theta {c.rope_theta:,.0f}")
     return table
+
+
+def _in_groups(model: Qwen3Next, weights: str) -> str:
+    """Bytes of all weights with `weights=` of `q.load`."""
+    kinds = lambda name: torch.float32 if stays_exact(name) else torch.bfloat16  # noqa: E731
+    needs = bytes_needed(model, kinds, layouts_for(model, weights))
+    return f'{binary(needs["memory"])} with weights="{weights}"'
 
 
 def _layer_table(model: Qwen3Next, kinds: dict[tuple[str, bool], list[int]]) -> Table:

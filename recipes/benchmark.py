@@ -35,7 +35,7 @@ import qwen3next as q
 from layers.cpp import cpu
 from qwen3next.commands.common import show
 from recipes.measure import benchmark_cases as cases
-from recipes.measure import draft_cases
+from recipes.measure import draft_cases, group_cases
 from recipes.measure.benchmark_cases import Case, Job, Models
 from recipes.measure.benchmark_rows import COLUMNS, Results, Row, cells, draw, limits, line, read_results
 from recipes.measure.llama_cpp import NAME, LlamaCpp, found, why_not
@@ -180,7 +180,7 @@ def llama(options: Options, folder: Path, dtype: str, ours: q.Qwen3Next) -> Llam
     return peer
 
 
-def plan(options: Options, dtype: str, found: Models, exact: Models) -> Iterator[Job]:
+def plan(options: Options, dtype: str, found: Models, exact: Models, folder: Path) -> Iterator[Job]:
     """The cases, each created just before it runs; `exact` has fp32 weights, for training."""
 
     def sizes(texts: tuple[str, ...]) -> list[tuple[int, int]]:
@@ -194,6 +194,8 @@ def plan(options: Options, dtype: str, found: Models, exact: Models) -> Iterator
     for n in options.at_once:
         run = partial(cases.decode, found, 1, options.decode_after, options.steps, at_once=n)
         yield Job(f"decode 1 x {n} after {options.decode_after}", run)
+    lengths = {"after": options.decode_after, "steps": options.steps, "length": sizes(options.prefill[-2:])[0][1]}
+    yield from group_cases.jobs(found, folder, dtype, **lengths)
     document, tokens = options.question
     yield Job(f"question of {tokens} after {document}", partial(cases.question, found, document, tokens))
     for b, t in sizes(options.train):
@@ -244,7 +246,7 @@ def measure(options: Options, results: Results) -> None:
             peers = [] if peer is None else [peer(folder, dtype, pair.device)]
             other = llama(options, folder, dtype, pair.ours)
             peers += [] if other is None else [other.sides]
-            jobs = [job for job in plan(options, dtype, pair, exact) if _wanted(job, options, results, dtype)]
+            jobs = [job for job in plan(options, dtype, pair, exact, folder) if _wanted(job, options, results, dtype)]
             for job in progress.track(jobs, description=f"timing, {dtype}"):
                 rows = _rows(job.make(), options, results.can, dtype, peers)
                 _add(results, rows if other is None else [_told(row, other) for row in rows], progress)

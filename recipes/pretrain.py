@@ -126,9 +126,6 @@ def train(settings: Settings, *, console: Console | None = None) -> Result:
     torch.manual_seed(settings.seed)
     model = new_model(settings, data).to(device)
     model.recompute(*settings.recompute)
-    if settings.compile:
-        for block in model.blocks:
-            block.compile()
     taught, average, state = start_or_resume(settings, model, data.fingerprint)
     parameters, documents = sum(p.numel() for p in model.parameters()), sum(m.documents["val"] for m in data.metas)
     console.print(

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 import qwen3next as q
 from layers.cpp import build, ops
+from layers.cpp.group_ops import dequantise_groups
+from layers.cpp.group_ops import group_linear as group_linear_op
 from layers.cpp.signatures import ARGUMENTS
 from layers.state.update_log import _replay_compiled
+from qwen3next.checkpoints.calibration import round_model
 from qwen3next.decoding.plan import MOST_TOKENS
 
 REFUSED = (ValueError, TypeError, RuntimeError, IndexError, NotImplementedError, AttributeError)
@@ -133,6 +136,24 @@ def permute(r: Random) -> dict:
     return {"indices": torch.randint(0, experts, (n, k), generator=r.made), "experts": experts}
 
 
+def groups(r: Random) -> dict:
+    """The parts of a weight in groups."""
+    out, bits, group = r.size(), r.pick((4, 8)), r.pick((8, 16, 32, 64, 128))
+    count = 1 + r.below(5)
+    columns = r.pick((2 * r.size(), group)) if count == 1 else count * group
+    dtype, shape = r.pick((FP32, BF16, torch.float16)), (out, count if columns == count * group else 1)
+    kind, most = (torch.int8, columns) if bits == 8 else (torch.uint8, columns // 2)
+    codes = torch.randint(-128, 128, (out, most), generator=r.made).to(torch.int8).view(kind)
+    zero = torch.randint(-128, 128, shape, generator=r.made).to(torch.int8)
+    return {"codes": codes, "scale": r.normal(*shape, dtype=dtype), "zero": r.pick((None, zero))}
+
+
+def group_linear(r: Random) -> dict:
+    parts = groups(r)
+    columns = parts["codes"].shape[1] * (2 if parts["codes"].dtype == torch.uint8 else 1)
+    return {"x": r.normal(r.size(least=0), columns, dtype=r.pick((FP32, BF16)))} | parts
+
+
 def replay(r: Random) -> dict:
     b, n, kh, share, k, v = 1 + r.below(2), r.below(5), 1 + r.below(2), 1 + r.below(2), r.size(), r.size()
     dtype, h = r.pick((FP32, torch.float64)), kh * share
@@ -158,6 +179,8 @@ ENTRIES = {
     "combine_backward": (ops.combine_backward, combine_backward),
     "permute": (ops.permute, permute),
     "replay": (_replay_compiled, replay),
+    "group_linear": (group_linear_op, group_linear),
+    "dequantise": (dequantise_groups, lambda r: groups(r) | {"dtype": r.pick((FP32, BF16))}),
 }
 THROUGH_OTHERS = {
     "each_once",
@@ -263,6 +286,8 @@ def walk_steps(r: Random, steps: int) -> None:
             shared_expert_intermediate_size=5, linear_value_head_dim=4, mtp_num_hidden_layers=0,
         )
     )  # fmt: skip
+    if r.below(2):
+        round_model(model, r.pick(("int8", "int4")), group_size=r.pick((0, 8)))
     model.set_backend("decode", "cpp")  # raises where compiled code cannot run
     options = r.pick(({}, {"kv_dtype": "int8"}, {"kv_dtype": "bfloat16"}, {"history": 2}, {"state_dtype": "bfloat16"}))
     cache = model.new_cache(1 + r.below(2), max_len=600, **options)
@@ -278,6 +303,12 @@ def walk_steps(r: Random, steps: int) -> None:
                     (m, n) for m in model.modules() for n in m._parameters if m._parameters[n] is not None
                 )
                 setattr(owner, name, nn.Parameter(wrong(r, getattr(owner, name).detach()), requires_grad=False))
+            elif way == 5 and any(True for _ in model.buffers()):
+                owner, name = r.pick([(m, n) for m in model.modules() for n in m._buffers])
+                if r.below(2):
+                    owner._buffers[name].data = wrong(r, owner._buffers[name].data)
+                else:
+                    owner._buffers[name] = r.pick((wrong, odd))(r, owner._buffers[name])
             elif way == 2:
                 state = r.pick(cache.layers)
                 if hasattr(state, "recurrent"):

@@ -31,7 +31,7 @@ void predict(Worker<T>& worker, const EmbeddingAndHead& ends) {
     const Step<T>& step = worker.step;
     const Call& call = step.call;
     const int64_t width = worker.s.width, dtype = worker.s.dtype;
-    worker.norm_stream(ends.norm);
+    worker.norm_stream(ends.norm, orders_of(ends.head));
     worker.for_each(1, [&](int64_t) {
         save_all(call.hidden, dtype, step.first * width, step.n * width, worker.normed.data());
     });
@@ -58,12 +58,17 @@ void each_group(const Call& call, Use&& use) {
 }
 
 template <class T>
+int mixer_orders(const Layer& layer) {
+    return layer.softmax ? AttentionStep<T>::orders(layer.attention) : DeltaNetStep<T>::orders(layer.delta_net);
+}
+
+template <class T>
 void all_layers(Worker<T>& worker, const Layer* layers, const EmbeddingAndHead& ends) {
     for (int64_t i = 0; i < worker.s.layers; i++) {
-        worker.norm_stream(layers[i].norm_in);
+        worker.norm_stream(layers[i].norm_in, mixer_orders<T>(layers[i]));
         if (layers[i].softmax) AttentionStep<T>(worker, layers[i]).run();
         else DeltaNetStep<T>(worker, layers[i]).run();
-        worker.norm_stream(layers[i].norm_post);
+        worker.norm_stream(layers[i].norm_post, FeedForwardStep<T>::orders(layers[i].feed_forward));
         FeedForwardStep<T>(worker, layers[i]).run();
     }
     predict(worker, ends);
@@ -95,7 +100,7 @@ void multiply(const Mat& w, int64_t rows, int64_t columns, int64_t n, const void
     const Linear all[] = {{w, {}, rows}};
     pool().run(threads, [&] {
         Worker<T> worker(step);
-        worker.operands.read(x.data(), n, columns);
+        worker.operands.read(x.data(), n, columns, orders_of(w));
         worker.products(all, columns, worker.operands.all(), [&](int, int64_t r, int64_t row, int64_t count, auto* v) {
             save_all(out, dtype, r * rows + row, count, v);
         });
@@ -122,6 +127,17 @@ void linear(const Mat* w, int64_t rows, int64_t columns, int64_t n, const void* 
     if (dtype == F64) multiply<double>(*w, rows, columns, n, in, out, dtype, threads);
     else if (dtype == BF16) multiply<bf16>(*w, rows, columns, n, in, out, dtype, threads);
     else multiply<float>(*w, rows, columns, n, in, out, dtype, threads);
+}
+
+// All rows of a weight in groups, in fp32 or bf16.
+void dequantise(const Mat* w, int64_t rows, int64_t columns, void* out, int64_t dtype) {
+    constexpr int64_t TILE = 16;  // rows
+#pragma omp parallel for
+    for (int64_t tile = 0; tile < (rows + TILE - 1) / TILE; tile++) {
+        const int64_t first = tile * TILE, last = std::min(rows, first + TILE);
+        if (dtype == BF16) dequantise_rows(*w, first, last, columns, (bf16*)out + first * columns);
+        else dequantise_rows(*w, first, last, columns, (float*)out + first * columns);
+    }
 }
 
 // memory (b, value_heads, key_dim, value_dim) after n more tokens, in place, to the bits that `decode_step` makes:

@@ -2,11 +2,14 @@
 #pragma once
 #include <cstdint>
 
-enum Dtype : int64_t { F32, BF16, F64, I8 };
+enum Dtype : int64_t { F32, BF16, F64, I8, I4, F16 };
 
 struct Mat {  // a contiguous weight; p is null where the model has none
     const void* p;
     int64_t dtype;
+    // Of a weight in groups, whose dtype is I8 or I4 (layers/quantised/group_weight.py); else null.
+    const void *scale, *zero;  // (rows, groups); zero points, int8, may be null
+    int64_t scale_dtype, group;  // F32, BF16 or F16; columns of a group
 };
 
 struct DeltaNet {

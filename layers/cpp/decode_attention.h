@@ -78,6 +78,7 @@ struct AttentionStep {
           share(s.heads / s.kv_heads) {}
 
     static real rounded(real v) { return Step<T>::rounded(v); }
+    static int orders(const Attention& w) { return orders_of(w.q, w.k, w.v, w.gate); }
 
     void run() {
         const Linear in[] = {{w.q, w.q_bias, s.heads * d}, {w.k, w.k_bias, s.kv_heads * d},
@@ -93,7 +94,7 @@ struct AttentionStep {
             attend_block(step.blocks[item / key_heads], item % key_heads);
         });
         worker.for_each_small(step.n * s.heads, [&](int64_t item) { join_and_gate(item / s.heads, item % s.heads); });
-        worker.operands.read(step.mixed.data(), step.n, s.heads * d);
+        worker.operands.read(step.mixed.data(), step.n, s.heads * d, orders_of(w.o));
         const Linear out[] = {{w.o, w.o_bias, s.width}};
         worker.products(out, s.heads * d, worker.operands.all(), [&](int, int64_t r, int64_t row, int64_t n, real* v) {
             step.add_to_stream(r, row, n, v);

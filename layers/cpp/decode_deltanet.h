@@ -95,12 +95,13 @@ struct DeltaNetStep {
           share(s.value_heads / s.key_heads) {}
 
     static real rounded(real v) { return Step<T>::rounded(v); }
+    static int orders(const DeltaNet& w) { return orders_of(w.in_qkv, w.in_z, w.in_b, w.in_a); }
 
     void run() {
         project();
         const int64_t heads = s.value_heads;
         worker.for_each(step.row_count * heads, [&](int64_t item) { head(step.rows[item / heads], item % heads); });
-        worker.operands.read(step.mixed.data(), step.n, values);
+        worker.operands.read(step.mixed.data(), step.n, values, orders_of(w.out));
         const Linear out[] = {{w.out, {}, s.width}};
         worker.products(out, values, worker.operands.all(), [&](int, int64_t r, int64_t row, int64_t n, real* v) {
             step.add_to_stream(r, row, n, v);

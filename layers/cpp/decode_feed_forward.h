@@ -26,6 +26,9 @@ struct FeedForwardStep {
           shared(sparse ? s.shared_intermediate_size : s.dense_inner), inner(s.inner), top_k(sparse ? s.top_k : 0) {}
 
     static real rounded(real v) { return Step<T>::rounded(v); }
+    static int orders(const FeedForward& w) {
+        return orders_of(w.router, w.experts_in, w.shared_gate, w.shared_up, w.shared_weight);
+    }
 
     void run() {
         project();
@@ -34,8 +37,8 @@ struct FeedForwardStep {
             sort();
             run_experts();
         }
-        worker.operands.read(step.hidden.data(), step.n * top_k, inner);
-        worker.others.read(step.shared_hidden.data(), step.n, shared);
+        worker.operands.read(step.hidden.data(), step.n * top_k, inner, orders_of(w.experts_out));
+        worker.others.read(step.shared_hidden.data(), step.n, shared, orders_of(w.shared_down));
         const int64_t few = std::max<int64_t>(16, (1 << 16) / (step.n * (top_k + 1)));  // answers stay in a near cache
         const int64_t size = std::min(few, worker.share_of(w.shared_down, s.width, top_k * inner + shared));
         worker.for_each((s.width + size - 1) / size, [&](int64_t item) {

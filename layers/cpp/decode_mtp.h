@@ -20,7 +20,7 @@ void pair_up(Worker<T>& worker, const EmbeddingAndHead& ends, const void* hidden
         worker.rms_norm(embedding, embedding, 1, width, ends.norm_embedding);
         worker.rms_norm(before, before, 1, width, ends.norm_hidden);
     }
-    worker.operands.read(pairs.data(), step.n, 2 * width);
+    worker.operands.read(pairs.data(), step.n, 2 * width, orders_of(ends.fc));
     const Linear fc[] = {{ends.fc, ends.fc_bias, width}};
     worker.products(fc, 2 * width, worker.operands.all(), [&](int, int64_t r, int64_t row, int64_t n, real* v) {
         std::copy_n(v, n, &step.x[r * width + row]);
@@ -35,7 +35,7 @@ void remember_pairs_of(const Sizes& s, const Layer& layer, const EmbeddingAndHea
         pool().run(threads, [&] {
             Worker<T> worker(step);
             pair_up(worker, ends, hidden);
-            worker.norm_stream(layer.norm_in);
+            worker.norm_stream(layer.norm_in, orders_of(layer.attention.k, layer.attention.v));
             AttentionStep<T>(worker, layer).remember();
         });
     });

@@ -6,7 +6,7 @@
 #pragma once
 #include <vector>
 
-#include "vectors.h"
+#include "decode_groups.h"
 
 namespace {
 
@@ -18,19 +18,6 @@ constexpr int AT_ONCE = 4;
 #endif
 constexpr int64_t NEAREST = 1 << 14;  // bytes of rows that stay in the nearest cache for further vectors
 constexpr int64_t AHEAD = 1 << 12;    // bytes that are fetched ahead, where the processor's own guess comes too late
-
-// A model's dtype T, and the dtype of its arithmetic.
-template <class T>
-using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// bf16 times bf16 by an instruction for pairs.
-#if defined(__AVX512BF16__)
-template <class T>
-constexpr bool PAIRS = std::is_same_v<T, bf16>;
-#else
-template <class T>
-constexpr bool PAIRS = false;
-#endif
 
 // sums[v] = the products of row `w` and vector x[v], to be added up.
 template <int V, class real, class W>
@@ -109,26 +96,55 @@ void as_constant(int64_t number, Use&& use) {
     use(std::integral_constant<int, most>());
 }
 
+// Divide any number of vectors, and rows of so many bytes, into blocks: block(number of vectors as a constant, first
+// vector, first row, rows).
+template <class Block>
+void each_block(int64_t rows, int64_t row_bytes, int64_t vectors, Block&& block) {
+    if (!vectors) return;
+    const int64_t parts = (vectors + AT_ONCE - 1) / AT_ONCE, most = (vectors + parts - 1) / parts;
+    const int64_t together = parts > 1 ? std::max<int64_t>(1, NEAREST / (row_bytes + 1)) : rows;
+    for (int64_t begin = 0; begin < rows; begin += together)
+        for (int64_t v = 0; v < vectors; v += most)
+            as_constant(std::min(most, vectors - v),
+                        [&](auto count) { block(count, v, begin, std::min(together, rows - begin)); });
+}
+
 // The same for any number of vectors.
 template <class real, class W, class X>
 void dot_rows(const W* w, int64_t rows, int64_t n, const X* const* x, int64_t vectors, real* out, int64_t stride) {
-    if (!vectors) return;
-    const int64_t parts = (vectors + AT_ONCE - 1) / AT_ONCE, most = (vectors + parts - 1) / parts;
-    const int64_t near = std::max<int64_t>(1, NEAREST / (n * int64_t(sizeof(W)) + 1));
-    const int64_t together = parts > 1 ? near : rows;
-    for (int64_t begin = 0; begin < rows; begin += together)
-        for (int64_t v = 0; v < vectors; v += most)
-            as_constant(std::min(most, vectors - v), [&](auto count) {
-                const int64_t size = std::min(together, rows - begin);
-                dot_block<count.value, real>(w + begin * n, size, n, x + v, out + v * stride + begin, stride);
-            });
+    each_block(rows, n * int64_t(sizeof(W)), vectors, [&](auto count, int64_t v, int64_t begin, int64_t size) {
+        dot_block<count.value, real>(w + begin * n, size, n, x + v, out + v * stride + begin, stride);
+    });
 }
 
-// Vectors that are multiplied: as `real`, and in bf16 where pairs of bf16 are multiplied.
+// The same for rows in groups, from row `first` on; x as `arrange` orders it.
+template <int bits, class X>
+void group_rows(const GroupRows& w, int64_t first, int64_t rows, const X* const* x, int64_t vectors, float* out,
+                int64_t stride) {
+    GroupScales<bits, X> scales(w);
+    each_block(rows, w.bytes, vectors, [&](auto count, int64_t v, int64_t begin, int64_t size) {
+        group_block<count.value, bits>(scales, first + begin, size, x + v, out + v * stride + begin, stride);
+    });
+}
+
+// What multiplies weights in groups.
+template <class T>
+using Low = std::conditional_t<PAIRS<T>, bf16, float>;
+
+// The orders of numbers that matrices want, to be joined by |.
+enum Order : int { PLAIN = 0, FOURS = 1, EIGHTS = 2 };
+template <class... Mats>
+int orders_of(const Mats&... mats) {
+    return ((mats.p == nullptr ? PLAIN : mats.dtype == I4 ? FOURS : mats.dtype == I8 ? EIGHTS : PLAIN) | ... | 0);
+}
+
+// Vectors that are multiplied: as `real`, in bf16 where pairs of bf16 are multiplied, and in the orders of codes.
 template <class T>
 struct Vectors {
     const Real<T>* const* x;
     const bf16* const* low;
+    const Low<T>* const* fours;
+    const Low<T>* const* eights;
     int64_t count;
 };
 
@@ -141,25 +157,45 @@ class Operands {
     std::vector<const bf16*> low_x;
     std::vector<const real*> some;
     std::vector<const bf16*> low_some;
+    std::vector<float> fours, eights;  // the numbers in these orders
+    std::vector<const Low<T>*> fours_x, eights_x, fours_some, eights_some;
+
+    template <int bits>
+    void order(bool wanted, int64_t n, std::vector<float>& to, std::vector<const Low<T>*>& at) {
+        at.assign(x.size(), nullptr);
+        if constexpr (std::is_same_v<real, float>) {
+            const int64_t size = arranged_size<bits, Low<T>>(n);
+            if (wanted) to.resize(x.size() * size);
+            for (size_t v = 0; wanted && v < x.size(); v++) {
+                Low<T>* here = (Low<T>*)&to[v * size];
+                if constexpr (PAIRS<T>) arrange<bits>(low_x[v], n, here);
+                else arrange<bits>(x[v], n, here);
+                at[v] = here;
+            }
+        }
+    }
 
 public:
-    // `count` vectors of n numbers, one after the other.
-    void read(const real* from, int64_t count, int64_t n) {
+    // `count` vectors of n numbers, one after the other, also in these orders.
+    void read(const real* from, int64_t count, int64_t n, int orders = PLAIN) {
         x.resize(count), low_x.resize(count);
         if constexpr (PAIRS<T>) {
             low.resize(count * n);
             convert(low.data(), from, count * n);
         }
         for (int64_t v = 0; v < count; v++) x[v] = from + v * n, low_x[v] = low.data() + (PAIRS<T> ? v * n : 0);
+        order<4>(orders & FOURS, n, fours, fours_x);
+        order<8>(orders & EIGHTS, n, eights, eights_x);
     }
 
-    Vectors<T> all() const { return {x.data(), low_x.data(), int64_t(x.size())}; }
+    Vectors<T> all() const { return {x.data(), low_x.data(), fours_x.data(), eights_x.data(), int64_t(x.size())}; }
 
     // Those numbered which[0], which[1], ...; until the next call.
     Vectors<T> pick(const int64_t* which, int64_t count) {
-        some.resize(count), low_some.resize(count);
+        some.resize(count), low_some.resize(count), fours_some.resize(count), eights_some.resize(count);
         for (int64_t v = 0; v < count; v++) some[v] = x[which[v]], low_some[v] = low_x[which[v]];
-        return {some.data(), low_some.data(), count};
+        for (int64_t v = 0; v < count; v++) fours_some[v] = fours_x[which[v]], eights_some[v] = eights_x[which[v]];
+        return {some.data(), low_some.data(), fours_some.data(), eights_some.data(), count};
     }
 };
 
@@ -172,6 +208,10 @@ void multiply_rows(Mat w, int64_t first, int64_t last, int64_t n, const Vectors<
         if constexpr (PAIRS<T> && std::is_same_v<W, bf16>) dot_rows(p, last - first, n, x.low, x.count, out, stride);
         else dot_rows(p, last - first, n, x.x, x.count, out, stride);
     };
+    if constexpr (std::is_same_v<Real<T>, float>) {  // Python refuses groups in a model of fp64
+        if (w.dtype == I4) return group_rows<4>({w, n}, first, last - first, x.fours, x.count, out, stride);
+        if (w.dtype == I8) return group_rows<8>({w, n}, first, last - first, x.eights, x.count, out, stride);
+    }
     switch (w.dtype) {
         case F32: return rows_of((const float*)w.p);
         case BF16: return rows_of((const bf16*)w.p);

@@ -128,7 +128,8 @@ struct Worker {
 
     // Rows that one item takes of `rows` in all: so that each thread gets four items, but for small matrices.
     int64_t share_of(Mat w, int64_t rows, int64_t columns) const {
-        const int64_t bytes = columns * (w.dtype == BF16 ? 2 : w.dtype == F64 ? 8 : 4);
+        const int64_t half = w.dtype == I4 ? 1 : w.dtype == I8 ? 2 : w.dtype == BF16 ? 4 : w.dtype == F64 ? 16 : 8;
+        const int64_t bytes = columns * half / 2;
         const int64_t wanted = rows * bytes / (4 * step.threads);
         return std::max<int64_t>(1, std::clamp<int64_t>(wanted, 1 << 13, BYTES) / std::max<int64_t>(1, bytes));
     }
@@ -162,7 +163,7 @@ struct Worker {
             for (int64_t v = 0; v < x.count; v++) {
                 real* values = &out[v * SPAN];
                 for (int64_t i = 0; i < n && w.bias.p; i++) values[i] += load<real>(w.bias, row + i);
-                if (w.w.dtype == s.dtype)
+                if (w.w.dtype == s.dtype || w.w.group)
                     for (int64_t i = 0; i < n; i++) values[i] = rounded(values[i]);
                 use(v, row, n, values);
             }
@@ -199,10 +200,11 @@ struct Worker {
                 for (int64_t i = 0; i < size; i++) to[i] = rounded(weights[i] * rounded(in[i] * scale));
         }
     }
-    void norm_stream(Mat w) {
+    // Orders: those of the matrices that multiply it.
+    void norm_stream(Mat w, int orders) {
         normed.resize(step.n * s.width);
         rms_norm(step.x.data(), normed.data(), step.n, s.width, w);
-        stream.read(normed.data(), step.n, s.width);
+        stream.read(normed.data(), step.n, s.width, orders);
     }
 };
 

@@ -15,8 +15,8 @@ FP32, BF16 = torch.float32, torch.bfloat16
 NAMES = {FP32: "fp32", BF16: "bf16"}
 
 
-def call(name: str, *arguments: Tensor | tuple[int, ...] | int | float | None) -> int | None:
-    """Call a kernel: tensors by address, tuples as arrays of int64. Its answer, where it gives one.
+def call(name: str, *arguments: Tensor | tuple[int, ...] | ctypes.Structure | int | float | None) -> int | None:
+    """Call a kernel: tensors and structures by address, tuples as arrays of int64. Its answer, where it gives one.
 
     Nothing happens where torch traces with tensors that have no memory: there only the outputs' shapes count.
     """
@@ -31,6 +31,8 @@ def call(name: str, *arguments: Tensor | tuple[int, ...] | int | float | None) -
             converted.append(address(x))
         elif isinstance(x, tuple):
             converted.append((ctypes.c_int64 * len(x))(*x))
+        elif isinstance(x, ctypes.Structure):
+            converted.append(ctypes.byref(x))
         else:
             converted.append(x)
     return getattr(kernels, name)(*converted)

@@ -27,6 +27,7 @@ ARGUMENTS: dict[str, str] = {
     "permute": "ppppiii",
     "decode_step": "ppppi",
     "linear": "piiippii",
+    "dequantise": "piipi",
     "replay": "pippppi",
     "fold": "ppiiipi",
     "remember_pairs": "pppppi",

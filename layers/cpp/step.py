@@ -8,17 +8,28 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from layers.cpp.build import library
+from layers.cpp.operands import address
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2, torch.int8: 3}
+CODES = {torch.int8: 3, torch.uint8: 4}  # of weights in groups
+SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 5}
 
 
 class Mat(ctypes.Structure):
     """A contiguous weight; null where the model has none."""
 
     __slots__ = ()
-    _fields_ = [("p", ctypes.c_void_p), ("dtype", ctypes.c_int64)]
+    _fields_ = [
+        ("p", ctypes.c_void_p),
+        ("dtype", ctypes.c_int64),
+        ("scale", ctypes.c_void_p),
+        ("zero", ctypes.c_void_p),
+        ("scale_dtype", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+    ]
 
 
 def _fields(text: str, **structures: type[ctypes.Structure]) -> list[tuple[str, Any]]:
@@ -97,6 +108,19 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     Mat, Part, DeltaNet, Attention, FeedForward, RecurrentState, KeysAndValues, Layer, EmbeddingAndHead, Row, Call,
     Sizes,
 )  # fmt: skip
+
+
+def mat(x: Tensor, scale: Tensor | None = None, zero: Tensor | None = None) -> Mat:
+    """A weight (…, rows, columns), or with `scale` the codes of one in groups. The tensors must stay alive.
+
+    Raises: ValueError for one without memory for all of its numbers.
+    """
+    if scale is None:
+        return Mat(address(x), DTYPES[x.dtype])
+    columns, rows = x.shape[-1] * (2 if x.dtype == torch.uint8 else 1), x.numel() // max(x.shape[-1], 1)
+    group = columns * rows // max(scale.numel(), 1)
+    points = None if zero is None else address(zero)
+    return Mat(address(x), CODES[x.dtype], address(scale), points, SCALES[scale.dtype], group)
 
 
 def has_field(path: str) -> bool:

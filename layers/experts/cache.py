@@ -5,13 +5,45 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from layers.quantised.group_weight import GroupWeight
+from layers.quantised.held import GroupLayout
+
+Matrix = Tensor | GroupWeight
 # Fills gate_up (2·inner, width) and down (width, inner) with expert e; returns the bytes it read.
-Read = Callable[[int, Tensor, Tensor], int]
-Slot = tuple[Tensor, Tensor]
+Read = Callable[[int, Any, Any], int]
+Slot = tuple[Matrix, Matrix]
+
+
+@dataclass(frozen=True)
+class SlotKind:
+    """What a slot holds: sizes, and the dtype of the matrices, or how each is kept in groups."""
+
+    hidden_size: int
+    intermediate_size: int
+    kept: torch.dtype | tuple[GroupLayout, GroupLayout]
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        return (2 * self.intermediate_size, self.hidden_size), (self.hidden_size, self.intermediate_size)
+
+    @property
+    def nbytes(self) -> int:
+        if isinstance(self.kept, torch.dtype):
+            return 3 * self.hidden_size * self.intermediate_size * self.kept.itemsize
+        return sum(layout.nbytes(*shape) for layout, shape in zip(self.kept, self.shapes, strict=True))
+
+    def make(self) -> Slot:
+        """Memory for one expert."""
+        first, second = self.shapes
+        with torch.inference_mode(False), torch.device("cpu"):  # another thread could not fill an inference tensor
+            if isinstance(self.kept, torch.dtype):
+                return torch.empty(first, dtype=self.kept), torch.empty(second, dtype=self.kept)
+            return self.kept[0].empty(*first), self.kept[1].empty(*second)
 
 
 @dataclass
@@ -49,7 +81,7 @@ class ExpertCache:
             raise ValueError(f"Cannot read experts with {readers} threads: give at least 1.")
         self.max_bytes, self.readers = max_bytes, readers
         self.layers = self.slots = self._slot_bytes = 0
-        self._like: tuple[int, int, torch.dtype] | None = None  # width, inner and dtype of every expert here
+        self._like: SlotKind | None = None
         self.report = CacheReport()
         self._empty()
 
@@ -69,12 +101,12 @@ class ExpertCache:
         self.__dict__.update(state)
         self._empty()
 
-    def join(self, hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> int:
+    def join(self, like: SlotKind) -> int:
         """Serve one more layer; its number.
 
         Raises: ValueError where the budget holds no expert, or another layer's experts are of another size or dtype.
         """
-        like, size = (hidden_size, intermediate_size, dtype), 3 * hidden_size * intermediate_size * dtype.itemsize
+        size = like.nbytes
         if self._like not in (None, like):
             raise ValueError(f"This cache serves experts of {self._like}: give those of {like} a cache of their own.")
         if self.max_bytes < size:
@@ -144,18 +176,14 @@ class ExpertCache:
             first = next(iter(self._kept), None)
             return None if first is None or first in spare else self._kept.pop(first)
         assert self._like is not None
-        hidden_size, intermediate_size, dtype = self._like
-        with torch.inference_mode(False):  # another thread could not fill an inference tensor
-            gate_up = torch.empty(2 * intermediate_size, hidden_size, dtype=dtype, device="cpu")
-            down = torch.empty(hidden_size, intermediate_size, dtype=dtype, device="cpu")
         self._allocated += 1
-        return gate_up, down
+        return self._like.make()
 
     def _keep(self, layer: int, e: int, slot: Slot, *, recent: bool) -> None:
         self._kept[layer, e] = slot
         self._kept.move_to_end((layer, e), last=recent)
 
-    def _submit(self, read: Read, e: int, gate_up: Tensor, down: Tensor) -> Future[int]:
+    def _submit(self, read: Read, e: int, gate_up: Matrix, down: Matrix) -> Future[int]:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.readers, thread_name_prefix="experts")
         return self._pool.submit(read, e, gate_up, down)

@@ -1,6 +1,6 @@
 """Routed experts of a loaded model: in memory, in memory as int8, or on disk until a token needs them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,10 @@ from layers.experts.cache import ExpertCache, Read
 from layers.experts.disk import OffloadedExperts
 from layers.experts.int8 import Int8Experts
 from layers.moe import Experts, SparseMoE
+from layers.quantised.group_weight import GroupWeight
+from layers.quantised.held import GroupLayout
+from qwen3next.checkpoints.group_weights import LEAVES, put
+from qwen3next.checkpoints.quantised.weight import QuantisedWeight
 from qwen3next.checkpoints.reader import CheckpointReader
 from qwen3next.checkpoints.state_dict_adapter import ParamSlice, TensorSpec
 
@@ -22,7 +26,14 @@ def routed(name: str) -> bool:
 
 
 def replace_experts(
-    model: Any, opened: CheckpointReader, place: str, *, dtype: torch.dtype | None, device: torch.device, cache: int
+    model: Any,
+    opened: CheckpointReader,
+    place: str,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    cache: int,
+    layouts: Mapping[str, GroupLayout],
 ) -> None:
     """Replace the `Experts` of a model on the meta device by the module for `place`.
 
@@ -31,6 +42,7 @@ def replace_experts(
         dtype: dtype of experts after they are read; None means as stored.
         device: where experts in int8 are kept.
         cache: bytes of the cache for experts read from the files.
+        layouts: of parameters that are kept in groups in that cache, which then hold for all layers.
     """
     if place == "disk":
         model.expert_cache = ExpertCache(cache)
@@ -46,7 +58,9 @@ def replace_experts(
                 assert model.expert_cache is not None
                 kind = dtype or opened.dtypes[f"{full}down_proj"]
                 read = reader(opened, full)
-                experts = OffloadedExperts(width, inner, count, read=read, cache=model.expert_cache, dtype=kind)
+                pair = tuple(layouts[f"{full}{leaf}"] for leaf in LEAVES) if f"{full}down_proj" in layouts else None
+                kept = {"cache": model.expert_cache, "dtype": kind, "layouts": pair}
+                experts = OffloadedExperts(width, inner, count, read=read, **kept)
             module.experts = experts
 
 
@@ -100,12 +114,17 @@ def reader(opened: CheckpointReader, ours: str) -> Read:
             else:
                 fused[place.name.removeprefix(ours)] = entry.name
 
-    def read(e: int, gate_up: Tensor, down: Tensor) -> int:
+    def read(e: int, gate_up: Any, down: Any) -> int:
         targets, count = {"gate_up_proj": gate_up, "down_proj": down}, 0
         parts = single.get(e) or [(leaf, name, slice(None)) for leaf, name in fused.items()]
         for leaf, name, rows in parts:
-            target, index = targets[leaf][rows], None if single else e
-            opened.read_into(name, index, target)
+            target, index = targets[leaf], None if single else e
+            if isinstance(target, GroupWeight):
+                stored = opened.stored[name]
+                assert isinstance(stored, QuantisedWeight)
+                put(stored.read_groups(opened.files, index), target.at(rows))
+            else:
+                opened.read_into(name, index, target[rows])
             count += opened.nbytes(name, index)
         return count
 

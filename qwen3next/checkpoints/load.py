@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from layers.deprecation import warn_renamed
 from qwen3next.checkpoints.expert_weights import PLACES, fill_int8, replace_experts, routed
+from qwen3next.checkpoints.group_weights import WEIGHTS, Rounding, fill_groups, group_layouts, hold_groups
 from qwen3next.checkpoints.memory_needs import bytes_needed, check_memory
 from qwen3next.checkpoints.progress import tracked
 from qwen3next.checkpoints.reader import CheckpointReader, cast_dtype, open_checkpoint
@@ -32,14 +33,18 @@ def load_as(
     progress: bool,
     experts: str,
     expert_cache: str | int,
+    weights: str = "dequantised",
+    head: bool = True,
 ) -> M:
-    """`q.load` for the model class `kind`; see there for arguments and errors."""
+    """`q.load` for the model class `kind`; see there for arguments and errors; `head`: whether it is rounded."""
     cast, target = None if dtype == "auto" else as_dtype(dtype), as_device(device)
     if experts == "mmap":
         warn_renamed("experts='mmap'", "experts='disk'", stacklevel=4)
         experts = "disk"
     if experts not in PLACES:
         raise ValueError(f"experts {experts!r} is unknown: choose one of {', '.join(PLACES)}.")
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights {weights!r} is unknown: choose one of {', '.join(WEIGHTS)}.")
     budget = parse_bytes(expert_cache)
     opened = open_checkpoint(path)
     with ExitStack() as failed:
@@ -49,16 +54,25 @@ def load_as(
         generation = GenerationConfig.load(opened.folder, quiet=True)
         with torch.device("meta"):
             model = kind(opened.config)
-        needs = bytes_needed(model, partial(_dtype, opened, cast))
+        layouts = group_layouts(model, opened, weights, routed=experts)
+        if not head:
+            layouts.pop("lm_head.weight", None)
+        needs = bytes_needed(model, partial(_dtype, opened, cast), layouts)
         check_memory(needs, experts, target, opened.folder.name)
         if experts != "memory":
-            replace_experts(model, opened, experts, dtype=cast, device=target, cache=budget)
+            places: Any = {"dtype": cast, "device": target, "cache": budget, "layouts": layouts}
+            replace_experts(model, opened, experts, **places)
+        hold_groups(model, {n: x for n, x in layouts.items() if experts == "memory" or not routed(n)}, target)
         ours = _allocate(model, opened, cast, target)
         with torch.no_grad():
             for entry in tracked(opened.wanted, progress, f"loading {opened.folder.name}"):
                 if experts != "memory" and routed(entry.places[0].name):
                     if experts == "int8":
                         fill_int8(model, opened, entry)
+                    continue
+                if any(place.name in layouts for place in entry.places):
+                    for name, error in fill_groups(model, opened, entry, layouts, ours).items():
+                        model.rounding[name] = model.rounding.get(name, Rounding()) + error
                     continue
                 for place, piece in zip(entry.places, entry.split(opened.read(entry.name)), strict=True):
                     place.of(ours).copy_(piece)
@@ -68,7 +82,7 @@ def load_as(
     model.layout, model.origin = opened.layout_to_save, opened.folder
     model.generation_config = generation
     model.experts_in = files_as_they_are(opened.folder) if experts == "disk" else ""
-    model.weight_sums.loaded(opened.folder, model.state_dict(keep_vars=True), f"{cast} {experts}")
+    model.weight_sums.loaded(opened.folder, model.state_dict(keep_vars=True), f"{cast} {experts} {weights}")
     return model
 
 

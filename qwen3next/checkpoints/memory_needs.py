@@ -1,11 +1,12 @@
 """How much memory the weights of a checkpoint need, and whether there is as much, before anything is allocated."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from layers.quantised.held import GroupLayout
 from qwen3next.checkpoints.expert_weights import routed
 from qwen3next.files.sizes import binary
 
@@ -13,20 +14,27 @@ MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def bytes_needed(model: nn.Module, dtype_of: Callable[[str], torch.dtype]) -> dict[str, int]:
+def bytes_needed(
+    model: nn.Module, dtype_of: Callable[[str], torch.dtype], layouts: Mapping[str, GroupLayout] | None = None
+) -> dict[str, int]:
     """Bytes of weights where a model is loaded, for each `experts=` of `q.load`; a cache of experts is not counted.
 
     Args:
         model: it may be on the meta device; its routed experts are still its own.
         dtype_of: the dtype that a parameter, by name, is kept in.
+        layouts: of parameters that stay in groups.
     """
     others = experts = int8 = 0
     for name, parameter in model.named_parameters():
+        if layouts and name in layouts:
+            size = layouts[name].nbytes(*parameter.shape)
+        else:
+            size = parameter.numel() * dtype_of(name).itemsize
         if routed(name):
-            experts += parameter.numel() * dtype_of(name).itemsize
+            experts += size
             int8 += parameter.numel() + 4 * (parameter.numel() // parameter.shape[-1])  # with an fp32 scale a row
         else:
-            others += parameter.numel() * dtype_of(name).itemsize
+            others += size
     return {"memory": others + experts, "int8": others + int8, "disk": others}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from layers.experts.disk import OffloadedExperts
 from layers.experts.int8 import Int8Experts
+from layers.quantised.held import HoldsGroups
 from qwen3next.checkpoints.progress import tracked
 from qwen3next.checkpoints.reader import INDEX, SINGLE, some
 from qwen3next.checkpoints.state_dict_adapter import Layout, TensorSpec, tensor_specs
@@ -58,7 +59,9 @@ def save(
     """
     folder = Path(folder)
     if missing := [
-        name for name, module in model.named_modules() if isinstance(module, (OffloadedExperts, Int8Experts))
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (OffloadedExperts, Int8Experts, HoldsGroups))
     ]:
         raise ValueError(
             f"{missing[0]} does not hold the released weights: save a model loaded with experts='memory', or use "

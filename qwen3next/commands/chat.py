@@ -10,7 +10,17 @@ from qwen3next.chat import ChatTemplate, Conversation, GenerationConfig
 from qwen3next.chat.thinking import Piece
 from qwen3next.commands.chat_session import Session
 from qwen3next.commands.choosing import Choosing
-from qwen3next.commands.common import Dtype, ExpertPlace, Folder, open_model, open_tokenizer, say_reads
+from qwen3next.commands.common import (
+    Dtype,
+    ExpertPlace,
+    Folder,
+    KeptWeights,
+    Quiet,
+    Verbose,
+    open_model,
+    open_tokenizer,
+    say_reads,
+)
 
 DEFAULTS = Choosing()
 
@@ -28,8 +38,10 @@ def chat(
     device: str = "auto",
     dtype: Dtype = "auto",
     experts: ExpertPlace = "memory",
+    weights: KeptWeights = "dequantised",
     expert_cache: str = "2GiB",
-    quiet: bool = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Chat with a checkpoint through its chat template; replies are streamed.
 
@@ -53,8 +65,10 @@ def chat(
         device: auto (CUDA if available), cpu, cuda, cuda:1, ...
         dtype: auto keeps the stored dtype of each tensor.
         experts: memory; int8 (one byte per weight); disk (read from the files when tokens need them).
+        weights: dequantised; stored (in the groups of 4 or 8 bits of the folder, if any); int8; int4.
         expert_cache: memory for experts read from the files.
         quiet: write only errors to stderr, and the prompt on a terminal.
+        verbose: write to stderr which implementation runs for each operation, and the traceback of an error.
     """
     if message is not None and not message.strip():
         raise ValueError("--message is empty: give a text.")
@@ -64,7 +78,16 @@ def chat(
     if think != "auto" and "enable_thinking" not in template.reads:
         raise ValueError("This chat template does not read enable_thinking: leave --think out.")
     conversation = Conversation(
-        open_model(folder, device=device, dtype=dtype, experts=experts, cache=expert_cache, quiet=quiet),
+        open_model(
+            folder,
+            device=device,
+            dtype=dtype,
+            experts=experts,
+            weights=weights,
+            cache=expert_cache,
+            quiet=quiet,
+            verbose=verbose,
+        ),
         tokenizer,
         template,
         generation=generation,

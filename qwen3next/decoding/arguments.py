@@ -1,13 +1,11 @@
 """From a description to the C structures that decode.cpp reads."""
 
 import ctypes
-from typing import Any
 
 from torch import Tensor
 
-from layers.cpp.operands import address
-from layers.cpp.step import DTYPES, EmbeddingAndHead, Layer, Mat, Sizes, set_field
-from qwen3next.decoding.description import Description
+from layers.cpp.step import DTYPES, EmbeddingAndHead, Layer, Mat, Sizes, mat, set_field
+from qwen3next.decoding.description import Description, Held
 
 
 class Arguments:
@@ -30,11 +28,15 @@ class Arguments:
         for arguments, layer in zip(self.layers, description.layers, strict=True):
             for path, number in layer.settings.items():
                 set_field(arguments, path, number)
-            for held in layer.weights:
-                set_field(arguments, held.field, _mat(held.tensor))
-        around: dict[str, Any] = {held.field: held.tensor for held in description.around.weights}
-        self.ends = EmbeddingAndHead(vocab=len(around["head"]), **{name: _mat(x) for name, x in around.items()})
+            for path, weight in _mats(layer.weights).items():
+                set_field(arguments, path, weight)
+        vocab = next(len(held.tensor) for held in description.around.weights if held.field == "head")
+        self.ends = EmbeddingAndHead(vocab=vocab, **_mats(description.around.weights))
 
 
-def _mat(x: Tensor) -> Mat:
-    return Mat(address(x), DTYPES[x.dtype])
+def _mats(weights: list[Held]) -> dict[str, Mat]:
+    """The matrices by field."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for held in weights:
+        tensors.setdefault(held.field, {})[held.needed.part or "x"] = held.tensor
+    return {path: mat(**parts) for path, parts in tensors.items()}

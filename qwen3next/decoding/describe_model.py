@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import qwen3next.decoding.kinds  # noqa: F401  # registers the kinds
-from layers.cpp.step import EmbeddingAndHead, has_field
+from layers.cpp.step import CODES, SCALES, EmbeddingAndHead, has_field
 from qwen3next.decoding.description import CALLS, KINDS, REFUSED, Description, Held, Layer, Needed, Number, Place
 from qwen3next.decoding.protocol import Decodable
 from qwen3next.inputs import like
@@ -15,6 +15,7 @@ from qwen3next.inputs import like
 AROUND = ("embed_tokens", "norm", "lm_head")  # the blocks
 ENDS = ("embed_tokens", "lm_head")  # of the model, which the MTP layer uses too
 FLOATS = (torch.float32, torch.bfloat16, torch.float64)  # dtypes of weights and states that C++ reads
+GROUPS = {"": tuple(CODES), "scale": tuple(SCALES), "zero": (torch.int8,)}  # the same for weights in groups
 
 
 class Unsupported(Exception):
@@ -107,7 +108,8 @@ def _visit(module: nn.Module, name: str, place: Place, layer: Layer, sizes: dict
             raise Unsupported(f"{type(module).__name__}: {size} is not the same in all layers ({name})")
     layer.settings |= spec.settings
     for key in spec.weights.keys() | module._parameters.keys():
-        _take(module._parameters.get(key), f"{name}.{key}", spec.weights.get(key), layer)
+        tensor = module._buffers.get(key) if key in module._buffers else module._parameters.get(key)
+        _take(tensor, f"{name}.{key}", spec.weights.get(key), layer)
     for key in (*spec.children, *(key for key in module._modules if key not in spec.children)):
         child, wanted = module._modules.get(key), spec.children.get(key)
         if child is not None and wanted is not None:
@@ -126,27 +128,33 @@ def _take(tensor: Tensor | None, name: str, needed: Needed | None, layer: Layer)
         return
     if needed is None or not has_field(needed.field):
         raise Unsupported(f"{name} is a weight that it does not know")
-    layer.weights.append(Held(needed.field, name, tensor, needed.shape))
+    layer.weights.append(Held(needed, name, tensor))
 
 
 def _check(held: Held, device: torch.device) -> None:
     """Raises: Unsupported for a weight that C++ would misread."""
-    x = held.tensor
-    if type(x) is not nn.Parameter:
+    x, shape = held.tensor, held.needed.shape
+    kind: type[Tensor] = nn.Parameter
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    if held.needed.in_groups or held.needed.part:
+        kind, dtypes = Tensor, GROUPS[held.needed.part]
+    if type(x) is not kind:
         raise Unsupported(f"{held.name} is a {type(x).__name__}, and it knows nn.Parameter alone")
-    if not x.is_contiguous() or x.dtype not in FLOATS or x.device != device:
+    if not x.is_contiguous() or x.dtype not in dtypes or x.device != device:
         raise Unsupported(f"{held.name} is not contiguous, elsewhere, or of a dtype that it does not know")
     if x.is_neg():
         raise Unsupported(f"{held.name} is a view that negates")
-    fits = len(x.shape) == len(held.shape) and all(b in (None, a) for a, b in zip(x.shape, held.shape, strict=True))
+    fits = len(x.shape) == len(shape) and all(b in (None, a) for a, b in zip(x.shape, shape, strict=True))
     if not fits:
-        raise Unsupported(f"{held.name} has the shape {tuple(x.shape)} where it expects {held.shape}")
+        raise Unsupported(f"{held.name} has the shape {tuple(x.shape)} where it expects {shape}")
 
 
 def _check_sizes(model: Decodable, found: Description) -> None:
     """Raises: Unsupported for what no single module can see. Adds the sizes that belong to the model as a whole."""
     if not found.layers:
         raise Unsupported("blocks is empty")
+    if like(model).dtype == torch.float64 and any(held.needed.in_groups for held in found.weights):
+        raise Unsupported("it multiplies weights in groups in fp32 and bf16, not in fp64")
     rows, rotary, head_dim = len(like(model)), model.config.rotary_dim, found.sizes.get("head_dim")
     if rows < model.vocab_size:
         raise Unsupported(f"embed_tokens has {rows} rows and the vocabulary {model.vocab_size} tokens")

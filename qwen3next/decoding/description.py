@@ -37,11 +37,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Needed:
-    """The field and shape of one parameter."""
+    """The field and shape of one parameter or buffer.
+
+    Attributes:
+        part: "" for a weight or for the codes of one in groups, whose "scale" and "zero" are others.
+        in_groups: whether these are the codes of a weight in groups.
+    """
 
     field: str
     shape: Shape
     optional: bool = False
+    part: str = ""
+    in_groups: bool = False
 
 
 @dataclass
@@ -49,7 +56,7 @@ class StepSpec:
     """What the step needs of one module.
 
     Attributes:
-        weights: by parameter name. A parameter that is not named here is refused.
+        weights: by name of parameter or buffer. A parameter that is not named here is refused.
         children: by attribute name. A child with parameters that is not named here is refused.
         sizes: numbers that must be equal in all layers, by field of `Sizes`.
         settings: numbers of this layer alone, by field of `Layer`.
@@ -67,10 +74,13 @@ class StepSpec:
 class Held:
     """A weight that the step reads: its field of the C structures and its name in the model."""
 
-    field: str
+    needed: Needed
     name: str
     tensor: Tensor
-    shape: Shape
+
+    @property
+    def field(self) -> str:
+        return self.needed.field
 
 
 @dataclass

@@ -41,7 +41,10 @@ class Guard:
         self._top, self._kind, self._config = dict(model._modules), type(model), model.config
         self._children = [m._modules for m in self._modules if m._modules]
         self._children_then = [dict(children) for children in self._children]
-        self._weights = Weights([m._parameters for m in self._modules if m._parameters])
+        held = [m._parameters for m in self._modules if m._parameters] + [
+            m._buffers for m in self._modules if m._buffers
+        ]
+        self._weights = Weights(held)
         self._changes = attribute_changes.changes
         self._others = [m for m in self._modules if type(m) not in attribute_changes.COUNTED]
         self._types = list(map(type, self._others))

@@ -1,11 +1,12 @@
 """The kinds of modules that a compiled step can run, one entry each.
 
-To add a kind of weight (int8, int4, LoRA): register its module here for the role "linear" or "experts", and teach `Mat`
-(layers/cpp/step.py, decode_arguments.h) how it lies in memory.
+To add a kind of weight (LoRA, another format): register its module here for the role "linear" or "experts", and teach
+`Mat` (layers/cpp/step.py, decode_arguments.h) how it lies in memory.
 """
 
 from torch import nn
 
+from layers.cpp.group_ops import knows_groups
 from layers.delta_rule import gated_delta_rule
 from layers.experts.disk import OffloadedExperts
 from layers.experts.int8 import Int8Experts
@@ -16,10 +17,13 @@ from layers.linear import Linear
 from layers.mlp import SwiGLU
 from layers.moe import Experts, SparseMoE
 from layers.norm import GatedRMSNorm, RMSNorm
+from layers.quantised.experts import QuantisedExperts
+from layers.quantised.group_weight import GroupWeight
+from layers.quantised.linear import QuantisedLinear
 from layers.variants.attention import AttentionVariant
 from layers.variants.deltanet import DeltaNetVariant
 from qwen3next.block import Block
-from qwen3next.decoding.description import Needed, Place, StepSpec, describes, refuses
+from qwen3next.decoding.description import Needed, Place, Shape, StepSpec, describes, refuses
 from qwen3next.mtp import MTP
 
 
@@ -27,6 +31,27 @@ from qwen3next.mtp import MTP
 def _linear(_: nn.Linear, place: Place) -> StepSpec:
     bias = Needed(f"{place.field}_bias", place.shape[:1], optional=True)
     return StepSpec({"weight": Needed(place.field, place.shape), "bias": bias})
+
+
+@describes(QuantisedLinear, roles=("linear",))
+def _quantised_linear(m: QuantisedLinear, place: Place) -> StepSpec:
+    bias = Needed(f"{place.field}_bias", place.shape[:1], optional=True)
+    weights, refusal = _in_groups("weight", m.in_groups, place.field, place.shape)
+    return StepSpec(weights | {"bias": bias}, refusal=refusal)
+
+
+def _in_groups(name: str, weight: GroupWeight, field: str, shape: Shape) -> tuple[dict[str, Needed], str | None]:
+    """The buffers of a weight in groups, which must have that shape, and why it is refused, if it is."""
+    *outer, columns = shape
+    groups, size = weight.scale.shape[-1], weight.group_size if weight.scale.shape[-1] else 0
+    found = {
+        f"{name}_codes": Needed(field, (*outer, columns and columns * weight.bits // 8), in_groups=True),
+        f"{name}_scale": Needed(field, (*outer, groups), part="scale"),
+    }
+    if weight.zero is not None:
+        found[f"{name}_zero"] = Needed(field, (*outer, groups), part="zero")
+    fits = size and weight.shape[-1] == size * groups and knows_groups(weight.shape[-1], size)
+    return found, None if fits else f"keeps a weight in groups of {size}, not of a power of two from 8 on"
 
 
 @describes(nn.Embedding, roles=("embedding",))
@@ -91,7 +116,7 @@ def _gated_deltanet(m: GatedDeltaNet, place: Place) -> StepSpec:
 def _gated_attention(m: GatedAttention, place: Place) -> StepSpec:
     (width,) = place.shape
     query, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
-    rows = 0 if m.gate_proj is None else len(m.gate_proj.weight) // m.heads  # of the gate, a head
+    rows = 0 if m.gate_proj is None else m.gate_proj.out_features // m.heads  # of the gate, a head
     refusal = None
     if m.heads % m.kv_heads:
         refusal = "has query heads that cannot share key heads"
@@ -115,7 +140,7 @@ def _gated_attention(m: GatedAttention, place: Place) -> StepSpec:
 
 @describes(SwiGLU, roles=("feed_forward", "shared_expert"))
 def _swiglu(m: SwiGLU, place: Place) -> StepSpec:
-    (width,), inner = place.shape, len(m.gate_proj.weight)
+    (width,), inner = place.shape, m.gate_proj.out_features
     return StepSpec(
         children={
             "gate_proj": Place("linear", "feed_forward.shared_gate", (inner, width)),
@@ -153,6 +178,28 @@ def _experts(m: Experts, place: Place) -> StepSpec:
         weights={
             "gate_up_proj": Needed(f"{place.field}_in", (count, 2 * inner, width)),
             "down_proj": Needed(f"{place.field}_out", (count, width, inner)),
+        },
+        sizes={"inner": inner},
+    )
+
+
+@describes(QuantisedExperts, roles=("experts",))
+def _quantised_experts(m: QuantisedExperts, place: Place) -> StepSpec:
+    (count, width), inner = place.shape, m.down.shape[2]
+    first, refusal = _in_groups("gate_up_proj", m.gate_up, f"{place.field}_in", (count, 2 * inner, width))
+    second, other = _in_groups("down_proj", m.down, f"{place.field}_out", (count, width, inner))
+    return StepSpec(first | second, sizes={"inner": inner}, refusal=refusal or other)
+
+
+@describes(Int8Experts, roles=("experts",))
+def _int8_experts(m: Int8Experts, place: Place) -> StepSpec:
+    (count, width), inner = place.shape, m.down_proj.shape[2]
+    return StepSpec(
+        weights={
+            "gate_up_proj": Needed(f"{place.field}_in", (count, 2 * inner, width), in_groups=True),
+            "gate_up_scale": Needed(f"{place.field}_in", (count, 2 * inner), part="scale"),
+            "down_proj": Needed(f"{place.field}_out", (count, width, inner), in_groups=True),
+            "down_scale": Needed(f"{place.field}_out", (count, width), part="scale"),
         },
         sizes={"inner": inner},
     )
@@ -196,7 +243,6 @@ def _mtp(_: MTP, place: Place) -> StepSpec:
     )
 
 
-refuses(Int8Experts, "its experts are in int8")
 refuses(OffloadedExperts, "its experts stay on disk")
 refuses(AttentionVariant, "it is a variant of softmax attention")
 refuses(DeltaNetVariant, "it is a variant of Gated DeltaNet")

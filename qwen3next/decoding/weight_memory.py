@@ -19,11 +19,11 @@ class Weights:
     Tensors are never compared by ==: that would compare their numbers, which may be many, or have no memory.
     """
 
-    def __init__(self, named: list[dict[str, nn.Parameter | None]]):
+    def __init__(self, named: list[dict[str, Any]]):
         plain: dict[int, Tensor] = {}  # each once, however often it is tied
-        self._single: list[dict[str, nn.Parameter | None]] = []
-        self._several: list[dict[str, nn.Parameter | None]] = []
-        self._others: list[tuple[dict[str, nn.Parameter | None], str, object]] = []
+        self._single: list[dict[str, Any]] = []
+        self._several: list[dict[str, Any]] = []
+        self._others: list[tuple[dict[str, Any], str, object]] = []
         for names in named:
             found = [x for x in names.values() if x is not None]
             new = all(type(x) in (Tensor, nn.Parameter) and id(x) not in plain for x in found)

@@ -26,13 +26,18 @@ TWICE_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 @dataclass(frozen=True)
 class Kind:
-    """A type of GGUF tensors: `numbers` in a block of `nbytes`; dtype is uint8 for blocks, else that of the numbers."""
+    """A type of GGUF tensors: `numbers` in a block of `nbytes`; dtype is uint8 for blocks, else that of the numbers.
+
+    `codes` gives those of blocks (n, nbytes) as (n, numbers) in uint8, where a block is its fp16 scale and codes that
+    are int8, or 4 bits with zero point 8.
+    """
 
     name: str
     numbers: int
     nbytes: int
     dtype: torch.dtype = torch.uint8
     dequantise: Callable[[Tensor], Tensor] | None = None  # blocks (n, nbytes) to (n, numbers)
+    codes: Callable[[Tensor], Tensor] | None = None
 
 
 def dequantised(kind: Kind, stored: Tensor) -> Tensor:
@@ -135,11 +140,11 @@ def q8_0_blocks(x: Tensor) -> Tensor:
 KINDS = {
     0: Kind("F32", 1, 4, torch.float32),
     1: Kind("F16", 1, 2, torch.float16),
-    2: Kind("Q4_0", 32, 18, dequantise=_q4_0),
+    2: Kind("Q4_0", 32, 18, dequantise=_q4_0, codes=lambda b: _nibbles(b[:, 2:], 16)),
     3: Kind("Q4_1", 32, 20, dequantise=_q4_1),
     6: Kind("Q5_0", 32, 22, dequantise=_q5_0),
     7: Kind("Q5_1", 32, 24, dequantise=_q5_1),
-    8: Kind("Q8_0", 32, 34, dequantise=_q8_0),
+    8: Kind("Q8_0", 32, 34, dequantise=_q8_0, codes=lambda b: b[:, 2:].contiguous()),
     12: Kind("Q4_K", 256, 144, dequantise=_q4_k),
     13: Kind("Q5_K", 256, 176, dequantise=_q5_k),
     14: Kind("Q6_K", 256, 210, dequantise=_q6_k),

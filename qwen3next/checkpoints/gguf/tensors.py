@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from layers.quantised.group_weight import GroupWeight, pack
+from layers.quantised.held import GroupLayout
 from qwen3next.checkpoints.gguf.blocks import Kind, dequantised
 from qwen3next.checkpoints.gguf.header import Header, Packed
 from qwen3next.checkpoints.quantised.weight import QuantisedWeight
@@ -86,6 +88,27 @@ class GGUFWeight(QuantisedWeight):
     def read(self, files: Files, index: int | None = None) -> Tensor:
         assert index is None
         return self.restore(dequantised(self.kind, files.read(self.parts[""]))).reshape(self.shape)
+
+    def group_layout(self, files: Files) -> GroupLayout | None:  # noqa: ARG002
+        if self.kind.codes is None or len(self.shape) != 2:
+            return None
+        if self.name.endswith("out_proj.weight"):  # its columns may be in another order: of whole groups?
+            order = self.restore(torch.arange(self.shape[1])[None]).view(-1, 32)
+            if not torch.equal(order, order[:, :1] + torch.arange(32)):
+                return None
+        return GroupLayout(4 if self.kind.name == "Q4_0" else 8, 32, torch.float16)
+
+    def read_groups(self, files: Files, index: int | None = None) -> GroupWeight:
+        """Codes and scales put back as values are; a scale moves with its group's 32 inputs."""
+        assert index is None
+        assert self.kind.codes is not None
+        stored = files.read(self.parts[""])
+        blocks = stored.reshape(-1, self.kind.nbytes)
+        codes = self.kind.codes(blocks).view(*stored.shape[:-1], -1)
+        scale = blocks[:, :2].contiguous().view(torch.float16).view(*stored.shape[:-1], -1)
+        spread = self.restore(scale.repeat_interleave(32, -1)).reshape(self.shape)
+        codes = self.restore(codes).reshape(self.shape)
+        return GroupWeight(pack(codes) if self.kind.name == "Q4_0" else codes.view(torch.int8), spread[..., ::32])
 
 
 def gguf_name(released: str, config: ModelConfig) -> tuple[str, int | None]:

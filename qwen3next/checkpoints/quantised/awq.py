@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from qwen3next.checkpoints.quantised.settings import Settings
-from qwen3next.checkpoints.quantised.weight import QuantisedWeight, check, check_scales, scale_groups, unpack
+from qwen3next.checkpoints.quantised.weight import GroupedCodes, check, check_scales, unpack
 from qwen3next.files.tensor_files import Files, Stored
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 @dataclass(frozen=True)
-class AWQWeight(QuantisedWeight):
+class AWQWeight(GroupedCodes):
     format = "AWQ gemm"
     codes = "qweight"
 
@@ -38,11 +38,23 @@ class AWQWeight(QuantisedWeight):
         must(groups > 0 and inputs % groups == 0, f"has {groups} groups for {inputs} inputs")
         return cls(name, parts, (out, inputs))
 
-    def read(self, files: Files, index: int | None = None) -> Tensor:
+    code_bits = 4
+
+    def grouped(self, files: Files, index: int | None = None) -> tuple[Tensor, Tensor | int, Tensor, Tensor | None]:
         assert index is None
         codes = _ordered(files.read(self.parts["qweight"])).T
-        zeros = _ordered(files.read(self.parts["qzeros"])).T.float()
-        return scale_groups(codes, zeros, files.read(self.parts["scales"]).T)
+        return codes, self.zero_points(files), files.read(self.parts["scales"]).T, None
+
+    def zero_points(self, files: Files) -> Tensor:
+        return _ordered(files.read(self.parts["qzeros"])).T.float()
+
+    @property
+    def scales_part(self) -> Stored:
+        return self.parts["scales"]
+
+    @property
+    def group_count(self) -> int:
+        return self.parts["scales"].shape[0]
 
 
 def _ordered(words: Tensor) -> Tensor:

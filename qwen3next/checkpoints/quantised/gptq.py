@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from qwen3next.checkpoints.quantised.settings import Settings
-from qwen3next.checkpoints.quantised.weight import QuantisedWeight, check, check_scales, scale_groups, unpack
+from qwen3next.checkpoints.quantised.weight import GroupedCodes, check, check_scales, unpack
 from qwen3next.files.tensor_files import Files, Stored
 
 
 @dataclass(frozen=True)
-class GPTQWeight(QuantisedWeight):
+class GPTQWeight(GroupedCodes):
     """`first` is whether zero points are stored minus 1; `group` the inputs of a group where there is no g_idx."""
 
     bits: int
@@ -53,16 +53,33 @@ class GPTQWeight(QuantisedWeight):
         must(group > 0, f"has {groups} groups for {inputs} inputs, which no group_size of config.json gives")
         return cls(name, parts, (out, inputs), bits, _minus_one(settings), group)
 
-    def read(self, files: Files, index: int | None = None) -> Tensor:
+    def grouped(self, files: Files, index: int | None = None) -> tuple[Tensor, Tensor | int, Tensor, Tensor | None]:
         assert index is None
-        count, (out, inputs) = self.parts["scales"].shape[0], self.shape
+        count, inputs = self.parts["scales"].shape[0], self.shape[1]
         codes = unpack(files.read(self.parts["qweight"]).T, self.bits)[:, :inputs]
+        scale = files.read(self.parts["scales"]).T
+        return codes, self.zero_points(files), scale, self._groups(files, count)
+
+    @property
+    def code_bits(self) -> int:
+        return self.bits
+
+    @property
+    def scales_part(self) -> Stored:
+        return self.parts["scales"]
+
+    @property
+    def group_count(self) -> int:
+        return self.parts["scales"].shape[0]
+
+    def in_order(self, files: Files) -> bool:
+        return self._groups(files, self.group_count) is None
+
+    def zero_points(self, files: Files) -> Tensor:
         words = files.read(self.parts["qzeros"])
         if self.first:  # an addition of words, as the writers subtract words: a borrow is given back
             words += torch.tensor(sum(1 << at for at in range(0, 32, self.bits)), dtype=torch.int32)
-        zeros = unpack(words, self.bits)[:, :out].T.float()
-        scale = files.read(self.parts["scales"]).T
-        return scale_groups(codes, zeros, scale, self._groups(files, count))
+        return unpack(words, self.bits)[:, : self.shape[0]].T.float()
 
     def _groups(self, files: Files, count: int) -> Tensor | None:
         """The group of each input; None if groups are equal runs, which needs no gathered copy of the scales."""

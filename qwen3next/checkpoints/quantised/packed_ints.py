@@ -7,19 +7,21 @@ Source: compressed-tensors 0.20.1, compressors/pack_quantized.
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from layers.quantised.group_weight import GroupWeight
 from qwen3next.checkpoints.quantised.settings import Settings
-from qwen3next.checkpoints.quantised.weight import QuantisedWeight, check, check_scales, scale_groups, unpack
+from qwen3next.checkpoints.quantised.weight import GroupedCodes, check, check_scales, unpack
 from qwen3next.files.tensor_files import Files, Stored
 
 
 @dataclass(frozen=True)
-class PackedInts(QuantisedWeight):
+class PackedInts(GroupedCodes):
     bits: int
 
     format = "compressed-tensors pack-quantized"
@@ -50,18 +52,46 @@ class PackedInts(QuantisedWeight):
             must(fits or (zeros.dtype, zeros.shape) == (torch.int8, scale.shape), "does not fit", "_zero_point")
         return cls(name, parts, true, bits)
 
-    def read(self, files: Files, index: int | None = None) -> Tensor:
+    def grouped(self, files: Files, index: int | None = None) -> tuple[Tensor, Tensor | int, Tensor, Tensor | None]:
         codes = unpack(self.part(files, "_packed", index), self.bits)[..., : self.shape[-1]]
         scale = self.part(files, "_scale", index)
         scale = scale.reshape(*(1 for _ in codes.shape)) if scale.numel() == 1 else scale
         zeros: Tensor | int = 1 << (self.bits - 1)
         if "_zero_point" in self.parts:
-            packed = self.part(files, "_zero_point", index)
-            if packed.dtype == torch.int8:
-                zeros = packed.float().view(scale.shape) + zeros
-            else:
-                zeros = unpack(packed.mT, self.bits)[..., : self.shape[-2]].mT.float()
-        return scale_groups(codes, zeros, scale, self._groups(files, scale.shape[-1]))
+            zeros = self._zeros(self.part(files, "_zero_point", index))
+        return codes, zeros, scale, self._groups(files, scale.shape[-1])
+
+    def read_groups(self, files: Files, index: int | None = None) -> GroupWeight:
+        """As the base class, without unpacking: words of little-endian bytes hold the codes in the order of groups."""
+        if sys.byteorder != "little" or self.group_layout(files) is None:
+            return super().read_groups(files, index)
+        codes = self.part(files, "_packed", index).view(torch.uint8)[..., : self.shape[-1] * self.bits // 8]
+        codes = codes if self.bits == 4 else (codes ^ 128).view(torch.int8)
+        zero = None
+        if "_zero_point" in self.parts:
+            zero = (self._zeros(self.part(files, "_zero_point", index)) - (128 if self.bits == 8 else 0)).to(torch.int8)
+        return GroupWeight(codes, self.part(files, "_scale", index), zero)
+
+    @property
+    def code_bits(self) -> int:
+        return self.bits
+
+    @property
+    def scales_part(self) -> Stored:
+        return self.parts["_scale"]
+
+    def in_order(self, files: Files) -> bool:  # noqa: ARG002
+        return "_g_idx" not in self.parts
+
+    def zero_points(self, files: Files) -> Tensor | None:
+        if "_zero_point" not in self.parts:
+            return None
+        return torch.zeros(1) if len(self.shape) > 2 else self._zeros(self.part(files, "_zero_point"))
+
+    def _zeros(self, packed: Tensor) -> Tensor:
+        if packed.dtype == torch.int8:
+            return packed.float().view(-1, self.parts["_scale"].shape[-1]) + (1 << (self.bits - 1))
+        return unpack(packed.mT, self.bits)[..., : self.shape[-2]].mT.float()
 
     def _groups(self, files: Files, count: int) -> Tensor | None:
         if "_g_idx" not in self.parts:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from layers.quantised.group_weight import SCALES, GroupWeight
+from layers.quantised.held import GroupLayout
 from qwen3next.checkpoints.quantised.settings import Settings
 from qwen3next.checkpoints.quantised.weight import QuantisedWeight, check, check_scales
 from qwen3next.files.tensor_files import CODES, Files, Stored
@@ -56,6 +58,34 @@ class ScaledWeight(QuantisedWeight):
         if "_zero_point" in self.parts:
             codes -= self._spread(self.part(files, "_zero_point", index).float(), codes)
         return codes.mul_(self._spread(scale, codes))
+
+    def group_layout(self, files: Files) -> GroupLayout | None:
+        """Of int8 with a scale a row, or a group of a row."""
+        scale, (*outer, columns) = self.parts[self.tag], self.shape
+        counts = {(*outer, n): n for n in (1, scale.shape[-1] if scale.shape else 1)} | {tuple(outer): 1}
+        count = counts.get(scale.shape, 0)
+        if (
+            self.parts[""].dtype != torch.int8
+            or scale.dtype not in SCALES
+            or not count
+            or columns % count
+            or columns % 2
+        ):
+            return None
+        if len(outer) > 1 and "_zero_point" in self.parts:
+            return None
+        zeros = self.part(files, "_zero_point") if "_zero_point" in self.parts else torch.zeros(1)
+        if zeros.numel() and not -128 <= int(zeros.min()) <= int(zeros.max()) <= 127:
+            return None
+        return GroupLayout(8, 0 if count == 1 else columns // count, scale.dtype, bool(zeros.any()))
+
+    def read_groups(self, files: Files, index: int | None = None) -> GroupWeight:
+        codes, scale = self.part(files, "", index), self.part(files, self.tag, index)
+        layout = self.group_layout(files)
+        assert layout is not None
+        rows = codes.shape[0]
+        zero = self.part(files, "_zero_point", index).to(torch.int8).view(rows, -1) if layout.zero else None
+        return GroupWeight(codes, scale.view(rows, -1), zero)
 
     def _spread(self, x: Tensor, codes: Tensor) -> Tensor:
         """Scales or zero points in a shape that broadcasts with the codes."""

@@ -1,0 +1,279 @@
+// Rows of a matrix in groups (layers/quantised/group_weight.py) times several vectors: a code is never written back as
+// a float.
+//
+// Codes are read as words of 32 bits, as many as a vector has floats: a block. A word holds EACH neighbouring codes, so
+// each float of a sum belongs to EACH neighbours of one group, and a block is scaled by one vector product. The vectors
+// are put into the order of the words once (`arrange`): plane j has the number j of every word.
+#pragma once
+#include "vectors.h"
+
+#define INLINE __attribute__((always_inline)) inline
+
+namespace {
+
+// A model's dtype T, and the dtype of its arithmetic.
+template <class T>
+using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// bf16 times bf16 by an instruction for pairs.
+#if defined(__AVX512BF16__)
+template <class T>
+constexpr bool PAIRS = std::is_same_v<T, bf16>;
+#else
+template <class T>
+constexpr bool PAIRS = false;
+#endif
+
+constexpr int64_t LANE = WIDTH<float>;  // floats of a vector, and words of a block
+template <int bits>
+constexpr int64_t EACH = 32 / bits;
+template <int bits>
+constexpr int64_t BLOCK = LANE * EACH<bits>;  // codes
+template <int bits>
+constexpr int64_t blocks_of(int64_t n) {
+    return (n + BLOCK<bits> - 1) / BLOCK<bits>;
+}
+
+// Numbers of a vector of n in the order of the words, and behind them, in each block, the sums over each word. Where
+// bf16 pairs are multiplied, a word is two neighbours of 16 bits, each with half the planes.
+template <class X>
+using Element = std::conditional_t<sizeof(X) == 2, uint16_t, X>;
+template <int bits, class X>
+constexpr int64_t arranged_size(int64_t n) {  // in floats
+    return blocks_of<bits>(n) * (BLOCK<bits> * sizeof(X) / sizeof(float) + LANE);
+}
+template <int bits, class X>
+const float* sums_behind(const X* arranged, int64_t n) {
+    return (const float*)(arranged + blocks_of<bits>(n) * BLOCK<bits>);
+}
+template <int bits, class X>
+void arrange(const X* x, int64_t n, X* to) {
+    constexpr int64_t halves = sizeof(float) / sizeof(X), each = EACH<bits> / halves, lanes = LANE * halves;
+    const int64_t blocks = blocks_of<bits>(n);
+    float* sums = (float*)sums_behind<bits>(to, n);
+    for (int64_t b = 0; b < blocks; b++, to += BLOCK<bits>, sums += LANE) {
+        const int64_t begin = b * BLOCK<bits>, size = std::min(BLOCK<bits>, n - begin);
+        X block[BLOCK<bits>] = {};
+        std::copy_n(x + begin, size, block);
+        for (int64_t j = 0; j < each; j++)
+            for (int64_t lane = 0; lane < lanes; lane++) to[j * lanes + lane] = block[lane * each + j];
+        for (int64_t lane = 0; lane < LANE; lane++) {
+            float sum = 0;
+            for (int64_t j = 0; j < EACH<bits>; j++) sum += to_float(block[lane * EACH<bits> + j]);
+            sums[lane] = sum;
+        }
+    }
+}
+
+inline float from_half(uint16_t h) {  // fp16, subnormal numbers included
+    uint32_t bits = uint32_t(h & 0x7fff) << 13;
+    float x;
+    memcpy(&x, &bits, 4);
+    x *= 0x1p112f;  // the exponent's offset is 127 there and 15 here
+    memcpy(&bits, &x, 4);
+    bits |= (h & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
+    bits |= uint32_t(h & 0x8000) << 16;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+// `count` scales as floats.
+inline void load_scales(const void* p, int64_t dtype, int64_t at, int64_t count, float* __restrict to) {
+    if (dtype == F16)
+        for (int64_t i = 0; i < count; i++) to[i] = from_half(((const uint16_t*)p)[at + i]);
+    else load_all(p, dtype, at, count, to);
+}
+
+// The numbers of a block's groups, one a float of a sum.
+typedef typename Vector<int32_t, WIDE_BYTES>::type Places;
+INLINE Wide<float> spread(const float* from, Places which) {
+#if defined(__AVX512F__)
+    return (Wide<float>)_mm512_permutexvar_ps((__m512i)which, _mm512_loadu_ps(from));
+#elif defined(__AVX2__)
+    return (Wide<float>)_mm256_permutevar8x32_ps(_mm256_loadu_ps(from), (__m256i)which);
+#else
+    Wide<float> found;
+    for (int64_t i = 0; i < LANE; i++) found[i] = from[which[i]];
+    return found;
+#endif
+}
+
+// sums[v] = the products of one block's codes, from w on, and of vector v, from x[v] + at on. Codes of 4 bits are less 8
+// if CENTRED, else as they are stored.
+template <class X>
+constexpr bool CENTRED = sizeof(X) == 2;
+
+template <int bits, int V>
+INLINE void block_dots(const uint8_t* w, const float* const* x, int64_t at, Wide<float>* sums) {
+    typedef typename Vector<uint32_t, WIDE_BYTES>::type Words;
+    Words words = *(const Words*)w;
+    UNROLL for (int v = 0; v < V; v++) sums[v] = Wide<float>{};
+    UNROLL for (int64_t j = 0; j < EACH<bits>; j++, words >>= bits) {
+        Wide<float> codes;
+        if constexpr (bits == 4) codes = __builtin_convertvector((Places)(words & 15), Wide<float>);
+        else codes = __builtin_convertvector((Places)(words << 24) >> 24, Wide<float>);
+        UNROLL for (int v = 0; v < V; v++)
+            sums[v] = multiply_add<float>(codes, widen<float>(x[v] + at + j * LANE), sums[v]);
+    }
+}
+
+#if defined(__AVX512BF16__)
+// bf16 has all whole numbers up to 256. Those of half a byte come from a table: the instruction reads 5 bits of its
+// index, so the table has each twice. A code of 8 bits is 16 · its high half + its low half, and each half a table's.
+struct Table {
+    uint16_t values[32];
+    constexpr Table(int first, int step, int wrap) : values() {
+        for (int i = 0; i < 32; i++) {
+            int number = (first + step * (i % 16));
+            if (i % 16 >= wrap) number -= 16 * step;
+            values[i] = bits_of(number);
+        }
+    }
+    static constexpr uint16_t bits_of(int number) {
+        const int size = number < 0 ? -number : number;
+        int power = 0;
+        while (size >> (power + 1)) power++;
+        const int fraction = ((size << 7) >> power) & 127;
+        return uint16_t(size == 0 ? 0 : (number < 0 ? 0x8000 : 0) | (127 + power) << 7 | fraction);
+    }
+};
+alignas(64) constexpr Table CENTRED_HALF(-8, 1, 16), LOW_HALF(0, 1, 16), HIGH_HALF(0, 16, 8);
+
+template <int bits, int V>
+INLINE void block_dots(const uint8_t* w, const bf16* const* x, int64_t at, Wide<float>* sums) {
+    __m512i words = _mm512_loadu_si512(w);
+    __m512 sum[V] = {};
+    UNROLL for (int j = 0; j < 4; j++) {
+        const Table& table = bits == 4 ? CENTRED_HALF : j % 2 ? HIGH_HALF : LOW_HALF;
+        const __m512bh codes = (__m512bh)_mm512_permutexvar_epi16(words, _mm512_load_si512(table.values));
+        const int64_t plane = at + 32 * (bits == 4 ? j : j / 2);
+        words = _mm512_srli_epi16(words, 4);
+        UNROLL for (int v = 0; v < V; v++)
+            sum[v] = _mm512_dpbf16_ps(sum[v], codes, (__m512bh)_mm512_loadu_si512(x[v] + plane));
+    }
+    UNROLL for (int v = 0; v < V; v++) sums[v] = (Wide<float>)sum[v];
+}
+#endif
+
+// Rows of a matrix in groups.
+struct GroupRows {
+    const uint8_t* codes;
+    const void* scale;
+    const int8_t* zero;
+    int64_t scale_dtype, group, groups, n, bytes;  // `bytes` of a row's codes
+
+    GroupRows(const Mat& w, int64_t columns)
+        : codes((const uint8_t*)w.p), scale(w.scale), zero((const int8_t*)w.zero), scale_dtype(w.scale_dtype),
+          group(w.group), groups(columns / w.group), n(columns), bytes(w.dtype == I4 ? columns / 2 : columns) {}
+};
+
+// What rows of a matrix have in common, and the scales and zero points of one row, with zeros for a block behind them.
+template <int bits, class X>
+struct GroupScales {
+    static constexpr int64_t B = BLOCK<bits>;
+    static constexpr bool UNCENTRED = bits == 4 && !CENTRED<X>;
+    const GroupRows& w;
+    const bool fine, has_zero;  // `fine`: a block has several groups
+    const int64_t per_block;    // the first group of block b is b * per_block >> shift
+    const int shift;
+    Places which = {};
+    std::vector<float> scales, zeros;
+
+    explicit GroupScales(const GroupRows& rows)
+        : w(rows), fine(w.group < B), has_zero(w.zero || UNCENTRED), per_block(fine ? B / w.group : 1),
+          shift(fine ? 0 : w.groups == 1 ? 62 : __builtin_ctzll(w.group / B)), scales(w.groups + LANE),
+          zeros(w.groups + LANE) {
+        for (int64_t lane = 0; fine && lane < LANE; lane++) which[lane] = int32_t(lane * EACH<bits> / w.group);
+        if (UNCENTRED) std::fill_n(zeros.begin(), w.groups, 8.0f);
+    }
+
+    INLINE void load(int64_t row) {
+        load_scales(w.scale, w.scale_dtype, row * w.groups, w.groups, scales.data());
+        constexpr int base = bits == 4 && !UNCENTRED ? 8 : 0;
+        if (w.zero)
+            for (int64_t g = 0; g < w.groups; g++) zeros[g] = float(w.zero[row * w.groups + g] - base);
+    }
+
+    INLINE Wide<float> of(const float* numbers, int64_t block) const {
+        numbers += block * per_block >> shift;
+        return fine ? spread(numbers, which) : Wide<float>{} + *numbers;
+    }
+};
+
+constexpr int64_t CODES_AHEAD = 1 << 11;  // bytes that are fetched ahead
+
+// sums[v] = the products of a row and vector x[v], to be added up.
+template <int V, int bits, class X>
+INLINE void group_dots(GroupScales<bits, X>& s, int64_t row, const X* const* x, Wide<float>* sums) {
+    constexpr int64_t B = BLOCK<bits>, bytes = B * bits / 8;
+    const GroupRows& w = s.w;
+    const int64_t whole = w.n / B;
+    const uint8_t* codes = w.codes + row * w.bytes;
+    s.load(row);
+    Wide<float> total[V] = {};
+    auto add = [&](const uint8_t* from, int64_t b) __attribute__((always_inline)) {
+        Wide<float> part[V];
+        block_dots<bits, V>(from, x, b * B, part);
+        if (s.has_zero) {
+            const Wide<float> zero = -s.of(s.zeros.data(), b);
+            UNROLL for (int v = 0; v < V; v++)
+                part[v] = multiply_add<float>(zero, widen<float>(sums_behind<bits>(x[v], w.n) + b * LANE), part[v]);
+        }
+        const Wide<float> scale = s.of(s.scales.data(), b);
+        UNROLL for (int v = 0; v < V; v++) total[v] = multiply_add<float>(part[v], scale, total[v]);
+    };
+    for (int64_t b = 0; b < whole; b++, codes += bytes) {
+        __builtin_prefetch(codes + CODES_AHEAD);
+        add(codes, b);
+    }
+    if (whole * B < w.n) {
+        uint8_t rest[bytes] = {};
+        memcpy(rest, codes, w.bytes - whole * bytes);
+        add(rest, whole);
+    }
+    UNROLL for (int v = 0; v < V; v++) sums[v] = total[v];
+}
+
+// out[v * stride + i] = row `first + i` · x[v], for V vectors.
+template <int V, int bits, class X>
+__attribute__((noinline)) void group_block(GroupScales<bits, X>& s, int64_t first, int64_t rows, const X* const* x,
+                                           float* out, int64_t stride) {
+    constexpr int64_t TOGETHER = SUMS / V;
+    Wide<float> sums[SUMS] = {};
+    float found[SUMS];
+    for (int64_t begin = 0; begin < rows; begin += TOGETHER) {
+        const int64_t size = std::min(TOGETHER, rows - begin);
+        for (int64_t i = 0; i < size; i++) group_dots<V>(s, first + begin + i, x, sums + i * V);
+        each_sum<float>(sums, found);
+        for (int v = 0; v < V; v++)
+            for (int64_t i = 0; i < size; i++) out[v * stride + begin + i] = found[i * V + v];
+    }
+}
+
+// Rows `first` up to `last` as numbers of type To: (code − zero) · scale, rounded once, as the definition does.
+template <class To>
+void dequantise_rows(const Mat& mat, int64_t first, int64_t last, int64_t columns, To* to) {
+    const GroupRows w(mat, columns);
+    const bool four = mat.dtype == I4;
+    std::vector<float> scales(w.groups), zeros(w.groups, four ? 8.0f : 0.0f), numbers(columns);
+    std::vector<uint8_t> codes(columns);
+    for (int64_t row = first; row < last; row++, to += columns) {
+        load_scales(w.scale, w.scale_dtype, row * w.groups, w.groups, scales.data());
+        if (w.zero)
+            for (int64_t g = 0; g < w.groups; g++) zeros[g] = w.zero[row * w.groups + g];
+        const uint8_t* from = w.codes + row * w.bytes;
+        uint8_t* __restrict unpacked = codes.data();
+        for (int64_t i = 0; four && i < w.bytes; i++) unpacked[2 * i] = from[i] & 15, unpacked[2 * i + 1] = from[i] >> 4;
+        for (int64_t g = 0; g < w.groups; g++) {
+            const float zero = zeros[g], scale = scales[g];
+            float* __restrict out = &numbers[g * w.group];
+            if (four)
+                for (int64_t i = 0; i < w.group; i++) out[i] = (float(codes[g * w.group + i]) - zero) * scale;
+            else
+                for (int64_t i = 0; i < w.group; i++) out[i] = (float(int8_t(from[g * w.group + i])) - zero) * scale;
+        }
+        convert(to, numbers.data(), columns);
+    }
+}
+
+}  // namespace
