@@ -48,7 +48,6 @@ from recipes.measure.measuring import (
     read_bandwidth,
     seconds_told,
 )
-from recipes.pretrain import exit_status
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,8 @@ def plan(options: Options, dtype: str, found: Models, exact: Models, folder: Pat
         run = partial(cases.decode, found, 1, options.decode_after, options.steps, at_once=n)
         yield Job(f"decode 1 x {n} after {options.decode_after}", run)
     lengths = {"after": options.decode_after, "steps": options.steps, "length": sizes(options.prefill[-2:])[0][1]}
-    yield from group_cases.jobs(found, folder, dtype, **lengths)
+    if found.device.type == "cpu":
+        yield from group_cases.jobs(found, folder, dtype, **lengths)
     document, tokens = options.question
     yield Job(f"question of {tokens} after {document}", partial(cases.question, found, document, tokens))
     for b, t in sizes(options.train):
@@ -336,4 +336,4 @@ def main(options: Options) -> list[Row]:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(lambda: main(tyro.cli(Options, description=__doc__))))
+    main(tyro.cli(Options, description=__doc__))

@@ -8,7 +8,7 @@ import torch
 
 import qwen3next as q
 from layers.quantised.held import HoldsGroups
-from recipes.measure.benchmark_cases import Case, Job, Models
+from recipes.measure.benchmark_cases import Case, Job, Models, Run
 
 BITS = ("int8", "int4")
 
@@ -39,7 +39,7 @@ def decode(models: Models, folder: Path, dtype: str, weights: str, after: int, s
         with torch.no_grad():
             model(ids, cache=cache, logits_to_keep=1)
         found.append(partial(_steps, model, cache, new))
-    sides = {"qwen3next": found[0], f"qwen3next, {dtype}": found[1]}
+    sides: dict[str, Run] = {"qwen3next": found[0], f"qwen3next, {dtype}": found[1]}
     return Case(f"decode with {weights} after {after}", steps, sides=sides, runs=runs)
 
 
@@ -57,5 +57,5 @@ def prefill(models: Models, folder: Path, dtype: str, weights: str, length: int)
     def run(model: q.Qwen3Next) -> None:
         model(ids, cache=model.new_cache(1, max_len=length), logits_to_keep=1)
 
-    sides = {"qwen3next": partial(run, small), f"qwen3next, {dtype}": partial(run, models.ours)}
+    sides: dict[str, Run] = {"qwen3next": partial(run, small), f"qwen3next, {dtype}": partial(run, models.ours)}
     return Case(f"prefill of {length} with {weights}", length, sides=sides, runs=runs)
