@@ -152,11 +152,7 @@ def run(options: Options, *, console: Console | None = None) -> dict[str, Any]:
     Raises: as `recipes.pretrain.train`.
     """
     console = Console() if console is None else console
-<<<<<<< HEAD
     made: dict[str, dict[str, dict[str, Row]]] = {}
-=======
-    made: dict[str, Any] = {}
->>>>>>> main
     chosen = options.only or tuple(EXPERIMENTS)
     todo = [(e, arm, seed) for e in chosen for seed in options.seeds for arm in EXPERIMENTS[e]()]
     if set(chosen) - {"recall"}:  # few held-out bytes, because every run measures all of them
