@@ -23,7 +23,7 @@ def jobs(bench: Bench) -> Iterator[Job]:
         q.Qwen3Next(make(mtp_num_hidden_layers=0)).save_pretrained(folder)
         exact = benchmark.models(options, folder, "float32")
         found = benchmark.models(options, folder, "bfloat16")
-        for i, job in enumerate(benchmark.plan(options, "bfloat16", found, exact)):
+        for i, job in enumerate(benchmark.plan(options, "bfloat16", found, exact, folder)):
             yield Job(f"row {i}", partial(_row, bench, options, job.make))
 
 
