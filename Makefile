@@ -7,7 +7,7 @@ READY := $(VENV)/.qwen3next-installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oracles test-cpu test-cpus test-slow test-sanitize test-gpu gpu-check gpu-bundle test-kernels test-packages test-hf test-tools lint types format wheel bench docs clean
+.PHONY: help demo test test-oracles test-cpu test-cpus test-slow test-sanitize test-gpu gpu-check gpu-bundle test-kernels test-packages test-hf test-tools test-server test-install lint types format wheel bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -104,13 +104,31 @@ $(TOOLS)/.installed: pyproject.toml constraints.txt
 	$(TOOLS)/bin/python -m pip install -c constraints.txt torch==2.13.0
 	$(TOOLS)/bin/python -m pip install -c constraints.txt -e . transformers==5.23.0 pytest pytest-xdist beartype parameterized
 	$(TOOLS)/bin/python -m pip install -c constraints.txt peft==0.21.2 trl==1.16.0 accelerate==1.15.0 lm_eval==0.4.13 torchao==0.18.0
+	$(TOOLS)/bin/python -m pip install onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0
 	@touch $@
 
-test-tools: $(TOOLS)/.installed ## PEFT, TRL, lm-eval, accelerate and torchao on our classes
+test-tools: $(TOOLS)/.installed ## PEFT, TRL, lm-eval, accelerate, torchao and ONNX on our classes
 	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(TOOLS)/bin/python -m pytest tests/tools
+
+# What holds the server to OpenAI's descriptions, and drives a browser. The page's tests need Chromium and chromedriver.
+SERVED := .venv-server
+LOAD_SECONDS := 60
+$(SERVED)/.installed: pyproject.toml constraints.txt
+	test -x $(SERVED)/bin/python || $(PYTHON) -m venv $(SERVED)
+	$(SERVED)/bin/python -m pip install -c constraints.txt torch==2.13.0
+	$(SERVED)/bin/python -m pip install -c constraints.txt -e ".[dev]" llm-comply schemathesis selenium
+	@touch $@
+
+test-server: $(SERVED)/.installed ## the server: conformance, random requests, hostile load, its page in a browser
+	$(ONE_THREAD) QWEN3NEXT_LOAD_SECONDS=$(LOAD_SECONDS) $(SERVED)/bin/python -m pytest -m "not gpu" tests/serving tests/chat
 
 test-hf: $(TOOLS)/.installed ## transformers' own model tests, on its class and on ours
 	$(ONE_THREAD) $(TOOLS)/bin/python tests/hf/suite.py
+
+# ALSO names more interpreters and versions of torch: make test-install ALSO='--also python3.13 torch==2.15.0'
+ALSO ?=
+test-install: $(READY) ## the wheel by pip, uv and pipx in new environments; without a compiler; with triton
+	$(RUN) tests/install/matrix.py $(ALSO)
 
 lint: $(READY) types ## check style and types
 	$(RUN) -m ruff check .
@@ -141,5 +159,5 @@ docs: $(DOCS) ## build the pages and the API reference into site/; fails on a wa
 
 clean: ## remove files of builds and tests; keeps the environment
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	rm -f test-cpus.txt test-cpus.log gpu-bundle.txz
+	rm -f test-install.json test-cpus.txt test-cpus.log gpu-bundle.txz
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -15,11 +15,13 @@ from layers.linear import Linear
 from layers.norm import RMSNorm, at_least_fp32
 from layers.rope import Rotation
 from layers.segments import Segments
+from layers.state.draft_keys import DraftKeys
 from layers.state.kv_cache import KVCache
 from layers.state.static_kv_cache import StaticKVCache
 
 Heads = Float[Tensor, "b t h d"]
 KVHeads = Float[Tensor, "b t kvh d"]
+AttentionState = KVCache | StaticKVCache | DraftKeys
 # Rows of the gate's projection a head, given head_dim.
 GATE_ROWS: dict[str, Callable[[int], int]] = {"elementwise": lambda d: d, "headwise": lambda _: 1, "none": lambda _: 0}
 
@@ -130,7 +132,7 @@ class GatedAttention(nn.Module):
         rope: Rotation,
         *,
         segments: Segments | None = None,
-        state: KVCache | StaticKVCache | None = None,
+        state: AttentionState | None = None,
     ) -> Float[Tensor, "b t width"]:
         """Mix tokens. `state`, where given, holds the tokens before, and takes those of this call."""
         x = x if segments is None else segments.real(x)
@@ -149,9 +151,7 @@ class GatedAttention(nn.Module):
         v = self.hook_v(self.v_proj(x).unflatten(-1, (self.kv_heads, -1)))
         return self.hook_rot_k(rope(k)), v
 
-    def attend(
-        self, q: Heads, k: KVHeads, v: KVHeads, segments: Segments, state: KVCache | StaticKVCache | None
-    ) -> Heads:
+    def attend(self, q: Heads, k: KVHeads, v: KVHeads, segments: Segments, state: AttentionState | None) -> Heads:
         """`attend` in every sequence: over its keys and values of this call, behind those that `state` holds."""
         q, k, v = (segments.real(x) for x in (q, k, v))
         if state is not None:

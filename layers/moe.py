@@ -24,19 +24,42 @@ Expert = Callable[[int, Tensor], Tensor]
 
 
 class RouterStats(NamedTuple):
-    """What a router did with the real tokens of a call.
+    """What a router did with the real tokens of a call, as sums over them: sums of calls add up, means do not.
 
-    load: (e,) share of the tokens' choices that went to each expert; sums to 1, even is 1 / e.
-    balance: load-balancing loss e · Σ_i f_i p_i, f_i the share of tokens that chose expert i, p_i its mean
-        probability; even is top_k. Source: arXiv:2101.03961 eq. 4 to 6, with f over all k choices.
-    z: mean over tokens of logsumexp(logits)². Source: arXiv:2202.08906 eq. 5.
-    probability: (e,) mean probability of each expert, the p of `balance`.
+    choices: (e,) how often each expert was chosen; without gradient.
+    probabilities: (e,) each expert's probability.
+    squared_logsumexp: logsumexp(logits)².
+    tokens: how many tokens.
     """
 
-    load: Float[Tensor, "*layers e"]
-    balance: Float[Tensor, "*layers"]
-    z: Float[Tensor, "*layers"]
-    probability: Float[Tensor, "*layers e"]
+    choices: Float[Tensor, "*layers e"]
+    probabilities: Float[Tensor, "*layers e"]
+    squared_logsumexp: Float[Tensor, "*layers"]
+    tokens: Float[Tensor, "*layers"]
+
+    @property
+    def load(self) -> Float[Tensor, "*layers e"]:
+        """Share of the tokens' choices that went to each expert; sums to 1, even is 1 / e."""
+        return self.choices / self.choices.sum(-1, keepdim=True).clamp(min=1)
+
+    @property
+    def probability(self) -> Float[Tensor, "*layers e"]:
+        """Mean probability of each expert."""
+        return self.probabilities / self.tokens.clamp(min=1)[..., None]
+
+    @property
+    def balance(self) -> Float[Tensor, "*layers"]:
+        """Load-balancing loss e · Σ_i f_i p_i, f_i the share of tokens that chose expert i, p_i its mean probability.
+
+        Even is top_k. Source: arXiv:2101.03961 eq. 4 to 6, with f over all k choices.
+        """
+        chosen = self.choices / self.tokens.clamp(min=1)[..., None]
+        return self.choices.shape[-1] * (chosen * self.probability).sum(-1)
+
+    @property
+    def z(self) -> Float[Tensor, "*layers"]:
+        """Mean over tokens of logsumexp(logits)². Source: arXiv:2202.08906 eq. 5."""
+        return self.squared_logsumexp / self.tokens.clamp(min=1)
 
 
 def swiglu(
@@ -66,7 +89,7 @@ class Experts(nn.Module):
     """e SwiGLU feed-forwards in two stacked tensors: gate rows above up rows.
 
     Attributes:
-        backend: of "experts": what surrounds their products; "loop", "grouped" or "cpp" (CPU); "auto" picks.
+        backend: of "experts": what surrounds their products; "loop", "grouped", "gathered", "cpp" (CPU); "auto" picks.
         linear_backend, elementwise_backend: of their products and activations.
     """
 
@@ -179,15 +202,11 @@ def router_stats(
     indices: Int[Tensor, "b t k"],
     mask: Bool[Tensor, "b t"] | None,
 ) -> RouterStats:
-    """Load, balance loss and z loss of one layer, over the tokens that the mask keeps."""
-    top_k, e = indices.shape[-1], logits.shape[-1]
+    """The sums of one layer over the tokens that the mask keeps."""
     real = torch.ones(logits.shape[:2], device=logits.device) if mask is None else mask.float()
-    tokens = real.sum().clamp(min=1)
-    choices = real[..., None].expand_as(indices).flatten()
-    chosen = torch.zeros(e, device=logits.device).index_add(0, indices.flatten(), choices)
+    ones = real[..., None].expand_as(indices).flatten()
+    choices = torch.zeros(logits.shape[-1], device=logits.device).index_add(0, indices.flatten(), ones)
     if mask is not None:
         probabilities, logits = (x.masked_fill(~mask[..., None], 0.0) for x in (probabilities, logits))
-    mean_probability = (probabilities * real[..., None]).sum((0, 1)) / tokens
-    balance = e * (chosen / tokens * mean_probability).sum()
-    z = (at_least_fp32(logits).logsumexp(-1).square() * real).sum() / tokens
-    return RouterStats(chosen / (tokens * top_k), balance, z, mean_probability)
+    squared = (at_least_fp32(logits).logsumexp(-1).square() * real).sum()
+    return RouterStats(choices, (probabilities * real[..., None]).sum((0, 1)), squared, real.sum())

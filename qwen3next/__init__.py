@@ -25,7 +25,8 @@ from qwen3next.generation.beam_search import beam_search
 from qwen3next.generation.generate import Generation, generate, sample, stream
 from qwen3next.generation.grammar import Grammar
 from qwen3next.generation.sampling_rules import SamplingRules
-from qwen3next.model import Losses, Output
+from qwen3next.losses import Losses
+from qwen3next.model import Output
 from qwen3next.prefix.store import PrefixStore
 
 __all__ = [

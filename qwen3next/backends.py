@@ -3,9 +3,10 @@
 from typing import Any, TypeGuard
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
-from layers.cross_entropy import linear_cross_entropy
+from layers.cross_entropy import linear_cross_entropy, linear_cross_entropy_and_z
 from layers.dispatch.attached import attached
 from layers.dispatch.backends import choose_for, current_name
 from layers.gated_attention import GatedAttention
@@ -22,6 +23,7 @@ from qwen3next.block import Block
 from qwen3next.config import ModelConfig
 from qwen3next.decoding.plan import PlanCache
 from qwen3next.generation.prefill import Prefilling
+from qwen3next.losses import Counts, LossSums, loss_counts, loss_sums
 
 
 class Backends(Prefilling):
@@ -32,13 +34,41 @@ class Backends(Prefilling):
         self.cross_entropy_backend = "auto"
 
     def _summed_cross_entropy(
-        self, hidden: Tensor, place: Tensor, target: Tensor, segments: Segments, hook: HookPoint
-    ) -> Tensor:
+        self, hidden: Tensor, place: Tensor, target: Tensor, segments: Segments, hook: HookPoint, z_loss: float
+    ) -> tuple[Tensor, Tensor]:
         head = self.lm_head
         if not _plain(head) or hook.active:
-            return super()._summed_cross_entropy(hidden, place, target, segments, hook)
+            return super()._summed_cross_entropy(hidden, place, target, segments, hook, z_loss)
         chosen = {"backend": self.cross_entropy_backend, "linear_backend": head.backend}
-        return linear_cross_entropy(hidden[place], head.weight, target, **chosen)
+        if z_loss:
+            return linear_cross_entropy_and_z(hidden[place], head.weight, target, z_loss=z_loss, **chosen)
+        loss = linear_cross_entropy(hidden[place], head.weight, target, **chosen)
+        return loss, torch.zeros_like(loss)
+
+    def loss_sums(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        *,
+        segments: Segments | None = None,
+        labels: Tensor | None = None,
+        mtp_depths: int = 1,
+    ) -> LossSums:
+        """The losses of `loss` as sums, for a batch that is computed in parts. Arguments are the same.
+
+        qwen3next/losses.py tells how sums of parts become the losses of the whole.
+        """
+        return loss_sums(self, input_ids, segments=segments, labels=labels, mtp_depths=mtp_depths)
+
+    def loss_counts(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        *,
+        segments: Segments | None = None,
+        labels: Tensor | None = None,
+        mtp_depths: int = 1,
+    ) -> Counts:
+        """The counts of `loss_sums` alone: a forward pass without the head."""
+        return loss_counts(self, input_ids, segments=segments, labels=labels, mtp_depths=mtp_depths)
 
     def set_backend(self, operation: str, name: str) -> None:
         """Choose how an operation of `q.explain` runs in every layer, or as a whole; "auto" picks again.

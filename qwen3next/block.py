@@ -3,6 +3,7 @@
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from layers.gated_attention import AttentionState
 from layers.gated_deltanet import DeltaNetState
 from layers.hook_point import HookPoint
 from layers.mlp import SwiGLU
@@ -11,12 +12,10 @@ from layers.norm import RMSNorm
 from layers.recompute import recomputing
 from layers.rope import Rotation
 from layers.segments import Segments
-from layers.state.kv_cache import KVCache
-from layers.state.static_kv_cache import StaticKVCache
 from qwen3next.config import ModelConfig
 from qwen3next.mixers import linear_attention, softmax_attention
 
-BlockState = KVCache | StaticKVCache | DeltaNetState | None  # what a block's mixer keeps between calls; None: nothing
+BlockState = AttentionState | DeltaNetState | None  # what a block's mixer keeps between calls; None: nothing
 
 
 class Block(nn.Module):

@@ -27,10 +27,10 @@ class ModelConfig(Variants):
     """Sizes and choices of a model. Field names are those of the released config.json, defaults Qwen3-Next-80B-A3B's.
 
     These fields are not in a released config.json: the fields of `Variants`; `attention_gate` and `zero_centred_norms`
-    (set there by the model_type or by flags of other names); `router_z_loss_coef` and `mtp_loss_coef` (weights of
-    training losses); `extra` (ignored keys, kept and written back); `wrapper_config` (the keys around a nested
-    text_config, such as the vision tower's sizes). Loading a checkpoint sets `mtp_num_hidden_layers` from its
-    tensors.
+    (set there by the model_type or by flags of other names); `router_z_loss_coef`, `logit_z_loss_coef` and
+    `mtp_loss_coef` (weights of training losses); `extra` (ignored keys, kept and written back); `wrapper_config` (the
+    keys around a nested text_config, such as the vision tower's sizes). Loading a checkpoint sets
+    `mtp_num_hidden_layers` from its tensors.
     Raises: ValueError, on construction, for sizes that contradict each other.
     """
 
@@ -74,6 +74,7 @@ class ModelConfig(Variants):
     mtp_num_hidden_layers: int = 1
     router_aux_loss_coef: float = 1e-3
     router_z_loss_coef: float = 0.0
+    logit_z_loss_coef: float = 0.0
     mtp_loss_coef: float = 0.1
 
     bos_token_id: int | None = None

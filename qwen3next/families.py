@@ -68,7 +68,12 @@ class Family:
 
 
 _FIXED_35 = {"mamba_ssm_dtype": "float32", "output_gate_type": "swish", "mtp_use_dedicated_embeddings": False}
-_TRAINING = {"router_z_loss_coef": 0.0, "mtp_loss_coef": 0.1, **RELEASED}  # implied in every family
+_TRAINING = {
+    "router_z_loss_coef": 0.0,
+    "logit_z_loss_coef": 0.0,
+    "mtp_loss_coef": 0.1,
+    **RELEASED,
+}  # implied in every family
 
 FAMILIES = {
     family.model_type: family

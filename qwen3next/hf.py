@@ -22,12 +22,12 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import USER_REGISTERED_MAPPINGS
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
-from layers.dispatch.attached import attached
 from layers.gated_attention import GatedAttention
 from layers.gated_deltanet import GatedDeltaNet
 from layers.moe import Experts, SparseMoE
@@ -42,7 +42,8 @@ from qwen3next.files.tensor_files import read_header
 from qwen3next.hooks.layer_outputs import Columns, carried_on, pooled_balance, recorded, watched
 from qwen3next.inputs import as_tokens
 from qwen3next.mtp import MTP
-from qwen3next.transformers_parts import Core, PartOfOthers, Qwen3NextDecoderLayer, fit
+from qwen3next.transformers_generate import Generates, stepped
+from qwen3next.transformers_parts import Core, PartOfOthers, Qwen3NextDecoderLayer, Qwen3NextRotaryEmbedding, fit
 
 # What tensor parallelism splits by rows, of the maps that are stored as they are here; each call gathers its output.
 SPLIT = (
@@ -101,9 +102,12 @@ class _Common(PreTrainedModel):
         files = [Path(file) for file in checkpoint_files or () if str(file).endswith(".safetensors")]
         names = state_dict or {name for file in files for name in read_header(file)}
         model._set_mtp(any(name.startswith("mtp.") for name in names), load_config.device_map)
-        if not any(name.endswith(OURS) for name in names):  # else saved with save_original_format=False
-            mapping = [*(load_config.weight_mapping or []), *conversions(model.config, names)]
-            load_config = replace(load_config, weight_mapping=mapping)
+        mapping, registered = load_config.weight_mapping or [], type(model).__name__ in USER_REGISTERED_MAPPINGS
+        if any(name.endswith(OURS) for name in names):  # saved with save_original_format=False
+            mapping = [] if registered else mapping
+        elif not registered:
+            mapping = [*mapping, *conversions(model.config, names)]
+        load_config = replace(load_config, weight_mapping=mapping)
         report = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
         model._freeze_mtp()
         return report
@@ -132,6 +136,7 @@ class Backbone(_Common):
         fit(core, config)
         self.__dict__["_core"] = core  # not a submodule: its modules are here under transformers' names
         self.embed_tokens, self.layers, self.norm = core.embed_tokens, core.blocks, core.norm
+        self.rotary_emb = Qwen3NextRotaryEmbedding(config)
         self.embed_tokens.padding_idx = config.pad_token_id  # whose row gets no gradient, as in transformers
         self.gradient_checkpointing, self._attention_backend, self._plain = False, "auto", True
         self._weight_conversions = conversions(config)
@@ -216,7 +221,7 @@ class Backbone(_Common):
         return adopted(DynamicCache(config=self.config) if given is None else given)
 
 
-class CausalLM(_Common, GenerationMixin):
+class CausalLM(_Common, Generates):
     """The language model, in transformers' signature.
 
     Attributes:
@@ -272,13 +277,12 @@ class CausalLM(_Common, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> MoeCausalLMOutputWithPast:
-        """As transformers' Qwen3NextForCausalLM; a token behind a cache takes compiled code where that can run."""
+        """As transformers' Qwen3NextForCausalLM; few tokens behind a cache take compiled code where that can run."""
         core, wanted = self.core, self.model.wanted({"output_router_logits": output_router_logits, **kwargs})
-        kept = past_key_values
-        one = input_ids is not None and input_ids.shape[1] == 1 and labels is None and not wanted
-        if one and isinstance(kept, HybridLayers) and kept.steps(attention_mask) and not attached(self.model):
-            assert input_ids is not None
-            return MoeCausalLMOutputWithPast(logits=kept.step(core, input_ids)[:, None], past_key_values=kept)
+        if labels is None and not wanted:
+            logits = stepped(self.model, past_key_values, input_ids, attention_mask, logits_to_keep)
+            if logits is not None:
+                return MoeCausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         options = {**kwargs, "return_dict": True, "output_router_logits": output_router_logits}
         out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **options)
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -294,11 +298,6 @@ class CausalLM(_Common, GenerationMixin):
             loss, aux_loss, logits, out.past_key_values, out.hidden_states, out.attentions, out.router_logits
         )
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        if (cache := model_kwargs.get("past_key_values")) is not None:
-            adopted(cache)  # before masks are made for it
-
     def _set_mtp(self, present: bool, device_map: dict | None) -> None:
         core = self.core
         if present == (core.mtp is not None):
@@ -312,11 +311,12 @@ class CausalLM(_Common, GenerationMixin):
             device_map["mtp"] = device_map.get("lm_head", list(device_map.values())[-1])
 
 
+# GenerationMixin stands in the bases, where tools look for it.
 class Qwen3NextModel(Backbone):
     config_class = Qwen3NextConfig
 
 
-class Qwen3NextForCausalLM(CausalLM):
+class Qwen3NextForCausalLM(CausalLM, GenerationMixin):
     config_class, backbone = Qwen3NextConfig, Qwen3NextModel
 
 
@@ -324,7 +324,7 @@ class Qwen3_5TextModel(PartOfOthers, Backbone):  # transformers' names
     config_class = Qwen3_5TextConfig
 
 
-class Qwen3_5ForCausalLM(CausalLM):
+class Qwen3_5ForCausalLM(CausalLM, GenerationMixin):
     config_class, backbone = Qwen3_5TextConfig, Qwen3_5TextModel
 
 
@@ -332,7 +332,7 @@ class Qwen3_5MoeTextModel(PartOfOthers, Backbone):
     config_class = Qwen3_5MoeTextConfig
 
 
-class Qwen3_5MoeForCausalLM(CausalLM):
+class Qwen3_5MoeForCausalLM(CausalLM, GenerationMixin):
     config_class, backbone = Qwen3_5MoeTextConfig, Qwen3_5MoeTextModel
 
 
@@ -340,7 +340,7 @@ class Qwen3Model(PartOfOthers, Backbone):
     config_class = Qwen3Config
 
 
-class Qwen3ForCausalLM(CausalLM):
+class Qwen3ForCausalLM(CausalLM, GenerationMixin):
     config_class, backbone = Qwen3Config, Qwen3Model
 
 

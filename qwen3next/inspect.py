@@ -1,6 +1,7 @@
 """Parameters, layers and bytes of context of a configuration, without allocating the model."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -84,9 +85,37 @@ def describe(config: ModelConfig) -> Group:
 
 def hook_lines(config: ModelConfig) -> list[str]:
     """The model's hook points, one per line: name, shape with this config's sizes, dtype, and what makes it fire."""
-    rows = [(name, _dims(config, name, p.shape), p.dtype, p.route) for name, p in on_meta(config).hook_dict.items()]
+    rows = hook_table(config)
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return ["  ".join([*map(str.ljust, row, widths), row[3]]).rstrip() for row in rows]
+
+
+def hook_table(config: ModelConfig) -> list[tuple[str, str, str, str]]:
+    """Name, shape, dtype and route of the model's hook points."""
+    return [(name, _dims(config, name, p.shape), p.dtype, p.route) for name, p in on_meta(config).hook_dict.items()]
+
+
+def summary(config: ModelConfig) -> dict[str, Any]:
+    """What `describe` shows, as numbers: parameters, bytes of weights and context, and the layers by kind."""
+    model = on_meta(config)
+    counts = _counts(model)
+    layers = [
+        {
+            "mixer": config.layer_types[i],
+            "sparse": config.is_sparse(i),
+            "parameters": {name: list(p.shape) for name, p in block.named_parameters()},
+        }
+        for i, block in enumerate(model.blocks)
+    ]
+    return {
+        "model_type": config.model_type,
+        "parameters": {**asdict(counts), "total": counts.total},
+        "weights_bytes_bf16": bytes_needed(model, lambda name: torch.float32 if stays_exact(name) else torch.bfloat16),
+        "bytes_per_token": config.bytes_per_token(),
+        "bytes_per_sequence": config.bytes_per_sequence(),
+        "longest_context": config.longest_context,
+        "layers": layers,
+    }
 
 
 def _dims(config: ModelConfig, name: str, shape: str) -> str:

@@ -10,22 +10,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from layers.cross_entropy import summed
 from layers.gated_deltanet import GatedDeltaNet
 from layers.hook_point import HookPoint
 from layers.linear import Linear
 from layers.moe import Experts, RouterStats
-from layers.norm import GatedRMSNorm, RMSNorm, at_least_fp32
+from layers.norm import GatedRMSNorm, RMSNorm
 from layers.rope import Rotation, rotation
 from layers.segments import Segments
 from layers.variants.attention import AttentionVariant
 from qwen3next.block import Block, BlockState
 from qwen3next.cache.hybrid import Extension, HybridCache
 from qwen3next.config import ModelConfig
-from qwen3next.inputs import as_ids, as_tokens, check_labels, check_segments, check_vocabulary, like
+from qwen3next.inputs import as_ids, as_tokens, check_segments, check_vocabulary, like
+from qwen3next.losses import Losses, loss_sums, stacked
 from qwen3next.mtp import MTP
 
 
@@ -42,23 +43,6 @@ class Output:
     logits: Tensor
     hidden: Tensor
     aux: RouterStats | None
-
-
-@dataclass
-class Losses:
-    """Means over `targets` predicted tokens, in nats; `total` weighs them by the config's coefficients.
-
-    `mtp` is over the tokens two ahead; `balance` and `z` are means over the sparse layers, the MTP layer included.
-    `load` is each sparse layer's share of choices by expert (layers, e). Losses that a model lacks are zero.
-    """
-
-    total: Tensor
-    lm: Tensor
-    mtp: Tensor
-    balance: Tensor
-    z: Tensor
-    load: Tensor | None
-    targets: int
 
 
 class Qwen3Next(nn.Module):
@@ -124,7 +108,7 @@ class Qwen3Next(nn.Module):
         tokens = as_tokens(input_ids, inputs_embeds)
         hidden, aux, _ = self.hidden_states(tokens, segments, cache, stats=cache is None, embeds=inputs_embeds)
         logits = self.hook_logits(self.lm_head(hidden[:, -logits_to_keep:]))
-        return Output(logits, hidden, _stack(aux))
+        return Output(logits, hidden, stacked(aux))
 
     def residual(
         self,
@@ -249,63 +233,44 @@ class Qwen3Next(nn.Module):
             )
 
     def loss(
-        self, input_ids: Int[Tensor, "b t"], *, segments: Segments | None = None, labels: Tensor | None = None
+        self,
+        input_ids: Int[Tensor, "b t"],
+        *,
+        segments: Segments | None = None,
+        labels: Tensor | None = None,
+        mtp_depths: int = 1,
     ) -> Losses:
         """Training losses; nothing is predicted across a boundary of `segments`.
 
         Args:
             labels: (b, t) the tokens to predict, −100 where none is, aligned with input_ids (a token is predicted from
                 the one before it); None means input_ids themselves.
+            mtp_depths: how many tokens the MTP layer drafts in the MTP loss (qwen3next/mtp_depths.py).
         Raises: ValueError where no token has a target.
         """
-        labels = input_ids if labels is None else labels
-        check_labels(input_ids, labels, self.vocab_size)
-        input_ids, labels = as_ids(input_ids), as_ids(labels)
-        if segments is not None and segments.gapped:
-            check_segments(input_ids, segments, cached=False)
-            labels = segments.closed(labels)[0]
-            input_ids, segments = segments.closed(input_ids)
-        hidden, aux, segments = self.hidden_states(input_ids, segments, None, stats=True)
-        lm, targets = self._cross_entropy(hidden, labels, segments, ahead=1, hook=self.hook_logits)
-        if not torch.compiler.is_compiling() and not targets:
-            if bool(segments.next_is_same().any()):
+        sums = loss_sums(self, input_ids, segments=segments, labels=labels, mtp_depths=mtp_depths)
+        if not torch.compiler.is_compiling() and not sums.targets:
+            if labels is not None and bool(
+                (Segments.full(input_ids) if segments is None else segments).next_is_same().any()
+            ):
                 raise ValueError(
                     "The labels of all tokens that have one before them are -100: give at least one of them its id."
                 )
             raise ValueError("No token here has a next one to predict: give sequences of at least two tokens.")
-        total, mtp = lm, lm.new_zeros(())
-        if self.mtp is not None and self.config.mtp_loss_coef:
-            embedding = self.embed_tokens(input_ids.roll(-1, dims=1))
-            rope = self._rotation(segments.positions, hidden.dtype)
-            ahead, mtp_aux = self.mtp(hidden, embedding, rope, segments)
-            aux = aux + mtp_aux
-            mtp, _ = self._cross_entropy(ahead, labels, segments, ahead=2, hook=self.mtp.hook_logits)
-            total = total + self.config.mtp_loss_coef * mtp
-        stats, zero = _stack(aux), lm.new_zeros(())
-        balance, z = (zero, zero) if stats is None else (stats.balance.mean(), stats.z.mean())
-        total = total + self.config.router_aux_loss_coef * balance + self.config.router_z_loss_coef * z
-        return Losses(total, lm, mtp, balance, z, None if stats is None else stats.load.detach(), targets)
-
-    def _cross_entropy(
-        self, hidden: Tensor, labels: Tensor, segments: Segments, *, ahead: int, hook: HookPoint
-    ) -> tuple[Tensor, int]:
-        """Mean over the tokens whose token `ahead` is of the same sequence and labelled; and their number."""
-        target = labels.roll(-ahead, dims=1)
-        place = segments.next_is_same(ahead) & (target != -100)
-        target = target[place]
-        # Under torch.compile the number of targets is not known in advance: the count is a tensor.
-        count = place.sum().clamp(min=1) if torch.compiler.is_compiling() else max(len(target), 1)
-        return self._summed_cross_entropy(hidden, place, target, segments, hook) / count, len(target)
+        return sums.losses(self.config)
 
     def _summed_cross_entropy(
-        self, hidden: Tensor, place: Tensor, target: Tensor, segments: Segments, hook: HookPoint
-    ) -> Tensor:
-        """Σ −ln p(target) over the places that have one, `hook` seeing the logits."""
+        self, hidden: Tensor, place: Tensor, target: Tensor, segments: Segments, hook: HookPoint, z_loss: float
+    ) -> tuple[Tensor, Tensor]:
+        """Σ −ln p(target) + z_loss · logsumexp², and Σ logsumexp² without gradient, over the places that have a target.
+
+        `hook` sees the logits. The second sum is zero where z_loss is.
+        """
         if hook is self.hook_logits:  # of all tokens, as in a forward; nothing at padding reaches a gradient
             logits = hook(self.lm_head(segments.real(hidden)))[place]
         else:
             logits = hook(self.lm_head(hidden[place]))
-        return F.cross_entropy(at_least_fp32(logits), target, reduction="sum")
+        return summed(logits, target, z_loss)
 
     @property
     def vocab_size(self) -> int:
@@ -315,7 +280,3 @@ class Qwen3Next(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of its weights; see `like`."""
         return like(self).dtype
-
-
-def _stack(aux: list[RouterStats]) -> RouterStats | None:
-    return RouterStats(*(torch.stack(x) for x in zip(*aux, strict=True))) if aux else None

@@ -102,6 +102,52 @@ def large(**changes: Any) -> ModelConfig:
     return ModelConfig(**(values | changes))
 
 
+def nano_60m(**changes: Any) -> ModelConfig:
+    """56.8M parameters, 28.5M active."""
+    values = _SMALL | {
+        "vocab_size": 16_384,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 192,
+        "shared_expert_intermediate_size": 192,
+        "tie_word_embeddings": True,
+    }
+    return ModelConfig(**(values | changes))
+
+
+def base_350m_a100m(**changes: Any) -> ModelConfig:
+    """344.8M parameters, 97.1M active."""
+    values = _SMALL | {
+        "vocab_size": 32_768,
+        "hidden_size": 768,
+        "intermediate_size": 2304,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "linear_num_key_heads": 6,
+        "linear_num_value_heads": 12,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 320,
+        "shared_expert_intermediate_size": 320,
+        "tie_word_embeddings": True,
+    }
+    return ModelConfig(**(values | changes))
+
+
 def qwen3_next_80b_a3b(**changes: Any) -> ModelConfig:
     """Qwen3-Next-80B-A3B as released: 79.7B parameters, 3.9B active including embedding and head."""
     return ModelConfig(**({"bos_token_id": 151_643, "eos_token_id": 151_645} | changes))
@@ -142,7 +188,7 @@ def qwen3_5_35b_a3b(**changes: Any) -> ModelConfig:
 
 
 RELEASED = (qwen3_next_80b_a3b, qwen3_coder_next, qwen3_5_27b, qwen3_5_35b_a3b)
-ALL = {f.__name__: f for f in (tiny, small, medium, large, *RELEASED)}
+ALL = {f.__name__: f for f in (tiny, small, medium, large, nano_60m, base_350m_a100m, *RELEASED)}
 
 
 def named(name: str) -> Callable[..., ModelConfig]:

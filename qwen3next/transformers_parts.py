@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from layers.mlp import activate
 from layers.moe import Experts, RouterStats, SparseMoE
-from layers.rope import Rotation
+from layers.rope import Rotation, inverse_frequencies
 from qwen3next.api import Qwen3Next
 from qwen3next.block import Block
 from qwen3next.checkpoints.transformers_names import ROPE_TYPES, model_config
@@ -23,17 +23,56 @@ from qwen3next.generation.block_parts import WHOLE
 class Core(Qwen3Next):
     """`q.Qwen3Next` by transformers' configuration; RoPE of a type that is neither plain nor YaRN is transformers'."""
 
+    rope: "Qwen3NextRotaryEmbedding | None"
+
     def __init__(self, config: PreTrainedConfig):
         super().__init__(model_config(config))
-        self.rope = config if config.rope_parameters["rope_type"] not in ROPE_TYPES else None
+        own = config.rope_parameters["rope_type"] in ROPE_TYPES
+        self.__dict__["rope"] = None if own else Qwen3NextRotaryEmbedding(config)  # not a part that compiled steps know
 
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         if self.rope is None:
             return super()._rotation(positions, dtype)
-        make = ROPE_INIT_FUNCTIONS[self.rope.rope_parameters["rope_type"]]
-        frequencies, scale = make(self.rope, positions.device, seq_len=int(positions.max()) + 1)
-        angles = positions[..., None, None].double() * frequencies.double().repeat(2)
+        return self.rope.rotation(positions, dtype)
+
+
+class Qwen3NextRotaryEmbedding(nn.Module):
+    """RoPE of every type that transformers knows, where its models have it: `model.model.rotary_emb`.
+
+    It keeps no tensors; the model asks it only for types that are neither plain nor YaRN.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.config, self._length = config, 1  # of the last call, which some types stretch by
+
+    def frequencies(self, device: torch.device | None = None) -> tuple[Tensor, float]:
+        """Radians a position, fp64 (rotary dim / 2), and what cos and sin are multiplied by."""
+        if (kind := self.config.rope_parameters["rope_type"]) not in ROPE_TYPES:
+            found, scale = ROPE_INIT_FUNCTIONS[kind](self.config, device, seq_len=self._length)
+            return found.double(), scale
+        c = model_config(self.config)
+        yarn = c.rope_scaling
+        return inverse_frequencies(
+            c.rotary_dim, c.rope_theta, device, yarn=yarn
+        ), 1.0 if yarn is None else yarn.magnitude
+
+    @property
+    def inv_freq(self) -> Tensor:
+        """The frequencies of the last call."""
+        return self.frequencies()[0]
+
+    def rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
+        """The rotation of tokens at these positions (b, t)."""
+        self._length = int(positions.max()) + 1
+        frequencies, scale = self.frequencies(positions.device)
+        angles = positions[..., None, None].double() * frequencies.repeat(2)
         return Rotation((angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype))
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (b, t, rotary dim) in the dtype of x, as transformers' modules return them."""
+        cos, sin = self.rotation(position_ids, x.dtype)
+        return cos.squeeze(2), sin.squeeze(2)
 
 
 class PartOfOthers:

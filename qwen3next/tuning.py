@@ -39,7 +39,7 @@ REPLACED = {
     "experts": "grouped",
     "decode": "torch",
 }
-LEFT_OUT = ("recurrent", "eager", "loop")  # definitions, many times slower than what replaces them
+LEFT_OUT = ("recurrent", "eager", "loop", "gathered")  # many times slower than what replaces them
 
 
 @dataclass(frozen=True)

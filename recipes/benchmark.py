@@ -35,11 +35,20 @@ import qwen3next as q
 from layers.cpp import cpu
 from qwen3next.commands.common import show
 from recipes.measure import benchmark_cases as cases
-from recipes.measure import group_cases
+from recipes.measure import draft_cases, group_cases
 from recipes.measure.benchmark_cases import Case, Job, Models
 from recipes.measure.benchmark_rows import COLUMNS, Results, Row, cells, draw, limits, line, read_results
 from recipes.measure.llama_cpp import NAME, LlamaCpp, found, why_not
-from recipes.measure.measuring import give_back, gpu_name, machine, matmul_rate, peak_memory, read_bandwidth, seconds_of
+from recipes.measure.measuring import (
+    give_back,
+    gpu_name,
+    machine,
+    matmul_rate,
+    peak_memory,
+    read_bandwidth,
+    seconds_told,
+)
+from recipes.pretrain import exit_status
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ def compare(case: Case, repetitions: int, *, dtype: str, limit: float) -> list[R
     times: dict[str, list[float]] = {name: [] for name in case.sides}
     for n in range(repetitions + 1):
         for name, run in case.sides.items():
-            took = _seconds(run)
+            took = seconds_told(run)
             if n:  # the first run is a warm-up
                 times[name].append(took)
     memory = {name: _memory(run) for name, run in case.sides.items()}
@@ -116,12 +125,6 @@ def kind_of_machine() -> str:
     if torch.cuda.is_available():
         return gpu_name()
     return f"{cpu.kind()}, {torch.get_num_threads()} threads"
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    told: list[object] = []
-    took = seconds_of(lambda: told.append(run()))
-    return told[0] if isinstance(told[0], float) else took
 
 
 def _memory(run: Callable[[], object]) -> int:
@@ -203,6 +206,21 @@ def plan(options: Options, dtype: str, found: Models, exact: Models, folder: Pat
         for backward in (False, True):
             what = f"delta rule {'and gradients ' if backward else ''}{heads[0]}:{heads[1]} x 128, {t}"
             yield Job(what, partial(cases.delta_rule, found, t, heads=heads, dim=128, backward=backward))
+    yield from _speculation(options, dtype, found)
+
+
+def _speculation(options: Options, dtype: str, found: Models) -> Iterator[Job]:
+    """What drafts cost: with random weights they are never accepted, so that "auto" should draft little."""
+
+    def model() -> q.Qwen3Next:
+        return draft_cases.with_mtp(options.preset, dtype, options.seed).to(found.device)
+
+    ids = found.draw(1, options.decode_after)
+    for n in (1, 3):
+        yield Job(f"draft of {n}", partial(lambda n: draft_cases.drafting(model(), ids, n, options.steps), n))
+    yield Job("take back 2 of 4", lambda: draft_cases.taking_back(model(), ids, 4, 2, options.steps))
+    way, new = draft_cases.Way("auto"), 16 * options.steps
+    yield Job(str(way), lambda: draft_cases.generating(model(), ids, new, way)[0])
 
 
 def measure(options: Options, results: Results) -> None:
@@ -318,4 +336,4 @@ def main(options: Options) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    sys.exit(exit_status(lambda: main(tyro.cli(Options, description=__doc__))))

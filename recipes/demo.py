@@ -66,7 +66,7 @@ def run(demo: Demo, *, console: Console | None = None) -> Result:
     console = Console() if console is None else console
     folder = demo.out / "run"
     settings = Settings(
-        data=demo.data, tokenizer=demo.tokenizer, preset=demo.preset, minutes=demo.minutes, out=folder, eval_every=40
+        data=(demo.data,), tokenizer=demo.tokenizer, preset=demo.preset, minutes=demo.minutes, out=folder, eval_every=40
     )
     unfinished = (folder / "settings.json").exists() and not (folder / "result.json").exists()
     if unfinished and comparable(recorded(folder)) == comparable(settings):

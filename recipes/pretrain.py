@@ -1,6 +1,6 @@
 """Train a model from scratch in one process, on the CPU or one GPU.
 
-    python -m recipes.pretrain --minutes 10 --out runs/first
+    python -m recipes.pretrain --preset tiny --minutes 10 --out runs/first
     python -m recipes.pretrain --out runs/first --resume
 
 Reads text, trains a tokenizer on the training documents, trains the model, measures bits per byte on held-out
@@ -21,24 +21,30 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import tyro
 from rich.console import Console
-from tokenizers import Tokenizer
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 import qwen3next as q
 from recipes.training.checkpoints import TrainingState, load_state, newest, read_state, save_state
-from recipes.training.data import Batch, PackedWindows, ValidationBatches
+from recipes.training.data import ValidationBatches
+from recipes.training.evaluation import HeldOut, look, write_samples
+from recipes.training.flops import peak_flops, training_flops
+from recipes.training.optimizers import REMEMBERED, WeightAverage, gradient_norms, is_spike, optimizers
 from recipes.training.pace import Pace
+from recipes.training.presets import PRESETS, defaults
 from recipes.training.report import Live, Metrics, Row, clock, compressed, draw_loss, read_metrics
 from recipes.training.settings import (
     MEASURED_STEPS,
+    Prepared,
     Settings,
     comparable,
+    fim_marks,
+    model_changes,
     model_config,
     pick_device,
     pick_precision,
@@ -47,7 +53,8 @@ from recipes.training.settings import (
     recorded,
     refuse_changes,
 )
-from recipes.training.steps import accumulate_gradients, held_out_nats, learning_rate, parameter_groups
+from recipes.training.sources import FillInTheMiddle, Windows, training_windows
+from recipes.training.steps import accumulate_gradients, learning_rate
 from recipes.training.tokenizer import save_tokenizer, write_atomically
 
 LOOK = 16_384  # held-out tokens of a validation during training
@@ -60,6 +67,8 @@ class Result:
 
     Attributes:
         bits_per_byte, gzip, xz: bits per byte on all held-out documents.
+        sources: bits per byte of each source, if there are several.
+        ema_bits_per_byte: of the averaged weights, if the run keeps them.
         documents: name, UTF-8 bytes and the three measures of each held-out document.
         max_load: largest load of an expert in any layer at the last step, as a multiple of the even share.
         seconds: time of training, including validation during training.
@@ -78,6 +87,8 @@ class Result:
     seconds: float
     peak_memory: int
     precision: str
+    sources: dict[str, float]
+    ema_bits_per_byte: float | None = None
 
 
 class Stopped(Exception):
@@ -102,50 +113,85 @@ def train(settings: Settings, *, console: Console | None = None) -> Result:
         raise ValueError(f"{out} already holds a run: add --resume to continue it, or choose another --out.")
     device = pick_device(settings.device)
     precision, why = pick_precision(settings.precision, device)
-    tokenizer, meta = prepare_data(settings)
-    windows = PackedWindows(out / "data", "train", window=settings.window, seed=settings.seed)
+    data = prepare_data(settings)
+    windows = windows_of(settings, data)
     rows_at_once = settings.batch_size * 2  # validation needs no memory for gradients
-    held_out = ValidationBatches(out / "data", window=settings.window, batch_size=rows_at_once)
+    held_out = HeldOut(
+        {
+            source.name: ValidationBatches(folder, window=settings.window, batch_size=rows_at_once)
+            for source, folder in zip(data.sources, data.folders, strict=True)
+        }
+    )
 
     torch.manual_seed(settings.seed)
-    model = q.Qwen3Next(model_config(settings.preset, tokenizer)).to(device)
+    model = new_model(settings, data).to(device)
     model.recompute(*settings.recompute)
-    optimizer, state = start_or_resume(settings, model, meta.fingerprint)
-    parameters = sum(p.numel() for p in model.parameters())
+    if settings.compile:
+        for block in model.blocks:
+            block.compile()
+    taught, average, state = start_or_resume(settings, model, data.fingerprint)
+    parameters, documents = sum(p.numel() for p in model.parameters()), sum(m.documents["val"] for m in data.metas)
     console.print(
-        f"{settings.preset}: {parameters / 1e6:.2f}M parameters on {device}, {precision} ({why}). "
-        f"{meta.tokens['train']:,} tokens to train on, {meta.documents['val']} documents held out. "
+        f"{settings.init or settings.preset}: {parameters / 1e6:.2f}M parameters on {device}, {precision} ({why}). "
+        f"{data.tokens('train'):,} tokens to train on, {documents} documents held out. "
         f"{f'Resuming after step {state.step}' if state.step else 'Starting'} in {out}.",
         highlight=False,
         soft_wrap=True,
     )
-    metrics = Metrics(out, step=state.step, tensorboard=settings.tensorboard, console=console)
+    metrics = Metrics(out, step=state.step, tensorboard=settings.tensorboard, console=console, tracker=settings.tracker)
+    part, depths = held_out.part(LOOK), settings.mtp_depths
+    looking = partial(look, part=part, precision=precision, mtp_depths=depths, needles=settings.needles)
     try:
         with Live(console) as live:
-            part = held_out.part(LOOK)
-            look, more = partial(bits_per_byte, part, precision), len(held_out) / len(part)
-            Run(settings, state, model, optimizer, windows, look, precision, metrics, live, more).to_the_end()
+            more = len(held_out) / len(part)
+            run = Run(settings, state, model, taught, windows, looking, precision, metrics, live, more, average)
+            run.to_the_end()
     finally:
         metrics.close()
-    return finish(settings, model, tokenizer, held_out, precision, console)
+    return finish(settings, model, average, data, held_out, precision, console)
 
 
-def bits_per_byte(part: ValidationBatches, precision: str, model: q.Qwen3Next) -> Row:
-    """The held-out documents that are measured during training."""
-    nats = held_out_nats(model, part, precision=precision)
-    return {"val_bits_per_byte": part.bits_per_byte(sum(nats.values()))}
+def windows_of(settings: Settings, data: Prepared) -> Windows:
+    """The training windows of a run: one source or several by weight, cut or packed, with fill-in-the-middle or not."""
+    weights, eos = [source.weight for source in data.sources], data.metas[0].eos_id
+    packing, window, seed = settings.packing, settings.window, settings.seed
+    windows = training_windows(data.folders, weights, packing=packing, window=window, seed=seed)
+    if settings.fim:
+        windows = FillInTheMiddle(windows, settings.fim, marks=fim_marks(data.tokenizer), eos=eos, seed=seed)
+    return windows
 
 
-def start_or_resume(settings: Settings, model: q.Qwen3Next, fingerprint: str) -> tuple[Optimizer, TrainingState]:
-    """The optimizer and state of a run; with `settings.resume`, loads the last saved ones, also into `model`.
+def new_model(settings: Settings, data: Prepared) -> q.Qwen3Next:
+    """Random weights in the preset's shape; or the weights of `settings.init`, with the changes of `settings.model`.
+
+    Raises: ValueError where a change would need other weights.
+    """
+    if not settings.init:
+        return q.Qwen3Next(model_config(settings, data.tokenizer))
+    model = q.load(settings.init, dtype="float32", device="cpu")
+    config = model.config.replace(**model_changes(settings.model))
+    with torch.device("meta"):  # shapes alone
+        shapes = {name: p.shape for name, p in q.Qwen3Next(config).named_parameters()}
+    if shapes != {name: p.shape for name, p in model.named_parameters()}:
+        raise ValueError(f"--model changes sizes of {settings.init}: change only what needs no other weights.")
+    if data.tokenizer.get_vocab_size() > config.vocab_size:
+        raise ValueError(f"The text has more kinds of tokens than {settings.init}: use the model's own tokenizer.")
+    model.config = config
+    return model
+
+
+def start_or_resume(
+    settings: Settings, model: q.Qwen3Next, fingerprint: str
+) -> tuple[list[Optimizer], WeightAverage | None, TrainingState]:
+    """Optimizers, average and state of a run; with `settings.resume`, loads the last saved ones, also into `model`.
 
     Args:
         fingerprint: fingerprint of the data.
-    Writes settings.json.
+    Writes settings.json, with every setting as it was resolved.
     Raises: ValueError if the saved run had other settings, another model or other data.
     """
-    groups = parameter_groups(model, settings.weight_decay)
-    optimizer = AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
+    taught = optimizers(model, settings)
+    average = WeightAverage(model, settings.ema) if settings.ema else None
     state = TrainingState(
         settings=json.loads(json.dumps(comparable(settings))),
         model=json.loads(json.dumps(model.config.to_dict())),
@@ -160,16 +206,11 @@ def start_or_resume(settings: Settings, model: q.Qwen3Next, fingerprint: str) ->
         refuse_changes("model", before.model, state.model)
         refuse_changes("data", {"fingerprint": before.fingerprint}, {"fingerprint": state.fingerprint})
         torch.set_num_threads(before.threads)  # the number of threads determines the order of sums
-        state = load_state(path, model, optimizer)
+        state = load_state(path, model, taught, average.tensors if average else None)
     values = asdict(settings) | {"out": str(settings.out)}
     write_atomically(settings.out / "settings.json", (json.dumps(values, indent=2) + "\n").encode())
-    return optimizer, state
-
-
-class Windows(Protocol):
-    """The source of batches, a pure function of the number of samples seen."""
-
-    def batch(self, first_sample: int, batch_size: int) -> Batch: ...
+    write_atomically(settings.out / "model.json", (json.dumps(model.config.to_dict(), indent=2) + "\n").encode())
+    return taught, average, state
 
 
 @dataclass
@@ -184,14 +225,15 @@ class Run:
     settings: Settings
     state: TrainingState
     model: q.Qwen3Next
-    optimizer: Optimizer
+    optimizers: list[Optimizer]
     windows: Windows
     look: Callable[[q.Qwen3Next], Row]
     precision: str
     metrics: Metrics
     live: Live
     looks_after: float = 0.0
-    skips: int = 0  # consecutive
+    average: WeightAverage | None = None
+    skips: int = 0  # consecutive, of gradients that are not finite
 
     def to_the_end(self) -> None:
         """Train up to step `state.total` and save states; raises as `train` does."""
@@ -223,7 +265,7 @@ class Run:
                 replanned = state.total != planned  # save before the first step of the new plan
                 recent = durations[-20:]
                 row["seconds_per_step"] = sum(recent) / len(recent)
-                row["tokens_per_second"] = row.pop("step_tokens") / row["seconds_per_step"]
+                row |= self._speed(row.pop("step_tokens") / row["seconds_per_step"])
                 row["elapsed"] = state.elapsed
                 self.metrics.add(row)
                 self.live.show(row, state.total)
@@ -236,6 +278,19 @@ class Run:
                     sentence = f"{name}: saved after step {state.step}. Go on with: {command(settings.out)}"
                     raise Stopped(asked[0], sentence)
 
+    def _speed(self, tokens_per_second: float) -> Row:
+        """Tokens and counted operations a second; the share of the peak, and memory, on a device that is known."""
+        row: Row = {"tokens_per_second": tokens_per_second}
+        if self.model is None:
+            return row
+        flops = tokens_per_second * training_flops(self.model.config, self.settings.window)
+        row["flops_per_second"], device = flops, self.model.embed_tokens.weight.device
+        if peak := peak_flops(device):
+            row["mfu"] = flops / peak
+        if device.type == "cuda":
+            row["memory"] = torch.cuda.max_memory_allocated(device)
+        return row
+
     @staticmethod
     def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
         started = time.perf_counter()
@@ -243,31 +298,40 @@ class Run:
 
     def _save(self) -> None:
         self.metrics.sync()
-        save_state(self.settings.out / "checkpoints", self.state, self.model, self.optimizer)
+        average = self.average.tensors if self.average else None
+        save_state(self.settings.out / "checkpoints", self.state, self.model, self.optimizers, average)
 
     def step(self) -> Row:
         """Do one optimizer step and return its metrics."""
         state, settings = self.state, self.settings
         lr = learning_rate(state.step, state.total, settings)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.zero_grad(set_to_none=True)
         size = settings.batch_size
         micro = [self.windows.batch(state.samples + i * size, size) for i in range(settings.accumulate)]
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
         row: Row = {"step": state.step + 1, "lr": lr}
-        row |= accumulate_gradients(self.model, micro, precision=self.precision)
+        row |= accumulate_gradients(
+            self.model, micro, precision=self.precision, balance=settings.balance, mtp_depths=settings.mtp_depths
+        )
         if not math.isfinite(row["loss"]):
             raise FloatingPointError(self._diverged(f"the loss is {row['loss']}"))
+        by_kind = gradient_norms(self.model)
+        row |= {f"gradient_norm/{kind}": x for kind, x in by_kind.items() if math.isfinite(x)}
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip).item()
         finite, nothing = math.isfinite(norm), not row["targets"]
-        row["skipped"] = nothing or not finite
+        spike = finite and not nothing and self._spike(row["loss"], norm)
+        row["skipped"] = nothing or not finite or spike
         row["gradient_norm"] = norm if finite else None  # JSON cannot represent infinity
         if nothing:
             self.live.say(
                 f"Step {row['step']} is skipped, because no token has a next token in its document: "
                 "use a longer --window or a larger --batch-size."
             )
+        elif spike:
+            self.live.say(f"Step {row['step']}: loss {row['loss']:.3f}, gradient norm {norm:.3f}: a spike, skipped.")
         elif row["skipped"]:
             self.skips += 1
             if self.skips == SKIPS_IN_A_ROW:
@@ -275,13 +339,26 @@ class Run:
             self.live.say(f"Step {row['step']}: the gradient is not finite; the step is skipped.")
         else:
             self.skips = 0
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
+            if self.average is not None:
+                self.average.update(self.model, row["step"])
         row["step_tokens"] = sum(batch.input_ids.numel() for batch in micro)
         state.step += 1
         state.samples += size * settings.accumulate
         state.tokens += row["step_tokens"]
         row["tokens"] = state.tokens
         return row
+
+    def _spike(self, loss: float, norm: float) -> bool:
+        """Whether this step is a spike beside the last ones; remembers it for the next."""
+        recent, deviations = self.state.recent, self.settings.skip_spikes
+        if not deviations:
+            return False
+        found = any(is_spike(x, [r[i] for r in recent], deviations) for i, x in enumerate((loss, norm)))
+        recent.append([loss, norm])
+        del recent[:-REMEMBERED]
+        return found
 
     def _diverged(self, what: str) -> str:
         last = newest(self.settings.out / "checkpoints")
@@ -313,24 +390,35 @@ def stop_on_signal() -> Iterator[list[int]]:
 def finish(
     settings: Settings,
     model: q.Qwen3Next,
-    tokenizer: Tokenizer,
-    held_out: ValidationBatches,
+    average: WeightAverage | None,
+    data: Prepared,
+    held_out: HeldOut,
     precision: str,
     console: Console,
 ) -> Result:
-    """Measure all held-out documents; write OUT/model, result.json and loss.png."""
+    """Measure all held-out documents; write OUT/model (and model-ema), result.json, loss.png and samples.md."""
     out = settings.out
     model.save_pretrained(out / "model")
-    save_tokenizer(tokenizer, out / "model")
+    save_tokenizer(data.tokenizer, out / "model")
     console.print("Measuring on all held-out documents ...")
-    nats = held_out_nats(model, held_out, precision=precision)
+    nats = held_out.nats(model, precision=precision)
+    measured, of_average = held_out.bits_per_byte(nats), None
+    if settings.samples:
+        write_samples(model.eval(), data.tokenizer, held_out, out / "samples.md", count=settings.samples)
+    if average is not None:
+        average.exchange(model)
+        model.save_pretrained(out / "model-ema")
+        save_tokenizer(data.tokenizer, out / "model-ema")
+        of_average = held_out.bits_per_byte(held_out.nats(model, precision=precision))[""]
+        average.exchange(model)
     baselines = read_baselines(out)
     gzip, xz = compressed(baselines)
-    documents = [{**b._asdict(), "model": held_out.bits_per_byte(nats[i], document=i)} for i, b in enumerate(baselines)]
+    single = [b.bits_per_byte(nats[name][i], document=i) for name, b in held_out.batches.items() for i in b.documents]
+    documents = [{**b._asdict(), "model": x} for b, x in zip(baselines, single, strict=True)]
     rows = read_metrics(out)
     last = rows[-1]
     result = Result(
-        bits_per_byte=held_out.bits_per_byte(sum(nats.values())),
+        bits_per_byte=measured.pop(""),
         gzip=gzip,
         xz=xz,
         documents=documents,
@@ -342,12 +430,14 @@ def finish(
         seconds=last["elapsed"],
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         precision=precision,
+        sources=measured if len(measured) > 1 else {},
+        ema_bits_per_byte=of_average,
     )
     write_atomically(out / "result.json", (json.dumps(asdict(result), indent=1) + "\n").encode())
     measures = f"{result.bits_per_byte:.3f} bits per byte (gzip -9 {gzip:.3f}, xz -9 {xz:.3f})"
     try:
         title = f"{settings.preset}, {result.parameters / 1e6:.1f}M parameters, {result.tokens:,} tokens"
-        part = compressed([baselines[i] for i in held_out.part(LOOK).documents])
+        part = compressed([baselines[i] for i in held_out.part(LOOK).numbers()])
         title = f"{title}: {measures} on all held-out text"
         draw_loss(rows, out / "loss.png", gzip=part[0], xz=part[1], title=title)
     except ImportError as error:
@@ -386,9 +476,14 @@ def main(args: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
 
     def program() -> None:
-        settings = tyro.cli(Settings, args=args, prog="python -m recipes.pretrain")
-        if settings.resume:  # parse again, with the saved settings as defaults
-            settings = tyro.cli(Settings, args=args, prog="python -m recipes.pretrain", default=recorded(settings.out))
+        given, prog = sys.argv[1:] if args is None else args, "python -m recipes.pretrain"
+        settings = tyro.cli(Settings, args=args, prog=prog)
+        minutes = any(word.split("=")[0] == "--minutes" for word in given)
+        # Parse again, with the saved settings or the preset's as defaults.
+        base = recorded(settings.out) if settings.resume else defaults(settings.preset, minutes=minutes)
+        settings = tyro.cli(Settings, args=args, prog=prog, default=base)
+        if settings.preset in PRESETS and not settings.resume:
+            print(f"{settings.preset}: {PRESETS[settings.preset].cost}, as the preset is; --minutes plans for a time.")
         train(settings)
 
     return exit_status(program)

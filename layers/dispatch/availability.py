@@ -154,6 +154,10 @@ def for_caches(device: torch.device, _dtype: torch.dtype) -> str | None:
     )
 
 
+def for_export(_device: torch.device, _dtype: torch.dtype) -> str | None:
+    return "it copies the weights of every choice: name it for a step that is exported"
+
+
 def onednn(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu" or dtype != torch.float32:
         return f"it is for float32 on a CPU, not {str(dtype).removeprefix('torch.')} on {device.type}"

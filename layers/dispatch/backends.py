@@ -145,6 +145,11 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
             on_auto_except_for=_ONE_EXPERT_AT_A_TIME,
         ),
         Implementation("loop", "one expert after another, the definition"),
+        Implementation(
+            "gathered",
+            "a copy of every choice's weights, for a few tokens; torch's operators alone, for export",
+            passed_over=can.for_export,
+        ),
     ),
 }
 

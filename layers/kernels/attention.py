@@ -21,13 +21,14 @@ from torch import Tensor
 from layers.dispatch.autocast import product_dtype
 from layers.dispatch.backends import choose
 from layers.dispatch.registry import Results, implements, on_auto
-from layers.gated_attention import attend
+from layers.gated_attention import AttentionState, attend
 from layers.hook_point import HookPoint
 from layers.kernels.cases import random, with_gradients
 from layers.kernels.flash_attention import attend_fused, fused_attention
 from layers.kernels.isolation import GradientsApart, one_by_one, wild
 from layers.kernels.tiled_attention import attend_in_tiles
 from layers.segments import Segments
+from layers.state.draft_keys import DraftKeys
 from layers.state.kv_cache import KVCache
 from layers.state.static_kv_cache import StaticKVCache
 
@@ -94,13 +95,23 @@ def flash(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, **poin
     return attend_fused("flash", q, k, v)
 
 
-def _static(_q: Tensor, _k: Tensor, _v: Tensor, *, state: KVCache | StaticKVCache | None, **_options: Any) -> bool:
+def _static(_q: Tensor, _k: Tensor, _v: Tensor, *, state: AttentionState | None, **_options: Any) -> bool:
     return isinstance(state, StaticKVCache)
 
 
 @on_auto("attention.sequences", where=_static)
 def over_static_cache(q: Tensor, _k: Tensor, _v: Tensor, *, state: StaticKVCache, **_options: Any) -> Tensor:
     return state.attend(q)
+
+
+def _drafting(_q: Tensor, _k: Tensor, _v: Tensor, *, state: object, **_options: Any) -> bool:
+    return isinstance(state, DraftKeys)
+
+
+@on_auto("attention.sequences", where=_drafting)
+def over_draft_keys(q: Tensor, _k: Tensor, _v: Tensor, *, state: DraftKeys, **options: Any) -> Tensor:
+    _refuse({name: options[name] for name in ("hook_scores", "hook_pattern")})
+    return attend(q, torch.cat(state.keys, dim=1), torch.cat(state.values, dim=1), mask=state.mask)
 
 
 def _tiles_serve(q: Tensor, _k: Tensor, _v: Tensor, **_options: Any) -> bool:

@@ -66,6 +66,7 @@ def _a_few(x: Tensor, _w: Tensor, indices: Tensor, _gate_up: Tensor, down: Tenso
 
 
 @on_auto("experts", where=_a_few)
+@implements("experts", "gathered")
 def gathered(
     x: Tensor,
     weights: Tensor,

@@ -11,14 +11,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.gated_attention import GATE_ROWS, GatedAttention, Heads, KVHeads
+from layers.gated_attention import GATE_ROWS, AttentionState, GatedAttention, Heads, KVHeads
 from layers.hook_point import HookPoint
 from layers.linear import Linear
 from layers.norm import RMSNorm
 from layers.rope import Rotation
 from layers.segments import Segments
-from layers.state.kv_cache import KVCache
-from layers.state.static_kv_cache import StaticKVCache
 
 POSITIONS = ("G1", "G2", "G3", "G4", "G5")
 GRANULARITIES = (*GATE_ROWS, "head_shared")
@@ -141,7 +139,7 @@ class AttentionVariant(GatedAttention):
         rope: Rotation,
         *,
         segments: Segments | None = None,
-        state: KVCache | StaticKVCache | None = None,
+        state: AttentionState | None = None,
     ) -> Float[Tensor, "b t width"]:
         """As `GatedAttention`'s; each `_gated` does something at one of its places only."""
         x = x if segments is None else segments.real(x)

@@ -18,7 +18,7 @@ FORMAT = "qwen3next cache 4"
 # Fields of a configuration that do not change the contents of a cache.
 _BESIDE = """
     extra wrapper_config initializer_range max_position_embeddings mtp_num_hidden_layers rope_scaling
-    router_aux_loss_coef router_z_loss_coef mtp_loss_coef bos_token_id eos_token_id pad_token_id
+    router_aux_loss_coef router_z_loss_coef logit_z_loss_coef mtp_loss_coef bos_token_id eos_token_id pad_token_id
 """
 BESIDE = _BESIDE.split()
 

@@ -260,6 +260,21 @@ class HybridCache:
         self.lengths, self.hidden, self.last_logits = segments.ends, last, None
 
     @contextmanager
+    def revocable(self, tokens: int) -> Iterator[None]:
+        """`take_back` can take back calls of up to so many tokens in the block, beside those of `history`."""
+        history, self.history = self.history, self.history + tokens
+        if self._rollback_log is not None:
+            self._rollback_log.limit = self.history
+        try:
+            yield
+        finally:
+            self.history = history
+            if not history:
+                self._rollback_log = None
+            elif self._rollback_log is not None:
+                self._rollback_log.limit = history
+
+    @contextmanager
     def resting(self, rows: Sequence[int]) -> Iterator[None]:
         """Calls in the block run these rows along with the others and leave them as they are."""
         self._resting = tuple(rows)

@@ -1,5 +1,6 @@
 """The rollback log of a cache: kept states, and update logs to replay the tokens between them."""
 
+import itertools
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -252,11 +253,16 @@ class RollbackLog:
     def _keep(self, span: Span) -> None:
         if not self.spans or self.spans[-1] is not span:
             self.spans.append(span)
-        # Drop the oldest span if the one after it covers the limit.
-        newest = self.spans[-1]
-        first = [length + newest.noted - self.limit for length in newest.lengths]
-        while len(self.spans) > 1 and all(a <= b for a, b in zip(self.spans[1].lengths, first, strict=True)):
-            self.spans.popleft()
+        # A row that rests keeps its own last tokens, however far the others go on.
+        newest, rows = self.spans[-1], range(len(span.lengths))
+        first = [newest.lengths[row] + newest.own(row) - self.limit for row in rows]
+        spans = list(self.spans)
+        needed = [
+            span
+            for span, after in itertools.pairwise(spans)
+            if any(max(first[row], span.lengths[row]) < after.lengths[row] for row in rows)
+        ]
+        self.spans = deque([*needed, newest])
 
     def _shortened(self, span: Span) -> Span:
         """A copy of this span with its last `limit` tokens."""

@@ -32,11 +32,12 @@ class HybridLayers(Cache):
         hybrid: the contents; None before the first forward.
         columns: (b, n) True where the column held a token.
         recording: whether `crop` will be asked for.
+        drafting: whether the contents are to include those of the MTP layer.
     """
 
     hybrid: HybridCache | None = None
     columns: Tensor | None = None
-    recording = False
+    recording = drafting = False
     is_compileable = False
     _waiting: tuple[Any, ...] | None = None
 
@@ -50,7 +51,8 @@ class HybridLayers(Cache):
             return None
         self._fill()
         if self.hybrid is None:
-            self.hybrid = core.new_cache(batch, max_len=max(core.config.longest_context, length))
+            longest = max(core.config.longest_context, length)
+            self.hybrid = core.new_cache(batch, max_len=longest, mtp=self.drafting)
         self.hybrid.lengthen(2 * max(self.hybrid.lengths) + length if self._full(length) else 0)
         if self.recording or not any(isinstance(state, DeltaNetState) for state in self.hybrid.layers):
             self.hybrid.history = HISTORY
@@ -77,18 +79,13 @@ class HybridLayers(Cache):
         core.hidden_states(tokens, segments, self.opened(core, *tokens.shape), stats=False, embeds=embeds)
         self.columns = columns
 
-    def steps(self, mask: Tensor | None) -> bool:
-        """Whether a call of one real token a row continues this cache."""
-        continued = self.columns is not None and not torch.is_grad_enabled()
-        return continued and (mask is None or (mask.ndim == 2 and bool((mask[:, -1] != 0).all())))
-
-    def step(self, core: Any, token: Tensor) -> Tensor:
-        """Logits (b, vocab) after a token a row (b, 1)."""
-        hybrid = self.opened(core, *token.shape)
+    def step(self, core: Any, tokens: Tensor) -> Tensor:
+        """Logits (b, t, vocab) after each of these tokens (b, t)."""
+        hybrid = self.opened(core, *tokens.shape)
         assert hybrid is not None
         assert self.columns is not None
-        logits = core.step(token, hybrid)
-        self.columns = torch.cat((self.columns, torch.ones_like(token, dtype=torch.bool)), dim=1)
+        logits = core.step(tokens, hybrid)[:, None] if tokens.shape[1] == 1 else core.step_all(tokens, hybrid)
+        self.columns = torch.cat((self.columns, torch.ones_like(tokens, dtype=torch.bool)), dim=1)
         return logits
 
     # What transformers calls.
@@ -211,10 +208,9 @@ def adopted(cache: Cache) -> HybridLayers:
     """
     if isinstance(cache, HybridLayers):
         return cache
-    if type(cache) not in (DynamicCache, StaticCache):
-        raise ValueError(
-            f"A {type(cache).__name__} cannot hold this model's states: pass a DynamicCache or StaticCache."
-        )
+    if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
+        kind = f"{'offloaded ' if getattr(cache, 'offloading', False) else ''}{type(cache).__name__}"
+        raise ValueError(f"This model's states cannot be in a {kind}: pass a DynamicCache or StaticCache.")
     if any(_filled(layer) for layer in cache.layers):
         raise ValueError("This cache was filled by another model: pass an empty one.")
     recording = any(getattr(layer, "record_past", False) for layer in cache.layers)

@@ -7,7 +7,10 @@ from typing import Literal
 from tokenizers import Tokenizer
 
 from qwen3next.chat.thinking import CLOSE, OPEN, Piece, ThinkingSplitter
+from qwen3next.chat.tool_calls import CLOSE_CALL, OPEN_CALL
 from qwen3next.generation.text import TextStream
+
+MARKUP = (OPEN, CLOSE, OPEN_CALL, CLOSE_CALL)
 
 
 @dataclass
@@ -30,41 +33,63 @@ class Stats:
     ended: Literal["stop", "length", "interrupted"] = "interrupted"
 
 
-class ReplyReader:
-    """Turns the tokens of a reply into pieces of thinking and answer, without markup.
-
-    Control tokens are left out, except that the thinking tags are read even if they are control tokens.
+class TokenReader:
+    """Turns the tokens of a reply into text. Control tokens are left out, except those that are markup to be read.
 
     Args:
         stop_tokens: ids that end the reply.
         stop: strings that end it: those of the user, and the end mark if the tokenizer has no token for it.
-        opened: whether the prompt ended with `<think>`.
     Attributes:
         ended: whether a stop token or stop string was reached.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, stop_tokens: Collection[int], stop: Sequence[str] = ()):
+        self._tokenizer, self._stop = tokenizer, frozenset(stop_tokens)
+        added = tokenizer.get_added_tokens_decoder().items()
+        self._hidden = {id for id, token in added if token.special and token.content not in MARKUP}
+        self._text = TextStream(self._decode, stop=stop)
+        self.ended = False
+
+    def push(self, token: int) -> str:
+        """The text that this token completes, possibly none."""
+        if token in self._stop:
+            self.ended = True
+            return ""
+        text = self._text.push(token)
+        self.ended = self._text.stopped
+        return text
+
+    def finish(self) -> str:
+        """The remaining text, at the end of the reply."""
+        return self._text.finish()
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode([id for id in ids if id not in self._hidden], skip_special_tokens=False)
+
+
+class ReplyReader:
+    """Turns the tokens of a reply into pieces of thinking and answer, without markup.
+
+    Args:
+        stop_tokens, stop: as in `TokenReader`.
+        opened: whether the prompt ended with `<think>`.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, *, stop_tokens: Collection[int], stop: Sequence[str] = (), opened: bool = False
     ):
-        self._tokenizer, self._stop = tokenizer, frozenset(stop_tokens)
-        added = tokenizer.get_added_tokens_decoder().items()
-        self._hidden = {id for id, token in added if token.special and token.content not in (OPEN, CLOSE)}
-        self._text = TextStream(self._decode, stop=stop)
+        self._tokens = TokenReader(tokenizer, stop_tokens=stop_tokens, stop=stop)
         self._splitter = ThinkingSplitter(opened=opened)
-        self.ended = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether a stop token or stop string was reached."""
+        return self._tokens.ended
 
     def push(self, token: int) -> list[Piece]:
         """The pieces that this token completes, possibly none."""
-        if token in self._stop:
-            self.ended = True
-            return []
-        text = self._text.push(token)
-        self.ended = self._text.stopped
-        return self._splitter.push(text)
+        return self._splitter.push(self._tokens.push(token))
 
     def finish(self) -> list[Piece]:
         """The remaining pieces, at the end of the reply."""
-        return self._splitter.push(self._text.finish()) + self._splitter.finish()
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode([id for id in ids if id not in self._hidden], skip_special_tokens=False)
+        return self._splitter.push(self._tokens.finish()) + self._splitter.finish()

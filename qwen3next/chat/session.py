@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Generator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from qwen3next.cache.hybrid import HybridCache, common_prefix
 from qwen3next.chat.messages import Content, History, Message, check_messages
 from qwen3next.chat.reply import ReplyReader, Stats
 from qwen3next.chat.template import ChatTemplate
-from qwen3next.chat.thinking import OPEN, Piece, ThinkingSplitter
+from qwen3next.chat.thinking import CLOSE, OPEN, Piece, ThinkingSplitter
 from qwen3next.generation.generate import drafting, stream
 from qwen3next.generation.generation_config import GenerationConfig
+from qwen3next.generation.grammar import Grammar
+from qwen3next.generation.sampling_rules import SamplingRules
 
 SNAPSHOTS = 4  # snapshots kept between turns; each holds a copy of the recurrent states
 HISTORY = 64  # tokens at the end of a reply that can be rolled back if the next prompt tokenizes them differently
@@ -57,8 +60,8 @@ class Conversation(History):
             model.generation_config.warn()
         self.generation = model.generation_config if generation is None else generation
         self.variables = dict(variables or {})
-        self.draft_tokens, (length, _) = draft_tokens, drafting(model, draft_tokens, "auto")
-        self._ahead = 0 if length is None else length.most  # places for drafts behind the text
+        self.draft_tokens, (_, drafter) = draft_tokens, drafting(model, draft_tokens, "auto")
+        self._mtp = drafter is not None and model.mtp is not None
         self.max_context = model.config.max_position_embeddings if max_context is None else max_context
         if self.max_context < 1:
             raise ValueError(f"max_context must be at least 1, got {max_context}.")
@@ -71,6 +74,11 @@ class Conversation(History):
         if self._stop_text and (token := tokenizer.token_to_id(self._stop_text)) is not None:
             self._stop_tokens.add(token)
 
+    @property
+    def stop_tokens(self) -> list[int]:
+        """The ids that end a reply."""
+        return sorted(self._stop_tokens)
+
     def reply(
         self,
         text: Content,
@@ -79,6 +87,9 @@ class Conversation(History):
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        rules: SamplingRules | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        grammar: Grammar | None = None,
         seed: int | None = None,
     ) -> Generator[Piece, None, None]:
         """Reply to a message: yields ("thinking", text) and ("answer", text) as they are generated.
@@ -87,7 +98,10 @@ class Conversation(History):
         text so far is added; without any text, the history is unchanged.
 
         Args:
-            max_new_tokens, temperature, top_k, top_p: None uses `generation`; if that gives no max_new_tokens, 2048.
+            max_new_tokens, temperature, top_k, top_p, rules: None uses `generation`; if that gives no max_new_tokens,
+                2048.
+            logit_bias: added to the logits of tokens, by id.
+            grammar: what the answer must match. It begins behind the thinking that the prompt opens, if it does.
             seed: for sampling; None uses torch's global generator.
         Raises: ValueError for a conversation that is too long or that the template refuses; the history is unchanged.
         """
@@ -109,17 +123,17 @@ class Conversation(History):
             "temperature": g.temperature if temperature is None else temperature,
             "top_k": g.top_k if top_k is None else top_k,
             "top_p": g.top_p if top_p is None else top_p,
-            "rules": g.rules,
+            "rules": g.rules if rules is None else rules,
+            "logit_bias": logit_bias,
+            "grammar": grammar,
             "seed": seed,
-            "stop_tokens": sorted(self._stop_tokens),
+            "stop_tokens": self.stop_tokens,
             "draft_tokens": self.draft_tokens,
         }
-        reader = ReplyReader(
-            self.tokenizer,
-            stop_tokens=self._stop_tokens,
-            stop=self._stop_strings,
-            opened=prompt.rstrip().endswith(OPEN),
-        )
+        opened = prompt.rstrip().endswith(OPEN)
+        if grammar is not None and opened:
+            options["grammar"] = replace(grammar, after=tuple(self._encode(CLOSE)))
+        reader = ReplyReader(self.tokenizer, stop_tokens=self._stop_tokens, stop=self._stop_strings, opened=opened)
         return self._answer(messages, ids, reader, options)
 
     def _answer(
@@ -191,6 +205,5 @@ class Conversation(History):
         cache, self._cache = self._cache, None
         held = 0 if cache is None else cache.rewind_to(ids)
         if cache is None or not held:
-            mtp = bool(self._ahead) and self.model.mtp is not None
-            return self.model.new_cache(max_len=self.max_context + self._ahead, history=HISTORY, mtp=mtp), 0
+            return self.model.new_cache(max_len=self.max_context, history=HISTORY, mtp=self._mtp), 0
         return cache, held

@@ -25,6 +25,11 @@ class ThinkingSplitter:
         self._trim = opened  # remove newlines at the start
         self._held = ""
 
+    @property
+    def thinking(self) -> bool:
+        """Whether the text so far ends inside of thinking."""
+        return self._kind == "thinking"
+
     def push(self, text: str) -> list[Piece]:
         """The pieces of thinking or answer that this text completes, possibly none."""
         self._held += text

@@ -87,16 +87,16 @@ def conversions(config: PreTrainedConfig, names: Collection[str] = ()) -> list[W
     own = model_config(config)
     layout, gdn = Layout.found(own, names), "linear_attn."
     parts: dict[str, list[str]] = {f"{gdn}conv1d.weight": [f"{gdn}conv_weight"]}
-    parts |= {
-        f"self_attn.q_proj.{x}": [f"self_attn.q_proj.{x}", f"self_attn.gate_proj.{x}"] for x in ("weight", "bias")
-    }
+    for x in ("weight", "bias") if own.attention_bias else ("weight",):
+        parts[f"self_attn.q_proj.{x}"] = [f"self_attn.q_proj.{x}", f"self_attn.gate_proj.{x}"]
     if not layout.flat_projections:
         parts[f"{gdn}in_proj_qkvz.weight"] = [f"{gdn}in_proj_qkv.weight", f"{gdn}in_proj_z.weight"]
         parts[f"{gdn}in_proj_ba.weight"] = [f"{gdn}in_proj_b.weight", f"{gdn}in_proj_a.weight"]
+    mtp = bool(own.mtp_num_hidden_layers) or any(name.startswith("mtp.") for name in names)
     return [
         PrefixChange(prefix_to_remove="language_model", model_prefix="model"),
         WeightRenaming("mlp.gate.weight", "mlp.router.weight"),
-        WeightRenaming("mtp.layers.", "mtp.blocks."),
+        *([WeightRenaming("mtp.layers.", "mtp.blocks.")] if mtp else []),
         *(WeightConverter(released, ours, [Released()]) for released, ours in parts.items()),
         *_experts("mtp.blocks.0.mlp.experts" if layout.fused_experts else "mlp.experts"),
     ]

@@ -14,7 +14,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from qwen3next.chat.document import Document
 from qwen3next.chat.template import ChatTemplate
 from qwen3next.chat.thinking import Piece
-from qwen3next.commands.common import Dtype, ExpertPlace, Folder, KeptWeights, open_model, open_tokenizer, say_reads
+from qwen3next.commands.common import (
+    Dtype,
+    ExpertPlace,
+    Folder,
+    KeptWeights,
+    Quiet,
+    Verbose,
+    open_model,
+    open_tokenizer,
+    print_json,
+    say_reads,
+)
 from qwen3next.commands.screen import Screen, note
 from qwen3next.prefix.store import PrefixStore
 
@@ -44,7 +55,9 @@ def ask(
     experts: ExpertPlace = "memory",
     weights: KeptWeights = "dequantised",
     expert_cache: str = "2GiB",
-    quiet: bool = False,
+    json: bool = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Read a document once, keep its cache, and answer questions about it, now and later.
 
@@ -79,7 +92,9 @@ def ask(
         experts: memory; int8 (one byte per weight); disk (read from the files when tokens need them).
         weights: dequantised; stored (in the groups of 4 or 8 bits of the folder, if any); int8; int4.
         expert_cache: memory for experts read from the files.
+        json: print one JSON object a question, on a line: question, thinking, answer and numbers of tokens.
         quiet: write only errors to stderr.
+        verbose: write to stderr which implementation runs for each operation, and the traceback of an error.
     """
     try:
         text = file.read_text("utf-8")
@@ -89,7 +104,14 @@ def ask(
         raise ValueError("--question is empty: give a text.")
     tokenizer, template = open_tokenizer(folder), None if plain else ChatTemplate.find(folder)
     model = open_model(
-        folder, device=device, dtype=dtype, experts=experts, weights=weights, cache=expert_cache, quiet=quiet
+        folder,
+        device=device,
+        dtype=dtype,
+        experts=experts,
+        weights=weights,
+        cache=expert_cache,
+        quiet=quiet,
+        verbose=verbose,
     )
     if context_factor != 1:
         model.extend_context(context_factor)
@@ -121,7 +143,10 @@ def ask(
             seed=None if seed is None else seed + number,
         )
         try:
-            _print(document, pieces, quiet=quiet)
+            if json:
+                _print_object(document, one, pieces)
+            else:
+                _print(document, pieces, quiet=quiet)
         except KeyboardInterrupt:
             if question or not sys.stdin.isatty():
                 raise
@@ -164,6 +189,15 @@ def _lines() -> Iterator[str]:
             return
         if line.strip():
             yield line.removesuffix("\n")
+
+
+def _print_object(document: Document, question: str, pieces: Iterator[Piece]) -> None:
+    said: dict[str, str] = {"thinking": "", "answer": ""}
+    for kind, piece in pieces:
+        said["thinking" if kind == "thinking" else "answer"] += piece
+    stats = document.stats
+    numbers = {} if stats is None else {"prompt_tokens": stats.prompt, "cached": stats.reused, "new": stats.new}
+    print_json({"question": question, **said, **numbers})
 
 
 def _print(document: Document, pieces: Iterator[Piece], *, quiet: bool) -> None:

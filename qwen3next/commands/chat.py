@@ -2,12 +2,27 @@
 
 import sys
 from collections.abc import Generator
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from qwen3next.chat import ChatTemplate, Conversation, GenerationConfig
 from qwen3next.chat.thinking import Piece
 from qwen3next.commands.chat_session import Session
-from qwen3next.commands.common import Dtype, ExpertPlace, Folder, KeptWeights, open_model, open_tokenizer, say_reads
+from qwen3next.commands.choosing import Choosing
+from qwen3next.commands.common import (
+    Dtype,
+    ExpertPlace,
+    Folder,
+    KeptWeights,
+    Quiet,
+    Verbose,
+    open_model,
+    open_tokenizer,
+    say_reads,
+)
+
+DEFAULTS = Choosing()
 
 
 def chat(
@@ -18,17 +33,15 @@ def chat(
     thinking: Literal["show", "hide"] = "show",
     max_new_tokens: int | None = None,
     max_context: int | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
+    choosing: Annotated[Choosing, tyro.conf.arg(name="")] = DEFAULTS,
     draft_tokens: int | Literal["auto"] = 0,
     device: str = "auto",
     dtype: Dtype = "auto",
     experts: ExpertPlace = "memory",
     weights: KeptWeights = "dequantised",
     expert_cache: str = "2GiB",
-    quiet: bool = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Chat with a checkpoint through its chat template; replies are streamed.
 
@@ -37,6 +50,7 @@ def chat(
 
     $ qwen3next chat DIR
     $ qwen3next chat DIR --message "What is a delta rule?" --thinking hide
+    $ qwen3next chat DIR --message "Who wrote Faust? As JSON." --json-schema answer.json
     $ qwen3next chat DIR --quiet < questions.txt > answers.txt
 
     Args:
@@ -47,10 +61,6 @@ def chat(
         thinking: show it (dimmed on a terminal, between <think> tags elsewhere) or hide it.
         max_new_tokens: most tokens of a reply, including thinking. Default: generation_config.json, else 2048.
         max_context: most tokens of the whole conversation. Default: the model's max_position_embeddings.
-        temperature: 0 always takes the most likely token. Default: generation_config.json, else 0.
-        top_k: sample from the k most likely tokens; 0 means all. Default: generation_config.json, else 0.
-        top_p: sample from the most likely tokens with this total probability. Default: generation_config.json, else 1.
-        seed: seed for a temperature above 0; the same seed gives the same conversation on one machine.
         draft_tokens: tokens to guess and check in one step, or auto, which measures what pays. Replies are the same.
         device: auto (CUDA if available), cpu, cuda, cuda:1, ...
         dtype: auto keeps the stored dtype of each tensor.
@@ -58,6 +68,7 @@ def chat(
         weights: dequantised; stored (in the groups of 4 or 8 bits of the folder, if any); int8; int4.
         expert_cache: memory for experts read from the files.
         quiet: write only errors to stderr, and the prompt on a terminal.
+        verbose: write to stderr which implementation runs for each operation, and the traceback of an error.
     """
     if message is not None and not message.strip():
         raise ValueError("--message is empty: give a text.")
@@ -68,7 +79,14 @@ def chat(
         raise ValueError("This chat template does not read enable_thinking: leave --think out.")
     conversation = Conversation(
         open_model(
-            folder, device=device, dtype=dtype, experts=experts, weights=weights, cache=expert_cache, quiet=quiet
+            folder,
+            device=device,
+            dtype=dtype,
+            experts=experts,
+            weights=weights,
+            cache=expert_cache,
+            quiet=quiet,
+            verbose=verbose,
         ),
         tokenizer,
         template,
@@ -79,16 +97,13 @@ def chat(
         draft_tokens=draft_tokens,
     )
 
+    stops = tuple(conversation.stop_tokens)
+    options = choosing.options(tokenizer, conversation.model.vocab_size, stops, generation)
+
     def reply(text: str) -> Generator[Piece, None, None]:
-        return conversation.reply(
-            text,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            # A different seed for each reply, but the same seeds when the conversation is repeated.
-            seed=None if seed is None else seed + len(conversation.messages),
-        )
+        # A different seed for each reply, but the same seeds when the conversation is repeated.
+        seed = None if choosing.seed is None else choosing.seed + len(conversation.messages)
+        return conversation.reply(text, max_new_tokens=max_new_tokens, **options | {"seed": seed})
 
     interactive = message is None and sys.stdin.isatty()
     session = Session(conversation, reply=reply, show_thinking=thinking == "show", interactive=interactive, quiet=quiet)

@@ -1,23 +1,27 @@
 """The options of commands that choose tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from qwen3next.generation.choice import check_range
+from qwen3next.generation.generation_config import GenerationConfig
 from qwen3next.generation.grammar import Grammar
 from qwen3next.generation.sampling_rules import SamplingRules
+
+NEUTRAL = GenerationConfig()
 
 
 @dataclass(frozen=True)
 class Choosing:
-    """How tokens are chosen.
+    """How tokens are chosen. What is not given comes, in chat, from generation_config.json.
 
     Attributes:
-        temperature: 0 always takes the most likely token; larger values are more varied.
-        top_k: sample from the k most likely tokens; 0 means all.
-        top_p: sample from the most likely tokens with this total probability.
+        temperature: 0, the default, always takes the most likely token; larger values are more varied.
+        top_k: sample from the k most likely tokens; 0, the default, means all.
+        top_p: sample from the most likely tokens with this total probability; by default 1, all.
         min_p: leave out tokens less likely than this fraction of the most likely one.
         repetition_penalty: above 1, tokens of the text so far are less likely.
         presence_penalty: subtracted from the logit of a token that was generated.
@@ -31,46 +35,46 @@ class Choosing:
         grammar: file with a grammar in Lark's form that the new text must match.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     logit_bias: tuple[str, ...] = ()
     ban: tuple[int, ...] = ()
-    min_new_tokens: int = 0
+    min_new_tokens: int | None = None
     seed: int | None = None
     json_schema: Path | None = None
     regex: str | None = None
     grammar: Path | None = None
 
-    def options(self, tokenizer: Tokenizer, vocab_size: int, stops: tuple[int, ...]) -> dict[str, Any]:
-        """Options of `Generation`.
+    def options(
+        self, tokenizer: Tokenizer, vocab_size: int, stops: tuple[int, ...], otherwise: GenerationConfig = NEUTRAL
+    ) -> dict[str, Any]:
+        """Options of `Generation` but for the stop tokens.
 
+        Args:
+            otherwise: what holds for options that are not given.
         Raises: ValueError for values out of range, several grammars, or one that cannot be read or followed.
         """
-        return {
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
+        options: dict[str, Any] = {
+            "temperature": otherwise.temperature if self.temperature is None else self.temperature,
+            "top_k": otherwise.top_k if self.top_k is None else self.top_k,
+            "top_p": otherwise.top_p if self.top_p is None else self.top_p,
             "seed": self.seed,
             "logit_bias": self._bias(),
-            "rules": self.rules(),
+            "rules": self._rules(otherwise.rules),
             "grammar": self._grammar(tokenizer, vocab_size, stops),
-            "stop_tokens": stops,
         }
+        check_range(options["temperature"], options["top_k"], options["top_p"])
+        return options
 
-    def rules(self) -> SamplingRules:
-        return SamplingRules(
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            suppress_tokens=self.ban,
-            min_new_tokens=self.min_new_tokens,
-        )
+    def _rules(self, otherwise: SamplingRules) -> SamplingRules:
+        names = ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_new_tokens")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(otherwise, suppress_tokens=(*otherwise.suppress_tokens, *self.ban), **given)
 
     def _bias(self) -> dict[int, float]:
         found = {}

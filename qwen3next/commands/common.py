@@ -1,8 +1,11 @@
 """Helpers of the commands: argument types, opening a checkpoint, printing tables."""
 
+import json as json_text
+import math
 import sys
+import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -15,6 +18,7 @@ from qwen3next.checkpoints.gguf.header import read_files
 from qwen3next.checkpoints.gguf.tokenizer import read_tokenizer
 from qwen3next.checkpoints.reader import GGUF, CheckpointReader
 from qwen3next.config import ModelConfig
+from qwen3next.explain import explain
 from qwen3next.files.sizes import binary
 from qwen3next.inputs import as_device
 
@@ -22,6 +26,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ExpertPlace = Literal["memory", "disk", "int8"]
 KeptWeights = Literal["dequantised", "stored", "int8", "int4"]
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+Quiet = Annotated[bool, tyro.conf.arg(aliases=["-q"])]
+Verbose = Annotated[bool, tyro.conf.arg(aliases=["-v"])]
 Target = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR|PRESET")]
 
 
@@ -61,15 +67,26 @@ def open_model(
     experts: ExpertPlace,
     cache: str,
     quiet: bool,
+    verbose: bool = False,
     weights: KeptWeights = "dequantised",
 ) -> Qwen3Next:
-    """The folder's model, loaded with a progress bar on a terminal. Raises: ValueError for an unavailable device."""
+    """The folder's model, loaded with a progress bar on a terminal; `verbose` tells on stderr what it will run.
+
+    Raises: ValueError for an unavailable device.
+    """
     target = as_device(device)
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch finds no CUDA device: choose --device cpu.")
     progress = not quiet and sys.stderr.isatty()
+    began = time.perf_counter()
     places = {"experts": experts, "expert_cache": cache, "weights": weights}
-    return load(folder, dtype=dtype, device=target, progress=progress, **places)
+    model = load(folder, dtype=dtype, device=target, progress=progress, **places)
+    if verbose:
+        size = binary(sum(p.nbytes for p in model.parameters()))
+        print(f"{folder}: {size} of weights loaded in {time.perf_counter() - began:.1f} s", file=sys.stderr)
+        for row in explain(model):
+            print(f"{row.operation}: {row.runs} ({row.why})", file=sys.stderr)
+    return model
 
 
 def say_reads(model: Qwen3Next) -> None:
@@ -100,3 +117,16 @@ def show(renderable: object) -> None:
     with console.capture() as capture:
         console.print(renderable)
     print(capture.get(), end="", flush=True)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object on a line; numbers that JSON has not (NaN, infinity) become null."""
+    print(json_text.dumps(_finite(value), ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,7 +10,7 @@ from qwen3next.api import Qwen3Next
 from qwen3next.checkpoints.convert import convert as convert_folder
 from qwen3next.checkpoints.gguf.write import to_gguf
 from qwen3next.checkpoints.quantise import quantise_folder
-from qwen3next.commands.common import Dtype, Folder
+from qwen3next.commands.common import Dtype, Folder, Quiet, Verbose, print_json
 from qwen3next.files.sizes import binary
 
 Out = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
@@ -26,7 +26,9 @@ def convert(
     shard_gb: float = 5.0,
     to: Literal["folder", "gguf", "bf16", "int8", "int4"] = "folder",
     gguf_type: Literal["bf16", "f16", "f32", "q8_0"] = "bf16",
-    quiet: bool = False,
+    quiet: Quiet = False,
+    json: bool = False,
+    verbose: Verbose = False,
 ) -> None:
     """Rewrite a checkpoint: experts fused or single, another dtype, dequantised, with or without MTP and vision tower.
 
@@ -53,20 +55,19 @@ def convert(
             other option applies (`qwen3next quantize` has more).
         gguf_type: type of the matrices in a GGUF file.
         quiet: show no progress bar.
+        json: print one JSON object about what was written.
+        verbose: name every file on stderr, and print the traceback of an error.
     """
     progress = not quiet and sys.stderr.isatty()
     if to == "gguf":
         config = to_gguf(source, target, kind=gguf_type, mtp=not drop_mtp, progress=progress)
-        if not quiet:
-            print(f"{target}: {config.model_type}, {binary(target.stat().st_size)}", file=sys.stderr)
+        _report(target, config.model_type, [target], quiet=quiet, json=json, verbose=verbose)
         return
     if to in ("int8", "int4"):
         if experts != "keep" or dtype != "auto" or drop_mtp or drop_vision or shard_gb != 5.0:
             raise ValueError(f"--to {to} takes no other option: convert first, then quantise the result.")
         quantise_folder(Qwen3Next, source, target, to, progress=progress)
-        if not quiet:
-            written = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-            print(f"{target}: {to} weights, {binary(written)}", file=sys.stderr)
+        _report(target, f"{to} weights", sorted(target.glob("*.safetensors")), quiet=quiet, json=json, verbose=verbose)
         return
     if to == "bf16":
         if dtype not in ("auto", "bfloat16"):
@@ -82,8 +83,18 @@ def convert(
         max_shard_bytes=int(shard_gb * 10**9),
         progress=progress,
     )
-    if not quiet:
-        files = sorted(target.glob("*.safetensors"))
-        size = binary(sum(file.stat().st_size for file in files))
-        kind = config.wrapper_config.get("model_type", config.model_type)
-        print(f"{target}: {kind}, {size} in {len(files)} file{'s' * (len(files) > 1)}", file=sys.stderr)
+    kind = str(config.wrapper_config.get("model_type", config.model_type))
+    _report(target, kind, sorted(target.glob("*.safetensors")), quiet=quiet, json=json, verbose=verbose)
+
+
+def _report(target: Path, kind: str, files: list[Path], *, quiet: bool, json: bool, verbose: bool) -> None:
+    """Say what was written."""
+    sizes: dict[str, int] = {str(file): file.stat().st_size for file in files}
+    if verbose:
+        for name, nbytes in sizes.items():
+            print(f"{name}: {binary(nbytes)}", file=sys.stderr)
+    if json:
+        print_json({"written": str(target), "model_type": kind, "files": sizes})
+    elif not quiet:
+        size, number = binary(sum(sizes.values())), f"{len(files)} file{'s' * (len(files) > 1)}"
+        print(f"{target}: {kind}, {size} in {number}", file=sys.stderr)

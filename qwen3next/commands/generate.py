@@ -13,7 +13,17 @@ from tokenizers import Tokenizer
 
 from qwen3next.api import Qwen3Next
 from qwen3next.commands.choosing import Choosing
-from qwen3next.commands.common import Dtype, ExpertPlace, Folder, KeptWeights, open_model, open_tokenizer, say_reads
+from qwen3next.commands.common import (
+    Dtype,
+    ExpertPlace,
+    Folder,
+    KeptWeights,
+    Quiet,
+    Verbose,
+    open_model,
+    open_tokenizer,
+    say_reads,
+)
 from qwen3next.generation.beam_search import beam_search
 from qwen3next.generation.choice import Picked
 from qwen3next.generation.generate import Generation
@@ -42,7 +52,8 @@ def generate(
     experts: ExpertPlace = "memory",
     weights: KeptWeights = "dequantised",
     expert_cache: str = "2GiB",
-    quiet: bool = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Continue a prompt; the text is streamed, and the speed is printed to stderr at the end.
 
@@ -73,11 +84,19 @@ def generate(
         weights: dequantised; stored (in the groups of 4 or 8 bits of the folder, if any); int8; int4.
         expert_cache: memory for experts read from the files.
         quiet: write only errors to stderr.
+        verbose: write to stderr which implementation runs for each operation, and the traceback of an error.
     """
     text = _read_prompt(prompt, file)
     tokenizer = open_tokenizer(folder)
     model = open_model(
-        folder, device=device, dtype=dtype, experts=experts, weights=weights, cache=expert_cache, quiet=quiet
+        folder,
+        device=device,
+        dtype=dtype,
+        experts=experts,
+        weights=weights,
+        cache=expert_cache,
+        quiet=quiet,
+        verbose=verbose,
     )
     ids = torch.tensor([tokenizer.encode(text).ids], dtype=torch.long, device=model.device)
     stops = tuple(dict.fromkeys((*model.stop_tokens, *stop_tokens)))
@@ -103,6 +122,7 @@ def generate(
             draft_tokens=draft_tokens,
             drafts=drafts,
             logprobs=logprobs if json else None,
+            stop_tokens=stops,
             **options,
         )
         written = [Written(tokenizer, strings) for _ in range(n)]

@@ -151,19 +151,20 @@ class WaitingPairs:
 
     def write(self, state: KVCache, lengths: Sequence[int], tokens: Tensor) -> None:
         """Write the pairs of the tokens that the cache still holds, `lengths` of `tokens` (b, max_len)."""
-        ends = [n - 1 for n in lengths]
-        held, runs, found = [max(n, 0) for n in ends], list[Run](), list[Tensor]()
+        ends = [max(n - 1, 0) for n in lengths]
+        first, turns, hidden = ends.copy(), [list[Turn]() for _ in ends], [list[Tensor]() for _ in ends]
         for noted in reversed(self._calls):  # what a later call wrote replaces what was taken back
             for row, place in enumerate(noted.places):
-                first, end = max(place, 0), min(ends[row], place + len(noted.turns[row]))
-                if first < end:
-                    runs.append(Run(row, first, noted.turns[row][first - place : end - place]))
-                    found.append(noted.hidden[row, first - place : end - place])
-                    held[row] = first
-                ends[row] = min(ends[row], first)
+                begin, end = max(place, 0), min(first[row], place + len(noted.turns[row]))
+                if begin < end:
+                    turns[row] = noted.turns[row][begin - place : end - place] + turns[row]
+                    hidden[row].append(noted.hidden[row, begin - place : end - place])
+                first[row] = min(first[row], begin)
+        runs = [Run(row, first[row], turns[row]) for row in range(len(ends)) if turns[row]]
         if runs:
             ids = torch.cat([tokens[run.row, run.place + 1 : run.place + 1 + len(run.turns)] for run in runs])
-            self.plan.remember(state, held, runs, ids, torch.cat(found))
+            found = torch.cat([part for row in hidden for part in reversed(row)])
+            self.plan.remember(state, first, runs, ids, found)
 
 
 def note_pairs(model: Decodable, cache: HybridCache, segments: Segments, hidden: Tensor) -> bool:

@@ -92,7 +92,7 @@ class DraftLength:
     """How many tokens to draft in a round: a fixed number, or what promises the most tokens a second.
 
     The time of a round and the share of accepted drafts are measured as it runs. A length that is not the best one so
-    far is tried again now and then, for at most a fiftieth of the time.
+    far is tried again now and then, for at most a hundredth of the time.
 
     Args:
         most: the number, or with `adapt` the largest.
@@ -100,7 +100,7 @@ class DraftLength:
         clock: seconds; tests replace it.
     """
 
-    BUDGET = 0.02  # of the time, for lengths that do not look best
+    BUDGET = 0.01  # of the time, for lengths that do not look best
     FORGETS = 0.1  # weight of a new measurement
 
     def __init__(self, most: int, *, adapt: bool, clock: Callable[[], float] = time.perf_counter):
@@ -130,7 +130,8 @@ class DraftLength:
         self._total += took
         best = self.best()
         if drafted != best and best in self.seconds:
-            self._wasted += max(took - self.tokens(drafted) * self.seconds[best] / self.tokens(best), 0.0)
+            gained = 1 + sum(accepted) / max(1, len(accepted))
+            self._wasted += max(took - gained * self.seconds[best] / self.tokens(best), 0.0)
 
     def tokens(self, drafts: int) -> float:
         """Expected tokens of a round."""

@@ -136,25 +136,21 @@ class Generation:
 
     def _fitting(self, cache: HybridCache | None, max_new_tokens: int) -> HybridCache:
         """The cache given, if all fits it, or a new one."""
-        segments, most = self._segments, 0 if self._length is None else self._length.most
+        segments = self._segments
         needed = max(segments.real_lengths) + max_new_tokens
+        room = needed + (0 if self._length is None else self._length.most)  # a row that has ended runs along
         if cache is None:
             mtp = self._drafter is not None and self.model.mtp is not None
-            return self.model.new_cache(
-                segments.sequences, max_len=needed + most, history=most + 1 if most else 0, mtp=mtp
-            )
+            return self.model.new_cache(segments.sequences, max_len=room, mtp=mtp)
         if needed - 1 > cache.max_len:
             raise ValueError(
                 f"{max(segments.real_lengths)} prompt tokens and {max_new_tokens} new ones do not fit a cache of "
                 f"{cache.max_len}: make it with a larger max_len, or lower max_new_tokens."
             )
-        if most and (cache.history <= most or needed - 1 + most > cache.max_len):
-            raise ValueError(
-                f"Drafts need a cache that can take {most} tokens back and has room for them: make it with "
-                f"history={most + 1} and max_len={needed + most}."
-            )
         if self._n > 1:
             raise ValueError("n texts of a prompt need a cache of their own: leave cache out.")
+        if cache.batch > 1 and self._length is not None:
+            cache.lengthen(room)
         return cache
 
     def __iter__(self) -> Iterator[list[list[Picked]]]:

@@ -7,6 +7,7 @@ drafts.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -112,7 +113,7 @@ def rounds(
     report = Report() if report is None else report
     yield [row.take(after[None]) for row, after in zip(rows, logits, strict=True)]
     while not all(row.done for row in rows):
-        count = 0 if length is None else min(length.begin(), max(row.most - row.new for row in rows) - 1)
+        count = 0 if length is None else min(length.begin(), _most_drafts(rows, cache))
         drafts: list[list[int]] = [[] for _ in rows]
         if drafter is not None and count > 0:
             drafts = drafter.draft(cache, [row.text for row in rows], count)
@@ -124,6 +125,11 @@ def rounds(
         yield taken
 
 
+def _most_drafts(rows: Sequence[Row], cache: HybridCache) -> int:
+    """How many drafts no row's end and no place in the cache forbids."""
+    return max(0, min(max(row.most - row.new for row in rows), cache.max_len - max(cache.lengths)) - 1)
+
+
 def _round(
     model: Prefilling, rows: Sequence[Row], cache: HybridCache, drafts: Sequence[Sequence[int]]
 ) -> list[list[Picked]]:
@@ -132,12 +138,13 @@ def _round(
         [row.text[-1], *guesses, *[0] * (width - len(guesses))] for row, guesses in zip(rows, drafts, strict=True)
     ]
     ids, resting = torch.tensor(tokens, device=cache.tokens.device), [r for r, row in enumerate(rows) if row.done]
-    with cache.resting(resting):
-        logits = model.step_all(ids, cache)
-    taken = [[] if row.done else row.take(logits[r], tokens[r][1:]) for r, row in enumerate(rows)]
-    back = [width + 1 - len(new) if new else 0 for new in taken]
-    last = torch.stack([logits[r, len(new) - 1] for r, new in enumerate(taken)])
-    if resting and before is not None:
-        last[resting] = before[resting]
-    cache.take_back(back, logits=last)
+    with cache.revocable(width + 1) if width else nullcontext():
+        with cache.resting(resting):
+            logits = model.step_all(ids, cache)
+        taken = [[] if row.done else row.take(logits[r], tokens[r][1:]) for r, row in enumerate(rows)]
+        back = [width + 1 - len(new) if new else 0 for new in taken]
+        last = torch.stack([logits[r, len(new) - 1] for r, new in enumerate(taken)])
+        if resting and before is not None:
+            last[resting] = before[resting]
+        cache.take_back(back, logits=last)
     return taken

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from layers.gated_deltanet import DeltaNetState
+from layers.kernels.linear import FEW
 from qwen3next.api import Qwen3Next
 from qwen3next.cache.files import identity
 from qwen3next.cache.hybrid import HybridCache
@@ -49,6 +50,8 @@ class PrefixStore:
         disk_budget: bytes on disk.
         kv_dtype, state_dtype, mtp: as for `model.new_cache`.
         spacing: tokens, a multiple of 64.
+        exact: keep and reuse states only where a prompt continues with the bits of a run without the store: behind
+            multiples of 64 tokens, with at least 16 left to run.
     Raises: ValueError for another spacing, or a budget that cannot hold one state of this model.
     """
 
@@ -63,10 +66,11 @@ class PrefixStore:
         state_dtype: str | torch.dtype | None = None,
         mtp: bool = False,
         spacing: int = SPACING,
+        exact: bool = False,
     ):
         if spacing < GRID or spacing % GRID:
             raise ValueError(f"spacing must be a multiple of {GRID} tokens, got {spacing}.")
-        self.model, self.budget, self.spacing = model, parse_bytes(budget), spacing
+        self.model, self.budget, self.spacing, self.exact = model, parse_bytes(budget), spacing, exact
         self._kv_dtype, self._state_dtype, self._mtp = kv_dtype, state_dtype, mtp
         self._yarn, self._clock = model.config.rope_scaling, 0
         self.root = Node(torch.empty(0, dtype=torch.long))
@@ -125,6 +129,10 @@ class PrefixStore:
         )
         run.chunk_size, run.max_memory = chunk_size, max_memory
         return run
+
+    def refresh(self) -> None:
+        """Find what other stores have written into the folder since this one was made; reads new files only."""
+        self._scan()
 
     def add(self, cache: HybridCache) -> None:
         """Store a cache of one row. The store and the cache share keys and values afterwards.
@@ -199,12 +207,15 @@ class PrefixStore:
     def _look(self, ids: Tensor) -> tuple[Node, Match]:
         """The last node with a state along these tokens, and the match that it gives."""
         node, partial, shared = self.root.follow(ids)
-        best = node
-        while not best.ends and best.parent is not None:
+        best, held = node, 0
+        while best.parent is not None and not (best.ends and self._usable(best.end, len(ids))):
+            held = max(held, best.end if best.ends else 0)
             best = best.parent
         matched = best.end if best.ends else 0
         if matched == len(ids):
             reason = ""
+        elif held > matched or (self.exact and matched == _last_exact(len(ids))):
+            reason = f"Results stay equal to the bit only if the tokens from {matched} on run again."
         elif shared > matched:
             reason = f"Tokens {matched} to {shared} are stored, but without a state after any of them."
         elif not shared:
@@ -216,6 +227,10 @@ class PrefixStore:
         else:
             reason = "The stored texts continue differently from there."
         return best, Match(matched, shared, reason)
+
+    def _usable(self, end: int, total: int) -> bool:
+        """Whether a prompt of `total` tokens may continue from a state after `end` of them."""
+        return not self.exact or (end % GRID == 0 and end <= _last_exact(total))
 
     def _open(self, node: Node, *, max_len: int, history: int) -> HybridCache | None:
         """A cache that ends at a node's last token; None if files of the node or its ancestors are gone or damaged."""
@@ -359,17 +374,32 @@ class Prefill:
         self.chunk_size: int = 4096
         self.max_memory: int | str | None = None
         branch = match.shared_tokens // GRID * GRID  # this text diverges here: later ones may too
-        wanted = {*range(store.spacing, len(ids), store.spacing), branch, *points, len(ids)}
-        self._stops = sorted(n for n in wanted if self.matched_tokens < n <= len(ids))
+        wanted = {*range(store.spacing, len(ids), store.spacing), branch, *points}
+        if store.exact:
+            last = _last_exact(len(ids))
+            wanted = {min(n // GRID * GRID, last) for n in (*wanted, last)}
+        self._stops = sorted(n for n in {*wanted, len(ids)} if self.matched_tokens < n <= len(ids))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        model, total = self._store.model, len(self._ids)
-        ids = self._ids[None].to(model.device)
-        for stop in self._stops:
-            begin = self.cache.lengths[0]
-            chunks = model.prefill(ids[:, begin:stop], self.cache, self.chunk_size, max_memory=self.max_memory)
-            for done, _ in chunks:
-                yield begin + done, total
-            self._store.add(self.cache)
+        total = len(self._ids)
+        while self.cache.lengths[0] < total:
+            yield self.advance(), total
         if not self._stops:
             yield total, total
+
+    def advance(self) -> int:
+        """Run one chunk of at most `chunk_size` tokens; returns how many tokens of the prompt the cache then holds."""
+        begin = self.cache.lengths[0]
+        stop = next(n for n in self._stops if n > begin)
+        model = self._store.model
+        ids = self._ids[None, begin:stop].to(model.device)
+        next(model.prefill(ids, self.cache, self.chunk_size, max_memory=self.max_memory))
+        if (done := self.cache.lengths[0]) == stop and (not self._store.exact or stop % GRID == 0):
+            self._store.add(self.cache)
+        return done
+
+
+def _last_exact(total: int) -> int:
+    """The last place from which a prompt of so many tokens continues with the same bits: a rest of few tokens runs
+    with the tokens before it."""
+    return max(total - FEW, 0) // GRID * GRID

@@ -1,110 +1,41 @@
 """The engine: one thread owns the model and works for all requests, each of which gets the tokens of a single run.
 
-Every tick it steps all running texts in one call, a token each, and then runs at most one piece of one waiting prompt.
-A piece takes about the same time for every prompt, so a long prompt delays the other requests only briefly. A request
-is admitted once the memory for its whole prompt and all its new tokens is free. It keeps this memory until it ends.
+Every tick it steps all running texts in one call, and then runs at most one piece of one waiting prompt. A piece takes
+about the same time for every prompt, so a long prompt delays the other requests only briefly. A request is admitted
+once the memory for its whole prompt and all its new tokens is free. It keeps this memory until it ends.
 """
 
-import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from qwen3next.api import Qwen3Next
 from qwen3next.cache.hybrid import HybridCache
-from qwen3next.files.sizes import binary
-from qwen3next.generation.choice import Choice, Picked
-from qwen3next.generation.grammar import Grammar
-from qwen3next.generation.prefill import GRID
+from qwen3next.files.sizes import binary, parse_bytes
 from qwen3next.generation.rounds import Row
+from qwen3next.prefix.store import PrefixStore
+from qwen3next.serving.prompts import PieceSize, Prompt
+from qwen3next.serving.speculation import Speculation
+from qwen3next.serving.tickets import Busy, Finished, Refused, Request, Ticket
 
-PIECE_SECONDS = 0.2  # that a piece of a prompt should take
-LARGEST_PIECE = 4096  # tokens
-
-
-class Refused(ValueError):
-    """A request that can never be served: too long, or larger than the memory for all requests."""
-
-
-class Busy(RuntimeError):
-    """The queue is full; the same request may be served later."""
+STUCK = 60.0  # seconds without a tick while there is work
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to generate.
-
-    Attributes:
-        ids: the prompt's tokens, at least one.
-        most: new tokens at most.
-        seed: of the random numbers; a request gives the same tokens with the same seed.
-        ends: called with all new tokens so far after each; True ends the text there, as for stop strings.
-    """
-
-    ids: tuple[int, ...]
-    most: int
-    choice: Choice = field(default_factory=Choice)
-    seed: int = 0
-    grammar: Grammar | None = None
-    ends: Callable[[list[int]], bool] | None = None
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The end of a text: "stop", "length", "cancelled", or "error" with its sentence."""
-
-    reason: str
-    error: str = ""
-
-
-class Ticket:
-    """A request on its way: iterate over it for `Picked` tokens, the last item being a `Finished`."""
-
-    def __init__(self, request: Request):
-        self.request, self.cancelled = request, threading.Event()
-        self._items: queue.SimpleQueue[Picked | Finished] = queue.SimpleQueue()
-        self.on_item: Callable[[], None] = lambda: None  # called from the engine's thread after each item
-
-    def cancel(self) -> None:
-        """The engine drops the request before its next step."""
-        self.cancelled.set()
-
-    def give(self, item: Picked | Finished) -> None:
-        self._items.put(item)
-        self.on_item()
-
-    def taken(self) -> list[Picked | Finished]:
-        """What came since the last call, without waiting."""
-        found = []
-        while not self._items.empty():
-            found.append(self._items.get())
-        return found
-
-    def __iter__(self) -> Iterator[Picked | Finished]:
-        while True:
-            item = self._items.get()
-            yield item
-            if isinstance(item, Finished):
-                return
-
-
-@dataclass
+@dataclass(eq=False)
 class _Running:
-    """An admitted request: its cache, the prefill under way if any, and its text."""
+    """An admitted request: its text, and its prompt once its turn has come, until it has run."""
 
     ticket: Ticket
-    cache: HybridCache
     row: Row
     reserved: int
-    prefill: Iterator[tuple[int, int]] | None
-
-    @property
-    def prefilled(self) -> bool:
-        return self.prefill is None
+    prompt: Prompt | None = None
+    cache: HybridCache | None = None  # behind the whole prompt
 
 
 @dataclass
@@ -112,8 +43,11 @@ class Counters:
     """What the engine did since it was made."""
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     new_tokens: int = 0
     steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
     finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("stop", "length", "cancelled", "error"), 0))
     refused: int = 0
     last_tick: float = 0.0
@@ -126,16 +60,43 @@ class Engine:
         max_memory: bytes for the keys, values and states of all requests together.
         max_waiting: requests that may wait.
         max_rows: texts that are stepped together.
+        prefix_memory: bytes, as "1GiB", for prefixes of prompts that are kept for later requests; 0 keeps none.
+        prefix_folder: also keep prefixes in this folder, which several servers may share.
+        prefix_disk: bytes for the folder.
+        draft_tokens: tokens to guess and check at a time, or "auto", as in `Generation`: texts are the same.
+    Raises: ValueError for a prefix_memory that cannot hold one state of the model, or for drafts that cannot be.
     """
 
-    def __init__(self, model: Qwen3Next, *, max_memory: int = 2**30, max_waiting: int = 64, max_rows: int = 16):
+    def __init__(
+        self,
+        model: Qwen3Next,
+        *,
+        max_memory: int = 2**30,
+        max_waiting: int = 64,
+        max_rows: int = 16,
+        prefix_memory: int | str = 0,
+        prefix_folder: str | Path | None = None,
+        prefix_disk: int | str = "16GiB",
+        draft_tokens: int | str = 0,
+    ):
         self.model, self.max_memory, self.max_waiting, self.max_rows = model, max_memory, max_waiting, max_rows
         self.counters = Counters()
+        self.speculation = Speculation(model, draft_tokens)
+        self.store: PrefixStore | None = None
+        if parse_bytes(prefix_memory):
+            self.store = PrefixStore(
+                model,
+                budget=prefix_memory,
+                folder=prefix_folder,
+                disk_budget=prefix_disk,
+                mtp=self.speculation.mtp,
+                exact=True,
+            )
         self._waiting: deque[Ticket] = deque()
         self._running: list[_Running] = []
         self._changed = threading.Condition()
         self._closing = False
-        self._piece = GRID  # tokens of a prompt that take about PIECE_SECONDS
+        self._piece = PieceSize()
         self._thread = threading.Thread(target=self._work, name="qwen3next-engine", daemon=True)
 
     def start(self) -> "Engine":
@@ -157,27 +118,35 @@ class Engine:
 
     def bytes_for(self, request: Request) -> int:
         """Bytes that a request's cache takes when it is full."""
-        element = self.model.dtype.itemsize
-        return HybridCache.estimate(
-            self.model.config, len(request.ids) + request.most, kv_bytes=element, conv_bytes=element
-        )
+        element, config = self.model.dtype.itemsize, self.model.config
+        tokens = len(request.ids) + request.most + self.speculation.most
+        cache = HybridCache.estimate(config, tokens, kv_bytes=element, conv_bytes=element, mtp=self.speculation.mtp)
+        return cache + self.speculation.kept_states * config.bytes_per_sequence(element)
 
     def submit(self, request: Request) -> Ticket:
         """Queue a request.
 
         Raises: Refused for one that can never be served; Busy where the queue is full; RuntimeError after `close`.
         """
-        self._check(request)
-        ticket = Ticket(request)
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: Sequence[Request]) -> list[Ticket]:
+        """Queue all of these requests, or none. Raises: as `submit`."""
+        for request in requests:
+            self._check(request)
+        tickets = [Ticket(request) for request in requests]
         with self._changed:
             if self._closing or not self._thread.is_alive():
                 raise RuntimeError("The engine is not running: start it, or make a new one after close.")
-            if len(self._waiting) >= self.max_waiting:
-                self.counters.refused += 1
-                raise Busy(f"{len(self._waiting)} requests wait already: try again later.")
-            self._waiting.append(ticket)
+            waiting = len(self._waiting)
+            if waiting and waiting + len(tickets) > self.max_waiting:
+                self.counters.refused += len(tickets)
+                raise Busy(f"{waiting} requests wait already: try again later.")
+            if not (waiting or self._running):
+                self.counters.last_tick = time.monotonic()  # from now on there is work
+            self._waiting += tickets
             self._changed.notify()
-        return ticket
+        return tickets
 
     def _check(self, request: Request) -> None:
         longest = self.model.config.longest_context
@@ -214,7 +183,7 @@ class Engine:
     def healthy(self) -> bool:
         """Whether the thread runs and, where there is work, advances."""
         idle = not self._running and not self._waiting
-        return self._thread.is_alive() and (idle or time.monotonic() - self.counters.last_tick < 60)
+        return self._thread.is_alive() and (idle or time.monotonic() - self.counters.last_tick < STUCK)
 
     def _work(self) -> None:
         while True:
@@ -230,11 +199,11 @@ class Engine:
 
     @torch.no_grad()
     def _tick(self) -> None:
-        self.counters.last_tick = time.monotonic()
         self._drop_cancelled()
         self._admit()
-        self._guarded([one for one in self._running if one.prefilled], self._step)
-        self._guarded([one for one in self._running if not one.prefilled][:1], self._prefill)
+        self._guarded([one for one in self._running if one.cache is not None], self._step)
+        self._guarded([one for one in self._running if one.cache is None][:1], self._run_piece)
+        self.counters.last_tick = time.monotonic()
 
     def _guarded(self, these: list[_Running], work: Callable[[list[_Running]], None]) -> None:
         """Do some work; if it fails, the requests that it was for end with an error, and the others go on."""
@@ -268,50 +237,59 @@ class Engine:
                 return
             with self._changed:
                 ticket = self._waiting.popleft()
-            cache = self.model.new_cache(max_len=len(request.ids) + request.most)
             grammar = None if request.grammar is None else request.grammar.start()
             row = Row(list(request.ids), len(request.ids), request.choice, request.seed, request.most, grammar)
-            prefill = self.model.prefill(torch.tensor([request.ids], device=self.model.device), cache, self._piece)
-            self._running.append(_Running(ticket, cache, row, needed, prefill))
+            self._running.append(_Running(ticket, row, needed))
 
-    def _prefill(self, these: list[_Running]) -> None:
+    def _run_piece(self, these: list[_Running]) -> None:
         """Run a piece of a prompt; behind the last one, choose the first token."""
         (one,) = these
-        assert one.prefill is not None
-        began, held = time.monotonic(), one.cache.lengths[0]
-        done, total = next(one.prefill)
-        self._resize(one.cache.lengths[0] - held, time.monotonic() - began)
-        self.counters.prompt_tokens += one.cache.lengths[0] - held
-        if done == total:
-            one.prefill = None
+        if one.prompt is None:  # only now: the prompt before it may have stored what it begins with
+            length = one.row.prompt + one.row.most + self.speculation.most
+            one.prompt = Prompt(self.model, self.store, one.ticket, max_len=length, mtp=self.speculation.mtp)
+            self.counters.cached_tokens += one.ticket.cached_tokens
+        tokens, done = one.prompt.advance(self._piece)
+        self.counters.prompt_tokens += tokens
+        if done:
+            one.cache, one.prompt = one.prompt.cache, None
             assert one.cache.last_logits is not None
-            self._take(one, one.cache.last_logits[0])
-
-    def _resize(self, tokens: int, seconds: float) -> None:
-        """Aim at pieces of PIECE_SECONDS, in multiples of the grid on which pieces leave no trace."""
-        if tokens >= GRID:
-            fits = int(tokens * PIECE_SECONDS / max(seconds, 1e-6)) // GRID * GRID
-            self._piece = min(max(fits, GRID, self._piece // 2), 2 * self._piece, LARGEST_PIECE)
+            self._take(one.cache.last_logits, [], [one])
 
     def _step(self, these: list[_Running]) -> None:
-        """A token for each running text, in one call."""
-        device = self.model.device
-        tokens = [torch.tensor(one.row.text[-1:], device=device) for one in these]
-        logits = self.model.step_many(tokens, [one.cache for one in these])
-        self.counters.steps += 1
-        for one, after in zip(these, logits, strict=True):
-            self._guarded([one], lambda only, after=after: self._take(only[0], after))  # type: ignore[misc]
+        """One token or more for each running text, in one call."""
+        device, caches = self.model.device, [one.cache for one in these if one.cache is not None]
+        with self.speculation.round([one.row for one in these], caches) as turn:
+            tokens = [[one.row.text[-1], *guesses] for one, guesses in zip(these, turn.drafts, strict=True)]
+            logits = self.model.step_many([torch.tensor(row, device=device) for row in tokens], caches, all_logits=True)
+            self.counters.steps += 1
+            parts = zip(these, turn.drafts, logits.split([len(row) for row in tokens]), strict=True)
+            for one, guesses, after in parts:
+                before = one.row.new
+                self._guarded([one], partial(self._take, after, guesses))
+                turn.accepted.append(max(one.row.new - before - 1, 0))
+        self.counters.drafted += sum(map(len, turn.drafts))
+        self.counters.accepted += sum(turn.accepted)
 
-    def _take(self, one: _Running, logits: torch.Tensor) -> None:
-        """Choose a text's next token and give it out."""
-        (picked,) = one.row.take(logits[None])
-        self.counters.new_tokens += 1
-        one.ticket.give(picked)
+    def _take(self, logits: torch.Tensor, guesses: Sequence[int], these: list[_Running]) -> None:
+        """Choose a text's next tokens and give them out.
+
+        Args:
+            logits: (1 + guesses, vocab) after the text's last token and after each guess.
+        """
+        (one,) = these
+        picked = one.row.take(logits, guesses)
+        if not one.row.done and guesses:
+            assert one.cache is not None
+            one.cache.take_back([len(guesses) + 1 - len(picked)], logits=logits[len(picked) - 1][None])
         new, ends = one.row.text[one.row.prompt :], one.ticket.request.ends
-        if ends is not None and ends(new):
-            self._finish(one, Finished("stop"))
-        elif one.row.done:
-            self._finish(one, Finished("stop" if picked.token in one.row.choice.stop_tokens else "length"))
+        for left, item in zip(range(len(picked) - 1, -1, -1), picked, strict=True):
+            self.counters.new_tokens += 1
+            one.ticket.give(item)
+            if ends is not None and ends(new[: len(new) - left]):
+                self._finish(one, Finished("stop"))
+                return
+        if one.row.done:
+            self._finish(one, Finished("stop" if picked[-1].token in one.row.choice.stop_tokens else "length"))
 
     def _finish(self, one: _Running, how: Finished) -> None:
         self._running = [other for other in self._running if other is not one]

@@ -18,13 +18,14 @@ from rich.console import Console
 
 import qwen3next as q
 from recipes.demo import machine
-from recipes.pretrain import Run, Windows, start_or_resume
+from recipes.pretrain import Run, start_or_resume
 from recipes.study.arms import ARMS, build
 from recipes.study.metrics import measure, training_statistics
 from recipes.study.text import BosWindows, HeldOut, bos_id
 from recipes.study.toy import BigramBackcopy, ToyLook
 from recipes.training.report import Live, Metrics, Row, read_metrics
 from recipes.training.settings import Settings, comparable, pick_device, recorded, refuse_changes
+from recipes.training.sources import Windows
 from recipes.training.steps import accumulate_gradients, parameter_groups
 from recipes.training.tokenizer import load_tokenizer, save_tokenizer, write_atomically
 
@@ -123,11 +124,12 @@ def _run(task: Task, live: Live, console: Console) -> dict[str, Any]:
     if resume:
         refuse_changes("setting", comparable(recorded(out)), comparable(settings))
     parts, model = parts_of(task), model_of(task)
-    optimizer, state = start_or_resume(settings, model, parts.fingerprint)
+    optimizers, average, state = start_or_resume(settings, model, parts.fingerprint)
     metrics = Metrics(out, step=state.step, tensorboard=False, console=console)
     diverged = None
     try:
-        training = Run(settings, state, model, optimizer, parts.windows, parts.look, settings.precision, metrics, live)
+        how = settings.precision, metrics, live
+        training = Run(settings, state, model, optimizers, parts.windows, parts.look, *how, average=average)
         training.to_the_end()
     except FloatingPointError:
         diverged = state.step + 1
@@ -215,7 +217,7 @@ def seconds_per_step(task: Task) -> tuple[float, float]:
         begun = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         micro = [parts.windows.batch((i * s.accumulate + j) * s.batch_size, s.batch_size) for j in range(s.accumulate)]
-        accumulate_gradients(model, micro, precision=s.precision)
+        accumulate_gradients(model, micro, precision=s.precision, balance=s.balance)
         torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip).item()
         optimizer.step()
         durations.append(time.perf_counter() - begun)

@@ -58,13 +58,14 @@ def tasks_of(which: Which, size: Size, *, vocabulary: int) -> list[Task]:
         for precision, rate in product(precisions, rates):
             name = f"{arm}-{seed}" + (f"-{precision}-x{rate:g}" if ladder else "")
             settings = Settings(
-                data=which.data or "bigram-backcopy",
+                data=(which.data or "bigram-backcopy",),
                 tokenizer=size.tokens if which.text else "none",
                 preset=f"{which.preset} {which.kind} {arm}" + " compiled" * which.compiled,
                 steps=size.steps,
                 batch_size=size.batch_size,
                 window=size.window,
                 accumulate=size.accumulate,
+                balance="micro",
                 lr=size.lr * rate,
                 warmup=size.warmup,
                 schedule="cosine" if size.schedule == "cosine" else "wsd",

@@ -1,7 +1,7 @@
 """Save and load training states: everything that a run needs to resume exactly.
 
-    save_state(folder, state, model, optimizer)
-    state = load_state(newest(folder), model, optimizer)
+    save_state(folder, state, model, [optimizer])
+    state = load_state(newest(folder), model, [optimizer])
 
 A state is one safetensors file, `step-00000100.safetensors`: parameters, optimizer moments and torch's random states as
 tensors, the rest as JSON in the header. It is one file, because renaming a file is atomic.
@@ -10,7 +10,8 @@ tensors, the rest as JSON in the header. It is one file, because renaming a file
 import json
 import os
 import random
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class TrainingState:
         settings, model, fingerprint: the recipe's settings, the model's configuration and the data's fingerprint, to
             refuse the state of another run.
         threads: CPU threads; another number would change the last bits of sums.
+        recent: loss and gradient norm of the last steps, with which spikes are compared.
     """
 
     settings: dict[str, Any]
@@ -50,6 +52,12 @@ class TrainingState:
     tokens: int = 0
     elapsed: float = 0.0
     total: int | None = None
+    recent: list[list[float]] = field(default_factory=list)
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name; a state holds these."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def newest(folder: Path) -> Path | None:
@@ -57,17 +65,26 @@ def newest(folder: Path) -> Path | None:
     return max(folder.glob("step-*.safetensors"), default=None)
 
 
-def save_state(folder: Path, state: TrainingState, model: nn.Module, optimizer: Optimizer) -> Path:
-    """Write a state, then delete all but the newest two.
+def save_state(
+    folder: Path,
+    state: TrainingState,
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    average: dict[str, Tensor] | None = None,
+) -> Path:
+    """Write a state, with the average of the weights where there is one; then delete all but the newest two.
 
     The file is written under another name, synced and renamed, so a kill never leaves an incomplete state.
 
     Raises: OSError for a full disk; the older states remain.
     """
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        moments = optimizer.state.get(parameter, {})
-        tensors |= {f"optimizer.{key}.{name}": value.detach() for key, value in moments.items()}
+    taught = trained(model)
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in taught.items()}
+    for name, parameter in taught.items():
+        for optimizer in optimizers:
+            moments = optimizer.state.get(parameter, {})
+            tensors |= {f"optimizer.{key}.{name}": value.detach() for key, value in moments.items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in (average or {}).items()}
     tensors["random.torch"] = torch.get_rng_state()
     for i, rng in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []):
         tensors[f"random.cuda.{i}"] = rng
@@ -110,13 +127,15 @@ def read_state(path: Path) -> TrainingState:
     return _read(path, tensors=False)[0]
 
 
-def load_state(path: Path, model: nn.Module, optimizer: Optimizer) -> TrainingState:
-    """Load a state into a model and its optimizer, and restore every random generator.
+def load_state(
+    path: Path, model: nn.Module, optimizers: Sequence[Optimizer], average: dict[str, Tensor] | None = None
+) -> TrainingState:
+    """Load a state into a model, its optimizers and the average of its weights, and restore every random generator.
 
     Raises: ValueError for a file that is damaged or belongs to another model.
     """
     state, header, tensors = _read(path, tensors=True)
-    named = dict(model.named_parameters())
+    named = trained(model)
     stored = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     wrong = named.keys() ^ stored.keys() or {n for n, p in named.items() if p.shape != stored[n].shape}
     if wrong:
@@ -129,10 +148,14 @@ def load_state(path: Path, model: nn.Module, optimizer: Optimizer) -> TrainingSt
         if name.startswith("optimizer."):
             _, key, parameter_name = name.split(".", 2)
             moments[parameter_name][key] = tensor
-    name_of = {id(parameter): name for name, parameter in named.items()}
-    order = [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    filled = {i: moments[name] for i, name in enumerate(order) if moments[name]}
-    optimizer.load_state_dict({"state": filled, "param_groups": optimizer.state_dict()["param_groups"]})
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    moments |= {name: {} for name in name_of.values() if name not in moments}
+    for optimizer in optimizers:
+        order = [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        filled = {i: moments[name] for i, name in enumerate(order) if moments[name]}
+        optimizer.load_state_dict({"state": filled, "param_groups": optimizer.state_dict()["param_groups"]})
+    for name, tensor in (average or {}).items():
+        tensor.copy_(tensors[f"average.{name}"])
 
     version, internal, gauss = header["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -150,6 +173,7 @@ def _read(path: Path, *, tensors: bool) -> tuple[TrainingState, dict[str, Any], 
             header = json.loads(file.metadata()["state"])
             names = list(file.keys()) if tensors else []
             stored = {name: file.get_tensor(name) for name in names}
+        header = {"recent": []} | header  # states of earlier releases have none
         fields = {name: header[name] for name in TrainingState.__dataclass_fields__}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it to resume from the state before it.") from error

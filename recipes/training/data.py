@@ -31,6 +31,14 @@ class Batch(NamedTuple):
     document_ids: Int64[Tensor, "b w"]
 
 
+class LabelledBatch(NamedTuple):
+    """A `Batch` with labels (b, w): the token itself where it is to be predicted, -100 elsewhere."""
+
+    input_ids: Int64[Tensor, "b w"]
+    document_ids: Int64[Tensor, "b w"]
+    labels: Int64[Tensor, "b w"]
+
+
 class PackedWindows:
     """Windows of the token stream in random order, as a pure function of the number of samples seen.
 

@@ -3,7 +3,8 @@
     plan = plan_split("stdlib")
     for split, name, text in split_documents("stdlib", plan): ...
 
-A document is a name and a text. Sources are the running Python's standard library, folders, globs and single files.
+A document is a name and a text. Sources are the running Python's standard library, folders, globs, single files, and
+datasets of Hugging Face.
 """
 
 import glob
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+HUB = "hf:"  # before the name of a dataset of Hugging Face
 # Third-party code and tests are left out, because they differ between machines more than the library does.
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
@@ -25,12 +27,16 @@ def documents(source: str | Path, *, skipped: list[str] | None = None) -> Iterat
         source: "stdlib" (the *.py files of the running Python's standard library, without tests and
             site-packages), a folder (its files, without hidden ones), a glob, or one file. Each line of a .jsonl file
             (field "text") and each row of a .parquet file (column "text") is a document; any other file is one
-            document.
+            document. "hf:NAME" or "hf:NAME:CONFIGURATION" streams the training split of a dataset through the package
+            `datasets`, whose rows have the field "text".
         skipped: receives the names of documents that are not UTF-8, cannot be read, or have null as text.
     Raises: ValueError for a missing or empty source, or one without the field "text".
     """
     skipped = [] if skipped is None else skipped
-    for name, path in _files(str(source)):
+    if str(source).startswith(HUB):
+        yield from _hub(str(source).removeprefix(HUB), skipped)
+        return
+    for name, path in files_of(str(source)):
         if path.suffix == ".jsonl":
             yield from _jsonl(name, path, skipped)
         elif path.suffix == ".parquet":
@@ -42,7 +48,35 @@ def documents(source: str | Path, *, skipped: list[str] | None = None) -> Iterat
                 skipped.append(name)
 
 
-def _files(source: str) -> list[tuple[str, Path]]:
+def _hub(dataset: str, skipped: list[str]) -> Iterator[tuple[str, str]]:
+    """The rows of a dataset of Hugging Face, streamed. Raises: ValueError where it cannot be read."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(f"Reading hf:{dataset} needs the package datasets: pip install datasets.") from error
+    path, _, configuration = dataset.partition(":")
+    number = -1
+    try:
+        rows = load_dataset(path, configuration or None, split="train", streaming=True)
+        for number, row in enumerate(rows):
+            if "text" not in row:
+                raise ValueError(f'hf:{dataset} has no field "text" but {", ".join(row)}: choose another dataset.')
+            if isinstance(row["text"], str):
+                yield f"{dataset}:{number}", row["text"]
+            else:
+                skipped.append(f"{dataset}:{number}")
+    except Exception as error:  # the package raises errors of many libraries
+        if isinstance(error, ValueError) and "has no field" in str(error):
+            raise
+        after = f" after {number + 1} rows" if number >= 0 else ""
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"hf:{dataset} cannot be read{after} ({why}): where the hub cannot be reached, copy the dataset's parquet "
+            "or jsonl files here and name their folder."
+        ) from error
+
+
+def files_of(source: str) -> list[tuple[str, Path]]:
     """Files with names relative to the source, so that a copied corpus keeps its names and therefore its split."""
     path = Path(source)
     if source == "stdlib":
@@ -118,9 +152,10 @@ class Plan:
 
 
 def plan_split(source: str | Path, *, validation_share: float = 0.05, seed: int = 0) -> Plan:
-    """Hold out about `validation_share` of the documents, at least one, by a hash of seed and name.
+    """Hold out about `validation_share` of the documents, at least one, by a hash of seed and text.
 
-    The split of a document does not depend on other documents. Empty documents are left out. Of exact copies only the
+    The split of a document depends neither on other documents nor on its name, so it is held out in every corpus and
+    under every name. Empty documents are left out. Of exact copies only the
     one whose name sorts first is kept, because a held-out text that is also trained on would measure memorisation. A
     single document is split near the end of a line, and its last part is held out.
 
@@ -144,7 +179,7 @@ def plan_split(source: str | Path, *, validation_share: float = 0.05, seed: int 
         return _plan_cut(source, next(iter(name_of.values())), validation_share, skipped)
 
     digests = {name: key for key, name in name_of.items()}
-    drawn = {name: int(digest(f"{seed}\n{name}")[:13], 16) / 16**13 for name in digests}  # in [0, 1)
+    drawn = {name: share_of(key, seed) for name, key in digests.items()}
     held_out = {name for name in drawn if drawn[name] < validation_share} or {min(drawn, key=drawn.__getitem__)}
     if len(held_out) == len(drawn):
         held_out.remove(max(drawn, key=drawn.__getitem__))
@@ -181,6 +216,11 @@ def split_documents(source: str | Path, plan: Plan) -> Iterator[tuple[str, str, 
                 yield plan.splits[piece], piece, content
     if found != len(plan.splits):
         raise ValueError(f"{source} lost documents while it was read: run again.")
+
+
+def share_of(text_digest: str, seed: int) -> float:
+    """A number in [0, 1) for a text: it is held out where this is below the validation share."""
+    return int(digest(f"{seed}\n{text_digest}")[:13], 16) / 16**13
 
 
 def digest(text: str) -> str:

@@ -1,5 +1,6 @@
 """Output of a training run: live progress, metrics on disk, and the loss picture."""
 
+import importlib
 import json
 import os
 import time
@@ -26,9 +27,11 @@ class Metrics:
         folder: the run's folder.
         step: the last step whose line is kept.
         tensorboard: also write TensorBoard's event files, if the package is installed.
+        tracker: "wandb" or "trackio": also send each line there. Steps that were sent before a kill are sent again.
+    Raises: ValueError for a tracker that is not installed.
     """
 
-    def __init__(self, folder: Path, *, step: int, tensorboard: bool, console: Console) -> None:
+    def __init__(self, folder: Path, *, step: int, tensorboard: bool, console: Console, tracker: str = "none") -> None:
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(folder) if row["step"] <= step]
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
@@ -42,8 +45,24 @@ class Metrics:
             else:
                 self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
+        self.tracker: Any = None
+        if tracker != "none":
+            try:
+                self.tracker = importlib.import_module(tracker)
+            except ImportError:
+                raise ValueError(f"{tracker} is not installed: pip install {tracker}, or --tracker none.") from None
+            self.tracker.init(project="qwen3next", name=folder.name, config=self._settings(folder))
+
+    @staticmethod
+    def _settings(folder: Path) -> dict[str, Any]:
+        path = folder / "settings.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
     def add(self, row: Row) -> None:
         """Append the metrics of a step."""
+        if self.tracker is not None:
+            numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
+            self.tracker.log(numbers, step=row["step"])
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()  # so that no line is lost if the process is killed
         for name, value in row.items():
@@ -58,6 +77,8 @@ class Metrics:
         self.file.close()
         if self.board is not None:
             self.board.close()
+        if self.tracker is not None:
+            self.tracker.finish()
 
 
 def read_metrics(folder: Path) -> list[Row]:

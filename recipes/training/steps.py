@@ -1,17 +1,19 @@
 """The parts of a training step: learning rate, parameter groups, gradient accumulation; and losses of documents."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import qwen3next as q
 from layers.gated_deltanet import GatedDeltaNet
 from layers.norm import GatedRMSNorm, RMSNorm
 from layers.segments import Segments
-from recipes.training.data import Batch, ValidationBatches
+from qwen3next.losses import Counts, sum_of
+from recipes.training.data import Batch, LabelledBatch, ValidationBatches
 from recipes.training.report import Row
 from recipes.training.settings import MEASURED_STEPS, Settings
 
@@ -52,37 +54,103 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def accumulate_gradients(model: q.Qwen3Next, micro: list[Batch], *, precision: str) -> Row:
+def accumulate_gradients(
+    model: q.Qwen3Next,
+    micro: Sequence[Batch | LabelledBatch],
+    *,
+    precision: str,
+    balance: str = "batch",
+    mtp_depths: int = 1,
+) -> Row:
     """Accumulate the gradients of one big batch in parts; return its losses and `targets`, the predicted tokens.
 
-    The next-token and MTP means of a part are weighted by its share of their predicted tokens, so that these losses and
-    their gradients equal those of one big batch. Router losses are weighted by tokens. The balance loss is a product of
-    means, so the result is the mean over the parts: each part is balanced separately. A part without predicted tokens
-    is left out; if all are, losses are zero and there are no gradients.
+    Losses are sums over all tokens divided by counts of all tokens, so a part needs the counts of the others. How often
+    each expert was chosen in the whole batch is known only after a forward pass of all parts. So with several parts and
+    `balance` "batch" each part runs forward twice: first to count, then for its gradients. Losses and gradients are
+    then those of the whole batch. "micro" runs once and balances each part by itself.
+
+    If no token of any part is to be predicted, losses are zero and there are no gradients.
     """
     device, config = model.embed_tokens.weight.device, model.config
-    whole = [(batch, Segments.from_document_ids(batch.document_ids.to(device))) for batch in micro]
-    parts = [(batch, s) for batch, s in whole if bool(s.next_is_same().any())]
-    shares = [_shares([int(s.next_is_same(ahead).sum()) for _, s in parts]) for ahead in (1, 2)]
-    tokens = _shares([int(s.mask.sum()) for _, s in parts])
-    row: Row = dict.fromkeys(("loss", "lm", "mtp", "balance", "z", "max_load"), 0.0) | {"targets": 0}
-    for (batch, own), first, second, share in zip(parts, *shares, tokens, strict=True):
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            losses = model.loss(batch.input_ids.to(device), segments=own)
-        router = config.router_aux_loss_coef * losses.balance + config.router_z_loss_coef * losses.z
-        loss = first * losses.lm + second * config.mtp_loss_coef * losses.mtp + share * router
-        loss.backward()
-        weighed = (loss, first * losses.lm, second * losses.mtp, share * losses.balance, share * losses.z)
-        for name, part in zip(("loss", "lm", "mtp", "balance", "z"), weighed, strict=True):
-            row[name] += part.item()
+    parts = [Part.of(batch, device) for batch in micro]
+    names = ("loss", "lm", "mtp", "balance", "z", "logit_z")
+    row: Row = dict.fromkeys((*names, "max_load", "load_entropy"), 0.0) | {"targets": 0}
+    if not any(bool(part.targets(1)) for part in parts):
+        return row
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+    counts: Counts | None = None
+    if len(parts) > 1:
+        found = []
+        for part in parts:
+            if balance == "micro":
+                found.append(token_counts(model, part, mtp_depths))
+            else:
+                with autocast():
+                    found.append(model.loss_counts(part.input_ids, **part.options, mtp_depths=mtp_depths))
+        counts = sum_of(found)
+    choices: Tensor | float = 0.0
+    for part in parts:
+        with autocast():
+            sums = model.loss_sums(part.input_ids, **part.options, mtp_depths=mtp_depths)
+        losses = sums.losses(config, _balanced_alone(sums.counts, counts) if balance == "micro" else counts)
+        losses.total.backward()
+        for name in names:
+            row[name] += getattr(losses, "total" if name == "loss" else name).item()
         row["targets"] += losses.targets
-        if losses.load is not None:
-            row["max_load"] += losses.load.max().item() * config.num_experts * share
+        choices = choices + sums.counts.choices
+    if isinstance(choices, Tensor) and choices.numel():
+        load = choices / choices.sum(-1, keepdim=True)
+        experts = load.shape[-1]
+        row["max_load"] = load.max().item() * experts
+        # Of a layer: 1 for an even load, 0 where one expert takes all.
+        entropy = -(load * load.clamp(min=1e-30).log()).sum(-1).mean()
+        row["load_entropy"] = entropy.item() / math.log(max(experts, 2))
     return row
 
 
-def _shares(counts: list[int]) -> list[float]:
-    return [count / max(sum(counts), 1) for count in counts]
+class Part(NamedTuple):
+    """A micro-batch on the model's device."""
+
+    input_ids: Tensor
+    segments: Segments
+    labels: Tensor | None
+
+    @classmethod
+    def of(cls, batch: Batch | LabelledBatch, device: torch.device) -> "Part":
+        labels = batch.labels.to(device) if isinstance(batch, LabelledBatch) else None
+        return cls(batch.input_ids.to(device), Segments.from_document_ids(batch.document_ids.to(device)), labels)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"segments": self.segments, "labels": self.labels}
+
+    def targets(self, ahead: int) -> Tensor:
+        """How many tokens are predicted from the one `ahead` places before them."""
+        place = self.segments.next_is_same(ahead)
+        return (place if self.labels is None else place & (self.labels.roll(-ahead, dims=1) != -100)).sum()
+
+
+def token_counts(model: q.Qwen3Next, part: Part, mtp_depths: int) -> Counts:
+    """The counts of a part that follow from its segments, without a forward pass; no expert is counted as chosen."""
+    segments, config = part.segments, model.config
+    drafts = mtp_depths if model.mtp is not None and config.mtp_loss_coef > 0 else 0
+    tokens = [segments.mask.sum() for block in model.blocks if block.sparse]
+    if drafts and config.num_experts:
+        pairs = torch.stack([segments.next_is_same(depth).sum() for depth in range(1, drafts + 1)]).sum()
+        tokens += [pairs] * config.mtp_num_hidden_layers
+    layers = torch.stack(tokens).double() if tokens else torch.zeros(0, dtype=torch.float64, device=segments.device)
+    choices = layers.new_zeros(len(tokens), config.num_experts if tokens else 0)
+    return Counts(torch.stack([part.targets(ahead) for ahead in range(1, drafts + 2)]), choices, layers)
+
+
+def _balanced_alone(own: Counts, whole: Counts | None) -> Counts | None:
+    """The whole batch's counts with a part's own choices, scaled up to as many tokens."""
+    if whole is None:
+        return None
+    return Counts(whole.targets, own.choices * (whole.tokens / own.tokens.clamp(min=1))[:, None], whole.tokens)
 
 
 @torch.no_grad()

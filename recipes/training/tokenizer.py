@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 EOS = "<|endoftext|>"
+FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")  # as Qwen's tokenizers call them
 
 # The pre-tokenisation of Qwen2 and later, without their NFC normaliser, which would change the text.
 QWEN_SPLIT = (

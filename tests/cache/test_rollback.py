@@ -242,3 +242,27 @@ def test_each_row_goes_back_by_its_own_number(model):
         for r, row in enumerate(said):
             assert same(cache.last_logits[r], cold(model, torch.tensor([row]))[0])
             assert cache.tokens[r, : len(row)].tolist() == row
+
+
+def test_a_resting_row_keeps_its_history(model):
+    """However far the other rows go on; and what is kept for it stays bounded."""
+    ids = tokens(40, b=2)
+    cache = model.new_cache(batch=2, max_len=60, history=2)
+    logits = [run(model, cache, ids[:, t : t + 1]) for t in range(9)]
+    kept = []
+    for t in range(9, 39):
+        with cache.resting([0]):
+            logits.append(run(model, cache, ids[:, t : t + 1]))
+        kept.append(len(cache._rollback_log.spans))
+    assert max(kept) <= 4
+    assert cache.lengths == (9, 39)
+    cache.rollback(2)
+    assert cache.lengths == (7, 37)
+    expected = model.new_cache(batch=2, max_len=60)
+    run(model, expected, ids[:, :7])
+    token = ids[:, :1]
+    after = run(model, cache, token)
+    assert torch.allclose(after[0], run(model, expected, token)[0], rtol=0, atol=1e-12)
+    other = model.new_cache(batch=1, max_len=60)
+    run(model, other, ids[1:, :37])
+    assert torch.allclose(after[1:], run(model, other, token[1:]), rtol=0, atol=1e-12)

@@ -59,6 +59,27 @@ def test_thinking_that_is_cut_ends_in_a_line_of_its_own(chat):
     assert chat(*options, "--thinking=hide", replies=["abcdef"], template=PREFILLED)[1] == ""
 
 
+def test_tokens_are_chosen_as_in_generate(chat):
+    """Penalties, bias, bans and grammars; what is not given stays as generation_config.json has it."""
+    first = tokenizer().token_to_id("a")
+    ask = ["--message", "x", "--quiet", "--max-new-tokens", "9"]
+    assert chat(*ask, replies=["abc"])[1] == "abc\n"
+    assert "a" not in chat(*ask, "--ban", first, replies=["abc"])[1]
+    assert "a" not in chat(*ask, "--logit-bias", f"{first}=-1e9", replies=["abc"])[1]
+    assert "a" not in chat(*ask, "--min-new-tokens", 2, replies=["abc"], generation={"suppress_tokens": [first]})[1]
+    status, _, err = chat(*ask, "--logit-bias", "a:3", replies=["abc"])
+    assert (status, err.count("\n")) == (2, 1)
+    assert "is not TOKEN=NUMBER" in err
+
+
+def test_a_grammar_begins_behind_the_thinking_that_the_prompt_opens(chat):
+    pytest.importorskip("llguidance")
+    ask = ["--message", "x", "--quiet", "--regex", "[0-9]{3}", "--max-new-tokens", "30"]
+    assert re.fullmatch("[0-9]{3}\n", chat(*ask, replies=["abc"])[1])
+    thinking = chat(*ask, replies=["hm</think>abc"], template=PREFILLED)[1]
+    assert re.fullmatch(r"<think>\nhm\n</think>\n\n[0-9]{3}\n", thinking)
+
+
 def test_each_line_of_a_script_is_a_message(chat, tmp_path):
     script = 'one\n\n"""two\n  lines\n"""\n /slash\n/system Be brief.\n/save ' + f"{tmp_path / 'chat.json'}\n"
     status, out, err = chat(stdin=script, replies=["1", "2\n", THOUGHT])

@@ -207,9 +207,29 @@ def test_bad_options_are_refused(model, options, words):
         Generation(model, prompts(1), **options)
 
 
-def test_a_cache_without_room_for_drafts_is_refused(model):
-    with pytest.raises(ValueError, match="history=4 and max_len=32"):
-        Generation(model, prompts(1), cache=model.new_cache(1, max_len=60), max_new_tokens=20, draft_tokens=3)
+@pytest.mark.parametrize("history", [0, 2, 8])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_drafts_need_neither_history_nor_room(model, history, rows):
+    """The cache just holds the text, and remembers afterwards what it was made to remember."""
+    ids, most = prompts(rows), 28
+    plain = model.new_cache(rows, max_len=most, history=history, mtp=True)
+    expected = q.generate(model, ids, cache=plain, max_new_tokens=20)
+    for draft_tokens in (3, "auto"):
+        cache = model.new_cache(rows, max_len=most, history=history, mtp=True)
+        assert torch.equal(q.generate(model, ids, cache=cache, max_new_tokens=20, draft_tokens=draft_tokens), expected)
+        assert (cache.history, cache.lengths) == (history, plain.lengths)
+        back = 2 if history else 0
+        if not history:
+            with pytest.raises(ValueError, match="larger history="):
+                cache.rollback(1)
+        cache.rollback(back)
+        again = plain.fork()[0]
+        again.rollback(back)
+        assert torch.equal(cache.last_logits, again.last_logits)
+        for one in (cache, again):
+            one.lengthen(most + 1)
+        token = torch.ones(rows, 1, dtype=torch.long)
+        assert torch.equal(model.step(token, cache), model.step(token, again))
 
 
 def test_a_model_without_mtp_looks_up():

@@ -27,13 +27,8 @@ STAND_INS = {
     "utils/__init__.py": "",
     "utils/test_configuration_utils.py": "config_common_kwargs = {}\n",
 }
-# What passes on transformers' class and does not run on ours, and why.
-_NAMES = "names are converted by our class itself: a registered mapping would act on transformers' class of that name"
-ALLOWED = {
-    "test_can_load_from_already_mapped_keys": f"{_NAMES}; test_names_of_these_classes_are_read_too instead",
-    "test_reverse_loading_mapping": f"{_NAMES}; test_a_saved_folder_has_the_same_keys_and_bytes instead",
-    "test_model_rope_scaling_frequencies": "it asks for transformers' RoPE module; see test_rope_types_of_transformers",
-}
+# What passes on transformers' class and not on ours, by name, and why: nothing.
+ALLOWED: dict[str, str] = {}
 
 
 def sources(folder: Path, given: str | None) -> Path:

@@ -56,8 +56,35 @@ class Tester:
         return self.get_config(), {"input_ids": ids, "attention_mask": mask}
 
 
+if os.environ["SUITE_CLASSES"] == "ours":
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+
+    from qwen3next.checkpoints.transformers_names import conversions
+
+    # Classes of other names, under which their conversions are registered: under its own name, a mapping of our class
+    # would also act on transformers' class.
+    class RenamedModel(classes.Qwen3NextModel):
+        pass
+
+    class RenamedForCausalLM(classes.Qwen3NextForCausalLM):
+        pass
+
+    for _name in ("RenamedModel", "RenamedForCausalLM"):
+        register_checkpoint_conversion_mapping(_name, conversions(Qwen3NextConfig(**SIZES)))
+
+
 class Qwen3NextTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (classes.Qwen3NextModel, classes.Qwen3NextForCausalLM)
 
     def setUp(self):
         self.model_tester = Tester()
+
+    if os.environ["SUITE_CLASSES"] == "ours":
+
+        def test_reverse_loading_mapping(self, **options):
+            self.all_model_classes = (RenamedModel, RenamedForCausalLM)
+            super().test_reverse_loading_mapping(**options)
+
+        def test_can_load_from_already_mapped_keys(self):
+            self.all_model_classes = (RenamedModel, RenamedForCausalLM)
+            super().test_can_load_from_already_mapped_keys()

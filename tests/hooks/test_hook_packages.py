@@ -65,12 +65,21 @@ NAMES = [
 ]
 
 
+def save_words(folder):
+    """A tokenizer of 97 words."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(97)}, unk_token="0"))
+    special = {"unk_token": "0", "eos_token": "1", "bos_token": "2", "pad_token": "3"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """A random Qwen3 model, loaded by TransformerLens and by qwen3next."""
     pytest.importorskip("transformer_lens")
     import transformers
-    from tokenizers import Tokenizer, models
     from transformer_lens.model_bridge import TransformerBridge
 
     torch.manual_seed(0)
@@ -91,9 +100,7 @@ def both(tmp_path_factory):
             if "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     folder = str(tmp_path_factory.mktemp("qwen3"))
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(97)}, unk_token="0"))
-    special = {"unk_token": "0", "eos_token": "1", "bos_token": "2", "pad_token": "3"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    save_words(folder)
     model.save_pretrained(folder)
     theirs = TransformerBridge.boot_transformers(folder, device="cpu")
     ours = q.load(folder)
@@ -129,3 +136,48 @@ def test_a_patch_does_there_what_it_does_here(both, name):
         got = ours.run_with_hooks(TOKENS, fwd_hooks=hooks).logits
         assert not torch.allclose(got, ours(TOKENS).logits)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory):
+    """The class of qwen3next/hf.py on a random hybrid checkpoint."""
+    pytest.importorskip("transformers", minversion="5.23")
+    from transformers import AutoModelForCausalLM
+
+    import qwen3next.hf  # noqa: F401
+
+    folder = tmp_path_factory.mktemp("hybrid")
+    small_model(mtp_num_hidden_layers=0).save_pretrained(folder)
+    save_words(folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_nnsight_on_transformers_class(hybrid):
+    """Layers by transformers' names and hook points by ours; in generation as well."""
+    nnsight = pytest.importorskip("nnsight")
+    traced = nnsight.NNsight(hybrid)
+    with torch.no_grad():
+        _, acts = hybrid.core.run_with_cache(TOKENS, names_filter=[BETA, "blocks.2.hook_resid_post"])
+        nulled = hybrid.core.run_with_hooks(TOKENS, fwd_hooks=[(BETA, lambda beta, _hook: beta * 0)]).logits
+        with traced.trace(TOKENS):
+            beta = traced.model.layers[1].linear_attn.hook_beta.output.save()
+            layer = traced.model.layers[2].output[0].save()
+            logits = traced.lm_head.output.save()
+        assert torch.equal(beta, acts[BETA])
+        assert torch.equal(layer, acts["blocks.2.hook_resid_post"])
+        assert torch.equal(logits, hybrid(TOKENS).logits)
+        with traced.trace(TOKENS):
+            traced.model.layers[1].linear_attn.hook_beta.output = (
+                traced.model.layers[1].linear_attn.hook_beta.output * 0
+            )
+            patched = traced.lm_head.output.save()
+        assert torch.equal(patched, nulled)
+
+
+def test_transformer_lens_wraps_transformers_classes_alone(hybrid):
+    """Its adapter asks for transformers' module names; `model.core` has its names for tensors."""
+    bridge = pytest.importorskip("transformer_lens.model_bridge").TransformerBridge
+    with pytest.raises(ValueError, match="submodule"):
+        bridge.boot_transformers(hybrid.name_or_path, hf_model=hybrid, device="cpu")
+    _, acts = hybrid.core.run_with_cache(TOKENS, names_filter="blocks.1.mlp.hook_expert_weights")
+    assert len(acts) == 1

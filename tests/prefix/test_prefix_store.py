@@ -233,7 +233,7 @@ def test_a_killed_write_leaves_what_was_there(model, tmp_path, monkeypatch):
         list(steps)
     monkeypatch.undo()
     fresh = q.PrefixStore(model, folder=tmp_path, spacing=64)
-    assert fresh.match(ids).matched_tokens == 64
+    assert fresh.match(ids).matched_tokens == 128
     check(model, fill(fresh, ids), ids)
 
 

@@ -76,6 +76,10 @@ def test_runs_and_writes(tmp_path):
         "experts alone, 70",
         "delta rule 16:32 x 128, 70",
         "delta rule and gradients 16:32 x 128, 70",
+        "draft of 1",
+        "draft of 3",
+        "take back 2 of 4",
+        "generate, drafts auto by auto, greedy",
     ]
     assert [r.what for r in rows if r.peer == "idle"] == ["prefill 1 x 70", "prefill 2 x 20"]
     assert all(row.memory >= 0 and row.peer_memory >= 0 for row in rows if sys.platform == "linux")

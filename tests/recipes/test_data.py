@@ -249,18 +249,24 @@ def test_parquet_without_the_column_and_without_pyarrow(tmp_path, monkeypatch):
 # ---- the split
 
 
-def test_split_is_whole_disjoint_and_by_name_only(corpus):
+def test_split_is_whole_disjoint_and_by_text_only(corpus):
     plan = plan_split(corpus, validation_share=0.2)
     val = {name for name, split in plan.splits.items() if split == "val"}
     assert sorted(text for _, _, text in split_documents(corpus, plan)) == sorted(TEXTS)
     assert 0 < len(val) < 20
     assert plan_split(corpus, validation_share=0.2) == plan
     assert plan_split(corpus, validation_share=0.2, seed=1).splits != plan.splits
-    # Adding and removing documents does not change the split of the others.
+    # Adding, removing and renaming documents does not change the split of the others.
     (corpus / "aaa.txt").write_text("new")
     (corpus / "04.txt").unlink()
     after = plan_split(corpus, validation_share=0.2).splits
     assert all(after[name] == plan.splits[name] for name in after if name in plan.splits)
+    for path in sorted(corpus.rglob("*.txt")):
+        path.rename(path.with_name(f"renamed-{path.name}"))
+    renamed, side_of = plan_split(corpus, validation_share=0.2), {}
+    for name, side in renamed.splits.items():
+        side_of[renamed.digests[name]] = side
+    assert all(side_of[plan.digests[name]] == side for name, side in after.items() if name in plan.digests)
 
 
 def test_split_ignores_the_order_of_enumeration(corpus, monkeypatch):

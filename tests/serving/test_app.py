@@ -1,7 +1,6 @@
 """The HTTP interface through OpenAI's own client and through raw requests, over a real socket."""
 
 import json
-import socket
 import threading
 import time
 import urllib.error
@@ -10,30 +9,13 @@ import urllib.request
 import pytest
 import torch
 from conftest import small_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from served import TEMPLATE, byte_tokenizer, serving
 
 import qwen3next as q
 from qwen3next import cli
 from qwen3next.chat.template import ChatTemplate
-from qwen3next.serving.engine import Engine
 
 openai = pytest.importorskip("openai")
-uvicorn = pytest.importorskip("uvicorn")
-
-from qwen3next.serving.app import Server  # noqa: E402
-
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}bot:{% endif %}"
-)
-
-
-def byte_tokenizer():
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<end>"])
-    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -44,23 +26,6 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model():
     return small_model(vocab_size=257, eos_token_id=256)
-
-
-def serving(model, tokenizer, **options):
-    """A server in a thread of its own; yields its address, and ends it."""
-    template = ChatTemplate(TEMPLATE)
-    server = Server(Engine(model, **options.pop("engine", {})), tokenizer, name="tiny", template=template, **options)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    http = uvicorn.Server(uvicorn.Config(server.app(), port=port, log_level="error"))
-    thread = threading.Thread(target=http.run, daemon=True)
-    thread.start()
-    while not http.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}", server
-    http.should_exit = True
-    thread.join(20)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +82,7 @@ def test_no_usage_chunk_where_none_was_asked_for(client):
 
 def test_thinking_is_apart(model, tokenizer, running, monkeypatch):
     """The template opens thinking; what the model says before it closes it is reasoning."""
-    monkeypatch.setattr(running[1], "template", ChatTemplate(TEMPLATE + "<think>"))
+    monkeypatch.setattr(running[1].chats, "template", ChatTemplate(TEMPLATE + "<think>"))
     client = openai.OpenAI(base_url=f"{running[0]}/v1", api_key="none")
     answer = client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "Hi"}], max_tokens=8, temperature=0
@@ -193,6 +158,13 @@ def post(address, path, body, **headers):
         return error.code, json.loads(error.read())
 
 
+IMAGE, TOOL = "messages.0.content.0.type", "tool_choice"
+
+
+def chat_of(**message):
+    return {"model": "tiny", "messages": [message]}
+
+
 GOOD = {"model": "tiny", "prompt": "x", "max_tokens": 1}
 
 
@@ -204,7 +176,7 @@ GOOD = {"model": "tiny", "prompt": "x", "max_tokens": 1}
         ("/v1/completions", {**GOOD, "best_of": 2}, 400, "best_of is not supported: leave it out", "best_of"),
         ("/v1/completions", {**GOOD, "temperature": "warm"}, 400, "temperature", "temperature"),
         ("/v1/completions", {**GOOD, "temperature": -1}, 400, "temperature", "temperature"),
-        ("/v1/completions", {**GOOD, "prompt": []}, 400, "prompt is empty", "prompt"),
+        ("/v1/completions", {**GOOD, "prompt": []}, 400, "at least 1 item", "prompt"),
         ("/v1/completions", {**GOOD, "prompt": [300]}, 400, "a token outside", None),
         ("/v1/completions", {**GOOD, "logit_bias": {"999": 1}}, 400, "logit_bias has token 999", None),
         ("/v1/completions", {**GOOD, "max_tokens": 10**9}, 400, "exceed the context", None),
@@ -212,10 +184,18 @@ GOOD = {"model": "tiny", "prompt": "x", "max_tokens": 1}
         ("/v1/chat/completions", {"model": "tiny", "messages": []}, 400, "messages", "messages"),
         (
             "/v1/chat/completions",
-            {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "tools": []},
+            chat_of(role="user", content="x", colour=1),
             400,
-            "tools is not supported",
-            "tools",
+            "colour is not",
+            "messages.0.colour",
+        ),
+        ("/v1/chat/completions", chat_of(role="user", content=[{"type": "image_url"}]), 400, "'text'", IMAGE),
+        (
+            "/v1/chat/completions",
+            {**chat_of(role="user", content="x"), "tool_choice": "required"},
+            400,
+            "no tools",
+            TOOL,
         ),
         ("/v1/nothing", GOOD, 404, "Not Found", None),
         ("/v1/models", GOOD, 405, "Method Not Allowed", None),

@@ -10,7 +10,8 @@ from conftest import small_model
 import qwen3next as q
 from qwen3next.generation.choice import Choice
 from qwen3next.generation.sampling_rules import SamplingRules
-from qwen3next.serving.engine import Busy, Engine, Finished, Refused, Request
+from qwen3next.serving.engine import Engine
+from qwen3next.serving.tickets import Busy, Finished, Refused, Request
 
 CHOICES = [
     Choice(),
@@ -42,25 +43,17 @@ def alone(model, request):
     return [picked for gained in run for picked in gained[0]]
 
 
+TEXTS = [[random.Random(n).randrange(97) for _ in range(400)] for n in range(2)]
+
+
 def drawn(rng):
-    ids = tuple(rng.randrange(97) for _ in range(rng.choice([1, 3, 70, 200])))
-    return Request(ids, rng.randrange(1, 25), rng.choice(CHOICES), rng.randrange(1000))
+    """A request; prompts often begin alike."""
+    shared = rng.choice(TEXTS)[: rng.choice([0, 63, 64, 150, 260, 260])]
+    ids = (*shared, *(rng.randrange(97) for _ in range(rng.choice([1, 3, 15, 16, 70]))))
+    return Request(ids, rng.randrange(1, 25), rng.choice(CHOICES), rng.randrange(1000), points=(len(shared),))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_any_traffic(model, seed):
-    """Requests that come at random, some of which are cancelled; at most four texts run together."""
-    rng = random.Random(seed)
-    requests = [drawn(rng) for _ in range(20)]
-    with Engine(model, max_rows=4, max_waiting=30) as engine:
-        tickets = []
-        for request in requests:
-            tickets.append(engine.submit(request))
-            if rng.random() < 0.3:
-                rng.choice(tickets).cancel()
-            time.sleep(rng.random() * 0.02)
-        answers = [list(ticket) for ticket in tickets]
-        assert engine.running == engine.queued == engine.reserved == 0
+def held_to_single_runs(model, requests, tickets, answers):
     for request, ticket, answer in zip(requests, tickets, answers, strict=True):
         *tokens, end = answer
         expected = alone(model, request)
@@ -70,7 +63,90 @@ def test_any_traffic(model, seed):
             assert tokens == expected
             stopped = tokens[-1].token in request.choice.stop_tokens
             assert end == Finished("stop" if stopped else "length")
-    assert sum(engine.counters.finished.values()) == 20
+
+
+OPTIONS = {
+    "plain": {},
+    "prefixes": {"prefix_memory": "1MiB"},
+    "drafts": {"draft_tokens": 2},
+    "drafts and prefixes": {"draft_tokens": "auto", "prefix_memory": "64MiB"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_any_traffic(model, options):
+    """Requests that come at random, some of which are cancelled; at most four texts run together."""
+    rng = random.Random(options)
+    requests = [drawn(rng) for _ in range(16)]
+    with Engine(model, max_rows=4, max_waiting=30, **OPTIONS[options]) as engine:
+        tickets = []
+        for request in requests:
+            tickets.append(engine.submit(request))
+            if rng.random() < 0.3:
+                rng.choice(tickets).cancel()
+            time.sleep(rng.random() * 0.02)
+        answers = [list(ticket) for ticket in tickets]
+        assert engine.running == engine.queued == engine.reserved == 0
+    held_to_single_runs(model, requests, tickets, answers)
+    counters = engine.counters
+    assert sum(counters.finished.values()) == 16
+    assert sum(ticket.cached_tokens for ticket in tickets) == counters.cached_tokens
+    assert (counters.cached_tokens > 0) == ("prefixes" in options)
+    assert counters.drafted >= counters.accepted
+    assert (counters.drafted > 0) == ("drafts" in options)
+
+
+def test_two_servers_share_a_folder(model, tmp_path):
+    """What one has run, the other need not run, at once and after both have ended."""
+    rng = random.Random(5)
+    options = {"prefix_memory": "1MiB", "prefix_folder": tmp_path}
+    with Engine(model, **options) as one, Engine(model, **options) as other:
+        first = one.submit(Request((*TEXTS[0][:200], 1), 4))
+        list(first)
+        second = other.submit(Request((*TEXTS[0][:200], 2), 4))
+        list(second)
+        assert (first.cached_tokens, second.cached_tokens) == (0, 128)
+        requests = [drawn(rng) for _ in range(10)]
+        tickets = [rng.choice([one, other]).submit(request) for request in requests]
+        answers = [list(ticket) for ticket in tickets]
+    held_to_single_runs(model, requests, tickets, answers)
+    with Engine(model, **options) as later:
+        third = later.submit(Request((*TEXTS[0][:200], 3), 4))
+        list(third)
+    assert third.cached_tokens == 128
+
+
+def test_it_is_said_why_no_more_tokens_were_cached(model):
+    prompt = tuple(TEXTS[1][:150])
+    with Engine(model, prefix_memory="8MiB") as engine:
+        tickets = [engine.submit(Request(ids, 2)) for ids in (prompt, prompt, prompt[:100], (*prompt, *prompt))]
+        for ticket in tickets:
+            list(ticket)
+    assert [ticket.cached_tokens for ticket in tickets] == [0, 128, 0, 128]
+    assert tickets[0].not_cached == "Nothing is stored yet."
+    assert tickets[1].not_cached == "Results stay equal to the bit only if the tokens from 128 on run again."
+    assert tickets[2].not_cached == "Tokens 0 to 100 are stored, but without a state after any of them."
+    assert tickets[3].not_cached == "The stored text ends there."
+    with Engine(model) as engine:
+        ticket = engine.submit(Request(prompt, 2))
+        list(ticket)
+    assert (ticket.cached_tokens, ticket.not_cached) == (0, "The server keeps no prefixes.")
+
+
+def test_requests_are_queued_together_or_not_at_all(model):
+    with Engine(model, max_waiting=2, max_rows=1) as engine:
+        long = engine.submit(Request((1, 2), 400))
+        while engine.queued:
+            time.sleep(0.001)
+        waiting = engine.submit(Request((1, 2), 4))
+        with pytest.raises(Busy, match="1 requests wait already"):
+            engine.submit_all([Request((1,), 1)] * 2)
+        assert engine.queued == 1
+        with pytest.raises(Refused):
+            engine.submit_all([Request((1,), 1), Request((97,), 1)])
+        assert engine.queued == 1
+        long.cancel()
+        assert list(waiting)[-1].reason == "length"
 
 
 def test_a_text_ends_where_it_is_told(model):

@@ -50,6 +50,44 @@ def test_lm_eval_scores_as_on_transformers_class(folder, batch_size):
     assert our_answers == their_answers
 
 
+def test_our_lm_eval_model_scores_as_hf(folder, monkeypatch):
+    """Contexts that share prefixes, several continuations each, long and rolling texts, cut contexts, generation."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.registry import get_model
+    from lm_eval.models.huggingface import HFLM
+
+    import qwen3next.evaluation as evaluation
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    shots = text(5, 70)
+    pairs = [(f"{shots} {text(i, 4)}", f" {text(i + 40 + j, 1 + j)}") for i in range(3) for j in range(4)]
+    pairs += [("", text(7, 3)), (text(3, 5), f" {text(11, 90)}"), (text(2, 150), f" {text(60, 9)}")]
+    found = []
+    for kind, options in ((evaluation.Qwen3NextLM, {"prefix_memory": "64MiB"}), (HFLM, {})):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        harness = kind(pretrained=model, tokenizer=tokenizer, max_length=128, batch_size=2, **options)
+        calls = []
+        run = model.core.hidden_states
+        noted = lambda ids, *args, run=run, calls=calls, **more: calls.append(ids.numel()) or run(ids, *args, **more)  # noqa: E731
+        monkeypatch.setattr(model.core, "hidden_states", noted)
+        scores = harness.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)])
+        rolling = harness.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text(9, 200),), 0)])
+        asked = [(pair[0], {"until": ["w3"], "max_gen_toks": 8}) for pair in pairs[:3]]
+        answers = harness.generate_until([Instance("generate_until", {}, one, 0) for one in asked])
+        found.append((scores, rolling, answers, sum(calls)))
+    (ours, our_rolling, our_answers, our_tokens), (theirs, rolling, answers, tokens_run) = found
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+    assert [x for x, _ in ours] == pytest.approx([x for x, _ in theirs], abs=2e-4)
+    assert our_rolling == pytest.approx(rolling, abs=1e-3)
+    assert our_answers == answers
+    assert our_tokens < 0.8 * tokens_run
+    assert get_model("qwen3next") is evaluation.Qwen3NextLM
+    harness = evaluation.Qwen3NextLM(pretrained=model, tokenizer=tokenizer, max_length=16)
+    with pytest.raises(ValueError, match="A continuation has 20 tokens: give 1 to 16"):
+        harness.loglikelihood([Instance("loglikelihood", {}, (text(1, 3), f" {text(2, 20)}"), 0)])
+
+
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_accelerate_offloads_to(folder, tmp_path, where):
     """Every module on disk or kept aside on the CPU, and brought for each call."""
