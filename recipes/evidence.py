@@ -151,7 +151,8 @@ def run(options: Options, *, console: Console | None = None) -> dict[str, Any]:
 
     Raises: as `recipes.pretrain.train`.
     """
-    console, made = Console() if console is None else console, {}
+    console = Console() if console is None else console
+    made: dict[str, Any] = {}
     chosen = options.only or tuple(EXPERIMENTS)
     todo = [(e, arm, seed) for e in chosen for seed in options.seeds for arm in EXPERIMENTS[e]()]
     if set(chosen) - {"recall"}:  # few held-out bytes, because every run measures all of them
