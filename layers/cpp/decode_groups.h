@@ -106,7 +106,8 @@ constexpr bool CENTRED = sizeof(X) == 2;
 template <int bits, int V>
 INLINE void block_dots(const uint8_t* w, const float* const* x, int64_t at, Wide<float>* sums) {
     typedef typename Vector<uint32_t, WIDE_BYTES>::type Words;
-    Words words = *(const Words*)w;
+    Words words;
+    memcpy(&words, w, sizeof words);  // rows begin at any byte
     UNROLL for (int v = 0; v < V; v++) sums[v] = Wide<float>{};
     UNROLL for (int64_t j = 0; j < EACH<bits>; j++, words >>= bits) {
         Wide<float> codes;
