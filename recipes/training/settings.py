@@ -78,7 +78,6 @@ class Settings:
         ema: decay of an exponential moving average of the weights, saved as OUT/model-ema; 0 keeps none.
         skip_spikes: skip a step whose loss or gradient norm lies more than so many standard deviations above the last
             128; 0 skips none.
-        compile: run each block through torch.compile.
         weight_decay: weight decay of matrices and zero-centred norms.
         clip: largest gradient norm.
         seed: random seed of weights and data order.
@@ -116,7 +115,6 @@ class Settings:
     optimizer: Literal["adamw", "muon"] = "adamw"
     ema: float = 0.0
     skip_spikes: float = 0.0
-    compile: bool = False
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 0

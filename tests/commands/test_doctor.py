@@ -218,4 +218,4 @@ def test_the_page_names_every_command_status_and_variable():
     used |= set(re.findall(r"QWEN3NEXT_[A-Z_]+\b", (ROOT / "Makefile").read_text(encoding="utf-8")))
     named = set(re.findall(r"`([A-Z][A-Z_0-9]*[A-Z0-9])`", PAGE.partition("## Environment variables")[2]))
     assert {name for name in used if not name.endswith("_")} <= named  # not "QWEN3NEXT_" + name
-    assert set(doctor.VARIABLES) == named
+    assert set(doctor.VARIABLES) <= named  # the others are for tests
