@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 import qwen3next as q
 from recipes.training.checkpoints import TrainingState, load_state, newest, read_state, save_state
 from recipes.training.data import ValidationBatches
-from recipes.training.evaluation import HeldOut, look, write_samples
+from recipes.training.evaluation import HeldOut, check_needles, look, write_samples
 from recipes.training.flops import peak_flops, training_flops
 from recipes.training.optimizers import REMEMBERED, WeightAverage, gradient_norms, is_spike, optimizers
 from recipes.training.pace import Pace
@@ -123,6 +123,7 @@ def train(settings: Settings, *, console: Console | None = None) -> Result:
         }
     )
 
+    check_needles(held_out, settings.needles)
     torch.manual_seed(settings.seed)
     model = new_model(settings, data).to(device)
     model.recompute(*settings.recompute)

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -160,6 +161,8 @@ class Settings:
             raise ValueError(
                 f"ema is {self.ema} and fim {self.fim}: choose ema from 0 to below 1, and fim from 0 to 1."
             )
+        if self.tracker != "none" and find_spec(self.tracker) is None:
+            raise ValueError(f"{self.tracker} is not installed: pip install {self.tracker}, or --tracker none.")
         if not self.data:
             raise ValueError("No source of text is given: name one or more after --data.")
 
