@@ -145,6 +145,9 @@ def test_every_report_as_json(folder, capsys, tmp_path):  # noqa: F811
     assert not found["equal"]
     assert {one["what"] for one in found["differences"]} == {"only in A"}
     assert as_json(capsys, "diff", folder, folder)["equal"]
+    found = as_json(capsys, "quantize", folder, tmp_path / "small", "--weights", "int8", "-q")
+    assert {one["bits"] for one in found["matrices"]} == {8}
+    assert sum(found["files"].values()) > 0
     (other / "model.safetensors").unlink()
     found = as_json(capsys, "verify", other, status=1)
     assert not found["valid"]
