@@ -89,9 +89,10 @@ class QuantisedExperts(HoldsGroups):
 
     def _dequantised(self, e: int, x: Tensor, room: list[Tensor]) -> Tensor:
         """`_expert` of many rows, with memory for its dequantised weights."""
-        weights = [dequantise_into(to, *w.at(e).tensors) for to, w in zip(room, (self.gate_up, self.down), strict=True)]
+        pairs = zip(room, (self.gate_up, self.down), strict=True)
+        gate_up, down = (dequantise_into(to, *w.at(e).tensors) for to, w in pairs)
         backends = {"linear_backend": self.linear_backend, "elementwise_backend": self.elementwise_backend}
-        return swiglu(x, *weights, **backends)
+        return swiglu(x, gate_up, down, **backends)
 
     def extra_repr(self) -> str:
         (e, hidden_size, intermediate_size), bits = self.down.shape, self.gate_up.bits
