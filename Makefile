@@ -7,7 +7,7 @@ READY := $(VENV)/.qwen3next-installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oracles test-cpu test-cpus test-slow test-sanitize test-gpu gpu-check gpu-bundle test-kernels test-packages test-hf test-tools test-server test-titan test-install lint types format wheel bench docs clean
+.PHONY: help demo test test-oracles test-cpu test-cpus test-slow test-sanitize test-gpu gpu-check gpu-bundle test-kernels test-packages test-saes test-hf test-tools test-server test-titan test-install lint types format wheel bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -96,6 +96,18 @@ $(PACKAGES)/.installed: pyproject.toml constraints.txt
 
 test-packages: $(PACKAGES)/.installed ## compare hooks with TransformerLens and nnsight
 	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(PACKAGES)/bin/python -m pytest tests/hooks/test_hook_packages.py
+
+# SAELens needs an older TransformerLens than the one above.
+SAES := .venv-saes
+$(SAES)/.installed: pyproject.toml constraints.txt
+	test -x $(SAES)/bin/python || $(PYTHON) -m venv $(SAES)
+	$(SAES)/bin/python -m pip install -c constraints.txt torch==2.13.0
+	$(SAES)/bin/python -m pip install -c constraints.txt -e . transformers==5.23.0 pytest beartype
+	$(SAES)/bin/python -m pip install sae-lens==6.54.12
+	@touch $@
+
+test-saes: $(SAES)/.installed ## SAELens on our classes
+	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(SAES)/bin/python -m pytest tests/hooks/test_sae_lens.py
 
 # Packages that people use with transformers; torch first, as above.
 TOOLS := .venv-tools

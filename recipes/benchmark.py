@@ -193,9 +193,8 @@ def plan(options: Options, dtype: str, found: Models, exact: Models, folder: Pat
     for n in options.at_once:
         run = partial(cases.decode, found, 1, options.decode_after, options.steps, at_once=n)
         yield Job(f"decode 1 x {n} after {options.decode_after}", run)
-    lengths = {"after": options.decode_after, "steps": options.steps, "length": sizes(options.prefill[-2:])[0][1]}
-    if found.device.type == "cpu":
-        yield from group_cases.jobs(found, folder, dtype, **lengths)
+    lengths = {"after": options.decode_after, "steps": options.steps, "length": sizes(options.prefill[:2])[-1][1]}
+    yield from group_cases.jobs(found, folder, dtype, **lengths)
     document, tokens = options.question
     yield Job(f"question of {tokens} after {document}", partial(cases.question, found, document, tokens))
     for b, t in sizes(options.train):

@@ -109,7 +109,10 @@ def draw(runs: dict[str, list[Row]], panels: tuple[tuple[str, str, tuple[str, ..
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Drawing needs matplotlib: pip install matplotlib.") from error
-    shown = [panel for panel in panels if any(key in row for rows in runs.values() for row in rows for key in panel[2])]
+    every = [row for rows in runs.values() for row in rows]
+    shown = [panel for panel in panels if any(row.get(key) for row in every for key in panel[2])]  # not zero alone
+    if not shown:
+        raise ValueError("All metrics to draw are zero: choose others with --metrics.")
     columns = min(3, len(shown))
     lines = -(-len(shown) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.2 * lines + 0.5), dpi=120, layout="constrained")

@@ -152,7 +152,7 @@ def run(options: Options, *, console: Console | None = None) -> dict[str, Any]:
     Raises: as `recipes.pretrain.train`.
     """
     console = Console() if console is None else console
-    made: dict[str, Any] = {}
+    made: dict[str, dict[str, dict[str, Row]]] = {}
     chosen = options.only or tuple(EXPERIMENTS)
     todo = [(e, arm, seed) for e in chosen for seed in options.seeds for arm in EXPERIMENTS[e]()]
     if set(chosen) - {"recall"}:  # few held-out bytes, because every run measures all of them

@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -22,7 +23,7 @@ from rich.console import Console
 
 import qwen3next as q
 from qwen3next.chat.template import ChatTemplate
-from recipes.pretrain import Run, exit_status, start_or_resume
+from recipes.pretrain import Run, exit_status, loaded, start_or_resume
 from recipes.training.chats import ChatWindows, read_conversations
 from recipes.training.low_rank import add_low_rank, merge_low_rank, write_low_rank
 from recipes.training.report import Live, Metrics, Row, read_metrics
@@ -59,7 +60,7 @@ class FinetuneSettings(Settings):
     steps: int | None = 200
     window: int = 1024
     weight_decay: float = 0.0
-    schedule: str = "cosine"  # type: ignore[assignment]
+    schedule: Literal["wsd", "cosine"] = "cosine"
     out: Path = Path("runs/finetune")
 
     def __post_init__(self) -> None:
@@ -89,7 +90,7 @@ def finetune(settings: FinetuneSettings, *, console: Console | None = None) -> R
     found = read_conversations(Path(settings.chats), template, tokenizer, **how)  # type: ignore[arg-type]
 
     torch.manual_seed(settings.seed)
-    model = q.load(settings.init, dtype="float32", device=str(device))
+    model = loaded(settings.init, settings.model).to(device)
     targets = settings.targets
     names = add_low_rank(model, rank=settings.lora, alpha=settings.lora_alpha, targets=targets) if settings.lora else []
     model.recompute(*settings.recompute)

@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 import qwen3next as q
 from recipes.training.checkpoints import TrainingState, load_state, newest, read_state, save_state
 from recipes.training.data import ValidationBatches
-from recipes.training.evaluation import HeldOut, look, write_samples
+from recipes.training.evaluation import HeldOut, check_needles, look, write_samples
 from recipes.training.flops import peak_flops, training_flops
 from recipes.training.optimizers import REMEMBERED, WeightAverage, gradient_norms, is_spike, optimizers
 from recipes.training.pace import Pace
@@ -123,12 +123,10 @@ def train(settings: Settings, *, console: Console | None = None) -> Result:
         }
     )
 
+    check_needles(held_out, settings.needles)
     torch.manual_seed(settings.seed)
     model = new_model(settings, data).to(device)
     model.recompute(*settings.recompute)
-    if settings.compile:
-        for block in model.blocks:
-            block.compile()
     taught, average, state = start_or_resume(settings, model, data.fingerprint)
     parameters, documents = sum(p.numel() for p in model.parameters()), sum(m.documents["val"] for m in data.metas)
     console.print(
@@ -162,22 +160,30 @@ def windows_of(settings: Settings, data: Prepared) -> Windows:
 
 
 def new_model(settings: Settings, data: Prepared) -> q.Qwen3Next:
-    """Random weights in the preset's shape; or the weights of `settings.init`, with the changes of `settings.model`.
+    """Random weights in the preset's shape, or the weights of `settings.init`. Raises: as `loaded`."""
+    if not settings.init:
+        return q.Qwen3Next(model_config(settings, data.tokenizer))
+    model = loaded(settings.init, settings.model)
+    if data.tokenizer.get_vocab_size() > model.config.vocab_size:
+        raise ValueError(f"The text has more kinds of tokens than {settings.init}: use the model's own tokenizer.")
+    return model
+
+
+def loaded(folder: str, changes: tuple[str, ...]) -> q.Qwen3Next:
+    """The model in a folder in fp32, norms and decays too, with changes of its configuration.
 
     Raises: ValueError where a change would need other weights.
     """
-    if not settings.init:
-        return q.Qwen3Next(model_config(settings, data.tokenizer))
-    model = q.load(settings.init, dtype="float32", device="cpu")
-    config = model.config.replace(**model_changes(settings.model))
-    with torch.device("meta"):  # shapes alone
-        shapes = {name: p.shape for name, p in q.Qwen3Next(config).named_parameters()}
-    if shapes != {name: p.shape for name, p in model.named_parameters()}:
-        raise ValueError(f"--model changes sizes of {settings.init}: change only what needs no other weights.")
-    if data.tokenizer.get_vocab_size() > config.vocab_size:
-        raise ValueError(f"The text has more kinds of tokens than {settings.init}: use the model's own tokenizer.")
-    model.config = config
-    return model
+    model = q.load(folder, dtype="float32", device="cpu").float()
+    if not changes:
+        return model
+    changed = q.Qwen3Next(model.config.replace(**model_changes(changes)))  # modules read their sizes when they are made
+    try:
+        changed.load_state_dict(model.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"--model changes sizes of {folder}: change only what needs no other weights.") from error
+    changed.layout, changed.origin = model.layout, model.origin
+    return changed
 
 
 def start_or_resume(

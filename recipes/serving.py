@@ -3,7 +3,7 @@
     python -m recipes.serving                              all rows with random weights; about an hour on 2 cores
     python -m recipes.serving --users 1 8 --prompts 64 --repetitions 1     a short run
     python -m recipes.serving --folder DIR --out FILE      a checkpoint with a chat template; FILE.json and FILE.md
-    python -m recipes.serving --resume FILE.json           goes on where a run with --out was stopped
+    python -m recipes.serving --resume FILE.json           goes on where a run with the same options was stopped
 
 Servers run as processes of their own and are asked over HTTP, one after the other in each repetition, so that a change
 of the machine's speed affects all of them. Each user sends one chat and reads its stream; all begin at once. Prompts

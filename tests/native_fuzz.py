@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import qwen3next as q
 from layers.cpp import build, ops
-from layers.cpp.group_ops import dequantise_groups
+from layers.cpp.group_ops import dequantise_groups, dequantise_into
 from layers.cpp.group_ops import group_linear as group_linear_op
 from layers.cpp.signatures import ARGUMENTS
 from layers.state.update_log import _replay_compiled
@@ -148,6 +148,11 @@ def groups(r: Random) -> dict:
     return {"codes": codes, "scale": r.normal(*shape, dtype=dtype), "zero": r.pick((None, zero))}
 
 
+def into(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+    columns = codes.shape[1] * (2 if codes.dtype == torch.uint8 else 1)
+    return dequantise_into(torch.empty(len(codes), columns, dtype=dtype), codes, scale, zero)
+
+
 def group_linear(r: Random) -> dict:
     parts = groups(r)
     columns = parts["codes"].shape[1] * (2 if parts["codes"].dtype == torch.uint8 else 1)
@@ -180,6 +185,7 @@ ENTRIES = {
     "permute": (ops.permute, permute),
     "replay": (_replay_compiled, replay),
     "group_linear": (group_linear_op, group_linear),
+    "dequantise_into": (into, lambda r: groups(r) | {"dtype": r.pick((FP32, BF16))}),
     "dequantise": (dequantise_groups, lambda r: groups(r) | {"dtype": r.pick((FP32, BF16))}),
 }
 THROUGH_OTHERS = {

@@ -45,6 +45,7 @@ class GivenReplies(Engine):
         super().__init__(small_model(vocab_size=tokenizer.get_vocab_size(), eos_token_id=256))
         self.tokenizer, self.pause, self.reply = tokenizer, pause, reply
         self.replies: list[str] = []
+        self.ends = False  # whether texts are cancelled, as when the engine is closed
         self.requests: list[Request] = []
 
     def submit_all(self, requests: Sequence[Request]) -> list[Ticket]:
@@ -62,7 +63,7 @@ class GivenReplies(Engine):
         ids, most = [*ids, 256], ticket.request.most
         ticket.cached_tokens, ticket.not_cached = 7, "Given."
         for token in ids[:most]:
-            if ticket.cancelled.wait(self.pause) or ticket.cancelled.is_set():
+            if ticket.cancelled.wait(self.pause) or self.ends:
                 ticket.give(Finished("cancelled"))
                 return
             ticket.give(Picked(token, -0.5, ((token, -0.5),)))

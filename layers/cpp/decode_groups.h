@@ -106,7 +106,8 @@ constexpr bool CENTRED = sizeof(X) == 2;
 template <int bits, int V>
 INLINE void block_dots(const uint8_t* w, const float* const* x, int64_t at, Wide<float>* sums) {
     typedef typename Vector<uint32_t, WIDE_BYTES>::type Words;
-    Words words = *(const Words*)w;
+    Words words;
+    memcpy(&words, w, sizeof words);  // rows begin at any byte
     UNROLL for (int v = 0; v < V; v++) sums[v] = Wide<float>{};
     UNROLL for (int64_t j = 0; j < EACH<bits>; j++, words >>= bits) {
         Wide<float> codes;
@@ -250,6 +251,27 @@ __attribute__((noinline)) void group_block(GroupScales<bits, X>& s, int64_t firs
     }
 }
 
+#if defined(__AVX512BW__)
+// A group of n codes of 4 bits, a multiple of 32, in bf16: each is looked up among the group's 16 values. A byte goes into
+// both halves of a word, shifted by 4 bits in the upper one; the instruction reads 5 bits, so the table has each twice.
+inline void look_up(const uint8_t* from, int64_t n, float zero, float scale, bf16* to) {
+    const __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512 values = _mm512_mul_ps(_mm512_sub_ps(codes, _mm512_set1_ps(zero)), _mm512_set1_ps(scale));
+    const __m512i bits = _mm512_castps_si512(values);  // rounded as `store` does
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q),
+                                    _mm512_set1_epi32(0x7fc0));
+    const __m256i table = _mm512_cvtepi32_epi16(rounded);
+    const __m512i all = _mm512_inserti64x4(_mm512_castsi256_si512(table), table, 1);
+    for (int64_t i = 0; i < n; i += 32) {
+        const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(from + i / 2)));
+        const __m512i which = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
+        _mm512_storeu_si512(to + i, _mm512_permutexvar_epi16(which, all));
+    }
+}
+#endif
+
 // Rows `first` up to `last` as numbers of type To: (code − zero) · scale, rounded once, as the definition does.
 template <class To>
 void dequantise_rows(const Mat& mat, int64_t first, int64_t last, int64_t columns, To* to) {
@@ -262,6 +284,14 @@ void dequantise_rows(const Mat& mat, int64_t first, int64_t last, int64_t column
         if (w.zero)
             for (int64_t g = 0; g < w.groups; g++) zeros[g] = w.zero[row * w.groups + g];
         const uint8_t* from = w.codes + row * w.bytes;
+#if defined(__AVX512BW__)
+        if constexpr (std::is_same_v<To, bf16>)
+            if (four && w.group % 32 == 0) {
+                for (int64_t g = 0; g < w.groups; g++)
+                    look_up(from + g * w.group / 2, w.group, zeros[g], scales[g], to + g * w.group);
+                continue;
+            }
+#endif
         uint8_t* __restrict unpacked = codes.data();
         for (int64_t i = 0; four && i < w.bytes; i++) unpacked[2 * i] = from[i] & 15, unpacked[2 * i + 1] = from[i] >> 4;
         for (int64_t g = 0; g < w.groups; g++) {

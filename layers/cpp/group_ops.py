@@ -51,6 +51,17 @@ def dequantise_groups(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: 
     return w
 
 
+def dequantise_into(out: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """`dequantise_groups` into a contiguous tensor (out, in), which it returns: its memory is there already."""
+    codes, scale, zero, columns = _weight("dequantise_into", codes, scale, zero)
+    held = operand("dequantise_into: out", out, (len(codes), columns), FP32, BF16)
+    if held is not out:
+        raise ValueError("dequantise_into: out must be contiguous.")
+    if out.numel():
+        call("dequantise", mat(codes, scale, zero), len(codes), columns, out, DTYPES[out.dtype])
+    return out
+
+
 def _weight(name: str, codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, int]:
     """The tensors of a weight, contiguous, and its number of columns."""
     if codes.ndim != 2 or scale.ndim != 2:

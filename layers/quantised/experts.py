@@ -7,15 +7,16 @@ from torch import Tensor
 from layers.cpp import functions as native
 from layers.cpp import ops
 from layers.cpp.build import missing
+from layers.cpp.group_ops import dequantise_into
 from layers.expert_choices import check_experts
 from layers.kernels.experts import TOKENS, one_token
 from layers.kernels.grouped_linear import runs, wide
 from layers.kernels.linear import spans
 from layers.mlp import activate
-from layers.moe import loop
+from layers.moe import loop, swiglu
 from layers.quantised.group_weight import GroupWeight
 from layers.quantised.held import HoldsGroups
-from layers.quantised.products import FAST, multiply
+from layers.quantised.products import FAST, FEW, multiply
 
 
 def swiglu_in_groups(
@@ -72,15 +73,26 @@ class QuantisedExperts(HoldsGroups):
         check_experts(indices, count)
         token, inverse, ends = ops.permute(indices.contiguous(), count)
         out = x.new_empty(len(token), x.shape[1])
+        # One place for the weights of all experts: the system clears the pages of a new one each time.
+        room = [x.new_empty(weight.shape[1:]) for weight in (self.gate_up, self.down)]
         for e, run in runs(ends):
             more, here = wide(run, len(out))
-            out[run] = self._expert(e, x.index_select(0, token[more]))[here]
+            rows = x.index_select(0, token[more])
+            y = self._expert(e, rows) if len(rows) <= FEW else self._dequantised(e, rows, room)
+            out[run] = y[here]
         return native.combine(out, weights.float().contiguous(), inverse, exact=x.dtype == torch.float32)
 
     def _expert(self, e: int, x: Tensor) -> Tensor:
         gate_up, down = (weight.at(e) for weight in (self.gate_up, self.down))
         backends = {"linear_backend": self.linear_backend, "elementwise_backend": self.elementwise_backend}
         return swiglu_in_groups(x, gate_up, down, **backends)
+
+    def _dequantised(self, e: int, x: Tensor, room: list[Tensor]) -> Tensor:
+        """`_expert` of many rows, with memory for its dequantised weights."""
+        pairs = zip(room, (self.gate_up, self.down), strict=True)
+        gate_up, down = (dequantise_into(to, *w.at(e).tensors) for to, w in pairs)
+        backends = {"linear_backend": self.linear_backend, "elementwise_backend": self.elementwise_backend}
+        return swiglu(x, gate_up, down, **backends)
 
     def extra_repr(self) -> str:
         (e, hidden_size, intermediate_size), bits = self.down.shape, self.gate_up.bits

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen3next.chat.argument_types import only_text
-from qwen3next.chat.tool_calls import (
+from qwen3next.chat.call_parts import (
     CLOSE_CALL,
     END_FUNCTION,
     END_PARAMETER,

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers.quantised.linear import QuantisedLinear
 from qwen3next.checkpoints.lora import LoraPart, read_adapter, write_adapter
+from qwen3next.checkpoints.save_groups import groups_of
 from qwen3next.files.tensor_files import memory_of
 
 
@@ -40,7 +42,14 @@ class Adapters:
             raise ValueError(f"There is an adapter {name!r} already: give this one another name.")
         parameters = dict(self.model.named_parameters())
         like = next(iter(parameters.values()))
-        parts = read_adapter(folder, self.model.config, parameters)
+        in_groups = {name: torch.empty(w.shape, device="meta") for name, w in groups_of(self.model)}
+        parts = read_adapter(folder, self.model.config, parameters | in_groups)
+        for part in parts:
+            if part.name in in_groups and (part.index or part.experts):
+                raise ValueError(
+                    f"{folder} changes {part.name}, whose experts are in groups of 4 or 8 bits: load the model with "
+                    "weights='dequantised' for it."
+                )
         moved: dict[int, Tensor] = {}
 
         def here(x: Tensor) -> Tensor:  # parts that share A go on sharing it
@@ -69,11 +78,19 @@ class Adapters:
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the active adapters to the weights, which is as fast as without; `unmerge` brings the weights back."""
+        """Add the active adapters to the weights, which is as fast as without; `unmerge` brings the weights back.
+
+        Raises: ValueError where a weight is in groups of 4 or 8 bits.
+        """
         if self.merged:
             return
-        self._detach()
         parameters = dict(self.model.named_parameters())
+        if lacking := sorted(self._by_parameter().keys() - parameters.keys()):
+            raise ValueError(
+                f"{lacking[0]} is in groups of 4 or 8 bits and cannot take an adapter in: leave it live, or load the "
+                "model with weights='dequantised'."
+            )
+        self._detach()
         for name, changes in self._by_parameter().items():
             weight = parameters[name]
             self._originals[name] = weight.detach().clone()
@@ -121,7 +138,7 @@ class Adapters:
         for name, changes in self._by_parameter().items():
             path, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(path)
-            if isinstance(module, nn.Linear) and not any(part.index for part, _ in changes):
+            if isinstance(module, (nn.Linear, QuantisedLinear)) and not any(part.index for part, _ in changes):
                 self._handles.append(module.register_forward_hook(_adding(changes)))
             else:
                 self._handles += _replacing(module, leaf, changes)

@@ -1,6 +1,7 @@
 """`qwen3next quantize`: write a checkpoint with weights of 4 or 8 bits."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +15,7 @@ from qwen3next.api import Qwen3Next
 from qwen3next.checkpoints.calibration import Rounded
 from qwen3next.checkpoints.quantise import bits_per_byte, quantise_folder, rows_of
 from qwen3next.checkpoints.reader import local_folder
-from qwen3next.commands.common import Folder, open_tokenizer, show
+from qwen3next.commands.common import Folder, Quiet, Verbose, open_tokenizer, print_json, show
 from qwen3next.files.sizes import binary
 
 Out = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
@@ -29,7 +30,9 @@ def quantize(
     rows: int = 32,
     length: int = 512,
     group_size: int | None = None,
-    quiet: bool = False,
+    quiet: Quiet = False,
+    json: bool = False,
+    verbose: Verbose = False,
 ) -> None:
     """Write a checkpoint with weights of 4 or 8 bits, as compressed-tensors that transformers and vLLM read.
 
@@ -50,6 +53,8 @@ def quantize(
         length: tokens of a piece.
         group_size: inputs that share a scale, such as 64 or 128; 0 is a whole row.
         quiet: print nothing.
+        json: print one JSON object: every matrix with its error, and the losses of --evaluate.
+        verbose: name every file on stderr, and print the traceback of an error.
     """
     if rows < 1 or length < 2:
         raise ValueError("--rows must be at least 1 and --length at least 2.")
@@ -82,14 +87,28 @@ def quantize(
         done=done,
         compare=compare,
     )
-    if quiet:
-        return
+    files = {str(file): file.stat().st_size for file in sorted(target.glob("*.safetensors"))}
     if progress:
         print("\r\x1b[K", end="", file=sys.stderr)
+    if verbose:
+        for name, size in files.items():
+            print(f"{name}: {binary(size)}", file=sys.stderr)
+    if json:
+        print_json(
+            {
+                "written": str(target),
+                "files": files,
+                "matrices": [asdict(one) for one in found],
+                "bits_per_byte": losses,
+            }
+        )
+        return
+    if quiet:
+        return
     show(report(found))
     for name, loss in losses.items():
         print(f"{name}: {loss:.4f} bits a byte on {evaluate}")
-    print(f"{target}: {binary(sum(f.stat().st_size for f in target.glob('*.safetensors')))}", file=sys.stderr)
+    print(f"{target}: {binary(sum(files.values()))}", file=sys.stderr)
 
 
 def _tokens(folder: Path, text: Path) -> tuple[Tensor, int]:

@@ -137,7 +137,7 @@ class Server:
     async def tokenize(self, request: Request) -> Response:
         body = await read_body(request, Tokenize)
         self._check_model(body.model or self.name)
-        ids = self.tokenizer.encode(body.prompt).ids
+        (ids,) = await asyncio.to_thread(self._prompts, body.prompt)
         return JSONResponse({"tokens": ids, "count": len(ids)})
 
     async def detokenize(self, request: Request) -> Response:
@@ -145,16 +145,18 @@ class Server:
         self._check_model(body.model or self.name)
         if body.tokens and max(body.tokens) >= self.engine.model.vocab_size:
             raise Failure(400, "tokens has an id outside the vocabulary.", param="tokens")
-        return JSONResponse({"prompt": self.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        text = await asyncio.to_thread(self.tokenizer.decode, body.tokens, skip_special_tokens=False)
+        return JSONResponse({"prompt": text})
 
     async def completions(self, request: Request) -> Response:
         body = await read_body(request, Completion)
         self._check_model(body.model)
         choice = checked_choice(body, self.engine, tuple(self.engine.model.stop_tokens), body.logprobs)
+        prompts = await asyncio.to_thread(self._prompts, body.prompt)
         run = Run(
             self.engine,
             self.tokenizer,
-            [tickets.Request(tuple(ids), body.max_tokens, choice) for ids in self._prompts(body.prompt)],
+            [tickets.Request(tuple(ids), body.max_tokens, choice) for ids in prompts],
             n=body.n,
             seed=body.seed,
             splitter=PlainText,

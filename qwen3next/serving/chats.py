@@ -50,7 +50,7 @@ class Chats:
         self._check_choice(body, tools)
         messages, variables = [message.plain() for message in body.messages], self._variables(body)
         prompt = await asyncio.to_thread(self._render, messages, tools, variables)
-        ids = self._encode(prompt)
+        ids = await asyncio.to_thread(self._encode, prompt)
         if not ids:
             raise Failure(400, "The chat template gives an empty prompt for these messages.", param="messages")
         points = await asyncio.to_thread(self._points, messages, tools, variables, ids)
@@ -60,7 +60,7 @@ class Chats:
         )
         most = body.max_completion_tokens or body.max_tokens
         if most is None:
-            most = max(min(USUAL, self.engine.model.config.longest_context - len(ids)), 1)
+            most = self._usual(ids)
         grammar = await self._grammar(body, tools, opened=opened)
 
         def splitter() -> CallSplitter | ThinkingSplitter:
@@ -86,8 +86,19 @@ class Chats:
             raise Failure(400, f"tool_choice names the function {name!r}, which is not in tools.", param="tool_choice")
         if body.tool_choice == "required" and not names:
             raise Failure(400, 'tool_choice is "required", but there are no tools.', param="tool_choice")
-        if body.tool_choice not in (None, "none", "auto") and body.response_format not in (None,):
+        form = body.response_format
+        if tools and body.tool_choice not in (None, "auto") and form is not None and form.type != "text":
             raise Failure(400, "response_format and a tool_choice that requires a call exclude each other.")
+        assert self.template is not None
+        if tools and "tools" not in self.template.reads:
+            raise Failure(400, "This model's chat template has no place for tools: leave them out.", param="tools")
+
+    def _usual(self, ids: Sequence[int]) -> int:
+        """New tokens where no number is asked for: `USUAL`, or as many as there is room for."""
+        most = max(min(USUAL, self.engine.model.config.longest_context - len(ids)), 1)
+        while most > 1 and self.engine.bytes_for(Request(tuple(ids), most)) > self.engine.max_memory:
+            most //= 2
+        return most
 
     def _variables(self, body: Chat) -> dict[str, Any]:
         variables = dict(body.chat_template_kwargs or {})

@@ -237,18 +237,20 @@ class Engine:
                 return
             with self._changed:
                 ticket = self._waiting.popleft()
-            grammar = None if request.grammar is None else request.grammar.start()
-            row = Row(list(request.ids), len(request.ids), request.choice, request.seed, request.most, grammar)
+            row = Row(list(request.ids), len(request.ids), request.choice, request.seed, request.most)
             self._running.append(_Running(ticket, row, needed))
 
     def _run_piece(self, these: list[_Running]) -> None:
         """Run a piece of a prompt; behind the last one, choose the first token."""
         (one,) = these
         if one.prompt is None:  # only now: the prompt before it may have stored what it begins with
+            grammar = one.ticket.request.grammar
+            one.row.grammar = None if grammar is None else grammar.start()
             length = one.row.prompt + one.row.most + self.speculation.most
             one.prompt = Prompt(self.model, self.store, one.ticket, max_len=length, mtp=self.speculation.mtp)
             self.counters.cached_tokens += one.ticket.cached_tokens
-        tokens, done = one.prompt.advance(self._piece)
+        alone = all(other.cache is None for other in self._running)
+        tokens, done = one.prompt.advance(self._piece, alone=alone)
         self.counters.prompt_tokens += tokens
         if done:
             one.cache, one.prompt = one.prompt.cache, None

@@ -43,6 +43,7 @@ FAILURES = {
     "413": "The body is too large.",
     "429": "The queue is full.",
     "500": "The server failed.",
+    "503": "The server ends.",
 }
 
 

@@ -15,6 +15,7 @@ from qwen3next.generation.choice import Picked
 from qwen3next.serving.errors import FAILED, Failure
 from qwen3next.serving.tickets import Finished, Ticket
 
+ENDS = "The server ends: ask again later."
 Said = Piece | CallPart
 
 
@@ -97,6 +98,8 @@ class Reader:
                 if isinstance(item, Finished):
                     if item.reason == "error" and not self.reason:
                         raise Failure(500, FAILED, kind="server_error")
+                    if item.reason == "cancelled" and not self.reason:  # not by this reader
+                        raise Failure(503, ENDS, kind="server_error")
                     self.reason = self.reason or item.reason
                 elif not self.reason:
                     news.picked.append(item)

@@ -14,11 +14,15 @@ BITS = ("int8", "int4")
 
 
 def jobs(models: Models, folder: Path, dtype: str, *, after: int, steps: int, length: int) -> Iterator[Job]:
-    """Decoding steps and a prefill for each kind of weights, and tokens with experts on disk."""
+    """Decoding steps and a prefill for each kind of weights, on the CPU, whose kernels they are for."""
+    if models.device.type != "cpu":
+        return
     for weights in BITS:
-        yield Job(f"decode with {weights} after {after}", partial(decode, models, folder, dtype, weights, after, steps))
+        yield Job(
+            f"{weights} weights, decode after {after}", partial(decode, models, folder, dtype, weights, after, steps)
+        )
     for weights in BITS:
-        yield Job(f"prefill of {length} with {weights}", partial(prefill, models, folder, dtype, weights, length))
+        yield Job(f"{weights} weights, prefill of {length}", partial(prefill, models, folder, dtype, weights, length))
 
 
 def _loaded(models: Models, folder: Path, dtype: str, weights: str) -> tuple[q.Qwen3Next, str]:
@@ -40,7 +44,7 @@ def decode(models: Models, folder: Path, dtype: str, weights: str, after: int, s
             model(ids, cache=cache, logits_to_keep=1)
         found.append(partial(_steps, model, cache, new))
     sides: dict[str, Run] = {"qwen3next": found[0], f"qwen3next, {dtype}": found[1]}
-    return Case(f"decode with {weights} after {after}", steps, sides=sides, runs=runs)
+    return Case(f"{weights} weights, decode after {after}", steps, sides=sides, runs=runs)
 
 
 def _steps(model: q.Qwen3Next, cache: q.HybridCache, new: torch.Tensor) -> None:
@@ -58,4 +62,4 @@ def prefill(models: Models, folder: Path, dtype: str, weights: str, length: int)
         model(ids, cache=model.new_cache(1, max_len=length), logits_to_keep=1)
 
     sides: dict[str, Run] = {"qwen3next": partial(run, small), f"qwen3next, {dtype}": partial(run, models.ours)}
-    return Case(f"prefill of {length} with {weights}", length, sides=sides, runs=runs)
+    return Case(f"{weights} weights, prefill of {length}", length, sides=sides, runs=runs)

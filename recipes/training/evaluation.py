@@ -109,6 +109,17 @@ def mtp_accuracy(model: q.Qwen3Next, batches: ValidationBatches, *, precision: s
     return [hit / max(n, 1) for hit, n in zip(hits, places, strict=True)]
 
 
+def check_needles(held_out: HeldOut, needles: Sequence[int]) -> None:
+    """Raises: ValueError for a length at which a needle cannot be hidden in the held-out tokens."""
+    least, most = 4 * NEEDLE, len(next(iter(held_out.batches.values())).tokens)
+    for length in needles:
+        if not least <= length <= most:
+            raise ValueError(
+                f"A needle cannot be hidden in {length} tokens of {most} held-out ones: "
+                f"choose --needles from {least} to {most}."
+            )
+
+
 @torch.no_grad()
 def needle_recall(model: q.Qwen3Next, tokens: np.ndarray, length: int, *, precision: str) -> float:
     """Share of a needle's value tokens that the model predicts, in texts of `length` tokens.
@@ -117,18 +128,12 @@ def needle_recall(model: q.Qwen3Next, tokens: np.ndarray, length: int, *, precis
     key again at its end; the value that follows is predicted token by token. Chance is 1 / vocabulary.
     """
     generator = np.random.default_rng([length, 0])
-    least = 3 * NEEDLE + 1
-    if length <= least or len(tokens) < length:
-        raise ValueError(
-            f"A needle cannot be hidden in {length} tokens of {len(tokens)} held-out ones: choose "
-            f"--needles from {least + 1} to {len(tokens)}."
-        )
     hits, device = 0, model.embed_tokens.weight.device
     for _ in range(NEEDLES):
         begin = int(generator.integers(0, len(tokens) - length + 1))
         text = tokens[begin : begin + length].astype(np.int64)
         key, value = generator.integers(0, model.vocab_size, (2, NEEDLE))
-        at = int(generator.integers(0, length - 4 * NEEDLE + 1)) if length >= 4 * NEEDLE else 0
+        at = int(generator.integers(0, length - 4 * NEEDLE + 1))
         text[at : at + NEEDLE], text[at + NEEDLE : at + 2 * NEEDLE] = key, value
         text[-2 * NEEDLE : -NEEDLE], text[-NEEDLE:] = key, value
         with _autocast(device, precision):

@@ -28,7 +28,6 @@ class Metrics:
         step: the last step whose line is kept.
         tensorboard: also write TensorBoard's event files, if the package is installed.
         tracker: "wandb" or "trackio": also send each line there. Steps that were sent before a kill are sent again.
-    Raises: ValueError for a tracker that is not installed.
     """
 
     def __init__(self, folder: Path, *, step: int, tensorboard: bool, console: Console, tracker: str = "none") -> None:
@@ -47,10 +46,7 @@ class Metrics:
 
         self.tracker: Any = None
         if tracker != "none":
-            try:
-                self.tracker = importlib.import_module(tracker)
-            except ImportError:
-                raise ValueError(f"{tracker} is not installed: pip install {tracker}, or --tracker none.") from None
+            self.tracker = importlib.import_module(tracker)
             self.tracker.init(project="qwen3next", name=folder.name, config=self._settings(folder))
 
     @staticmethod

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -78,7 +79,6 @@ class Settings:
         ema: decay of an exponential moving average of the weights, saved as OUT/model-ema; 0 keeps none.
         skip_spikes: skip a step whose loss or gradient norm lies more than so many standard deviations above the last
             128; 0 skips none.
-        compile: run each block through torch.compile.
         weight_decay: weight decay of matrices and zero-centred norms.
         clip: largest gradient norm.
         seed: random seed of weights and data order.
@@ -116,7 +116,6 @@ class Settings:
     optimizer: Literal["adamw", "muon"] = "adamw"
     ema: float = 0.0
     skip_spikes: float = 0.0
-    compile: bool = False
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 0
@@ -162,6 +161,8 @@ class Settings:
             raise ValueError(
                 f"ema is {self.ema} and fim {self.fim}: choose ema from 0 to below 1, and fim from 0 to 1."
             )
+        if self.tracker != "none" and find_spec(self.tracker) is None:
+            raise ValueError(f"{self.tracker} is not installed: pip install {self.tracker}, or --tracker none.")
         if not self.data:
             raise ValueError("No source of text is given: name one or more after --data.")
 

@@ -12,6 +12,7 @@ from parity import tokens
 from safetensors.torch import load_file, save_file
 
 import qwen3next as q
+from qwen3next.checkpoints.save_groups import groups_of
 
 ATTENTION = "model.layers.3.self_attn"
 GDN = "model.layers.1.linear_attn"
@@ -230,3 +231,27 @@ def test_names_are_checked(folder, tmp_path):
     with pytest.raises(ValueError, match="is not a PEFT adapter"):
         model.adapters.load(tmp_path)
     assert small_config().num_experts == 8
+
+
+def test_an_adapter_acts_beside_weights_in_groups(folder, tmp_path):
+    """Live it adds the same as beside the dequantised weights; merged, or for experts, it is refused in a sentence."""
+    shapes = {path: size for path, size in SHAPES.items() if ".experts." not in path}
+    pairs = adapter(tmp_path / "linear", shapes)
+    assert pairs
+    small, whole = q.load(folder, weights="int8"), q.load(folder)
+    with torch.no_grad():
+        for name, weight in groups_of(small):
+            whole.get_parameter(name).copy_(weight.dequantise())
+        ids = tokens(12)
+        plain = small(ids).logits
+        for model in (small, whole):
+            model.adapters.use(model.adapters.load(tmp_path / "linear"))
+        torch.testing.assert_close(small(ids).logits, whole(ids).logits, atol=1e-3, rtol=1e-3)
+        with pytest.raises(ValueError, match="cannot take an adapter in: leave it live"):
+            small.adapters.merge()
+        torch.testing.assert_close(small(ids).logits, whole(ids).logits, atol=1e-3, rtol=1e-3)
+        small.adapters.use()
+        assert torch.equal(small(ids).logits, plain)
+    adapter(tmp_path / "experts")
+    with pytest.raises(ValueError, match="whose experts are in groups"):
+        small.adapters.load(tmp_path / "experts")

@@ -98,7 +98,7 @@ def _constraint(case: Case, folder: Path) -> Path:
     return path
 
 
-def checked(case: Case, wheel: Path) -> dict[str, object]:
+def checked(case: Case, wheel: Path, cache: Path) -> dict[str, object]:
     """What check.py reported, or why there is no report."""
     if shutil.which(case.python) is None:
         return {"state": "not run", "why": f"{case.python} is not on this machine"}
@@ -110,7 +110,7 @@ def checked(case: Case, wheel: Path) -> dict[str, object]:
             path = str(python.parent) if not case.compiler else f"{python.parent}{os.pathsep}{os.environ['PATH']}"
             left_out = ("PYTHONPATH", "CXX", "VIRTUAL_ENV")
             environment = {key: x for key, x in os.environ.items() if key not in left_out}
-            environment |= {"PATH": path, "XDG_CACHE_HOME": str(folder / "cache")}
+            environment |= {"PATH": path, "XDG_CACHE_HOME": str(cache)}  # kernels are compiled once
             report = json.loads(run([python, HERE / "check.py"], env=environment, cwd=folder).splitlines()[-1])
         except RuntimeError as error:
             return {"state": "failed", "why": str(error)}
@@ -140,7 +140,7 @@ def main() -> int:
         results: dict[str, object] = {}
         failed = False
         for case in cases(given):
-            result = checked(case, Path(given.wheel).resolve())
+            result = checked(case, Path(given.wheel).resolve(), Path(scratch) / "cache")
             results[case.name] = {**asdict(case), **result}
             failed |= result["state"] == "failed"
             print(f"{case.name}: {result}", flush=True)

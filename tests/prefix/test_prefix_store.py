@@ -289,3 +289,35 @@ def test_stores_in_threads_share_a_folder(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
     again = q.PrefixStore(model, folder=tmp_path, budget="1GiB")
     assert all(again.match(text).matched_tokens == len(text) for text in texts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_an_exact_store_gives_the_bits_of_a_cold_run(dtype, tmp_path):
+    """Behind stored prefixes of any length, in pieces of any size, from memory and from files."""
+    model, shared = small_model(dtype=dtype), tokens(300, b=1)
+    stores = [q.PrefixStore(model, exact=True, spacing=64, folder=tmp_path, mtp=True) for _ in "ab"]
+    for n, length in enumerate((300, 15, 16, 79, 80, 143, 144, 207, 300)):
+        text, store = join(shared[:, :length], tokens(n, b=1)) if n else shared, stores[n % 2]
+        store.refresh()
+        run = store.prefill(text, chunk_size=(64, 4096, 128)[n % 3], points=[100])
+        for _ in run:
+            pass
+        alone = model.new_cache(max_len=400, mtp=True)
+        for _ in model.prefill(text, alone):
+            pass
+        assert torch.equal(run.cache.last_logits, alone.last_logits), length
+        assert run.matched_tokens % 64 == 0
+        assert run.matched_tokens <= max(text.shape[1] - 16, 0)
+        assert n == 0 or run.matched_tokens >= (length - 16) // 64 * 64
+        assert torch.equal(
+            q.generate(model, text, cache=run.cache, max_new_tokens=4), q.generate(model, text, max_new_tokens=4)
+        )
+
+
+def test_a_store_finds_what_another_writes_meanwhile(model, tmp_path):
+    one, other = (q.PrefixStore(model, folder=tmp_path, spacing=64) for _ in "ab")
+    ids = tokens(100, b=1)
+    fill(one, ids)
+    assert other.match(ids).matched_tokens == 0
+    other.refresh()
+    assert other.match(ids).matched_tokens == 100

@@ -364,6 +364,7 @@ def study(*words):
     return main([str(word) for word in words])
 
 
+@pytest.mark.slow
 def test_the_whole_study(tmp_path, source, capsys):
     """Every command writes its files, with the results of the runs."""
     out = ("--out", tmp_path, "--jobs", 1)

@@ -36,6 +36,7 @@ def test_models_are_of_one_size(preset):
         assert size.active == pytest.approx(sizes[0].active, rel=0.01)
 
 
+@pytest.mark.slow
 def test_memory_grows_as_counted(tmp_path, monkeypatch):
     """`tiny` has softmax attention in one layer of four: a quarter of the attention-only model's bytes per token."""
     monkeypatch.setattr(growth, "in_own_process", here)
@@ -71,6 +72,7 @@ def test_theory_grows_as_counted():
     assert read["attention"] + read["delta rule"] == q.HybridCache.estimate(config, long)
 
 
+@pytest.mark.slow
 def test_a_model_that_takes_too_long_is_left_out_from_there_on(monkeypatch):
     def stopped(module, job, most_seconds):
         slow = (job["model"], job["tokens"]) == ("attention", 140)

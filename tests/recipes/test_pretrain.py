@@ -1008,6 +1008,16 @@ def test_fields_of_the_model_that_are_not_there(settings, given, sentence):
         pretrain.model_config(replace(settings, model=(given,)), load_tokenizer_of_bytes())
 
 
+def test_what_is_refused_before_a_run_begins(settings, tmp_path):
+    """Nothing of a run is left, so the same folder serves when the setting is corrected."""
+    run = replace(settings, out=tmp_path / "run", needles=(24, 10**6))
+    with pytest.raises(ValueError, match="choose --needles from 16 to"):
+        pretrain.train(run, console=quiet())
+    assert not (run.out / "settings.json").exists()
+    with pytest.raises(ValueError, match="trackio is not installed: pip install trackio"):
+        replace(settings, tracker="trackio")
+
+
 def test_going_on_from_a_folder(settings, whole, tmp_path):
     """Longer windows and another rope base, from a trained model; sizes cannot change."""
     out = tmp_path / "longer"

@@ -209,6 +209,16 @@ def test_a_grammar_begins_behind_thinking(given):
     assert engine.requests[-1].grammar.after == ()
 
 
+def test_a_server_that_ends_says_so(given):
+    engine, client = given
+    engine.replies, engine.ends = ["x" * 50] * 2, True
+    with pytest.raises(openai.InternalServerError, match="The server ends"):
+        client.chat.completions.create(**ASKED)
+    with pytest.raises(openai.APIError, match="The server ends"):
+        list(client.chat.completions.create(**ASKED, stream=True))
+    engine.ends = False
+
+
 FLAT = {"type": "function", **WEATHER}
 
 

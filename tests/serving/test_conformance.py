@@ -54,7 +54,7 @@ def test_answers_fit_the_published_schemas(address, form):
 
 
 @wanted("schemathesis")
-def test_random_requests_fit_the_description(address):
+def test_random_requests_fit_the_description(address, tmp_path):
     """What the description allows is answered or refused with an error of the right shape; no request breaks it."""
     command = [
         *(BIN / "schemathesis", "run", f"{address}/openapi.json", "--seed", "1", "--max-examples", str(EXAMPLES)),
@@ -66,5 +66,6 @@ def test_random_requests_fit_the_description(address):
         *("--header", "Authorization: Bearer x"),
     ]
     environment = os.environ | {"NO_COLOR": "1", "SCHEMATHESIS_HOOKS": ""}
-    found = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=environment)
+    options = {"env": environment, "cwd": tmp_path}  # it keeps what it found in the folder where it runs
+    found = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, **options)
     assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]

@@ -2,6 +2,7 @@
 
 import random
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ OPTIONS = {
 def test_any_traffic(model, options):
     """Requests that come at random, some of which are cancelled; at most four texts run together."""
     rng = random.Random(options)
-    requests = [drawn(rng) for _ in range(16)]
+    requests = [drawn(rng) for _ in range(12)]
     with Engine(model, max_rows=4, max_waiting=30, **OPTIONS[options]) as engine:
         tickets = []
         for request in requests:
@@ -89,7 +90,7 @@ def test_any_traffic(model, options):
         assert engine.running == engine.queued == engine.reserved == 0
     held_to_single_runs(model, requests, tickets, answers)
     counters = engine.counters
-    assert sum(counters.finished.values()) == 16
+    assert sum(counters.finished.values()) == 12
     assert sum(ticket.cached_tokens for ticket in tickets) == counters.cached_tokens
     assert (counters.cached_tokens > 0) == ("prefixes" in options)
     assert counters.drafted >= counters.accepted
@@ -131,6 +132,35 @@ def test_it_is_said_why_no_more_tokens_were_cached(model):
         ticket = engine.submit(Request(prompt, 2))
         list(ticket)
     assert (ticket.cached_tokens, ticket.not_cached) == (0, "The server keeps no prefixes.")
+
+
+def test_a_folder_that_cannot_be_written_harms_no_answer(model, tmp_path, monkeypatch, caplog):
+    def full(*_args, **_options):
+        raise OSError(28, "No space left on device", str(tmp_path))
+
+    monkeypatch.setattr("qwen3next.files.checksummed.write", full)
+    requests = [Request((*TEXTS[0][:n], 1), 6) for n in (200, 200, 130)]
+    with Engine(model, prefix_memory="8MiB", prefix_folder=tmp_path) as engine:
+        tickets = [engine.submit(request) for request in requests]
+        answers = [list(ticket) for ticket in tickets]
+    held_to_single_runs(model, requests, tickets, answers)
+    assert "a prefix was not written: No space left on device" in caplog.text
+    assert str(tmp_path) not in caplog.text
+
+
+def test_a_grammar_that_cannot_begin_harms_its_own_request_alone(model):
+    class Broken:
+        def start(self):
+            raise RuntimeError("broken")
+
+    good = Request((1, 2, 3), 5)
+    with Engine(model) as engine:
+        tickets = [engine.submit(request) for request in (good, replace(good, grammar=Broken()), good)]
+        answers = [list(ticket) for ticket in tickets]
+        assert engine.healthy
+    assert answers[1] == [Finished("error", "broken")]
+    assert answers[0] == answers[2]
+    assert len(answers[0]) == 6
 
 
 def test_requests_are_queued_together_or_not_at_all(model):

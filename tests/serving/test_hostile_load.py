@@ -220,7 +220,7 @@ def test_hostile_load(server, folder):
     global SECONDS
     process, port = server
     cases, whole = expected(folder), SECONDS
-    SECONDS = whole / 4  # what is allocated once, such as products prepared for each length of a prompt
+    SECONDS = whole / 4  # what is allocated once, is allocated then
     warm = Load(port, cases)
     warm.run()
     assert warm.problems == []
@@ -240,7 +240,7 @@ def test_hostile_load(server, folder):
     assert metric(port, "cached_prompt_tokens_total") > 0
     after = resident(process)
     print(f"{load.counts}; {before:.0f} MiB before, {after:.0f} MiB after")
-    if whole >= 300:  # until then there are lengths of prompts that come for the first time
+    if whole >= 300:  # in the first minute memory still grows
         assert after < before + 64, (before, after)
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
         assert json.loads(answer.read()) == {"status": "ok"}
