@@ -64,6 +64,8 @@ def check(settings: ScalingSettings, world: int) -> None:
     if not settings.init:  # of a text that is not read yet, the vocabulary is unknown; `work` looks at it again
         changes = {"vocab_size": 1024 * settings.tensor} | changes
     config = _architecture(settings).replace(**changes)
+    if settings.init and _shapes(config) != _shapes(_architecture(settings)):
+        raise ValueError(f"--model changes sizes of {settings.init}: change only what needs no other weights.")
     check_layout(settings.layout(world), config, settings.batch_size)
 
 
@@ -72,6 +74,11 @@ def _architecture(settings: ScalingSettings) -> q.ModelConfig:
     if Path(place).exists() and place not in q.presets.ALL:
         return q.ModelConfig.load(place)
     return q.presets.named(place.replace("-", "_"))()
+
+
+def _shapes(config: q.ModelConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: p.shape for name, p in q.Qwen3Next(config).named_parameters()}
 
 
 def config_of(settings: ScalingSettings, data: Prepared) -> q.ModelConfig:

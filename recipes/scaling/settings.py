@@ -41,7 +41,6 @@ def refuse_single(settings: ScalingSettings) -> None:
         ("minutes", None, "give --steps"),
         ("optimizer", "adamw", "use adamw"),
         ("balance", "batch", "use batch"),
-        ("compile", False, "leave it out"),
         ("ema", 0.0, "use 0"),
         ("skip_spikes", 0.0, "use 0"),
         ("needles", (), "evaluate the exported model"),
