@@ -32,7 +32,7 @@ from qwen3next.losses import Counts
 from recipes.scaling.layout import Layout
 from recipes.scaling.pieces import piece_names
 from recipes.scaling.settings import ScalingSettings
-from recipes.scaling.sharding import apply, shard_fully
+from recipes.scaling.sharding import apply, mesh_of, shard_fully
 from recipes.scaling.weights import initialise
 from recipes.training.data import LabelledBatch
 from recipes.training.flops import training_flops
@@ -222,10 +222,11 @@ def optimizer_groups(config: q.ModelConfig, settings: ScalingSettings, layout: L
     names = {id(p): name for name, p in model.named_parameters()}
     found = []
     for group in parameter_groups(model, settings.weight_decay):
-        by_mesh: dict[bool, list[str]] = {}
+        by_mesh: dict[str, list[str]] = {}
         for p in group["params"]:
-            name = names[id(p)]
-            by_mesh.setdefault(layout.expert > 1 and ".experts." in name, []).extend(piece_names(config, name))
+            for piece in piece_names(config, names[id(p)]):
+                mesh = mesh_of(piece, tensor=layout.tensor > 1, expert=layout.expert > 1)
+                by_mesh.setdefault(mesh, []).append(piece)
         for some in by_mesh.values():
             pattern = "^core\\.(" + "|".join(name.replace(".", "\\.") for name in some) + ")$"
             adam = {"lr": settings.lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": group["weight_decay"]}
@@ -334,7 +335,7 @@ def build(
     )
     steps = settings.steps
     assert steps is not None
-    return Pretrainer.Config(
+    trainer = Pretrainer.Config(
         settings=settings,
         model_spec=spec,
         dump_folder=str(settings.out),
@@ -371,6 +372,9 @@ def build(
             keep_latest_k=2,
             async_mode="async" if settings.async_save else "disabled",
         ),
-        comm=CommConfig(),
+        comm=CommConfig(train_timeout_seconds=600),  # its 100 s may be too short beside a slow disk
         debug=DebugConfig(seed=settings.seed, enable_structured_logging=False),
     ).build()
+    for optimizer in trainer.optimizers:
+        assert all(len({p.device_mesh for p in group["params"]}) == 1 for group in optimizer.param_groups)
+    return trainer

@@ -112,6 +112,17 @@ def _sparse(mlp: SparseMoE, tensor: DeviceMesh | None, expert: DeviceMesh | None
     mlp._expert_sum = region(mlp._expert_sum, items, group, inputs=2)  # type: ignore[method-assign]
 
 
+def mesh_of(piece: str, *, tensor: bool, expert: bool) -> str:
+    """What divides a parameter besides FSDP, by the name of its piece: "expert", "tensor" or ""."""
+    if ".experts." in piece:
+        return "expert" if expert else "tensor" if tensor else ""
+    plans = ((".self_attn.", ATTENTION), (".linear_attn.", DELTANET), (".mlp.shared_expert.", FEED_FORWARD))
+    for place, plan in (*plans, (".mlp.", FEED_FORWARD)):
+        if plan.get(piece.partition(place)[2]) is not None:
+            return "tensor" if tensor else ""
+    return "tensor" if tensor and piece in ("embed_tokens.weight", "lm_head.weight") else ""
+
+
 def _divided(module: nn.Module, plan: Mapping[str, int | None], mesh: DeviceMesh, group: Group) -> list[Substitution]:
     """Divide the parameters of a region, and what stands for them in a call."""
     items = []
