@@ -201,7 +201,7 @@ def _status(program: Callable[[], None]) -> int:
     if int(os.environ.get("RANK", 0)):
         try:
             program()
-        except (ValueError, FloatingPointError):
+        except (ValueError, FloatingPointError, KeyboardInterrupt):
             return 1
         return 0
     return exit_status(program)

@@ -25,7 +25,7 @@ class Options:
     Attributes:
         run: the run's folder.
         to: the folder to write; default RUN/model.
-        dtype: of the written tensors; "stored" keeps fp32.
+        dtype: of linear maps and embeddings; norms, A_log and dt_bias keep fp32, as all tensors do with "stored".
     """
 
     run: Annotated[Path, tyro.conf.Positional]

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 import qwen3next as q
+from qwen3next.checkpoints.reader import cast_dtype
 from qwen3next.checkpoints.save import is_weights, write_config, write_shards
 from qwen3next.checkpoints.state_dict_adapter import Layout, tensor_specs
 from qwen3next.files.atomic import fresh_folder
@@ -87,14 +88,16 @@ def export(out: Path, folder: Path, *, dtype: torch.dtype | None = None) -> Path
     """Write the last checkpoint of a run as a model folder in the released layout, one tensor at a time.
 
     Args:
-        dtype: of the written tensors; None keeps that of the checkpoint.
+        dtype: of linear maps and embeddings; norms, A_log and dt_bias, and all if None, keep that of the checkpoint.
     Raises: ValueError without a complete checkpoint.
     """
     config = q.ModelConfig.load(out / "model.json")
     source = Reader(newest(out), config)
     wanted = list(tensor_specs(config, Layout.released(config)))
     kept = {key: about.properties.dtype for key, about in source.stored.items() if hasattr(about, "properties")}
-    of = {e.name: dtype or kept[PREFIX + piece_names(config, e.places[0].name)[0]] for e in wanted}
+    of = {e.name: kept[PREFIX + piece_names(config, e.places[0].name)[0]] for e in wanted}
+    if dtype is not None:
+        of = {e.name: cast_dtype(e.places[0].name, of[e.name], dtype) for e in wanted}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         last: tuple[str, Tensor] | None = None  # experts of a layer are views of one tensor

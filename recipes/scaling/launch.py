@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -23,7 +24,7 @@ class RunFailed(Exception):
 def launch(module: str, args: Sequence[str], processes: int) -> None:
     """Run `python -m module args` in so many processes, as torchrun does.
 
-    Raises: RunFailed with the first process that failed, and how.
+    Raises: RunFailed with the first process that failed, and how; or with the signal that stopped the run.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `RunFailed` says what it would
     config = LaunchConfig(
@@ -39,6 +40,8 @@ def launch(module: str, args: Sequence[str], processes: int) -> None:
     )
     try:
         elastic_launch(config, sys.executable)("-m", module, *args)
+    except SignalException as stopped:
+        raise RunFailed(f"The run was stopped by {signal.Signals(stopped.sigval).name}.") from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
