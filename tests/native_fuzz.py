@@ -17,7 +17,7 @@ from layers.cpp import build, ops
 from layers.cpp.group_ops import dequantise_groups, dequantise_into
 from layers.cpp.group_ops import group_linear as group_linear_op
 from layers.cpp.signatures import ARGUMENTS
-from layers.state.update_log import _replay_compiled
+from layers.state.update_log import UpdateLog, _replay_compiled, fold
 from qwen3next.checkpoints.calibration import round_model
 from qwen3next.decoding.plan import MOST_TOKENS
 
@@ -168,6 +168,24 @@ def replay(r: Random) -> dict:
     }  # fmt: skip
 
 
+def fold_one(conv: Tensor, state: Tensor, inputs: Tensor, keys: Tensor, writes: Tensor, decay: Tensor, counts) -> list:
+    """`fold` of one layer whose last call brought these."""
+    log = UpdateLog(conv, state, state.dtype, [keys], [writes], [decay], [inputs], [True], [0])
+    return fold([(conv, state)], [log], counts)
+
+
+def folded(r: Random) -> dict:
+    b, n, kh, share, kernel = 1 + r.below(2), 1 + r.below(4), 1 + r.below(2), 1 + r.below(3), 1 + r.below(4)
+    k, v, h, dtype = r.size(), r.size(), kh * share, r.pick((FP32, BF16))
+    channels = 2 * kh * k + h * v
+    return {
+        "conv": r.normal(b, kernel, channels, dtype=dtype), "state": r.normal(b, h, k, v, dtype=r.pick((FP32, BF16))),
+        "inputs": r.normal(b, n, channels, dtype=dtype), "keys": r.normal(b, n, kh, k),
+        "writes": r.normal(b, n, h, v), "decay": r.normal(b, n, h).abs(),
+        "counts": [r.below(n + 1) for _ in range(b)],
+    }  # fmt: skip
+
+
 # The entries, how their valid arguments are made, and the compiled functions that they call.
 ENTRIES = {
     "delta_rule": (ops.delta_rule, rule),
@@ -184,6 +202,7 @@ ENTRIES = {
     "combine_backward": (ops.combine_backward, combine_backward),
     "permute": (ops.permute, permute),
     "replay": (_replay_compiled, replay),
+    "fold": (fold_one, folded),
     "group_linear": (group_linear_op, group_linear),
     "dequantise_into": (into, lambda r: groups(r) | {"dtype": r.pick((FP32, BF16))}),
     "dequantise": (dequantise_groups, lambda r: groups(r) | {"dtype": r.pick((FP32, BF16))}),
@@ -195,7 +214,6 @@ THROUGH_OTHERS = {
     "linear",
     "remember_pairs",
     "draft",
-    "fold",
 }  # combine; nothing; steps of a model
 
 
@@ -289,14 +307,14 @@ def walk_steps(r: Random, steps: int) -> None:
         q.presets.tiny(
             hidden_size=16, num_hidden_layers=2, layer_types=("linear_attention", "full_attention"), head_dim=8,
             vocab_size=11, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=5, linear_key_head_dim=3,
-            shared_expert_intermediate_size=5, linear_value_head_dim=4, mtp_num_hidden_layers=0,
+            shared_expert_intermediate_size=5, linear_value_head_dim=4, mtp_num_hidden_layers=1,
         )
     )  # fmt: skip
     if r.below(2):
         round_model(model, r.pick(("int8", "int4")), group_size=r.pick((0, 8)))
     model.set_backend("decode", "cpp")  # raises where compiled code cannot run
     options = r.pick(({}, {"kv_dtype": "int8"}, {"kv_dtype": "bfloat16"}, {"history": 2}, {"state_dtype": "bfloat16"}))
-    cache = model.new_cache(1 + r.below(2), max_len=600, **options)
+    cache = model.new_cache(1 + r.below(2), max_len=600, mtp=bool(r.below(2)), **options)
     ids = torch.zeros(cache.batch, 1 + r.below(3), dtype=torch.long)
     for _ in range(steps):
         way = r.below(8)
@@ -330,6 +348,12 @@ def walk_steps(r: Random, steps: int) -> None:
                 cache = cache.fork()[0] if r.below(2) else cache.select([0])
             model.step(ids, cache)
             model.logits_after(cache)
+            if cache.unwritten_mtp is not None:
+                model.draft_tokens(cache, ids[:, 0], 1 + r.below(3))
+            with cache.revocable(ids.shape[1]):
+                logits = model.step_all(ids, cache)
+                cache.take_back([r.below(ids.shape[1] + 1)] * cache.batch, logits=logits[:, 0])
+            cache.write_pairs()
             if cache.batch == 1:
                 rows, caches = [ids[0], ids[0][:1]], [cache, cache.fork()[0]]
                 model.step_many(rows, caches, all_logits=bool(r.below(2)))

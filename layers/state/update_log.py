@@ -162,7 +162,7 @@ def fold(
     channels = 2 * key_heads * key_dim + heads * value_dim
     states, after, alive = (RecurrentState * len(before))(), [], []
     for arguments, (conv, memory), log in zip(states, before, logs, strict=True):
-        now = torch.empty_like(conv), torch.empty_like(memory)
+        now = conv.new_empty(conv.shape), memory.new_empty(memory.shape)  # contiguous, whatever these are
         read = (
             operand("fold: conv", conv, (b, kernel_size - 1, channels), inputs.dtype),
             operand(

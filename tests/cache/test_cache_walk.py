@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 from caches import cold, cold_draft, same
 from conftest import small_model
@@ -157,13 +158,25 @@ class Walk(RuleBasedStateMachine):
                     assert same(draft, cold_draft(self.model, torch.tensor([said[r]]), token[r : r + 1])[0])
 
 
-def walk(kind):
+def walk(kind, examples):
     """The same walk over another model family."""
     model = small_model(dtype=torch.float64, **KINDS[kind])
     case = type(f"Walk_{kind}", (Walk,), {"model": model}).TestCase
-    most = 15 if kind == "hybrid" else 6
-    case.settings = settings(max_examples=most, stateful_step_count=25, deadline=None)
+    case.settings = settings(max_examples=examples, stateful_step_count=25, deadline=None)
     return case
 
 
-TestHybrid, TestSoftmax, TestLinear, TestDense, TestTied = map(walk, KINDS)
+TestHybrid = walk("hybrid", 8)
+TestSoftmax, TestLinear, TestDense, TestTied = (walk(kind, 3) for kind in KINDS if kind != "hybrid")
+
+
+@pytest.mark.slow
+class TestLongHybrid(walk("hybrid", 40)): ...
+
+
+@pytest.mark.slow
+class TestLongSoftmax(walk("softmax", 20)): ...
+
+
+@pytest.mark.slow
+class TestLongLinear(walk("linear", 20)): ...
