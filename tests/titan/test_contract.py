@@ -42,6 +42,11 @@ def test_untied_head_micro_batches_and_two_mtp_depths(layout, text, plain, tmp_p
     held(plain, runs.settings_of(text, tmp_path / "run", config, **changes, **LAYOUTS[layout]), config, **changes)
 
 
+def test_a_dense_model(text, plain, tmp_path):
+    config = runs.tiny(num_experts=0, intermediate_size=32)
+    held(plain, runs.settings_of(text, tmp_path / "run", config, **LAYOUTS["tp"]), config)
+
+
 def test_experts_without_tokens_and_everything_computed_again(text, plain, tmp_path):
     """Sixteen experts and a choice a token, in windows of eight: some experts have no token, on no process."""
     config = runs.tiny(num_experts=16, num_experts_per_tok=1)
