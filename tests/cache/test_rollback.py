@@ -78,7 +78,9 @@ def test_single_tokens_are_taken_back_to_the_bit(dtype, state_dtype):
         assert torch.equal(run(model, cache, ids[:, t : t + 1]), seen[t + 1][0])
 
 
-@pytest.mark.parametrize("length", [5, 64, 70, 200, 337, 2049, 2052, 2116, 2120, 4100])
+@pytest.mark.parametrize(
+    "length", [5, 64, 70, 200, 337, 2052, *(pytest.param(n, marks=pytest.mark.slow) for n in (2049, 2116, 2120, 4100))]
+)
 def test_the_end_of_a_prompt_can_be_taken_back(model, length):
     ids = tokens(length + 7, b=2)
     whole = model.new_cache(batch=2, max_len=5000)

@@ -36,7 +36,9 @@ print(peak() - before, sum(p.nbytes for p in model.parameters()), largest)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-@pytest.mark.parametrize("name", ["int4", "gptq", "nvfp4", "gguf"])
+@pytest.mark.parametrize(
+    "name", ["int4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gptq", "nvfp4", "gguf"))]
+)
 def test_peak_is_the_model_and_one_dequantised_matrix(tmp_path, name):
     """9 bytes a number: 4 in fp32, the rest for codes, indices and what the allocator keeps; a second copy is seen."""
     paths = []

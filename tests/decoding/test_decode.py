@@ -348,6 +348,7 @@ def test_what_cannot_be_compiled_gets_a_sentence(fresh, monkeypatch):
     assert not list(fresh.rglob("*.so"))
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_twice(fresh):
     assert build.missing() is None
     (made,) = fresh.rglob("*.so")
