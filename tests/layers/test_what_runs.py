@@ -54,6 +54,7 @@ PYTHON = {
     ("experts", "loop"): (moe, "loop"),
     ("experts", "one token"): (experts, "one_token"),
     ("experts", "grouped"): (registry._functions, ("experts", "grouped")),
+    ("experts", "gathered"): (registry._functions, ("experts", "gathered")),
     ("cross_entropy", "torch"): (cross_entropy_kernels._Summed, "apply"),
     ("attention", "eager"): (torch.Tensor, "softmax"),
 }
