@@ -29,7 +29,7 @@ from recipes.study.sizes import PRESETS, Preset, Size, softmax_model
 from recipes.study.tasks import Which, refuse_what_does_not_fit, tasks_of
 from recipes.training.report import read_metrics
 
-CLOCK = {"elapsed", "seconds_per_step", "tokens_per_second"}
+CLOCK = {"elapsed", "seconds_per_step", "tokens_per_second", "flops_per_second"}
 
 
 def nano(vocabulary):
