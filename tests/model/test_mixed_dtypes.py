@@ -54,7 +54,14 @@ def runs(model):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("usual, other", [("bfloat16", "float32"), ("float32", "bfloat16"), ("bfloat16", "float64")])
+@pytest.mark.parametrize(
+    "usual, other",
+    [
+        ("bfloat16", "float32"),
+        pytest.param("float32", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("bfloat16", "float64", marks=pytest.mark.slow),
+    ],
+)
 def test_each_tensor_in_another_dtype(name, usual, other, tmp_path):
     torch.manual_seed(0)
     usual, other = getattr(torch, usual), getattr(torch, other)
