@@ -109,6 +109,7 @@ class DraftLength:
         self.accepted = [0.7] * most  # share of drafts accepted at each place, if those before were
         self._tried = [0] * most
         self._total = self._wasted = 0.0
+        self._used: dict[int, float] = {}  # by length: the total time when it was last used
         self._began = 0.0
 
     def begin(self) -> int:
@@ -128,6 +129,7 @@ class DraftLength:
                     weight = max(self.FORGETS, 1 / (self._tried[place] + 1))
                     self.accepted[place] += weight * (float(n > place) - self.accepted[place])
         self._total += took
+        self._used[drafted] = self._total
         best = self.best()
         if drafted != best and best in self.seconds:
             gained = 1 + sum(accepted) / max(1, len(accepted))
@@ -155,6 +157,12 @@ class DraftLength:
         unknown = [n for n in near if n not in self.seconds]
         if unknown:
             return unknown[0]
-        # Only where another could be better: if every draft of it were accepted.
+        # One that could be better if all of its drafts were accepted is tried more often. The others are tried too: a
+        # time that was measured on a busy machine must not decide for good.
         hopeful = [n for n in near if (1 + n) / self.seconds[n] > self.tokens(best) / self.seconds[best]]
-        return hopeful[0] if hopeful and self._wasted < self.BUDGET * self._total / 2 else best
+        share = self.BUDGET / 2 if hopeful else self.BUDGET / 4
+        return self._oldest(hopeful or near) if self._wasted < share * self._total else best
+
+    def _oldest(self, lengths: Sequence[int]) -> int:
+        """Of these, the length that was used longest ago."""
+        return min(lengths, key=lambda n: self._used.get(n, -1))

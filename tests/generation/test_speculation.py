@@ -184,6 +184,17 @@ def test_auto_finds_what_pays(slope, right, expected):
     assert per_token <= 1.05 * cheapest
 
 
+def test_auto_gets_over_a_time_that_was_measured_on_a_busy_machine():
+    """The first round with drafts takes ten times as long; soon drafts are used as if it had not."""
+    length = DraftLength(4, adapt=True, clock=(clock := Clock(0.2, 4)))
+    for drafts, seconds in ((0, 1), (1, 12)):
+        assert length.begin() == drafts
+        clock.now += seconds
+        length.end(drafts, [drafts])
+    clock.spend(length, 4000)
+    assert length.best() == 4
+
+
 @pytest.mark.parametrize("slope, right", [(0.2, 0), (1.5, 4), (1.2, 1)])
 def test_auto_costs_little_where_drafts_do_not_pay(slope, right):
     """At most 3% over plain steps, which cost 1 a token, over 300 tokens and more."""
