@@ -23,11 +23,13 @@ def drafted_states(
     At depth d, the row of token t predicts the token t + d + 1. Rows whose token t + d is not of the same sequence are
     not used and not counted.
 
-    Raises: ValueError for fewer than one depth, or where a backend of attention is named, which reads a cache its way.
+    Raises: ValueError for fewer than one depth or more than the tokens of a row, or where a backend of attention is named, which reads a cache its way.
     """
     mtp = model.mtp
     if depths < 1:
         raise ValueError(f"mtp_depths is {depths}: the MTP layer predicts at 1 depth or more.")
+    if depths > max(1, input_ids.shape[1]):
+        raise ValueError(f"mtp_depths is {depths}, but the rows have {input_ids.shape[1]} tokens: choose a lower one.")
     if any(block.self_attn.backend != "auto" or block.self_attn.materialized_pattern for block in mtp.blocks):
         raise ValueError('MTP losses at several depths need attention\'s backend "auto": choose it, or mtp_depths=1.')
     keys, found = [DraftKeys(segments) for _ in mtp.blocks], list[Tensor]()
