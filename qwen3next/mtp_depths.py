@@ -14,6 +14,8 @@ from layers.moe import RouterStats
 from layers.segments import Segments
 from layers.state.draft_keys import DraftKeys
 
+MOST_DEPTHS = 64  # tokens that a step of drafts can bring
+
 
 def drafted_states(
     model: Any, hidden: Tensor, input_ids: Tensor, segments: Segments, depths: int
@@ -23,13 +25,14 @@ def drafted_states(
     At depth d, the row of token t predicts the token t + d + 1. Rows whose token t + d is not of the same sequence are
     not used and not counted.
 
-    Raises: ValueError for fewer than one depth or more than the tokens of a row, or where a backend of attention is named, which reads a cache its way.
+    Raises: ValueError for fewer than one depth or more than MOST_DEPTHS, or where a backend of attention is named,
+        which reads a cache its way.
     """
     mtp = model.mtp
     if depths < 1:
         raise ValueError(f"mtp_depths is {depths}: the MTP layer predicts at 1 depth or more.")
-    if depths > max(1, input_ids.shape[1]):
-        raise ValueError(f"mtp_depths is {depths}, but the rows have {input_ids.shape[1]} tokens: choose a lower one.")
+    if depths > MOST_DEPTHS:
+        raise ValueError(f"mtp_depths is {depths}: choose at most {MOST_DEPTHS}.")
     if any(block.self_attn.backend != "auto" or block.self_attn.materialized_pattern for block in mtp.blocks):
         raise ValueError('MTP losses at several depths need attention\'s backend "auto": choose it, or mtp_depths=1.')
     keys, found = [DraftKeys(segments) for _ in mtp.blocks], list[Tensor]()
