@@ -15,10 +15,9 @@ from qwen3next.chat.document import Document
 from qwen3next.chat.template import ChatTemplate
 from qwen3next.chat.thinking import Piece
 from qwen3next.commands.common import (
-    Dtype,
-    ExpertPlace,
+    LOADING,
     Folder,
-    KeptWeights,
+    LoadingOptions,
     Quiet,
     Verbose,
     open_model,
@@ -50,11 +49,7 @@ def ask(
     max_memory: str | None = None,
     kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto",
     context_factor: float = 1.0,
-    device: str = "auto",
-    dtype: Dtype = "auto",
-    experts: ExpertPlace = "memory",
-    weights: KeptWeights = "dequantised",
-    expert_cache: str = "2GiB",
+    loading: LoadingOptions = LOADING,
     json: bool = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -87,11 +82,6 @@ def ask(
         max_memory: limit for reading, without weights, such as 8GiB; chunks are made smaller to stay below it.
         kv_dtype: dtype of the KV cache; auto is the model's dtype.
         context_factor: extend the context by this factor with YaRN, for documents longer than the trained context.
-        device: auto (CUDA if available), cpu, cuda, cuda:1, ...
-        dtype: auto keeps the stored dtype of each tensor.
-        experts: memory; int8 (one byte per weight); disk (read from the files when tokens need them).
-        weights: dequantised; stored (in the groups of 4 or 8 bits of the folder, if any); int8; int4.
-        expert_cache: memory for experts read from the files.
         json: print one JSON object a question, on a line: question, thinking, answer and numbers of tokens.
         quiet: write only errors to stderr.
         verbose: write to stderr which implementation runs for each operation, and the traceback of an error.
@@ -103,16 +93,7 @@ def ask(
     if any(not one.strip() for one in question):
         raise ValueError("--question is empty: give a text.")
     tokenizer, template = open_tokenizer(folder), None if plain else ChatTemplate.find(folder)
-    model = open_model(
-        folder,
-        device=device,
-        dtype=dtype,
-        experts=experts,
-        weights=weights,
-        cache=expert_cache,
-        quiet=quiet,
-        verbose=verbose,
-    )
+    model = open_model(folder, loading, quiet=quiet, verbose=verbose)
     if context_factor != 1:
         model.extend_context(context_factor)
     kept = PrefixStore(

@@ -11,10 +11,9 @@ from qwen3next.chat.thinking import Piece
 from qwen3next.commands.chat_session import Session
 from qwen3next.commands.choosing import Choosing
 from qwen3next.commands.common import (
-    Dtype,
-    ExpertPlace,
+    LOADING,
     Folder,
-    KeptWeights,
+    LoadingOptions,
     Quiet,
     Verbose,
     open_model,
@@ -35,11 +34,7 @@ def chat(
     max_context: int | None = None,
     choosing: Annotated[Choosing, tyro.conf.arg(name="")] = DEFAULTS,
     draft_tokens: int | Literal["auto"] = 0,
-    device: str = "auto",
-    dtype: Dtype = "auto",
-    experts: ExpertPlace = "memory",
-    weights: KeptWeights = "dequantised",
-    expert_cache: str = "2GiB",
+    loading: LoadingOptions = LOADING,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -62,11 +57,6 @@ def chat(
         max_new_tokens: most tokens of a reply, including thinking. Default: generation_config.json, else 2048.
         max_context: most tokens of the whole conversation. Default: the model's max_position_embeddings.
         draft_tokens: tokens to guess and check in one step, or auto, which measures what pays. Replies are the same.
-        device: auto (CUDA if available), cpu, cuda, cuda:1, ...
-        dtype: auto keeps the stored dtype of each tensor.
-        experts: memory; int8 (one byte per weight); disk (read from the files when tokens need them).
-        weights: dequantised; stored (in the groups of 4 or 8 bits of the folder, if any); int8; int4.
-        expert_cache: memory for experts read from the files.
         quiet: write only errors to stderr, and the prompt on a terminal.
         verbose: write to stderr which implementation runs for each operation, and the traceback of an error.
     """
@@ -78,16 +68,7 @@ def chat(
     if think != "auto" and "enable_thinking" not in template.reads:
         raise ValueError("This chat template does not read enable_thinking: leave --think out.")
     conversation = Conversation(
-        open_model(
-            folder,
-            device=device,
-            dtype=dtype,
-            experts=experts,
-            weights=weights,
-            cache=expert_cache,
-            quiet=quiet,
-            verbose=verbose,
-        ),
+        open_model(folder, loading, quiet=quiet, verbose=verbose),
         tokenizer,
         template,
         generation=generation,

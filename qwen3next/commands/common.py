@@ -4,6 +4,7 @@ import json as json_text
 import math
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +30,29 @@ Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 Quiet = Annotated[bool, tyro.conf.arg(aliases=["-q"])]
 Verbose = Annotated[bool, tyro.conf.arg(aliases=["-v"])]
 Target = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR|PRESET")]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded.
+
+    Attributes:
+        device: auto (CUDA if available), cpu, cuda, cuda:1, ...
+        dtype: auto keeps the stored dtype of each tensor.
+        experts: memory; int8 (one byte per weight); disk (read from the files when tokens need them).
+        weights: dequantised; stored (in the groups of 4 or 8 bits of the folder, if any); int8; int4.
+        expert_cache: memory for experts read from the files.
+    """
+
+    device: str = "auto"
+    dtype: Dtype = "auto"
+    experts: ExpertPlace = "memory"
+    weights: KeptWeights = "dequantised"
+    expert_cache: str = "2GiB"
+
+
+LOADING = Loading()
+LoadingOptions = Annotated[Loading, tyro.conf.arg(name="")]  # its fields are options of the command
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
@@ -59,28 +83,25 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def open_model(
-    folder: Path,
-    *,
-    device: str,
-    dtype: Dtype,
-    experts: ExpertPlace,
-    cache: str,
-    quiet: bool,
-    verbose: bool = False,
-    weights: KeptWeights = "dequantised",
-) -> Qwen3Next:
+def open_model(folder: Path, loading: Loading, *, quiet: bool, verbose: bool) -> Qwen3Next:
     """The folder's model, loaded with a progress bar on a terminal; `verbose` tells on stderr what it will run.
 
     Raises: ValueError for an unavailable device.
     """
-    target = as_device(device)
+    target = as_device(loading.device)
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch finds no CUDA device: choose --device cpu.")
     progress = not quiet and sys.stderr.isatty()
     began = time.perf_counter()
-    places = {"experts": experts, "expert_cache": cache, "weights": weights}
-    model = load(folder, dtype=dtype, device=target, progress=progress, **places)
+    model = load(
+        folder,
+        dtype=loading.dtype,
+        device=target,
+        progress=progress,
+        experts=loading.experts,
+        weights=loading.weights,
+        expert_cache=loading.expert_cache,
+    )
     if verbose:
         size = binary(sum(p.nbytes for p in model.parameters()))
         print(f"{folder}: {size} of weights loaded in {time.perf_counter() - began:.1f} s", file=sys.stderr)

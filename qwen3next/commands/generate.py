@@ -14,10 +14,9 @@ from tokenizers import Tokenizer
 from qwen3next.api import Qwen3Next
 from qwen3next.commands.choosing import Choosing
 from qwen3next.commands.common import (
-    Dtype,
-    ExpertPlace,
+    LOADING,
     Folder,
-    KeptWeights,
+    LoadingOptions,
     Quiet,
     Verbose,
     open_model,
@@ -47,11 +46,7 @@ def generate(
     drafts: Literal["auto", "mtp", "lookup", "both"] = "auto",
     logprobs: int | None = None,
     json: bool = False,
-    device: str = "auto",
-    dtype: Dtype = "auto",
-    experts: ExpertPlace = "memory",
-    weights: KeptWeights = "dequantised",
-    expert_cache: str = "2GiB",
+    loading: LoadingOptions = LOADING,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -78,26 +73,12 @@ def generate(
         drafts: who guesses: the MTP layer, what followed the same words before (lookup), both, or auto.
         logprobs: with --json, report log-probabilities, and those of so many most likely tokens.
         json: print one JSON object with texts, tokens, log-probabilities, drafts and seconds, and nothing before it.
-        device: auto (CUDA if available), cpu, cuda, cuda:1, ...
-        dtype: auto keeps the stored dtype of each tensor.
-        experts: memory; int8 (one byte per weight); disk (read from the files when tokens need them).
-        weights: dequantised; stored (in the groups of 4 or 8 bits of the folder, if any); int8; int4.
-        expert_cache: memory for experts read from the files.
         quiet: write only errors to stderr.
         verbose: write to stderr which implementation runs for each operation, and the traceback of an error.
     """
     text = _read_prompt(prompt, file)
     tokenizer = open_tokenizer(folder)
-    model = open_model(
-        folder,
-        device=device,
-        dtype=dtype,
-        experts=experts,
-        weights=weights,
-        cache=expert_cache,
-        quiet=quiet,
-        verbose=verbose,
-    )
+    model = open_model(folder, loading, quiet=quiet, verbose=verbose)
     ids = torch.tensor([tokenizer.encode(text).ids], dtype=torch.long, device=model.device)
     stops = tuple(dict.fromkeys((*model.stop_tokens, *stop_tokens)))
     options = choosing.options(tokenizer, model.vocab_size, stops)

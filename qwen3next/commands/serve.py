@@ -7,16 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from qwen3next.chat.template import ChatTemplate
-from qwen3next.commands.common import (
-    Dtype,
-    ExpertPlace,
-    Folder,
-    KeptWeights,
-    Quiet,
-    Verbose,
-    open_model,
-    open_tokenizer,
-)
+from qwen3next.commands.common import LOADING, Folder, LoadingOptions, Quiet, Verbose, open_model, open_tokenizer
 from qwen3next.files.sizes import parse_bytes
 
 
@@ -32,11 +23,7 @@ def serve(
     prefix_folder: Path | None = None,
     prefix_disk: str = "16GiB",
     draft_tokens: int | Literal["auto"] = 0,
-    device: str = "auto",
-    dtype: Dtype = "auto",
-    experts: ExpertPlace = "memory",
-    weights: KeptWeights = "dequantised",
-    expert_cache: str = "2GiB",
+    loading: LoadingOptions = LOADING,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -61,11 +48,6 @@ def serve(
         prefix_folder: also keep them in this folder, for other and later servers.
         prefix_disk: size of that folder at most.
         draft_tokens: tokens to guess by the MTP layer and check at a time; auto chooses by what is measured.
-        device: auto (CUDA if available), cpu, cuda, cuda:1, ...
-        dtype: auto keeps the stored dtype of each tensor.
-        experts: memory; int8 (one byte per weight); disk (read from the files when tokens need them).
-        weights: dequantised; stored (in the groups of 4 or 8 bits of the folder, if any); int8; int4.
-        expert_cache: memory for experts read from the files.
         quiet: write only errors to stderr.
         verbose: write to stderr which implementation runs for each operation, and the traceback of an error.
     """
@@ -82,16 +64,7 @@ def serve(
     if prefix_folder is not None and not parse_bytes(prefix_memory):
         raise ValueError("--prefix-folder needs --prefix-memory above 0: prefixes pass through memory.")
     budget, tokenizer = parse_bytes(max_memory), open_tokenizer(folder)
-    model = open_model(
-        folder,
-        device=device,
-        dtype=dtype,
-        experts=experts,
-        weights=weights,
-        cache=expert_cache,
-        quiet=quiet,
-        verbose=verbose,
-    )
+    model = open_model(folder, loading, quiet=quiet, verbose=verbose)
     engine = Engine(
         model,
         max_memory=budget,
