@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from qwen3next.serving.errors import Failure
-from qwen3next.serving.schemas import Chat, Name, Never, Strict
+from qwen3next.serving.schemas import Chat, Function, NamedFunction, Never, Strict
 
 ROLES = Literal["system", "developer", "user", "assistant"]
 Status = Literal["in_progress", "completed", "incomplete"] | None
@@ -61,17 +61,12 @@ class ReasoningItem(Strict):
 Item = InputMessage | CallItem | CallOutput | ReasoningItem
 
 
-class FlatTool(Strict):
+class FlatTool(Function):
     type: Literal["function"]
-    name: Name
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
 
 
-class FlatNamed(Strict):
+class FlatNamed(NamedFunction):
     type: Literal["function"]
-    name: str
 
 
 class TextFormat(Strict):
