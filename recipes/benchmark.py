@@ -55,7 +55,7 @@ class Options:
     """What to measure.
 
     Attributes:
-        preset: model size (random weights, without MTP, which transformers does not implement).
+        preset: model size (random weights; only rows about drafts have MTP, which transformers does not implement).
         dtypes: dtypes of weights and arithmetic; training in bfloat16 uses autocast over fp32 weights.
         prefill: prompts, as BATCHxTOKENS.
         decode: rows of single-token steps.

@@ -79,8 +79,8 @@ class Generation:
         report: rounds, drafted and accepted tokens so far.
         rows: the texts so far.
         cache: extended up to the last token but one of each row.
-    Raises: ValueError for a prompt that does not start with the cache's tokens, or does not fit the cache; for a cache
-        without room for drafts; for hooks as `model.hooks`.
+    Raises: ValueError for a prompt that does not start with the cache's tokens, or does not fit the cache; for hooks as
+        `model.hooks`.
     """
 
     def __init__(

@@ -99,7 +99,8 @@ class Results:
 
     def markdown(self) -> str:
         """The table, below its conditions and limits."""
-        told = f"Preset {self.options['preset']}, without MTP. " + "; ".join(f"{k}: {v}" for k, v in self.where.items())
+        told = f"Preset {self.options['preset']}; only the rows about drafts have its MTP layer. "
+        told += "; ".join(f"{k}: {v}" for k, v in self.where.items())
         lines = [told, "", limits(self.can), "", f"| {' | '.join((*COLUMNS, *MORE))} |"]
         lines.append("|---|---|--:|--:|---|--:|---|--:|--:|--:|---|---|")
         for row in self.rows:
