@@ -17,11 +17,9 @@ from qwen3next.decoding.plan import available_plan
 from qwen3next.generation.drafts import DraftLength
 from qwen3next.generation.generate import MOST_DRAFTS
 
-# `num_assistant_tokens` where nobody sets it; the MTP layer then drafts up to MOST_DRAFTS tokens, as measured.
+# The default of `num_assistant_tokens`. With it the MTP layer drafts up to MOST_DRAFTS tokens, by measured times.
 UNSET = GenerationConfig()._get_default_generation_params()["num_assistant_tokens"]
-
-
-MOST_DRAFTED = 16  # tokens of a step; for more, matrix products of the modules are as fast
+MOST_STEPPED = 16  # tokens that run as a step; for more, matrix products of the modules are as fast
 
 
 def stepped(
@@ -38,7 +36,7 @@ def stepped(
         return None
     if tokens.shape[1] > 1:
         t = tokens.shape[1]
-        if t > MOST_DRAFTED or isinstance(logits_to_keep, Tensor) or logits_to_keep not in (0, t):
+        if t > MOST_STEPPED or isinstance(logits_to_keep, Tensor) or logits_to_keep not in (0, t):
             return None
         plan = available_plan(model.core)  # without one, the modules run all tokens at once
         if plan is None or cache.hybrid is None or not plan.supports(cache.hybrid):

@@ -48,7 +48,7 @@ WAIT = 24 * 3600.0  # seconds for process 0 to prepare the text
 def check(settings: ScalingSettings, world: int) -> None:
     """Refuse what cannot work, before anything starts.
 
-    Raises: ValueError in one sentence.
+    Raises: ValueError for settings that do not work here.
     """
     if find_spec("torchtitan") is None:
         raise ValueError("torchtitan is not installed: pip install 'qwen3next[titan]' in an environment of its own.")

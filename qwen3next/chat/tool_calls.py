@@ -63,7 +63,7 @@ class CallSplitter:
 
         Args:
             stopped: whether the model ended the reply. Then a call that lacks only closing tags is complete; a reply
-                that was cut off leaves its JSON open, so that nobody takes it for complete.
+                that was cut off leaves its JSON open, so that it is not mistaken for complete.
         """
         self._certain = True
         found = self.push("")

@@ -51,7 +51,7 @@ class Ticket:
 
     Attributes:
         cached_tokens: tokens of the prompt that came from the prefix store; known when the first token is there.
-        not_cached: why no more, in a sentence; "" if all came from it.
+        not_cached: the reason why no more tokens came from it; "" if all did.
     """
 
     def __init__(self, request: Request):

@@ -1,4 +1,4 @@
-"""Start the processes of a run on this machine, and say in a sentence how it ended if one of them fails."""
+"""Start the processes of a run on this machine. If one fails, one message says which and how."""
 
 import contextlib
 import logging

@@ -39,7 +39,7 @@ class Layout:
 
 
 def check_layout(layout: Layout, config: q.ModelConfig, batch_size: int) -> None:
-    """Raises: ValueError, in a sentence, if the model or the batch cannot be divided so."""
+    """Raises: ValueError if the model or the batch cannot be divided so; the message names the size."""
     for name in ("world", "replicate", "tensor", "expert"):
         if getattr(layout, name) < 1:
             raise ValueError(f"{name} is {getattr(layout, name)}: choose a number above 0.")

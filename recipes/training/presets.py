@@ -7,7 +7,7 @@ from recipes.training.settings import Settings
 
 
 class Preset(NamedTuple):
-    """What a preset sets, and its expected cost in a sentence.
+    """What a preset sets, and its expected cost as text.
 
     Operations are counted (flops.py). Hours of a GPU are an estimate: operations at 30 % of its bf16 peak.
     """
