@@ -28,6 +28,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from layers.deprecation import renamed_names
 from recipes.pretrain import exit_status
 from recipes.training.documents import HUB, digest, documents, files_of, share_of
 from recipes.training.settings import named_tokenizer
@@ -44,6 +45,9 @@ from recipes.training.tokenizer import (
 
 PARTS = "parts"  # folder of finished parts inside OUT
 HUB_ROWS = 20_000  # documents in a part of a dataset of Hugging Face
+MOVED = "Baseline Batch PackedWindows ValidationBatch ValidationBatches compression_baselines".split()
+
+__getattr__ = renamed_names(__name__, {name: f"recipes.training.data.{name}" for name in MOVED})  # it had this name
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from layers.deprecation import MovedModules
 MODULES = {
     "recipes.benchmark_cases": "recipes.measure.benchmark_cases",
     "recipes.checkpoints": "recipes.training.checkpoints",
-    "recipes.data": "recipes.training.data",
     "recipes.dictionary": "recipes.training.dictionary",
     "recipes.documents": "recipes.training.documents",
     "recipes.gpu_parity": "recipes.measure.gpu_parity",

@@ -56,6 +56,14 @@ assert q.generate(q.Qwen3Next(q.presets.tiny()), torch.arange(4)[None], max_new_
     assert done.returncode == 0, done.stderr
 
 
+def test_names_of_a_module_whose_name_a_command_took():
+    with warned("recipes.training.data.PackedWindows"):
+        from recipes.data import PackedWindows
+    from recipes.training import data
+
+    assert PackedWindows is data.PackedWindows
+
+
 def warned(new):
     return pytest.warns(FutureWarning, match=f"is now .*{new}")
 

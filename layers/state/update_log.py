@@ -156,7 +156,10 @@ def fold(
     (b, heads, key_dim, value_dim), inputs = before[0][1].shape, logs[0].inputs[-1]
     n, key_heads, kernel_size = inputs.shape[1], logs[0].keys[-1].shape[2], before[0][0].shape[1] + 1
     sizes = Sizes(key_heads=key_heads, key_dim=key_dim, value_heads=heads, value_dim=value_dim, kernel_size=kernel_size)
-    sizes.dtype, exact = DTYPES[inputs.dtype], logs[0].writes[-1].dtype
+    if inputs.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise ValueError(f"fold: inputs must be float32, bfloat16 or float64; they are {inputs.dtype}.")
+    sizes.dtype = DTYPES[inputs.dtype]
+    exact = torch.float64 if inputs.dtype == torch.float64 else torch.float32  # of the notes, as the step makes them
     if not key_heads or heads % key_heads or len(counts) != b or not 0 <= min(counts) <= max(counts) <= n:
         raise ValueError(f"A call of {n} tokens a row of {b} cannot be folded to {list(counts)} of them.")
     channels = 2 * key_heads * key_dim + heads * value_dim
