@@ -45,7 +45,7 @@ from recipes.training.tokenizer import (
 
 PARTS = "parts"  # folder of finished parts inside OUT
 HUB_ROWS = 20_000  # documents in a part of a dataset of Hugging Face
-MOVED = "Baseline Batch PackedWindows ValidationBatch ValidationBatches compression_baselines".split()
+MOVED = ["Baseline", "Batch", "PackedWindows", "ValidationBatch", "ValidationBatches", "compression_baselines"]
 
 __getattr__ = renamed_names(__name__, {name: f"recipes.training.data.{name}" for name in MOVED})  # it had this name
 
