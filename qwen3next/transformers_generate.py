@@ -14,7 +14,7 @@ from layers.dispatch.attached import attached
 from qwen3next.api import Qwen3Next
 from qwen3next.cache.transformers_cache import HybridLayers, adopted
 from qwen3next.decoding.plan import available_plan
-from qwen3next.generation.drafts import DraftLength
+from qwen3next.generation.drafts import DraftLength, measured
 from qwen3next.generation.generate import MOST_DRAFTS
 
 # The default of `num_assistant_tokens`. With it the MTP layer drafts up to MOST_DRAFTS tokens, by measured times.
@@ -171,7 +171,11 @@ class MTPCandidates(CandidateGenerator):
         count = settings.num_assistant_tokens
         if count < 1:
             raise ValueError(f"num_assistant_tokens must be at least 1, got {count}.")
-        self._length = DraftLength(MOST_DRAFTS if count == UNSET else int(count), adapt=count == UNSET)
+        most, known = (
+            MOST_DRAFTS if count == UNSET else int(count),
+            measured(core(), "mtp", 1, sampled=settings.do_sample),
+        )
+        self._length = DraftLength(most, adapt=count == UNSET, known=known)
         self._drafted = -1  # tokens of this round; -1 in the first, which may have to run the prompt
         self._timed = False  # whether it is a round whose time counts
 

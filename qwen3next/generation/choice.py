@@ -17,6 +17,7 @@ from torch import Tensor
 from qwen3next.generation.grammar import GrammarState
 from qwen3next.generation.sampling_rules import SamplingRules
 
+NEUTRAL = SamplingRules()
 LIKELY = 1024  # tokens that are sorted first for top_p: nearly always enough, and far cheaper than a vocabulary
 
 
@@ -73,7 +74,7 @@ class Choice:
     @property
     def plain(self) -> bool:
         """Whether the most likely token is taken, and nothing else is asked for."""
-        neutral = self.rules == SamplingRules() and not self.logit_bias and self.logprobs is None
+        neutral = self.rules == NEUTRAL and not self.logit_bias and self.logprobs is None
         return self.temperature == 0 and neutral
 
     def pick(
@@ -112,7 +113,7 @@ class Choice:
             ids = torch.tensor(list(self.logit_bias), device=logits.device)
             bias = torch.tensor(list(self.logit_bias.values()), device=logits.device, dtype=torch.float32)
             logits = logits.float().index_add(0, ids, bias)
-        if self.rules != SamplingRules():
+        if self.rules != NEUTRAL:
             logits = self.rules.apply(logits[None], [text], new, self.stop_tokens)[0]
         if grammar is not None and (allowed := grammar.allowed(len(logits))) is not None:
             logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
@@ -167,7 +168,9 @@ def draw(
         scores = rules.keep(scores[None])[0]
     ends = scores.softmax(-1).double().cumsum(0)
     token = int(torch.searchsorted(ends, number * ends[-1], right=True))
-    return min(token, int(scores.isfinite().nonzero()[-1]))  # a rounded product may reach the end
+    if token < len(scores) and math.isfinite(scores[token]):
+        return token
+    return int(scores.isfinite().nonzero()[-1])  # a rounded product may reach the end
 
 
 def _check_largest(value: float) -> None:

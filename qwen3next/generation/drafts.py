@@ -5,7 +5,9 @@ A draft only ever saves time: a token is kept if it is the one that the model ch
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -88,6 +90,34 @@ def drafter_named(name: str, model: Prefilling) -> Drafter:
     return made[name]()
 
 
+@dataclass
+class Measured:
+    """What rounds took and how many drafts were accepted, for one model, drafter and number of rows.
+
+    Attributes:
+        seconds: of a round, by the number of drafts in it.
+        rounds: how often each number was timed. The first time does not count: it may include one-off preparations.
+        accepted: share of drafts accepted at each place, if those before were.
+        total, wasted: seconds of all rounds, and those lost by trying numbers that turned out not to be the best.
+        used: by the number of drafts: the total when it was last used.
+    """
+
+    seconds: dict[int, float] = field(default_factory=dict)
+    rounds: dict[int, int] = field(default_factory=dict)
+    accepted: list[float] = field(default_factory=list)
+    total: float = 0.0
+    wasted: float = 0.0
+    used: dict[int, float] = field(default_factory=dict)
+
+
+_MEASURED: WeakKeyDictionary[Prefilling, dict[tuple[str, int, bool], Measured]] = WeakKeyDictionary()
+
+
+def measured(model: Prefilling, drafts: str, rows: int, *, sampled: bool) -> Measured:
+    """What is known of a model so far: every generation goes on from what those before it measured."""
+    return _MEASURED.setdefault(model, {}).setdefault((drafts, rows, sampled), Measured())
+
+
 class DraftLength:
     """How many tokens to draft in a round: a fixed number, or what promises the most tokens a second.
 
@@ -97,19 +127,27 @@ class DraftLength:
     Args:
         most: the number, or with `adapt` the largest.
         adapt: whether to choose from 0 to `most`.
+        known: what was measured before; it is extended.
         clock: seconds; tests replace it.
     """
 
     BUDGET = 0.01  # of the time, for lengths that do not look best
+    BEGINNING = 2  # steps without drafts that the first trials of a model may cost beside that
     FORGETS = 0.1  # weight of a new measurement
+    HOPE = 0.7  # share of drafts that are accepted, until it is measured
 
-    def __init__(self, most: int, *, adapt: bool, clock: Callable[[], float] = time.perf_counter):
+    def __init__(
+        self,
+        most: int,
+        *,
+        adapt: bool,
+        known: Measured | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
         self.most, self.adapt, self.clock = most, adapt, clock
-        self.seconds: dict[int, float] = {}  # of a round, by drafts in it
-        self.accepted = [0.7] * most  # share of drafts accepted at each place, if those before were
-        self._tried = [0] * most
-        self._total = self._wasted = 0.0
-        self._used: dict[int, float] = {}  # by length: the total time when it was last used
+        self.known = Measured() if known is None else known
+        self.known.accepted += [self.HOPE] * (most - len(self.known.accepted))
+        self._tried = [2 if known and known.rounds else 0] * most  # in this text: another may be easier to guess
         self._began = 0.0
 
     def begin(self) -> int:
@@ -119,50 +157,53 @@ class DraftLength:
 
     def end(self, drafted: int, accepted: Sequence[int]) -> None:
         """Finish a round in which `drafted` tokens were drafted a row, and so many accepted in each running row."""
-        took = self.clock() - self._began
-        known = self.seconds.get(drafted)
-        self.seconds[drafted] = took if known is None else min(took, known + self.FORGETS * (took - known))
+        now, took = self.known, self.clock() - self._began
+        before = now.seconds.get(drafted)
+        now.seconds[drafted] = took if before is None else min(took, before + self.FORGETS * (took - before))
+        now.rounds[drafted] = now.rounds.get(drafted, 0) + 1
         for place in range(drafted):
             for n in accepted:
                 if n >= place:
                     self._tried[place] += 1
                     weight = max(self.FORGETS, 1 / (self._tried[place] + 1))
-                    self.accepted[place] += weight * (float(n > place) - self.accepted[place])
-        self._total += took
-        self._used[drafted] = self._total
+                    now.accepted[place] += weight * (float(n > place) - now.accepted[place])
+        now.total += took
+        now.used[drafted] = now.total
         best = self.best()
-        if drafted != best and best in self.seconds:
+        if drafted != best and best in now.seconds and now.rounds[drafted] > 1:
             gained = 1 + sum(accepted) / max(1, len(accepted))
-            self._wasted += max(took - gained * self.seconds[best] / self.tokens(best), 0.0)
+            now.wasted += max(took - gained * now.seconds[best] / self.tokens(best), 0.0)
 
     def tokens(self, drafts: int) -> float:
         """Expected tokens of a round."""
         expected, all_before = 1.0, 1.0
-        for share in self.accepted[:drafts]:
+        for share in self.known.accepted[:drafts]:
             all_before *= share
             expected += all_before
         return expected
 
     def best(self) -> int:
         """The measured length that promises the most tokens a second."""
-        return max(self.seconds, key=lambda n: self.tokens(n) / self.seconds[n], default=0)
+        seconds = self.known.seconds
+        return max((n for n in seconds if n <= self.most), key=lambda n: self.tokens(n) / seconds[n], default=0)
 
     def choose(self) -> int:
-        if not self.seconds:
+        now = self.known
+        if not now.seconds:
             return 0
-        best = self.best()
-        if self._wasted > self.BUDGET * self._total:
+        best, seconds = self.best(), now.seconds
+        if now.wasted > self.BUDGET * now.total + self.BEGINNING * seconds.get(0, 0.0):
             return best
         near = [n for n in (best + 1, best - 1) if 0 <= n <= self.most]
-        unknown = [n for n in near if n not in self.seconds]
-        if unknown:
-            return unknown[0]
+        unsure = [n for n in (best, *near) if now.rounds.get(n, 0) < 2]
+        if unsure:
+            return unsure[0]
         # One that could be better if all of its drafts were accepted is tried more often. The others are tried too: a
         # time that was measured on a busy machine must not decide for good.
-        hopeful = [n for n in near if (1 + n) / self.seconds[n] > self.tokens(best) / self.seconds[best]]
+        hopeful = [n for n in near if (1 + n) / seconds[n] > self.tokens(best) / seconds[best]]
         share = self.BUDGET / 2 if hopeful else self.BUDGET / 4
-        return self._oldest(hopeful or near) if self._wasted < share * self._total else best
+        return self._oldest(hopeful or near) if now.wasted < share * now.total else best
 
     def _oldest(self, lengths: Sequence[int]) -> int:
         """Of these, the length that was used longest ago."""
-        return min(lengths, key=lambda n: self._used.get(n, -1))
+        return min(lengths, key=lambda n: self.known.used.get(n, -1))

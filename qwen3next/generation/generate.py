@@ -9,7 +9,7 @@ from torch import Tensor
 from layers.segments import Segments
 from qwen3next.cache.hybrid import HybridCache
 from qwen3next.generation.choice import Choice, Picked, check_range, draw, row_seed
-from qwen3next.generation.drafts import Drafter, DraftLength, drafter_named
+from qwen3next.generation.drafts import Drafter, DraftLength, PromptLookup, drafter_named, measured
 from qwen3next.generation.grammar import Grammar
 from qwen3next.generation.prefill import Prefilling
 from qwen3next.generation.rounds import Report, Row, rounds
@@ -126,7 +126,8 @@ class Generation:
         )
         choice.check(model.vocab_size)
         self.model, self.report, self._n, self._hooks = model, Report(), n, fwd_hooks
-        self._length, self._drafter = drafting(model, draft_tokens, drafts)
+        rows = self._segments.sequences * n
+        self._length, self._drafter = drafting(model, draft_tokens, drafts, rows=rows, sampled=temperature > 0)
         self.cache = self._fitting(cache, max_new_tokens)
         texts = [list(text) for text in _texts(self._ids, self._segments) for _ in range(n)]
         self.rows = [
@@ -140,7 +141,7 @@ class Generation:
         needed = max(segments.real_lengths) + max_new_tokens
         room = needed + (0 if self._length is None else self._length.most)  # a row that has ended runs along
         if cache is None:
-            mtp = self._drafter is not None and self.model.mtp is not None
+            mtp = self._drafter is not None and not isinstance(self._drafter, PromptLookup)
             return self.model.new_cache(segments.sequences, max_len=room, mtp=mtp)
         if needed - 1 > cache.max_len:
             raise ValueError(
@@ -189,9 +190,13 @@ def stream(model: Prefilling, input_ids: Tensor, **options: object) -> Iterator[
             yield torch.tensor([tokens.pop(0) if tokens else -1 for tokens in waiting], device=input_ids.device)
 
 
-def drafting(model: Prefilling, draft_tokens: int | str, drafts: str) -> tuple[DraftLength | None, Drafter | None]:
+def drafting(
+    model: Prefilling, draft_tokens: int | str, drafts: str, *, rows: int = 1, sampled: bool = False
+) -> tuple[DraftLength | None, Drafter | None]:
     """How many tokens to draft, and who drafts them; None for none.
 
+    Args:
+        rows, sampled: the texts of a step, and whether their tokens are sampled. What was measured for these counts.
     Raises: ValueError for numbers and names that there are not.
     """
     adapt = draft_tokens == "auto"
@@ -201,7 +206,8 @@ def drafting(model: Prefilling, draft_tokens: int | str, drafts: str) -> tuple[D
         return None, None
     most = MOST_DRAFTS if isinstance(draft_tokens, str) else draft_tokens
     name = ("lookup" if model.mtp is None else "mtp") if drafts == "auto" else drafts
-    return DraftLength(most, adapt=adapt), drafter_named(name, model)
+    drafter = drafter_named(name, model)
+    return DraftLength(most, adapt=adapt, known=measured(model, name, rows, sampled=sampled)), drafter
 
 
 def _seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:

@@ -10,7 +10,7 @@ from tokenizers.models import BPE
 import qwen3next as q
 from layers.segments import Segments
 from qwen3next.generation.choice import Choice
-from qwen3next.generation.drafts import DraftLength, MTPDrafts, PromptLookup
+from qwen3next.generation.drafts import DraftLength, Measured, MTPDrafts, PromptLookup, measured
 from qwen3next.generation.generate import Generation
 from qwen3next.generation.grammar import Grammar
 from qwen3next.generation.rounds import Row
@@ -187,12 +187,52 @@ def test_auto_finds_what_pays(slope, right, expected):
 def test_auto_gets_over_a_time_that_was_measured_on_a_busy_machine():
     """The first round with drafts takes ten times as long; soon drafts are used as if it had not."""
     length = DraftLength(4, adapt=True, clock=(clock := Clock(0.2, 4)))
-    for drafts, seconds in ((0, 1), (1, 12)):
+    for drafts, seconds in ((0, 1), (0, 1), (1, 12)):
         assert length.begin() == drafts
         clock.now += seconds
         length.end(drafts, [drafts])
     clock.spend(length, 4000)
     assert length.best() == 4
+
+
+def test_auto_finds_in_a_short_text_what_pays():
+    """Within 130 tokens; the first round of each length takes long, as where something is prepared in it."""
+    length = DraftLength(4, adapt=True, clock=(clock := Clock(0.2, 4)))
+    seen = set()
+    made = 0
+    while made < 130:
+        k = length.begin()
+        clock.now += 1 + 0.2 * k + (0 if k in seen else 5)
+        seen.add(k)
+        length.end(k, [k])
+        made += 1 + k
+    assert clock.now - 5 * len(seen) < 0.5 * made
+
+
+def test_a_generation_goes_on_from_what_earlier_ones_measured():
+    """Costs are known; how easy the text is to guess is learned anew within a few rounds."""
+    known = Measured()
+    first = DraftLength(4, adapt=True, known=known, clock=(clock := Clock(0.2, 4)))
+    clock.spend(first, 100)
+    second = DraftLength(4, adapt=True, known=known, clock=(clock := Clock(0.2, 4)))
+    assert second.begin() == 4
+    clock.right = 0
+    clock.spend(second, 60)
+    assert second.best() == 0
+
+
+def test_measurements_belong_to_model_drafter_rows_and_sampling(model):
+    ids = prompts(1)
+    list(Generation(model, ids, max_new_tokens=8, stop_tokens=(), draft_tokens="auto", drafts="lookup"))
+    assert measured(model, "lookup", 1, sampled=False).rounds
+    for other in (("lookup", 1, True), ("lookup", 2, False), ("mtp", 1, False)):
+        assert not measured(small_model(), *other[:2], sampled=other[2]).rounds
+        assert measured(model, *other[:2], sampled=other[2]) is not measured(model, "lookup", 1, sampled=False)
+
+
+def test_lookup_needs_nothing_of_the_mtp_layer(model):
+    run = Generation(model, prompts(1), max_new_tokens=4, draft_tokens=2, drafts="lookup")
+    assert run.cache.mtp is None
 
 
 @pytest.mark.parametrize("slope, right", [(0.2, 0), (1.5, 4), (1.2, 1)])
