@@ -89,7 +89,7 @@ class Experts(nn.Module):
     """e SwiGLU feed-forwards in two stacked tensors: gate rows above up rows.
 
     Attributes:
-        backend: of "experts": what surrounds their products; "loop", "grouped", "gathered", "cpp" (CPU); "auto" picks.
+        backend: of "experts": "loop", "grouped", "gathered", "sorted" or "cpp" (both on a CPU); "auto" picks.
         linear_backend, elementwise_backend: of their products and activations.
     """
 

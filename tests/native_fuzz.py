@@ -131,6 +131,19 @@ def combine_backward(r: Random) -> dict:
     return x | {"to_y": r.normal(len(x["inverse"]), x["out"].shape[1], dtype=r.pick((FP32, x["out"].dtype)))}
 
 
+def products(r: Random) -> dict:
+    e, n, k, dtype = 1 + r.below(3), r.size(), r.size(), r.pick((FP32, BF16))
+    rows = [r.below(20) for _ in range(e)]
+    ends = torch.tensor(rows).cumsum(0).int()
+    return {"x": r.normal(sum(rows), k, dtype=dtype), "weight": r.normal(e, n, k, dtype=dtype), "ends": ends}
+
+
+def products_backward(r: Random) -> dict:
+    x = products(r)
+    to_y = r.normal(len(x["x"]), x["weight"].shape[1], dtype=x["x"].dtype)
+    return x | {"to_y": to_y, "dtype": r.pick((FP32, x["x"].dtype))}
+
+
 def permute(r: Random) -> dict:
     n, k, experts = r.size(least=0), 1 + r.below(4), 1 + r.below(9)
     return {"indices": torch.randint(0, experts, (n, k), generator=r.made), "experts": experts}
@@ -201,6 +214,8 @@ ENTRIES = {
     "combine": (ops.combine, combine),
     "combine_backward": (ops.combine_backward, combine_backward),
     "permute": (ops.permute, permute),
+    "products": (ops.products, products),
+    "products_backward": (ops.products_backward, products_backward),
     "replay": (_replay_compiled, replay),
     "fold": (fold_one, folded),
     "group_linear": (group_linear_op, group_linear),
@@ -214,7 +229,8 @@ THROUGH_OTHERS = {
     "linear",
     "remember_pairs",
     "draft",
-}  # combine; nothing; steps of a model
+    *(name for name in ARGUMENTS if name.startswith("products_to_")),
+}  # combine; nothing; steps of a model; products_backward
 
 
 def odd(r: Random, x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""What surrounds the products of experts, in C++: sort, weight, sum. See ops.py."""
+"""Experts in C++: sort tokens by expert, multiply each expert's rows, weight and sum. See ops.py."""
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from layers.cpp.operands import operand
 from layers.cpp.operators import BF16, FP32, call, names, operator
@@ -57,3 +58,45 @@ def permute(indices: Tensor, experts: int) -> list[Tensor]:
         low, high = int(indices.min()), int(indices.max())
         raise ValueError(f"Tokens are routed to the experts {low} to {high}, and there are 0 to {experts - 1}.")
     return [token, inverse, ends]
+
+
+@operator("(Tensor x, Tensor weight, Tensor ends) -> Tensor")
+def products(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows of x (rows, k) up to ends[0] times weight[0]ᵀ, up to ends[1] times weight[1]ᵀ, …: (rows, n).
+
+    weight (e, n, k) has x's dtype; sums are fp32. ends (e,) int32 rise to the number of rows.
+    """
+    x, weight, ends = _product_operands("products", x, weight, ends)
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    call(f"products_{names(x, y)}", x, weight, ends, y, *weight.shape, torch.get_num_threads())
+    return y
+
+
+@operator("(Tensor x, Tensor weight, Tensor ends, Tensor to_y, ScalarType dtype) -> Tensor[]")
+def products_backward(x: Tensor, weight: Tensor, ends: Tensor, to_y: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Gradients of `products`: x's, and the weight's in `dtype`, which is x's or fp32."""
+    x, weight, ends = _product_operands("products_backward", x, weight, ends)
+    to_y = operand("products_backward: to_y", to_y, (x.shape[0], weight.shape[1]), x.dtype)
+    if dtype not in (x.dtype, FP32):
+        raise ValueError(f"products_backward: gradients of the weight must be {x.dtype} or float32, not {dtype}.")
+    to_x, to_weight = torch.empty_like(x), torch.empty_like(weight, dtype=dtype)
+    threads = torch.get_num_threads()
+    call(f"products_to_x_{names(x, x)}", to_y, weight, ends, to_x, *weight.shape, threads)
+    call(f"products_to_weight_{names(x, to_weight)}", x, to_y, ends, to_weight, *weight.shape, threads)
+    return [to_x, to_weight]
+
+
+def _product_operands(name: str, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if x.ndim != 2 or weight.ndim != 3 or not all(weight.shape):
+        raise ValueError(
+            f"{name}: x must be (rows, k) and weight (e, n, k), got {tuple(x.shape)} and {tuple(weight.shape)}."
+        )
+    x = operand(f"{name}: x", x, (x.shape[0], weight.shape[2]), FP32, BF16)
+    weight = operand(f"{name}: weight", weight, tuple(weight.shape), x.dtype)
+    ends = operand(f"{name}: ends", ends, (weight.shape[0],), torch.int32)
+    if not isinstance(ends, FakeTensor):
+        ends = ends.clone()  # what was checked is what is read, whatever other threads do
+        runs = [0, *ends.tolist()]
+        if runs != sorted(runs) or runs[-1] != x.shape[0]:
+            raise ValueError(f"{name}: ends must rise to {x.shape[0]}, the rows of x, they are {runs[1:]}.")
+    return x, weight, ends

@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 
+from layers.cpp import cpu as processor
 from layers.cpp.build import missing
 from layers.dispatch import self_check, speeds
 from layers.dispatch.registry import parts_of
@@ -177,6 +178,15 @@ def cpp(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return f"it is for float32 and bfloat16 on a CPU, not {str(dtype).removeprefix('torch.')} on {device.type}"
     return missing()
+
+
+def slower_than_amx(_device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why our products of experts are not picked in bf16 on a processor with AMX, unless measured there."""
+    if dtype != torch.bfloat16 or not processor.can("amx"):
+        return None
+    if speeds.measured("experts", "cpp", dtype, torch.is_grad_enabled()):
+        return None
+    return "its products do not use AMX: `qwen3next tune` measures whether it is faster all the same"
 
 
 def cpp_without_gradients(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -137,7 +137,19 @@ OPERATIONS: dict[str, tuple[Implementation, ...]] = {
         Implementation("torch", "logits some rows at a time, gradients made with them"),
     ),
     "experts": (
-        Implementation("cpp", "sorted and summed in one pass each", can.cpp, on_auto_except_for=_ONE_EXPERT_AT_A_TIME),
+        Implementation(
+            "cpp",
+            "sorted, multiplied and summed in C++",
+            can.cpp,
+            can.slower_than_amx,
+            on_auto_except_for=_ONE_EXPERT_AT_A_TIME,
+        ),
+        Implementation(
+            "sorted",
+            "sorted and summed in C++, with one expert's products after another's in torch's libraries",
+            can.cpp,
+            on_auto_except_for=_ONE_EXPERT_AT_A_TIME,
+        ),
         Implementation(
             "grouped",
             "one grouped matmul for all experts; a few tokens read what they chose",

@@ -29,7 +29,6 @@ from layers.cpp.build import digest_of_sources
 SHIPPED = Path(__file__).with_name("speeds.json")
 # The earlier in the fixed order stays first unless another is faster by more than this: less may be noise.
 CLOSE = 1.05
-# The earlier in the fixed order stays first unless another is faster by more than this: less may be noise.
 
 Ratios = Mapping[str, Mapping[int, float]]  # by implementation, then by size (tokens)
 
@@ -76,6 +75,13 @@ def verdict(operation: str, dtype: torch.dtype, gradients: bool) -> Verdict | No
 def known(operation: str, dtype: torch.dtype, gradients: bool) -> bool:
     """Whether there are figures for an operation."""
     return verdict(operation, dtype, gradients) is not None
+
+
+@torch.compiler.assume_constant_result
+def measured(operation: str, name: str, dtype: torch.dtype, gradients: bool) -> bool:
+    """Whether there is a figure for an implementation."""
+    found = verdict(operation, dtype, gradients)
+    return found is not None and name in found.speeds
 
 
 @torch.compiler.assume_constant_result

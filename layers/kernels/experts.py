@@ -130,6 +130,14 @@ def grouped(
 
 
 @implements("experts", "cpp")
+def all_in_cpp(x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor, **backends: str) -> Tensor:
+    """As `sorted_in_cpp`, with one kernel for the products of all experts where no backend of `linear` was named."""
+    if backends.get("linear_backend", "auto") == "auto":
+        backends["linear_backend"] = "cpp"
+    return sorted_in_cpp(x, weights, indices, gate_up, down, **backends)
+
+
+@implements("experts", "sorted")
 def sorted_in_cpp(
     x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor, **backends: str
 ) -> Tensor:
@@ -151,10 +159,11 @@ def _sorted(
     linear_backend: str = "auto",
     elementwise_backend: str = "auto",
 ) -> Tensor:
-    exact, linear_backend = x.dtype == torch.float32, under_autocast(x, linear_backend)
+    exact, own = x.dtype == torch.float32, linear_backend == "cpp"
+    linear_backend = linear_backend if own else under_autocast(x, linear_backend)
     x = x.to(product_dtype(x))
     token, inverse, ends = ops.permute(indices.contiguous(), gate_up.shape[0])
-    one_by_one = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    one_by_one = not own and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if one_by_one and choose("linear", linear_backend, x) == "onednn":
         out = x.new_empty(len(token), x.shape[1])
         backends = {"linear_backend": linear_backend, "elementwise_backend": elementwise_backend}

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from layers.cpp import ops
 from layers.dispatch.autocast import product_dtype, under_autocast
 from layers.kernels.linear import product
 
@@ -19,9 +20,10 @@ def grouped_linear(
 ) -> Float[Tensor, "rows n"]:
     """Rows up to ends[0] times weight[0]ᵀ, up to ends[1] times weight[1]ᵀ, …; in autocast's dtype under autocast.
 
-    `backend`: of `linear`.
+    `backend`: of `linear`, or "cpp" for one kernel that makes all products, on the CPU.
     """
-    dtype, backend = product_dtype(x), under_autocast(x, backend)
+    dtype = product_dtype(x)
+    backend = backend if backend == "cpp" else under_autocast(x, backend)
     if x.device.type == "cpu":
         return _Grouped.apply(x.to(dtype), weight, ends, backend)
     return F.grouped_mm(x.to(dtype), weight.to(dtype).mT, offs=ends)
@@ -71,6 +73,8 @@ class _Grouped(torch.autograd.Function):
 
 
 def _products(x: Tensor, weight: Tensor, ends: Tensor, backend: str) -> Tensor:
+    if backend == "cpp":
+        return ops.products(x, weight, ends)
     y = x.new_empty(x.shape[0], weight.shape[1])
     for e, run in runs(ends):
         _product_into(y, run, x, weight[e], backend)
@@ -80,6 +84,9 @@ def _products(x: Tensor, weight: Tensor, ends: Tensor, backend: str) -> Tensor:
 def _products_backward(
     x: Tensor, weight: Tensor, ends: Tensor, grad: Tensor, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor]:
+    if backend == "cpp":
+        to_x, to_weight = ops.products_backward(x, weight, ends, grad, x.dtype if dtype == x.dtype else torch.float32)
+        return to_x, to_weight.to(dtype)
     to_x, to_weight = torch.empty_like(x), torch.empty_like(weight, dtype=dtype)
     used = runs(ends)
     for e in set(range(len(weight))) - {e for e, _ in used}:

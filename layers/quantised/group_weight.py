@@ -43,6 +43,9 @@ class GroupWeight:
 
     @property
     def group_size(self) -> int:
+        """Raises: ValueError for a scale without groups."""
+        if not self.scale.numel():
+            raise ValueError(f"The scale of a weight {self.shape} must have groups, it has {tuple(self.scale.shape)}.")
         return self.shape[-1] // self.scale.shape[-1]
 
     @property

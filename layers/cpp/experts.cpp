@@ -1,0 +1,296 @@
+// Products of experts: each multiplies its own run of rows with its own weights, forward and backward.
+//
+// All three products are C = A B with vectors along the columns of C. A is read as it lies, a number (bf16: a pair) at a
+// time. B is copied into panels of a few vectors, padded with zeros, which stay in the caches. So no weight is
+// rearranged on the way forward: there the weights are A and the rows, of which an expert has few, are B.
+#include <algorithm>
+
+#include "kernels.h"
+
+namespace {
+
+constexpr int PANEL = 3 * LANES;  // columns of a panel of B; fewer in the last ones
+constexpr int TALL = 16;          // rows of C that are computed before they are stored: a cache line of the result
+
+// The type of products of numbers In: bf16 where the processor multiplies in it.
+template <class In>
+using Multiplied = std::conditional_t<std::is_same_v<In, float>, float, low>;
+
+// c (MR, NV vectors) = a b. a: rows with distance `row`, padded to pairs; b: a panel of NV vectors.
+template <class T, int MR, int NV>
+void tile(float* c, const T* a, int64_t row, const T* b, int64_t depth) {
+    vec sum[MR][NV] = {};
+    for (int64_t p = 0; p < depth; p += PAIR<T>, b += NV * LANES * PAIR<T>)
+        UNROLL for (int r = 0; r < MR; r++) UNROLL for (int w = 0; w < NV; w++)
+            sum[r][w] = multiply_add(sum[r][w], a + r * row + p, b + w * LANES * PAIR<T>);
+    UNROLL for (int r = 0; r < MR; r++) UNROLL for (int w = 0; w < NV; w++) *(vec*)(c + r * PANEL + w * LANES) = sum[r][w];
+}
+template <class T, int NV, int MR = ROWS>
+void tile_of_rows(int rows, float* c, const T* a, int64_t row, const T* b, int64_t depth) {
+    if constexpr (MR > 1)
+        if (rows < MR) return tile_of_rows<T, NV, MR - 1>(rows, c, a, row, b, depth);
+    tile<T, MR, NV>(c, a, row, b, depth);
+}
+// c (rows, PANEL) = a b for up to TALL rows and a panel of `vectors`.
+template <class T>
+void block(int rows, int vectors, float* c, const T* a, int64_t row, const T* b, int64_t depth) {
+    for (int r = 0; r < rows; r += ROWS, c += ROWS * PANEL, a += ROWS * row) {
+        const int some = std::min(ROWS, rows - r);
+        if (vectors == 3) tile_of_rows<T, 3>(some, c, a, row, b, depth);
+        else if (vectors == 2) tile_of_rows<T, 2>(some, c, a, row, b, depth);
+        else tile_of_rows<T, 1>(some, c, a, row, b, depth);
+    }
+}
+
+// How `count` columns are divided into panels: evenly, in vectors.
+struct Panels {
+    int64_t count, vectors, panels;
+    explicit Panels(int64_t columns)
+        : count(columns), vectors((columns + LANES - 1) / LANES), panels((vectors + 2) / 3) {}
+    int64_t begin(int64_t p) const { return vectors * p / panels * LANES; }  // the first column
+    int width(int64_t p) const { return int(begin(p + 1) - begin(p)); }      // padded
+    int filled(int64_t p) const { return int(std::min(begin(p + 1), count) - begin(p)); }
+};
+
+inline int64_t paired(int64_t depth) { return (depth + 1) / 2 * 2; }
+
+#if defined(__AVX512F__)
+// 16 rows of 16 words, transposed.
+inline void transpose16(const word* from, int64_t from_row, word* to, int64_t to_row) {
+    __m512 r[16], t[16];
+    UNROLL for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps((const float*)(from + i * from_row));
+    UNROLL for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    UNROLL for (int i = 0; i < 16; i += 4) UNROLL for (int j = 0; j < 2; j++) {
+        r[i + 2 * j] = _mm512_shuffle_ps(t[i + j], t[i + 2 + j], 0x44);
+        r[i + 2 * j + 1] = _mm512_shuffle_ps(t[i + j], t[i + 2 + j], 0xee);
+    }
+    UNROLL for (int i = 0; i < 16; i += 8) UNROLL for (int j = 0; j < 4; j++) {
+        t[i + j] = _mm512_shuffle_f32x4(r[i + j], r[i + 4 + j], 0x88);
+        t[i + 4 + j] = _mm512_shuffle_f32x4(r[i + j], r[i + 4 + j], 0xdd);
+    }
+    UNROLL for (int j = 0; j < 8; j++) {
+        _mm512_storeu_ps((float*)(to + j * to_row), _mm512_shuffle_f32x4(t[j], t[8 + j], 0x88));
+        _mm512_storeu_ps((float*)(to + (j + 8) * to_row), _mm512_shuffle_f32x4(t[j], t[8 + j], 0xdd));
+    }
+}
+#endif
+
+// to[j][i] = from[i][j]; words of 4 bytes.
+inline void transpose(const word* from, int64_t from_row, int64_t rows, int64_t columns, word* to, int64_t to_row) {
+    for (int64_t i = 0; i < rows; i += 16)
+        for (int64_t j = 0; j < columns; j += 16) {
+#if defined(__AVX512F__)
+            if (i + 16 <= rows && j + 16 <= columns) {
+                transpose16(from + i * from_row + j, from_row, to + j * to_row + i, to_row);
+                continue;
+            }
+#endif
+            for (int64_t s = j; s < std::min(j + 16, columns); s++)
+                for (int64_t r = i; r < std::min(i + 16, rows); r++) to[s * to_row + r] = from[r * from_row + s];
+        }
+}
+
+// A panel of B whose columns are `rows` rows of `depth` numbers: B[p][i] = from[i][p].
+template <class T, class In>
+void pack_rows(T* to, const In* from, int64_t from_row, int64_t rows, int64_t depth, int width) {
+    if (rows < width || depth % 2) std::memset((void*)to, 0, paired(depth) * width * sizeof(T));
+    if constexpr (std::is_same_v<T, In> && PAIR<T> == 1) {
+        transpose((const word*)from, from_row, rows, depth, (word*)to, width);
+    } else if constexpr (std::is_same_v<T, In>) {
+        if (depth % 2 == 0 && from_row % 2 == 0)  // pairs lie side by side
+            return transpose((const word*)from, from_row / 2, rows, depth / 2, (word*)to, width);
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t p = 0; p < depth; p++) to[p / 2 * 2 * width + 2 * i + p % 2] = from[i * from_row + p];
+    } else {
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t p = 0; p < depth; p++) to[p * width + i] = to_float(from[i * from_row + p]);
+    }
+}
+
+// A panel of B that is `filled` columns of `depth` rows.
+template <class T, class In>
+void pack_columns(T* to, const In* from, int64_t from_row, int64_t depth, int filled, int width) {
+    if (filled < width || depth % PAIR<T>) std::memset((void*)to, 0, paired(depth) * width * sizeof(T));
+    if constexpr (PAIR<T> == 1) {
+        for (int64_t p = 0; p < depth; p++)
+            for (int j = 0; j < filled; j++) to[p * width + j] = to_float(from[p * from_row + j]);
+    } else {
+        for (int64_t p = 0; p < depth; p += 2) {
+            const In *even = from + p * from_row, *odd = p + 1 < depth ? even + from_row : nullptr;
+            word* pairs = (word*)(to + p * width);
+            for (int j = 0; j < filled; j++)
+                pairs[j] = word(even[j].bits) | (odd ? word(odd[j].bits) << 16 : 0);
+        }
+    }
+}
+
+// Rows of A as they lie, or a copy in T that is padded to pairs.
+template <class T, class In>
+struct Rows {
+    static constexpr bool SAME = std::is_same_v<T, In>;
+    const int64_t depth;
+    const bool copied;
+    Buffer<T> copy;
+    explicit Rows(int64_t n)
+        : depth(n), copied(!SAME || n % PAIR<T> != 0), copy(copied ? TALL * paired(n) : 0) {}
+
+    int64_t distance() const { return copied ? paired(depth) : depth; }
+    const T* operator()(const In* from, int rows) {
+        if (!copied) return (const T*)from;
+        for (int r = 0; r < rows; r++)
+            for (int64_t p = 0; p < depth; p++) {
+                if constexpr (SAME) copy[r * paired(depth) + p] = from[r * depth + p];
+                else copy[r * paired(depth) + p] = to_float(from[r * depth + p]);
+            }
+        return copy;
+    }
+};
+
+template <class Out>
+void store_rows(Out* to, int64_t to_row, const float* from, int rows, int columns) {
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < columns; j++) store(to[r * to_row + j], from[r * PANEL + j]);
+}
+
+// The parts of every expert's work: more than one where there are few experts for the threads.
+inline int64_t parts_of(int64_t experts, int64_t most, int64_t threads) {
+    return std::max<int64_t>(1, std::min(most, (2 * threads + experts - 1) / experts));
+}
+
+// y[run] = x[run] weightᵀ: x (rows, k), weight (e, n, k), y (rows, n). Computed as yᵀ = weight xᵀ.
+template <class In>
+void products(const In* x, const In* weight, const int32_t* ends, In* y, int64_t experts, int64_t n, int64_t k,
+              int64_t threads) {
+    using T = Multiplied<In>;
+    constexpr int64_t MOST = 256;  // rows at a time: their panels stay in a core's second cache
+    const int64_t blocks = (n + TALL - 1) / TALL, parts = parts_of(experts, blocks, threads);
+#pragma omp parallel num_threads(int(threads))
+    {
+        Buffer<T> panels((MOST + PANEL) * paired(k));
+        Buffer<float> c(TALL * PANEL), turned(TALL * PANEL);
+        Rows<T, In> a(k);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < experts * parts; task++) {
+            const int64_t e = task / parts, part = task % parts;
+            const int64_t begin = e ? ends[e - 1] : 0, end = ends[e];
+            for (int64_t at = begin; at < end; at += MOST) {
+                const Panels cut(std::min(MOST, end - at));
+                for (int64_t p = 0; p < cut.panels; p++)
+                    pack_rows(panels + cut.begin(p) * paired(k), x + (at + cut.begin(p)) * k, k, cut.filled(p), k,
+                              cut.width(p));
+                for (int64_t j = blocks * part / parts; j < blocks * (part + 1) / parts; j++) {
+                    const int rows = int(std::min<int64_t>(TALL, n - j * TALL));
+                    const T* from = a(weight + (e * n + j * TALL) * k, rows);
+                    for (int64_t p = 0; p < cut.panels; p++) {
+                        block<T>(rows, cut.width(p) / LANES, c, from, a.distance(), panels + cut.begin(p) * paired(k), k);
+                        transpose((const word*)(float*)c, PANEL, rows, cut.width(p), (word*)(float*)turned, TALL);
+                        In* to = y + (at + cut.begin(p)) * n + j * TALL;
+                        for (int i = 0; i < cut.filled(p); i++)
+                            for (int r = 0; r < rows; r++) store(to[i * n + r], turned[i * TALL + r]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// to_x[run] = grad[run] weight: grad (rows, n), weight (e, n, k), to_x (rows, k).
+template <class In>
+void products_to_x(const In* grad, const In* weight, const int32_t* ends, In* to_x, int64_t experts, int64_t n,
+                   int64_t k, int64_t threads) {
+    using T = Multiplied<In>;
+    const Panels cut(k);
+    const int64_t parts = parts_of(experts, cut.panels, threads);
+#pragma omp parallel num_threads(int(threads))
+    {
+        Buffer<T> panel(PANEL * paired(n));
+        Buffer<float> c(TALL * PANEL);
+        Rows<T, In> a(n);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < experts * parts; task++) {
+            const int64_t e = task / parts, part = task % parts;
+            const int64_t begin = e ? ends[e - 1] : 0, end = ends[e];
+            if (begin == end) continue;
+            for (int64_t p = cut.panels * part / parts; p < cut.panels * (part + 1) / parts; p++) {
+                pack_columns<T>(panel, weight + e * n * k + cut.begin(p), k, n, cut.filled(p), cut.width(p));
+                for (int64_t i = begin; i < end; i += TALL) {
+                    const int rows = int(std::min<int64_t>(TALL, end - i));
+                    block<T>(rows, cut.width(p) / LANES, c, a(grad + i * n, rows), a.distance(), panel, n);
+                    store_rows(to_x + i * k + cut.begin(p), k, c, rows, cut.filled(p));
+                }
+            }
+        }
+    }
+}
+
+// to_weight[e] = grad[run]ᵀ x[run], zeros for an expert without rows.
+template <class In, class Out>
+void products_to_weight(const In* x, const In* grad, const int32_t* ends, Out* to_weight, int64_t experts, int64_t n,
+                        int64_t k, int64_t threads) {
+    using T = Multiplied<In>;
+    const Panels cut(k);
+    const int64_t blocks = (n + TALL - 1) / TALL, parts = parts_of(experts, blocks, threads);
+    int64_t most = 0;
+    for (int64_t e = 0; e < experts; e++) most = std::max<int64_t>(most, ends[e] - (e ? ends[e - 1] : 0));
+    most = paired(most);
+#pragma omp parallel num_threads(int(threads))
+    {
+        Buffer<T> panel(PANEL * most), turned((blocks / parts + 1) * TALL * most);
+        Buffer<float> c(TALL * PANEL);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < experts * parts; task++) {
+            const int64_t e = task / parts, part = task % parts;
+            const int64_t begin = e ? ends[e - 1] : 0, depth = ends[e] - begin, even = paired(depth);
+            const int64_t first = blocks * part / parts * TALL, last = std::min(n, blocks * (part + 1) / parts * TALL);
+            if (!depth) {
+                std::memset((void*)(to_weight + (e * n + first) * k), 0, (last - first) * k * sizeof(Out));
+                continue;
+            }
+            const In* from = grad + begin * n + first;
+            if (even > depth)
+                for (int64_t j = 0; j < last - first; j++) std::memset((void*)(turned + j * even + depth), 0, sizeof(T));
+            if constexpr (std::is_same_v<T, float> && std::is_same_v<In, float>) {
+                transpose((const word*)from, n, depth, last - first, (word*)(T*)turned, even);
+            } else {
+                for (int64_t i = 0; i < depth; i++)
+                    for (int64_t j = 0; j < last - first; j++) {
+                        if constexpr (std::is_same_v<T, In>) turned[j * even + i] = from[i * n + j];
+                        else turned[j * even + i] = to_float(from[i * n + j]);
+                    }
+            }
+            for (int64_t p = 0; p < cut.panels; p++) {
+                pack_columns<T>(panel, x + begin * k + cut.begin(p), k, depth, cut.filled(p), cut.width(p));
+                for (int64_t j = first; j < last; j += TALL) {
+                    const int rows = int(std::min<int64_t>(TALL, last - j));
+                    block<T>(rows, cut.width(p) / LANES, c, turned + (j - first) * even, even, panel, even);
+                    store_rows(to_weight + (e * n + j) * k + cut.begin(p), k, c, rows, cut.filled(p));
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+#define OF(NAME, IN)                                                                                                  \
+    extern "C" void products_##NAME(const IN* x, const IN* weight, const int32_t* ends, IN* y, int64_t experts,       \
+                                    int64_t n, int64_t k, int64_t threads) {                                          \
+        products(x, weight, ends, y, experts, n, k, threads);                                                         \
+    }                                                                                                                 \
+    extern "C" void products_to_x_##NAME(const IN* grad, const IN* weight, const int32_t* ends, IN* to_x,             \
+                                         int64_t experts, int64_t n, int64_t k, int64_t threads) {                    \
+        products_to_x(grad, weight, ends, to_x, experts, n, k, threads);                                              \
+    }
+#define TO_WEIGHT(NAME, IN, OUT)                                                                                      \
+    extern "C" void products_to_weight_##NAME(const IN* x, const IN* grad, const int32_t* ends, OUT* to_weight,       \
+                                              int64_t experts, int64_t n, int64_t k, int64_t threads) {               \
+        products_to_weight(x, grad, ends, to_weight, experts, n, k, threads);                                         \
+    }
+OF(fp32, float)
+OF(bf16, bf16)
+TO_WEIGHT(fp32, float, float)
+TO_WEIGHT(bf16, bf16, bf16)
+TO_WEIGHT(bf16_fp32, bf16, float)
