@@ -19,6 +19,7 @@ from layers.cpp.group_ops import group_linear as group_linear_op
 from layers.cpp.signatures import ARGUMENTS
 from layers.state.update_log import UpdateLog, _replay_compiled, fold
 from qwen3next.checkpoints.calibration import round_model
+from qwen3next.decoding.mtp_plan import why_not_draft
 from qwen3next.decoding.plan import MOST_TOKENS
 
 REFUSED = (ValueError, TypeError, RuntimeError, IndexError, NotImplementedError, AttributeError)
@@ -362,6 +363,8 @@ def walk_steps(r: Random, steps: int) -> None:
                     return  # then the modules run, and torch reads the weights unchecked
             elif way == 4:
                 cache = cache.fork()[0] if r.below(2) else cache.select([0])
+            if cache.unwritten_mtp is not None and why_not_draft(model):
+                return  # then the MTP layer's modules run, and torch reads their weights unchecked
             model.step(ids, cache)
             model.logits_after(cache)
             if cache.unwritten_mtp is not None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from layers.cpp.operands import operand
+from layers.cpp.operands import check_memory, operand
 from layers.cpp.operators import BF16, FP32, call, names, operator
 
 
@@ -95,6 +95,7 @@ def _product_operands(name: str, x: Tensor, weight: Tensor, ends: Tensor) -> tup
     weight = operand(f"{name}: weight", weight, tuple(weight.shape), x.dtype)
     ends = operand(f"{name}: ends", ends, (weight.shape[0],), torch.int32)
     if not isinstance(ends, FakeTensor):
+        check_memory(ends)
         ends = ends.clone()  # what was checked is what is read, whatever other threads do
         runs = [0, *ends.tolist()]
         if runs != sorted(runs) or runs[-1] != x.shape[0]:
