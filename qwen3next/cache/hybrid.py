@@ -92,6 +92,7 @@ class HybridCache:
     snapshots: dict[str, Snapshot] = field(default_factory=dict, repr=False)
     model: "weakref.ref[Any] | None" = field(default=None, repr=False)
     _rollback_log: RollbackLog | None = field(default=None, repr=False)
+    _forgets: bool = field(default=False, repr=False)  # records need not outlast a `take_back`
     _resting: Sequence[int] = field(default=(), repr=False)
     _mtp: KVCache | None = field(default=None, repr=False)
 
@@ -261,14 +262,18 @@ class HybridCache:
 
     @contextmanager
     def revocable(self, tokens: int) -> Iterator[None]:
-        """`take_back` can take back calls of up to so many tokens in the block, beside those of `history`."""
+        """`take_back` can take back tokens of the latest call in the block, once, if it brought no more than these.
+
+        Beside those of `history`.
+        """
         history, self.history = self.history, self.history + tokens
+        self._forgets = not history
         if self._rollback_log is not None:
             self._rollback_log.limit = self.history
         try:
             yield
         finally:
-            self.history = history
+            self.history, self._forgets = history, False
             if not history:
                 self._rollback_log = None
             elif self._rollback_log is not None:
@@ -353,7 +358,7 @@ class HybridCache:
         if not any(back):
             self.last_logits = self.last_logits if logits is None else logits
             return
-        point = None if self._rollback_log is None else self._rollback_log.find(target)
+        point = None if self._rollback_log is None else self._rollback_log.find(target, keep=not self._forgets)
         if point is None:
             raise ValueError(
                 f"No state after {target[0]} tokens is kept (kept: {self._rollback_log or 'none'}): make the cache "

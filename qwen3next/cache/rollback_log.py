@@ -202,11 +202,17 @@ class RollbackLog:
             if isinstance(state, DeltaNetState):
                 state.update_log, state.cut = None, 0
 
-    def find(self, targets: Sequence[int]) -> Point | None:
-        """The state after `targets` tokens of each row, or None if it is not known. Drops all records after it."""
+    def find(self, targets: Sequence[int], *, keep: bool = True) -> Point | None:
+        """The state after `targets` tokens of each row, or None if it is not known. Drops all records after it.
+
+        Without `keep`, the earlier records may be dropped too.
+        """
         if self._last is not None and self.spans and (point := self._last.after(self.spans[-1], targets)):
             self._last = None
-            self._forget(targets)
+            if keep:
+                self._forget(targets)
+            else:
+                self.spans.clear()
             return point
         self._last = None
         holding = []
