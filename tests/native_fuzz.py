@@ -145,6 +145,16 @@ def products_backward(r: Random) -> dict:
     return x | {"to_y": to_y, "dtype": r.pick((FP32, x["x"].dtype))}
 
 
+def feed_forward(r: Random) -> dict:
+    e, width, d, dtype, n = 1 + r.below(3), r.size(), r.size(), r.pick((FP32, BF16)), 1 + r.below(9)
+    rows = [r.below(20) for _ in range(e)]
+    return {
+        "x": r.normal(n, d, dtype=dtype), "token": torch.randint(0, n, (sum(rows),), generator=r.made),
+        "ends": torch.tensor(rows).cumsum(0).int(), "gate_up": r.normal(e, 2 * width, d, dtype=dtype),
+        "down": r.normal(e, d, width, dtype=dtype),
+    }  # fmt: skip
+
+
 def permute(r: Random) -> dict:
     n, k, experts = r.size(least=0), 1 + r.below(4), 1 + r.below(9)
     return {"indices": torch.randint(0, experts, (n, k), generator=r.made), "experts": experts}
@@ -215,6 +225,7 @@ ENTRIES = {
     "combine": (ops.combine, combine),
     "combine_backward": (ops.combine_backward, combine_backward),
     "permute": (ops.permute, permute),
+    "feed_forward": (ops.feed_forward, feed_forward),
     "products": (ops.products, products),
     "products_backward": (ops.products_backward, products_backward),
     "replay": (_replay_compiled, replay),

@@ -94,10 +94,46 @@ def _product_operands(name: str, x: Tensor, weight: Tensor, ends: Tensor) -> tup
     x = operand(f"{name}: x", x, (x.shape[0], weight.shape[2]), FP32, BF16)
     weight = operand(f"{name}: weight", weight, tuple(weight.shape), x.dtype)
     ends = operand(f"{name}: ends", ends, (weight.shape[0],), torch.int32)
-    if not isinstance(ends, FakeTensor):
-        check_memory(ends)
-        ends = ends.clone()  # what was checked is what is read, whatever other threads do
-        runs = [0, *ends.tolist()]
-        if runs != sorted(runs) or runs[-1] != x.shape[0]:
-            raise ValueError(f"{name}: ends must rise to {x.shape[0]}, the rows of x, they are {runs[1:]}.")
-    return x, weight, ends
+    return x, weight, _rising(name, ends, x.shape[0])
+
+
+def _rising(name: str, ends: Tensor, rows: int) -> Tensor:
+    """A copy of where runs end: what was checked is what is read, whatever other threads do."""
+    if isinstance(ends, FakeTensor):
+        return ends
+    check_memory(ends)
+    ends = ends.clone()
+    runs = [0, *ends.tolist()]
+    if runs != sorted(runs) or runs[-1] != rows:
+        raise ValueError(f"{name}: ends must rise to {rows}, the number of rows, they are {runs[1:]}.")
+    return ends
+
+
+@operator("(Tensor x, Tensor token, Tensor ends, Tensor gate_up, Tensor down) -> Tensor")
+def feed_forward(x: Tensor, token: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Each expert's SwiGLU feed-forward of its run of rows x[token], (rows, d); without gradients.
+
+    x (tokens, d); token (rows,) int64 and ends (e,) int32 as `permute` gives them; gate_up (e, 2 · width, d) has gate
+    rows above up rows, down is (e, d, width). Rounded as torch rounds the steps: gate, up, silu(gate), their product.
+    """
+    if x.ndim != 2 or down.ndim != 3 or token.ndim != 1 or not all(down.shape):
+        raise ValueError(
+            f"feed_forward: x must be (tokens, d), token (rows,) and down (e, d, width), got {tuple(x.shape)}, "
+            f"{tuple(token.shape)} and {tuple(down.shape)}."
+        )
+    e, d, width = down.shape
+    x = operand("feed_forward: x", x, (x.shape[0], d), FP32, BF16)
+    down = operand("feed_forward: down", down, (e, d, width), x.dtype)
+    gate_up = operand("feed_forward: gate_up", gate_up, (e, 2 * width, d), x.dtype)
+    token = operand("feed_forward: token", token, tuple(token.shape), torch.int64)
+    ends = operand("feed_forward: ends", ends, (e,), torch.int32)
+    ends = _rising("feed_forward", ends, len(token))
+    out = x.new_empty(len(token), d)
+    if isinstance(token, FakeTensor) or not len(token):
+        return out
+    check_memory(token)
+    token = token.clone()
+    if not 0 <= int(token.min()) <= int(token.max()) < len(x):
+        raise ValueError(f"feed_forward: token must hold numbers from 0 to {len(x) - 1}, the rows of x.")
+    call(f"feed_forward_{names(x, x)}", x, token, ends, gate_up, down, out, e, width, d, torch.get_num_threads())
+    return out

@@ -155,6 +155,14 @@ void store_rows(Out* to, int64_t to_row, const float* from, int rows, int column
         for (int j = 0; j < columns; j++) store(to[r * to_row + j], from[r * PANEL + j]);
 }
 
+// c (rows, columns), transposed: a row of `to` for each of the first `filled` columns.
+template <class Out>
+void store_turned(Out* to, int64_t to_row, const float* c, float* turned, int rows, int columns, int filled) {
+    transpose((const word*)c, PANEL, rows, columns, (word*)turned, TALL);
+    for (int i = 0; i < filled; i++)
+        for (int r = 0; r < rows; r++) store(to[i * to_row + r], turned[i * TALL + r]);
+}
+
 // The parts of every expert's work: more than one where there are few experts for the threads.
 inline int64_t parts_of(int64_t experts, int64_t most, int64_t threads) {
     return std::max<int64_t>(1, std::min(most, (2 * threads + experts - 1) / experts));
@@ -186,10 +194,8 @@ void products(const In* x, const In* weight, const int32_t* ends, In* y, int64_t
                     const T* from = a(weight + (e * n + j * TALL) * k, rows);
                     for (int64_t p = 0; p < cut.panels; p++) {
                         block<T>(rows, cut.width(p) / LANES, c, from, a.distance(), panels + cut.begin(p) * paired(k), k);
-                        transpose((const word*)(float*)c, PANEL, rows, cut.width(p), (word*)(float*)turned, TALL);
-                        In* to = y + (at + cut.begin(p)) * n + j * TALL;
-                        for (int i = 0; i < cut.filled(p); i++)
-                            for (int r = 0; r < rows; r++) store(to[i * n + r], turned[i * TALL + r]);
+                        store_turned(y + (at + cut.begin(p)) * n + j * TALL, n, c, turned, rows, cut.width(p),
+                                     cut.filled(p));
                     }
                 }
             }
@@ -273,6 +279,65 @@ void products_to_weight(const In* x, const In* grad, const int32_t* ends, Out* t
     }
 }
 
+// out[run] = (silu(g) · u) downᵀ with g and u the halves of x[token[run]] gate_upᵀ: an expert's whole feed-forward, of
+// which nothing leaves a core's caches but its result. x (tokens, d), gate_up (e, 2 width, d), down (e, d, width).
+template <class In>
+void feed_forward(const In* x, const int64_t* token, const int32_t* ends, const In* gate_up, const In* down, In* out,
+                  int64_t experts, int64_t width, int64_t d, int64_t threads) {
+    using T = Multiplied<In>;
+    constexpr int64_t MOST = 4 * PANEL;
+    const int64_t parts = parts_of(experts, 1 << 20, threads);
+#pragma omp parallel num_threads(int(threads))
+    {
+        Buffer<T> panels(MOST * paired(d)), hidden(MOST * paired(width));
+        Buffer<In> gathered(PANEL * d);
+        Buffer<float> gate(TALL * PANEL), up(TALL * PANEL), turned(TALL * PANEL);
+        Rows<T, In> from_d(d), from_width(width);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < experts * parts; task++) {
+            const int64_t e = task / parts, part = task % parts, first = e ? ends[e - 1] : 0, run = ends[e] - first;
+            const int64_t end = first + run * (part + 1) / parts;
+            for (int64_t at = first + run * part / parts; at < end; at += MOST) {
+                const Panels cut(std::min(MOST, end - at));
+                for (int64_t p = 0; p < cut.panels; p++) {
+                    for (int i = 0; i < cut.filled(p); i++)
+                        std::copy_n(x + token[at + cut.begin(p) + i] * d, d, gathered + i * d);
+                    pack_rows<T, In>(panels + cut.begin(p) * paired(d), gathered, d, cut.filled(p), d, cut.width(p));
+                    if (width % PAIR<T>) std::memset((void*)(hidden + cut.begin(p) * paired(width)), 0, cut.width(p) * paired(width) * sizeof(T));
+                }
+                for (int64_t j = 0; j < width; j += TALL) {
+                    const int rows = int(std::min<int64_t>(TALL, width - j));
+                    for (int64_t p = 0; p < cut.panels; p++) {
+                        const T* b = panels + cut.begin(p) * paired(d);
+                        const int columns = cut.width(p);
+                        block<T>(rows, columns / LANES, gate, from_d(gate_up + (e * 2 * width + j) * d, rows),
+                                 from_d.distance(), b, d);
+                        block<T>(rows, columns / LANES, up, from_d(gate_up + ((e * 2 + 1) * width + j) * d, rows),
+                                 from_d.distance(), b, d);
+                        T* to = hidden + cut.begin(p) * paired(width);
+                        for (int r = 0; r < rows; r++) {
+                            const float *g = gate + r * PANEL, *u = up + r * PANEL;
+                            T* line = to + (j + r) / PAIR<T> * PAIR<T> * columns + (j + r) % PAIR<T>;
+                            for (int i = 0; i < columns; i++)
+                                store(line[i * PAIR<T>],
+                                      rounded<In>(rounded<In>(silu(rounded<In>(g[i]))) * rounded<In>(u[i])));
+                        }
+                    }
+                }
+                for (int64_t j = 0; j < d; j += TALL) {
+                    const int rows = int(std::min<int64_t>(TALL, d - j));
+                    const T* from = from_width(down + (e * d + j) * width, rows);
+                    for (int64_t p = 0; p < cut.panels; p++) {
+                        block<T>(rows, cut.width(p) / LANES, gate, from, from_width.distance(),
+                                 hidden + cut.begin(p) * paired(width), width);
+                        store_turned(out + (at + cut.begin(p)) * d + j, d, gate, turned, rows, cut.width(p), cut.filled(p));
+                    }
+                }
+            }
+        }
+    }
+}
+
 }  // namespace
 
 #define OF(NAME, IN)                                                                                                  \
@@ -283,6 +348,11 @@ void products_to_weight(const In* x, const In* grad, const int32_t* ends, Out* t
     extern "C" void products_to_x_##NAME(const IN* grad, const IN* weight, const int32_t* ends, IN* to_x,             \
                                          int64_t experts, int64_t n, int64_t k, int64_t threads) {                    \
         products_to_x(grad, weight, ends, to_x, experts, n, k, threads);                                              \
+    }                                                                                                                 \
+    extern "C" void feed_forward_##NAME(const IN* x, const int64_t* token, const int32_t* ends, const IN* gate_up,    \
+                                        const IN* down, IN* out, int64_t experts, int64_t width, int64_t d,           \
+                                        int64_t threads) {                                                            \
+        feed_forward(x, token, ends, gate_up, down, out, experts, width, d, threads);                                 \
     }
 #define TO_WEIGHT(NAME, IN, OUT)                                                                                      \
     extern "C" void products_to_weight_##NAME(const IN* x, const IN* grad, const int32_t* ends, OUT* to_weight,       \

@@ -6,7 +6,7 @@ Where a kernel wants contiguous numbers, it gets a contiguous copy.
 
 from layers.cpp.attention_ops import attend
 from layers.cpp.conv_ops import convolve, convolve_backward
-from layers.cpp.expert_ops import combine, combine_backward, permute, products, products_backward
+from layers.cpp.expert_ops import combine, combine_backward, feed_forward, permute, products, products_backward
 from layers.cpp.row_ops import normalise, normalise_backward, silu_fp32, swiglu, swiglu_backward
 from layers.cpp.rule_ops import delta_rule, delta_rule_backward
 
@@ -18,6 +18,7 @@ __all__ = [
     "convolve_backward",
     "delta_rule",
     "delta_rule_backward",
+    "feed_forward",
     "normalise",
     "normalise_backward",
     "permute",

@@ -26,6 +26,7 @@ ARGUMENTS: dict[str, str] = {
     **{f"products_{name}": "ppppiiii" for name in _TWO},
     **{f"products_to_x_{name}": "ppppiiii" for name in _TWO},
     **{f"products_to_weight_{name}": "ppppiiii" for name in _WIDENING},
+    **{f"feed_forward_{name}": "ppppppiiii" for name in _TWO},
     "each_once": "pii",
     "permute": "ppppiii",
     "decode_step": "ppppi",

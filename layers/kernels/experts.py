@@ -163,8 +163,10 @@ def _sorted(
     linear_backend = linear_backend if own else under_autocast(x, linear_backend)
     x = x.to(product_dtype(x))
     token, inverse, ends = ops.permute(indices.contiguous(), gate_up.shape[0])
-    one_by_one = not own and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if one_by_one and choose("linear", linear_backend, x) == "onednn":
+    alone = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if alone and own and elementwise_backend in ("auto", "cpp") and gate_up.dtype == down.dtype == x.dtype:
+        out = ops.feed_forward(x, token, ends, gate_up, down)
+    elif alone and not own and choose("linear", linear_backend, x) == "onednn":
         out = x.new_empty(len(token), x.shape[1])
         backends = {"linear_backend": linear_backend, "elementwise_backend": elementwise_backend}
         for e, run in runs(ends):  # an expert at a time, whose rows stay in a core's caches

@@ -57,7 +57,9 @@ class HoldsGroups(nn.Module):
         buffers = self._buffers
         codes, scale = buffers[f"{name}_codes"], buffers[f"{name}_scale"]
         if codes is None or scale is None:
-            raise ValueError(f"A weight in groups needs the buffers {name}_codes and {name}_scale; one of them is None.")
+            raise ValueError(
+                f"A weight in groups needs the buffers {name}_codes and {name}_scale; one of them is None."
+            )
         return GroupWeight(codes, scale, buffers.get(f"{name}_zero"))
 
     def all_held(self) -> list[GroupWeight]:

@@ -131,6 +131,49 @@ def test_experts_in_cpp_are_the_definition():
         assert all(g.dtype == torch.float32 for g in results[0][1:])
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("d, width", [(32, 48), (27, 19), (16, 1)])
+@pytest.mark.parametrize("tokens", [1, 40, 400])
+def test_the_whole_feed_forward_equals_its_parts(tokens, d, width, dtype, threads):
+    """To the bit: with gradients the products run one after another, without as one kernel."""
+    r = torch.Generator().manual_seed(tokens)
+    layer = Experts(d, width, 3, backend="cpp").to(dtype)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(torch.randn(p.shape, generator=r) / p.shape[-1] ** 0.5)
+    x = torch.randn(tokens, d, generator=r).to(dtype)
+    indices = (torch.rand(tokens, 1, generator=r) < 0.9).long() + torch.tensor([[0, 1]])  # the middle one has most
+    weights = torch.rand(tokens, 2, generator=r).to(dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        parts = layer(x, weights, indices)
+        with torch.no_grad():
+            assert torch.equal(layer(x, weights, indices), parts)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"token": torch.tensor([0, 5, 1])}, "token must hold numbers from 0 to 4"),
+        ({"token": torch.tensor([0, -1, 1])}, "token must hold numbers from 0 to 4"),
+        ({"ends": torch.tensor([3, 2], dtype=torch.int32)}, "ends must rise to 3"),
+        ({"gate_up": torch.zeros(2, 9, 6)}, "gate_up must be float32"),
+        ({"down": torch.zeros(2, 6, 4, dtype=torch.bfloat16)}, "down must be float32"),
+        ({"down": torch.zeros(6, 4)}, "down"),
+    ],
+)
+def test_wrong_arguments_of_the_whole(change, words):
+    good = {"x": torch.zeros(5, 6), "token": torch.tensor([0, 4, 1]), "ends": torch.tensor([1, 3], dtype=torch.int32)}
+    good |= {"gate_up": torch.zeros(2, 8, 6), "down": torch.zeros(2, 6, 4)}
+    ops.feed_forward(**good)
+    with pytest.raises(ValueError, match=words):
+        ops.feed_forward(**(good | change))
+
+
 def test_weights_of_another_dtype_than_their_rows():
     x, weight, ends, grad = inputs((5, 6), 8, 8, torch.float32)
     low = weight.bfloat16().requires_grad_()
