@@ -36,7 +36,8 @@ NATIVE = {
     "attention": ("attend",),
     "elementwise": ("normalise", "silu", "swiglu"),
     "causal_conv": ("convolve",),
-    "experts": ("permute", "combine", "combine_backward", "each_once"),
+    "experts": ("products", "feed_forward"),
+    "sorting": ("permute", "combine", "combine_backward", "each_once"),  # by both backends of experts in C++
 }
 TORCH_OPERATORS = {
     "mkldnn::_linear_pointwise": ("linear", "onednn"),
@@ -53,6 +54,7 @@ PYTHON = {
     ("elementwise", "torch"): (norm, "unit_rms"),
     ("experts", "loop"): (moe, "loop"),
     ("experts", "one token"): (experts, "one_token"),
+    ("experts", "sorted"): (registry._functions, ("experts", "sorted")),
     ("experts", "grouped"): (registry._functions, ("experts", "grouped")),
     ("experts", "gathered"): (registry._functions, ("experts", "gathered")),
     ("cross_entropy", "torch"): (cross_entropy_kernels._Summed, "apply"),
@@ -113,6 +115,7 @@ class Count(TorchDispatchMode):
         """Backends by operation that ran since the last call."""
         found = {operation: {name for name, n in calls.items() if n} for operation, calls in self.calls.items()}
         self.calls.clear()
+        found.pop("sorting", None)
         return found
 
 
