@@ -76,7 +76,7 @@ class Backends(Prefilling):
         Args:
             operation: "linear" (products with weights, the experts' too), "elementwise" (norms and activations,
                 likewise), "delta_rule" (the convolution follows it), "attention", "experts" (what surrounds their
-                products), "decode" or "cross_entropy".
+                products, and with "cpp" these too unless "linear" was named), "decode" or "cross_entropy".
 
         Raises: ValueError for an unknown operation or backend; RuntimeError where a named one cannot run here.
         """
