@@ -271,7 +271,7 @@ void products_to_weight(const In* x, const In* grad, const int32_t* ends, Out* t
                 pack_columns<T>(panel, x + begin * k + cut.begin(p), k, depth, cut.filled(p), cut.width(p));
                 for (int64_t j = first; j < last; j += TALL) {
                     const int rows = int(std::min<int64_t>(TALL, last - j));
-                    block<T>(rows, cut.width(p) / LANES, c, turned + (j - first) * even, even, panel, even);
+                    block<T>(rows, cut.width(p) / LANES, c, turned + (j - first) * even, even, panel, depth);
                     store_rows(to_weight + (e * n + j) * k + cut.begin(p), k, c, rows, cut.filled(p));
                 }
             }

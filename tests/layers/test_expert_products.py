@@ -78,6 +78,22 @@ def test_a_result_does_not_depend_on_the_rows_beside_it(dtype):
         assert torch.equal(alone[0], whole[row])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_nan_stays_with_its_expert(dtype):
+    """Also where memory that held it is used again for the next expert, with an odd number of rows."""
+    x, weight, ends, grad = inputs((20, 7, 9), 16, 48, dtype)
+    x[:20], grad[:20] = float("nan"), float("nan")
+    results = ops.products(x, weight, ends), *ops.products_backward(x, weight, ends, grad, dtype)
+    for found, first in zip(results, (20, 20, 1), strict=True):
+        assert found[:first].isnan().all()
+        assert not found[first:].isnan().any()
+    token = torch.arange(36)
+    down = weight.mT.contiguous()
+    out = ops.feed_forward(x, token, ends, torch.cat((weight, weight), dim=1), down)
+    assert out[:20].isnan().all()
+    assert not out[20:].isnan().any()
+
+
 def test_numbers_that_do_not_lie_side_by_side():
     x, weight, ends, grad = inputs((9, 14), 10, 12, torch.float32)
     odd = x.mT.contiguous().mT, weight.flip(0).flip(0).mT.contiguous().mT, ends
