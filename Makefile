@@ -114,12 +114,12 @@ TOOLS := .venv-tools
 $(TOOLS)/.installed: pyproject.toml constraints.txt
 	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/python -m pip install -c constraints.txt torch==2.13.0
-	$(TOOLS)/bin/python -m pip install -c constraints.txt -e . transformers==5.23.0 pytest pytest-xdist beartype parameterized
+	$(TOOLS)/bin/python -m pip install -c constraints.txt -e ".[serve]" transformers==5.23.0 pytest pytest-xdist beartype parameterized
 	$(TOOLS)/bin/python -m pip install -c constraints.txt peft==0.21.2 trl==1.16.0 accelerate==1.15.0 lm_eval==0.4.13 torchao==0.18.0
-	$(TOOLS)/bin/python -m pip install onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0
+	$(TOOLS)/bin/python -m pip install onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0 inspect-ai==0.3.285 openai==3.57.0
 	@touch $@
 
-test-tools: $(TOOLS)/.installed ## PEFT, TRL, lm-eval, accelerate, torchao and ONNX on our classes
+test-tools: $(TOOLS)/.installed ## PEFT, TRL, lm-eval, inspect-ai, accelerate, torchao and ONNX on our classes
 	$(ONE_THREAD) HF_HUB_OFFLINE=1 $(TOOLS)/bin/python -m pytest tests/tools
 
 # What holds the server to OpenAI's descriptions, and drives a browser. The page's tests need Chromium and chromedriver.

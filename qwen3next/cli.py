@@ -80,6 +80,7 @@ def main(args: Sequence[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else args
     keep_to_processors()
     try:
+        cpu.choice()  # a wrong QWEN3NEXT_CPU ends every command, also those that run no kernel
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"qwen3next: {message}", file=sys.stderr)
             return _run(args) or 0

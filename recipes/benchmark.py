@@ -48,6 +48,7 @@ from recipes.measure.measuring import (
     read_bandwidth,
     seconds_told,
 )
+from recipes.pretrain import exit_status
 
 
 @dataclass(frozen=True)
@@ -335,4 +336,4 @@ def main(options: Options) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    sys.exit(exit_status(lambda: main(tyro.cli(Options, description=__doc__))))

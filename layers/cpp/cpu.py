@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import re
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -120,9 +121,11 @@ def flags() -> tuple[str, ...]:
 def bound_torch() -> None:
     """Set the variables that keep torch to the choice, in this process and its children.
 
-    It acts on what torch has not run yet, so `import layers` does it, and has to come before torch is used.
+    It acts on what torch has not run yet, so `import layers` does it, and has to come before torch is used. A choice
+    that cannot be made binds nothing and is refused where it is first asked for: an import has nobody to catch it.
     """
-    os.environ.update(TORCH.get(choice(), {}))
+    with suppress(ValueError):
+        os.environ.update(TORCH.get(choice(), {}))
 
 
 def wait_briefly() -> None:

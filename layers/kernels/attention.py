@@ -62,8 +62,10 @@ def _tiles_chosen(q: Tensor, _k: Tensor, _v: Tensor, **_options: Any) -> bool:
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, **points: Point) -> Tensor:
     _refuse(points)
     t, s = q.shape[1], k.shape[1]
-    causal = mask is None and t == s  # this flag aligns the first query with the first key
-    if mask is None and 1 < t < s:
+    causal = False
+    if mask is None and t == s:  # a branch, for torch takes no comparison of traced lengths as a flag
+        causal = True  # which aligns the first query with the first key
+    elif mask is None and 1 < t < s:
         mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
     grouped = k.shape[2] != q.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, time, d)

@@ -50,7 +50,20 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _through_onednn(a: Tensor, b: Tensor) -> Tensor:
+    return _product_op(a, b) if torch.compiler.is_compiling() else _product(a, b)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+# Inductor takes torch's operator for a fusion of its own making, with a constant weight, and fails on any other.
+_product_op = torch.library.custom_op("qwen3next::onednn_product", _product, mutates_args=())
+
+
+@_product_op.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0])
 
 
 class _TimesTransposed(torch.autograd.Function):

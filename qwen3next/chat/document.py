@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from qwen3next.api import Qwen3Next
 from qwen3next.cache.hybrid import common_prefix
 from qwen3next.chat.reply import ReplyReader, Stats
 from qwen3next.chat.template import ChatTemplate
-from qwen3next.chat.thinking import OPEN, Piece
+from qwen3next.chat.thinking import CLOSE, OPEN, Piece
 from qwen3next.generation.generate import stream
+from qwen3next.generation.grammar import Grammar
+from qwen3next.generation.sampling_rules import SamplingRules
 from qwen3next.generation.text import TextStream
 from qwen3next.prefix.store import Prefill, PrefixStore
 
@@ -65,6 +68,13 @@ class Document:
         self.tokens = min(common_prefix(first, other) for other in others)
         self._ids = first[: self.tokens]
         self.stats: Stats | None = None
+        self._stop_text = None if template is None else template.special_tokens.get("eos_token")
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The ids that end an answer."""
+        end = None if self._stop_text is None else self.tokenizer.token_to_id(self._stop_text)
+        return tuple(sorted({*self.model.stop_tokens, *(() if end is None else (end,))}))
 
     def read(self) -> Prefill:
         """A prefill of the document's tokens that the store does not hold; iterate over it to run it."""
@@ -78,13 +88,18 @@ class Document:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        rules: SamplingRules | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        grammar: Grammar | None = None,
         seed: int | None = None,
     ) -> Generator[Piece, None, None]:
         """Yield ("thinking", text) and ("answer", text) as they are generated. Questions are independent.
 
         Args:
-            max_new_tokens, temperature, top_k, top_p: None uses the checkpoint's generation_config.json; if that gives
-                no max_new_tokens, 512.
+            max_new_tokens, temperature, top_k, top_p, rules: None uses the checkpoint's generation_config.json; if that
+                gives no max_new_tokens, 512.
+            logit_bias: added to the logits of tokens, by id.
+            grammar: what the answer must match. It begins behind the thinking that the prompt opens, if it does.
             seed: for sampling; None uses torch's global generator.
         Raises: ValueError for an empty question with a template, or a prompt that the template refuses.
         """
@@ -94,6 +109,10 @@ class Document:
         ids, began = self._encode(prompt), time.perf_counter()
         g = self.model.generation_config
         max_new_tokens = (g.max_new_tokens or 512) if max_new_tokens is None else max_new_tokens
+        opened = self.template is not None and prompt.rstrip().endswith(OPEN)
+        reader = self._reader(opened=opened)
+        if grammar is not None and opened:
+            grammar = replace(grammar, after=tuple(self.tokenizer.encode(CLOSE, add_special_tokens=False).ids))
         points = [self.tokens] if self.tokens < len(ids) else []
         run = self.store.prefill(ids, max_len=len(ids) + max_new_tokens, points=points, **self._bounds)
         for _ in run:
@@ -107,10 +126,12 @@ class Document:
             temperature=g.temperature if temperature is None else temperature,
             top_k=g.top_k if top_k is None else top_k,
             top_p=g.top_p if top_p is None else top_p,
-            rules=g.rules,
+            rules=g.rules if rules is None else rules,
+            logit_bias=logit_bias,
+            grammar=grammar,
+            stop_tokens=self.stop_tokens,
             seed=seed,
         )
-        reader = self._reader(prompt)
         for token in tokens:
             pieces = reader.push(int(token))
             stats.new += 1
@@ -132,15 +153,11 @@ class Document:
     def _encode(self, prompt: str) -> torch.Tensor:
         return torch.tensor(self.tokenizer.encode(prompt, add_special_tokens=self.template is None).ids)
 
-    def _reader(self, prompt: str) -> "ReplyReader | PlainReader":
-        stops, texts = set(self.model.stop_tokens), self.model.generation_config.stop_strings
+    def _reader(self, *, opened: bool) -> "ReplyReader | PlainReader":
+        stops, texts = set(self.stop_tokens), self.model.generation_config.stop_strings
         if self.template is None:
             return PlainReader(self.tokenizer, stop_tokens=stops, stop=texts)
-        stop_text = self.template.special_tokens.get("eos_token")
-        texts = (*texts, stop_text) if stop_text else texts
-        if stop_text and (token := self.tokenizer.token_to_id(stop_text)) is not None:
-            stops.add(token)
-        opened = prompt.rstrip().endswith(OPEN)
+        texts = (*texts, self._stop_text) if self._stop_text else texts
         return ReplyReader(self.tokenizer, stop_tokens=stops, stop=texts, opened=opened)
 
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from qwen3next.chat.document import Document
 from qwen3next.chat.template import ChatTemplate
 from qwen3next.chat.thinking import Piece
+from qwen3next.commands.choosing import Choosing
 from qwen3next.commands.common import (
     LOADING,
     Folder,
@@ -28,6 +29,7 @@ from qwen3next.commands.common import (
 from qwen3next.commands.screen import Screen, note
 from qwen3next.prefix.store import PrefixStore
 
+DEFAULTS = Choosing()
 Question = Annotated[tuple[str, ...], tyro.conf.arg(name="question", metavar="TEXT")]
 
 
@@ -38,10 +40,7 @@ def ask(
     plain: bool = False,
     system: str | None = None,
     max_new_tokens: int | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
+    choosing: Annotated[Choosing, tyro.conf.arg(name="")] = DEFAULTS,
     store: str = "auto",
     memory: str = "2GiB",
     disk: str = "16GiB",
@@ -62,6 +61,7 @@ def ask(
 
     $ qwen3next ask DIR --file BOOK.txt --question "Who is the narrator?"
     $ qwen3next ask DIR --file BOOK.txt < questions.txt > answers.txt
+    $ qwen3next ask DIR --file BOOK.txt --question "Who narrates? As JSON." --json-schema answer.json
     $ qwen3next ask DIR --file BOOK.txt --store none
 
     Args:
@@ -71,10 +71,6 @@ def ask(
         plain: continue plain text without a chat template.
         system: system prompt. Default: that of the template, if any.
         max_new_tokens: most tokens of an answer, including thinking. Default: generation_config.json, else 512.
-        temperature: 0 always takes the most likely token. Default: generation_config.json, else 0.
-        top_k: sample from the k most likely tokens; 0 means all. Default: generation_config.json, else 0.
-        top_p: sample from the most likely tokens with this total probability. Default: generation_config.json, else 1.
-        seed: seed for a temperature above 0; the same seed gives the same answers on one machine.
         store: folder for document caches. auto: qwen3next/prefixes in the user's cache folder; none: keep nothing.
         memory: budget for document caches in memory.
         disk: budget for document caches on disk, for all documents of this checkpoint.
@@ -113,15 +109,14 @@ def ask(
         chunk_size=chunk_size,
         max_memory=max_memory,
     )
+    options = choosing.options(tokenizer, model.vocab_size, document.stop_tokens, model.generation_config)
     _read(document, quiet=quiet)
     for number, one in enumerate(question or _lines()):
         pieces = document.answer(
             one,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=None if seed is None else seed + number,
+            # A different seed for each question, but the same seeds when the questions are repeated.
+            **options | {"seed": None if choosing.seed is None else choosing.seed + number},
         )
         try:
             if json:

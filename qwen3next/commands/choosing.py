@@ -16,7 +16,7 @@ NEUTRAL = GenerationConfig()
 
 @dataclass(frozen=True)
 class Choosing:
-    """How tokens are chosen. What is not given comes, in chat, from generation_config.json.
+    """How tokens are chosen. What is not given comes, in `chat` and `ask`, from generation_config.json.
 
     Attributes:
         temperature: 0, the default, always takes the most likely token; larger values are more varied.

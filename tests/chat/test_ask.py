@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from chatting import PLAIN, tokenizer, write_chat_files
+from chatting import PLAIN, PREFILLED, tokenizer, write_chat_files
 from conftest import small_model
 
 import qwen3next as q
@@ -87,6 +87,29 @@ def test_options(ask, folder):
     assert ask("--question", "Who?", "--quiet", "--context-factor", 2)[0] == 0
     sampled = [ask("--question", "Who?", "--quiet", "--temperature", 1, "--seed", n)[1] for n in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_tokens_are_chosen_as_in_generate(ask):
+    """Bans, bias and grammars: the options of `generate` and `chat`."""
+    first = ask("--question", "Who?", "--quiet")[1][0]
+    token = tokenizer(ascii_only=True).token_to_id(first)
+    for options in (("--ban", token), ("--logit-bias", f"{token}=-1e9")):
+        said = ask("--question", "Who?", "--quiet", *options)[1]
+        assert said.strip()
+        assert first not in said
+    status, _, err = ask("--question", "Who?", "--logit-bias", "a:3")
+    assert status == 2
+    assert "is not TOKEN=NUMBER" in err
+
+
+def test_an_answer_follows_a_grammar(ask, folder):
+    """And begins behind the thinking that the prompt opens: none of it is left in five tokens."""
+    pytest.importorskip("llguidance")
+    assert re.fullmatch(r"[0-9]{3}\n", ask("--question", "When?", "--quiet", "--regex", "[0-9]{3}")[1])
+    write_chat_files(folder / "model", tokenizer(ascii_only=True), PREFILLED)
+    free = ask("--question", "When?", "--quiet")[1]
+    assert free.startswith("<think>")
+    assert ask("--question", "When?", "--quiet", "--regex", "[0-9]{3}")[1] == free
 
 
 def test_without_a_template_the_text_goes_on(ask, folder):

@@ -83,7 +83,7 @@ def compiled(folder: str) -> None:
 def page(blocks: str) -> None:
     """The first so many blocks of the page."""
     code = re.findall(r"^```python no-run\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(code) == 4  # the last needs onnx: tests/tools/test_onnx.py
+    assert len(code) == 6  # the last needs onnx: tests/tools/test_onnx.py
     exec("\n".join(code[: int(blocks)]), {"__name__": "__page__"})
 
 
@@ -116,7 +116,7 @@ def test_compiled_by_aotinductor(tmp_path):
 
 @SLOW
 def test_the_page(tmp_path):
-    run("page", "3", cwd=tmp_path)
+    run("page", "5", cwd=tmp_path)
 
 
 def test_a_step_by_tensors_is_a_step():

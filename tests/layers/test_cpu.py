@@ -166,11 +166,33 @@ def test_these_tests_keep_to_the_choice_that_was_made():
         assert "QWEN3NEXT_CPU is none" in build.missing()
 
 
-def test_a_wrong_choice_ends_in_the_sentence():
+@pytest.mark.parametrize(
+    ("program", "status"),
+    [
+        (["-m", "qwen3next.cli", "inspect", "tiny"], 2),
+        (["-m", "qwen3next.cli", "doctor"], 2),
+        (["-m", "recipes.demo", "--data", "none"], 1),
+    ],
+    ids=lambda x: x[1] if isinstance(x, list) else "",
+)
+def test_a_wrong_choice_ends_in_the_sentence(program, status):
     environment = os.environ | {"QWEN3NEXT_CPU": "sse4"}
-    told = subprocess.run(
-        [sys.executable, "-c", "import layers"], env=environment, capture_output=True, text=True, check=False
-    )
+    told = subprocess.run([sys.executable, *program], env=environment, capture_output=True, text=True, check=False)
+    assert (told.returncode, told.stdout) == (status, "")
+    (line,) = told.stderr.splitlines()
+    assert "QWEN3NEXT_CPU is 'sse4': choose none, avx2" in line
+
+
+def test_a_wrong_choice_is_refused_by_the_first_that_asks():
+    """An import binds nothing by it; a forward raises."""
+    program = """
+import os, torch, qwen3next as q
+assert "ATEN_CPU_CAPABILITY" not in os.environ
+q.Qwen3Next(q.presets.tiny())(torch.arange(5)[None])
+"""
+    environment = {**os.environ, "QWEN3NEXT_CPU": "sse4"}
+    environment.pop("ATEN_CPU_CAPABILITY", None)
+    told = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert told.returncode == 1
     assert told.stderr.splitlines()[-1].startswith("ValueError: QWEN3NEXT_CPU is 'sse4': choose none, avx2")
 

@@ -7,6 +7,7 @@ every function.
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,83 @@ def losses(dtype: str, masked: str) -> None:
         assert torch.equal(got, expected)
 
 
+def _small(backends: str) -> q.Qwen3Next:
+    """With the backends that are chosen here, or "torch": those of operators that torch has and the delta rule's."""
+    whole = model("fp32", num_hidden_layers=2, full_attention_interval=2)
+    if backends == "torch":
+        for operation, name in {"linear": "torch", "elementwise": "torch", "delta_rule": "chunked_recompute"}.items():
+            whole.set_backend(operation, name)
+    return whole
+
+
+def _same_steps(whole: q.Qwen3Next, step, *, mark: bool, tolerance: float = 0) -> None:
+    """A step's loss and the gradients of every parameter, at lengths that it was not traced at."""
+    for t in (300, 70, 17, 64, 65, 299):
+        ids, found = IDS[:, :t].contiguous(), []
+        if mark:
+            torch._dynamo.mark_dynamic(ids, 1)
+        for run in (step, lambda ids: whole.loss(ids).total):
+            whole.zero_grad()
+            loss = run(ids)
+            loss.backward()
+            found.append([loss.detach(), *(p.grad for p in whole.parameters())])
+        for got, expected in zip(*found, strict=True):
+            assert float((got - expected).abs().max()) <= tolerance, t
+
+
+def training_step(backends: str, dynamic: str, backend: str = "aot_eager") -> None:
+    """One program serves every length, and another one if rows decide which library multiplies them."""
+    whole = _small(backends)
+    compiled = torch.compile(
+        lambda ids: whole.loss(ids).total, backend=backend, fullgraph=True, dynamic=dynamic == "all" or None
+    )
+    tolerance = 1e-5 if backend == "inductor" else 0  # which adds in another order
+    _same_steps(whole, compiled, mark=dynamic == "marked", tolerance=tolerance)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs <= {"marked": 2, "all": 2, "found": 3}[dynamic]  # "found" traces the first length as a constant
+
+
+def joint(backends: str) -> None:
+    """The graph of loss and gradients of any length, made once; what docs/export.md calls a training step."""
+    from torch._dynamo.functional_export import dynamo_graph_capture_for_export
+    from torch._functorch.aot_autograd import aot_compile_joint_with_descriptors, aot_export_joint_with_descriptors
+    from torch._guards import tracing
+
+    whole = _small(backends)
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = whole
+
+        def forward(self, ids):
+            return self.model.loss(ids).total
+
+    ids = IDS.contiguous()
+    torch._dynamo.mark_dynamic(ids, 1, min=257, max=1 << 16)
+    captured = dynamo_graph_capture_for_export(Loss())(ids)
+    with ExitStack() as stack, tracing(captured.meta["tracing_context"]), captured.meta["fake_mode"]:
+        made = aot_export_joint_with_descriptors(stack, captured, (ids,))
+        step = aot_compile_joint_with_descriptors(made)
+    called = {str(node.target) for node in made.graph_module.graph.nodes if node.op == "call_function"}
+    assert any("delta_rule_backward" in name for name in called), called
+    parameters = dict(whole.named_parameters(prefix="model", remove_duplicate=False))
+    given = [parameters[name] for name in made.params_spec]
+    _same_steps(whole, lambda ids: step(*given, ids), mark=False)
+    # The graph by itself: parameters, tokens and the loss's gradient in; loss and gradients out.
+    (loss,), gradients = made.graph_module([*given, IDS[:, :65].contiguous()], [torch.ones(())])
+    whole.zero_grad()
+    expected = whole.loss(IDS[:, :65]).total
+    expected.backward()
+    assert torch.equal(loss, expected)
+    seen = set()
+    for parameter, gradient in zip(given, gradients, strict=False):  # the last is of the tokens
+        if gradient is not None:  # a parameter of two names has its gradient under one of them
+            assert torch.equal(parameter.grad, gradient)
+            seen.add(parameter)
+    assert seen == set(whole.parameters())
+
+
 def operators() -> None:
     """The delta rule in torch: what is traced without numbers has the shapes of what runs. 300 tokens are 3 pieces."""
     b, t, kh, h, k, v = 2, 300, 8, 16, 8, 12
@@ -112,6 +190,11 @@ CASES = [
     pytest.param("exported", "fp32", "", "strict", marks=SLOW),
     *(pytest.param("logits", dtype, marks=SLOW) for dtype in DTYPES),
     *(pytest.param("losses", dtype, masked, marks=SLOW) for dtype in DTYPES for masked in ("", "masked")),
+    pytest.param("training_step", "auto", "marked", marks=SLOW),
+    pytest.param("training_step", "auto", "found", marks=SLOW),
+    pytest.param("training_step", "auto", "marked", "inductor", marks=SLOW),
+    pytest.param("training_step", "torch", "all", marks=SLOW),
+    *(pytest.param("joint", backends, marks=SLOW) for backends in ("auto", "torch")),
 ]
 
 
