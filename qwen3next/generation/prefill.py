@@ -23,6 +23,7 @@ from qwen3next.files.sizes import binary, parse_bytes
 from qwen3next.generation.block_parts import TOKENS as PART
 from qwen3next.generation.block_parts import run_block
 from qwen3next.generation.generation_config import GenerationConfig
+from qwen3next.generation.pauses import pause
 from qwen3next.hooks.hooked import Hooked
 from qwen3next.inputs import check_ids
 
@@ -41,7 +42,11 @@ class Prefilling(Hooked, Stepping):
     def _run_block(
         self, block: nn.Module, x: Tensor, rope: Rotation, **options: Any
     ) -> tuple[Tensor, RouterStats | None]:
-        return run_block(block, x, rope, **options)
+        y = run_block(block, x, rope, **options)
+        position = self.hook_call["position"]
+        pause()
+        self.hook_call["position"] = position  # what ran meanwhile may have set another
+        return y
 
     def prefill(
         self,
