@@ -17,6 +17,7 @@ from qwen3next.files.sizes import binary, parse_bytes
 from qwen3next.generation.prefill import GRID
 from qwen3next.prefix.files import PrefixFolder
 from qwen3next.prefix.tree import End, Node, Piece, cut_out, keys_and_values, places
+from qwen3next.prefix.writer import Writer
 
 SPACING = 4096  # tokens between kept states; equals the block size of attention
 
@@ -52,6 +53,8 @@ class PrefixStore:
         spacing: tokens, a multiple of 64.
         exact: keep and reuse states only where a prompt continues with the bits of a run without the store: behind
             multiples of 64 tokens, with at least 16 left to run.
+        background: a thread writes the folder's files, so that no call waits for it. At most `budget` bytes wait; what
+            exceeds them, and what cannot be written, is in memory only. `flush` waits for it, `close` ends it.
     Raises: ValueError for another spacing, or a budget that cannot hold one state of this model.
     """
 
@@ -67,6 +70,7 @@ class PrefixStore:
         mtp: bool = False,
         spacing: int = SPACING,
         exact: bool = False,
+        background: bool = False,
     ):
         if spacing < GRID or spacing % GRID:
             raise ValueError(f"spacing must be a multiple of {GRID} tokens, got {spacing}.")
@@ -84,7 +88,8 @@ class PrefixStore:
         if folder is not None:
             dtypes = "-".join(str(x).removeprefix("torch.") for x in (like.kv_dtype, like.state_dtype))
             name = f"{identity(model, mtp=mtp)[:24]}-{dtypes}-{self._yarn.factor if self._yarn else 1:g}"
-            self.files = PrefixFolder(Path(folder) / name, parse_bytes(disk_budget))
+            writer = Writer(self.budget) if background else None
+            self.files = PrefixFolder(Path(folder) / name, parse_bytes(disk_budget), writer)
             self._scan()
 
     @property
@@ -133,6 +138,16 @@ class PrefixStore:
     def refresh(self) -> None:
         """Find what other stores have written into the folder since this one was made; reads new files only."""
         self._scan()
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until everything is written, or for so many seconds. Returns: whether it is."""
+        writer = None if self.files is None else self.files.writer
+        return writer is None or writer.flush(timeout)
+
+    def close(self, timeout: float | None = None) -> None:
+        """End the thread that writes, once all is written or so many seconds are over; nothing is written later."""
+        if self.files is not None and self.files.writer is not None:
+            self.files.writer.close(timeout)
 
     def add(self, cache: HybridCache) -> None:
         """Store a cache of one row. The store and the cache share keys and values afterwards.
@@ -299,8 +314,9 @@ class PrefixStore:
         """Add nodes for the files in the folder; reads their descriptions and tokens only."""
         if self.files is None:
             return
+        pending = self.files.pending  # first: a file that is written meanwhile is then in one of the two
         known = {node.file.stem: node for node in self.root.below() if node.file is not None} | {"": self.root}
-        for path, about, tokens in self.files.scan(left_out=known):
+        for path, about, tokens in self.files.scan(left_out={*pending, *known}):
             parent = known.get(about["parent"])
             if parent is not None and parent.end == about["begin"]:
                 node = Node(tokens, about["begin"], parent, file=path, ends=about["ends"])

@@ -97,6 +97,7 @@ class Engine:
                 disk_budget=prefix_disk,
                 mtp=self.speculation.mtp,
                 exact=True,
+                background=True,
             )
         self._waiting: deque[Ticket] = deque()
         self._running: list[_Running] = []
@@ -116,11 +117,13 @@ class Engine:
         self.close()
 
     def close(self, *, timeout: float = 30.0) -> None:
-        """Cancel all requests and end the thread."""
+        """Cancel all requests and end the thread; prefixes that wait are written, for so many seconds at most."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join(timeout)
+        if self.store is not None:
+            self.store.close(timeout)
 
     def bytes_for(self, request: Request) -> int:
         """Bytes that a request's cache takes when it is full."""

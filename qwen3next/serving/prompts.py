@@ -1,15 +1,11 @@
 """How the engine runs prompts: behind the prefix that is stored, a piece at a time."""
 
-import logging
-
 import torch
 
 from qwen3next.api import Qwen3Next
 from qwen3next.cache.hybrid import HybridCache
 from qwen3next.prefix.store import Prefill, PrefixStore
 from qwen3next.serving.tickets import Ticket
-
-LOG = logging.getLogger(__name__)
 
 
 class Prompt:
@@ -42,12 +38,7 @@ class Prompt:
             next(self.model.prefill(self._ids[None, held:].to(self.model.device), self.cache, chunk))
         else:
             self._run.chunk_size = chunk
-            try:
-                self._run.advance()
-            except OSError as error:  # the folder is full or gone: what ran is there, and was not kept
-                if self.cache.lengths[0] == held:
-                    raise
-                LOG.warning("a prefix was not written: %s", error.strerror)
+            self._run.advance()
         return self.cache.lengths[0] - held
 
     @property
