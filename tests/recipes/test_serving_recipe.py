@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from recipes import serving
-from recipes.serving import Options, Row, Served, measure, prompt_of, table
+from recipes.serving import Options, Row, Served, arrival, measure, prompt_of, table, table_of_arrivals
 
 
 class Fake(Served):
@@ -59,6 +59,26 @@ def test_a_row():
     assert theirs.ratio == pytest.approx(ours.rate / theirs.rate)
     assert rows["early"].problem == "an answer ended early (stop)"
     assert "an answer ended early" in table(list(rows.values()))
+
+
+def test_prompts_that_arrive_beside_a_stream():
+    """The stream of the server here does not wait for the prompt, so its gaps are those of its steps."""
+    server = Fake("qwen3next", 0.2, 0.01)
+    row = arrival(Options(repetitions=2), server, 64)
+    server.close()
+    assert row.problem == ""
+    assert row.first >= 0.2
+    assert row.before >= 0.01
+    assert 0.01 <= row.between <= row.late <= row.gap
+    assert row.gaps >= 2 * 2
+    ended = Fake("qwen3next", 0.0, 0.0, "stop")
+    short = arrival(Options(repetitions=2), ended, 64)
+    ended.close()
+    assert "ended early" in short.problem
+    assert "one request after the other" in arrival(Options(), Fake("transformers", 0.0, 0.0), 64).problem
+    said = table_of_arrivals([row, short])
+    assert said.count("| qwen3next |") == 2
+    assert "ended early" in said
 
 
 def test_prompts():
