@@ -420,7 +420,7 @@ def write(options: Options, rows: Sequence[Row], about: dict[str, Any], arrivals
         return
     text = f"# Serving\n\n{about['machine']}; {about['versions']}; {about['date']}, commit {about['commit']}.\n\n"
     text += "".join(f"{name} was not measured: {why}.\n\n" for name, why in about["problems"].items())
-    loads = [row.load for row in (*rows, *arrivals) if not row.problem]
+    loads = [row.load for row in rows if not row.problem] + [row.load for row in arrivals if not row.problem]
     load = f"load average {min(loads):.1f} to {max(loads):.1f}" if loads else "nothing was measured"
     text += f"{about['what']}; {load}.\n"
     text += f"\n{table(rows)}\n" if rows else ""

@@ -20,6 +20,8 @@ from layers.segments import Segments
 from layers.state.kv_cache import KVCache
 from layers.state.update_log import UpdateLog
 from qwen3next.block import Block, BlockState
+from qwen3next.cache.hybrid import HybridCache
+from qwen3next.generation.kept_states import StateAfter, kept_within
 from qwen3next.generation.pauses import pause, wanted
 
 WHOLE: set[Any] = {
@@ -40,11 +42,16 @@ def run_block(
 ) -> tuple[Tensor, RouterStats | None]:
     """`block(x, rope, …)`, in parts where the prompt is long or pauses, and nothing can tell the difference."""
     short = x.shape[1] < TOKENS + FEW
-    if stats or torch.compiler.is_compiling() or (short and not wanted()) or not _may_split(block, x):
+    kept = kept_within(segments.offsets[0], x.shape[1]) if short and segments.unpadded else None
+    whole = short and kept is None and not wanted()
+    if stats or torch.compiler.is_compiling() or whole or not _may_split(block, x):
         return block(x, rope, segments=segments, state=state, counted=counted, stats=stats)
     assert isinstance(block, Block)
     if short:
-        x = block.mix(x, rope, segments, state)
+        if kept is not None and isinstance(state, DeltaNetState):
+            x = _keeping(block, x, rope, segments, state, kept)
+        else:
+            x = block.mix(x, rope, segments, state)
         pause()
         return block.feed_forward(x, counted, stats=False)
     if segments.unpadded and segments.uniform_offset and isinstance(state, (KVCache, DeltaNetState)):
@@ -53,6 +60,30 @@ def run_block(
     pause()
     parts = [block.feed_forward(x[:, a:b], None, stats=False)[0] for a, b in spans(x.shape[1], TOKENS)]
     return torch.cat(parts, dim=1), None
+
+
+def may_keep(model: nn.Module, cache: HybridCache, tokens: int) -> bool:
+    """Whether a call of so many tokens can keep a state inside: one that is short, with nothing attached."""
+    if tokens >= TOKENS + FEW or cache.history or cache.tokens.device.type != "cpu":
+        return False
+    if cache.state_dtype is not None and cache.state_dtype.itemsize < 4:  # rounded where a call ends
+        return False
+    whole = all(type(module).forward in WHOLE for module in model.modules() if isinstance(module, Block))
+    return whole and not attached(*model.modules())
+
+
+def _keeping(
+    block: Block, x: Tensor, rope: Rotation, segments: Segments, state: DeltaNetState, kept: StateAfter
+) -> Tensor:
+    """The mixer in two parts, between which its state is kept."""
+    past, parts = segments.offsets[0], []
+    at = kept.tokens - past
+    for begin, end in ((0, at), (at, x.shape[1])):
+        here = Segments.full(x[:, begin:end]).after([past + begin] * len(x))
+        parts.append(block.mix(x[:, begin:end], Rotation(rope.cos[:, begin:end], rope.sin[:, begin:end]), here, state))
+        if not begin:
+            kept.states.append((state.conv, state.recurrent))
+    return torch.cat(parts, dim=1)
 
 
 def _may_split(block: nn.Module, x: Tensor) -> bool:

@@ -13,6 +13,7 @@ from parity import tokens
 
 import qwen3next as q
 from qwen3next.files import checksummed
+from qwen3next.generation.prefill import Prefilling
 from qwen3next.prefix import files
 
 
@@ -402,6 +403,46 @@ def test_an_exact_store_gives_the_bits_of_a_cold_run(dtype, tmp_path):
         assert torch.equal(
             q.generate(model, text, cache=run.cache, max_new_tokens=4), q.generate(model, text, max_new_tokens=4)
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_short_rest_runs_in_the_same_call(dtype, monkeypatch):
+    """The state before it is kept from inside the call; behind it, results and drafts are those of a cold run."""
+    model, calls = small_model(dtype=dtype), []
+    text, other = tokens(300, b=1), tokens(50, b=1)
+    run_block = Prefilling._run_block
+
+    def counted(self, block, x, rope, **options):
+        if block is self.blocks[0] and x.shape[1] > 1:
+            calls.append(x.shape[1])
+        return run_block(self, block, x, rope, **options)
+
+    monkeypatch.setattr(Prefilling, "_run_block", counted)
+    for length, first in ((300, [300]), (80, [80]), (79, [79]), (128 + 79, [207]), (128 + 80, [208])):
+        store = q.PrefixStore(model, exact=True, mtp=True)
+        calls.clear()
+        fill(store, text[:, :length])
+        assert calls == first
+        kept = (length - 16) // 64 * 64
+        continued = join(text[:, :kept], other)
+        calls.clear()
+        found = fill(store, continued)
+        assert (found.matched_tokens, calls) == (kept, [50])
+        cache = model.new_cache(max_len=400, mtp=True)
+        list(model.prefill(continued, cache))
+        assert torch.equal(found.cache.last_logits, cache.last_logits)
+        for token in range(3):
+            assert torch.equal(*(model.draft(c, torch.tensor([token])) for c in (found.cache, cache)))
+            assert torch.equal(*(model.step(torch.tensor([[token]]), c) for c in (found.cache, cache)))
+    store = q.PrefixStore(model, exact=True, mtp=True)
+    calls.clear()
+    fill(store, text, chunk_size=128)
+    assert calls == [128, 128, 44]  # in smaller chunks the state is kept where one ends
+    store = q.PrefixStore(model, exact=True, mtp=True)
+    calls.clear()
+    with model.hooks([("blocks.0.hook_resid_mid", lambda *_: None)]):  # sees the calls that it always saw
+        fill(store, text)
+    assert calls == [256, 44]
 
 
 def test_a_store_finds_what_another_writes_meanwhile(model, tmp_path):
