@@ -335,7 +335,8 @@ def measure(options: Options, servers: Sequence[Served], users: int, prompt: int
             row = rows[server.name]
             if row.problem:
                 continue
-            seeds = [1 + user + 1000 * repetition + 100_000 * prompt for user in range(users)]
+            # No prompt is asked twice, in any row: a server that keeps prompts would answer it from there.
+            seeds = [1 + user + 1000 * repetition + 100_000 * prompt + 10**10 * users for user in range(users)]
             began, answers = traffic(server, [prompt_of(seed, prompt, shared) for seed in seeds], options.new)
             row.problem = next((times.problem for times in answers if times.problem), "")
             if repetition and not row.problem:  # the first run warms up, and fills prefix caches

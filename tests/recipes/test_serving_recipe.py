@@ -88,6 +88,22 @@ def test_prompts():
     assert prompt_of(1, 100, True) != prompt_of(2, 100, True)
 
 
+def test_no_prompt_is_asked_twice(monkeypatch):
+    asked = []
+
+    def traffic(_server, prompts, _new):
+        asked.extend(prompts)
+        return 0.0, [serving.Times([1.0, 2.0]) for _ in prompts]
+
+    monkeypatch.setattr(serving, "traffic", traffic)
+    server = Fake("qwen3next", 0.0, 0.0)
+    for users in (1, 2, 8):
+        for shared in (False, True):
+            measure(Options(repetitions=2), [server], users, 64, shared)
+    server.close()
+    assert len(set(asked)) == len(asked) == 2 * 3 * 11
+
+
 def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch, capsys):
     """Rows are written as they come; what is there is not measured again."""
     asked = []
