@@ -2,6 +2,7 @@
 
     python -m recipes.serving                              all rows with random weights; about an hour on 2 cores
     python -m recipes.serving --users 1 8 --prompts 64 --repetitions 1     a short run
+    python -m recipes.serving --users --arrivals 8192 --servers qwen3next  gaps of a stream while prompts arrive
     python -m recipes.serving --folder DIR --out FILE      a checkpoint with a chat template; FILE.json and FILE.md
     python -m recipes.serving --resume FILE.json           goes on where a run with the same options was stopped
 
@@ -62,6 +63,7 @@ class Options:
         repetitions: of each row, after one run that does not count.
         servers: which to measure.
         options: of `qwen3next serve`, as one text.
+        arrivals: lengths of prompts that arrive, one after the other, while the stream of another user is running.
         timeout: seconds after which a server that has not answered is left out.
         out: path without suffix, for a .json and a .md file, written after each row.
         resume: the .json file of a run that was stopped.
@@ -77,6 +79,7 @@ class Options:
     repetitions: int = 3
     servers: tuple[str, ...] = ("qwen3next", "transformers", "llama-server")
     options: str = ""
+    arrivals: tuple[int, ...] = ()
     timeout: float = 600.0
     out: Path | None = None
     resume: Path | None = None
@@ -110,6 +113,29 @@ class Row:
     @property
     def key(self) -> tuple[Any, ...]:
         return self.server, self.users, self.prompt, self.shared
+
+
+@dataclass
+class Arrival:
+    """What a user who reads a stream notices of another's prompt; seconds.
+
+    Attributes:
+        first: until the first token of the prompt that arrives, median over repetitions.
+        before: between two tokens of the stream before any prompt arrives, median.
+        between, late, gap: from a prompt's arrival to its first token: median, 99th percentile, longest.
+        gaps: waits that these are of.
+    """
+
+    server: str
+    prompt: int
+    first: float = 0.0
+    before: float = 0.0
+    between: float = 0.0
+    late: float = 0.0
+    gap: float = 0.0
+    gaps: int = 0
+    load: float = 0.0
+    problem: str = ""
 
 
 @dataclass
@@ -160,9 +186,9 @@ class Served:
             time.sleep(0.2)
         return f"it did not start within {self.timeout:g} s"
 
-    def ask(self, prompt: str, new: int) -> Times:
-        """Send a chat and read its stream."""
-        times = Times()
+    def ask(self, prompt: str, new: int, times: Times | None = None, *, ended: threading.Event | None = None) -> Times:
+        """Send a chat and read its stream into `times`, until it ends or `ended` is set."""
+        times = Times() if times is None else times
         body = {
             "model": self.model, "messages": [{"role": "user", "content": prompt}], "max_tokens": new,
             "temperature": 0, "stream": True,
@@ -187,6 +213,8 @@ class Served:
                     echo = len(text) > TAIL and prompt.startswith(text[:TAIL])  # transformers sends the prompt first
                     if text and not echo:
                         times.pieces.append(time.perf_counter())
+                if ended is not None and ended.is_set():
+                    return times
         except (OSError, http.client.HTTPException) as error:
             times.problem = f"{type(error).__name__}: {error}"
         finally:
@@ -307,7 +335,8 @@ def measure(options: Options, servers: Sequence[Served], users: int, prompt: int
             row = rows[server.name]
             if row.problem:
                 continue
-            seeds = [1 + user + 1000 * repetition + 100_000 * prompt for user in range(users)]
+            # No prompt is asked twice, in any row: a server that keeps prompts would answer it from there.
+            seeds = [1 + user + 1000 * repetition + 100_000 * prompt + 10**10 * users for user in range(users)]
             began, answers = traffic(server, [prompt_of(seed, prompt, shared) for seed in seeds], options.new)
             row.problem = next((times.problem for times in answers if times.problem), "")
             if repetition and not row.problem:  # the first run warms up, and fills prefix caches
@@ -317,6 +346,58 @@ def measure(options: Options, servers: Sequence[Served], users: int, prompt: int
         if "qwen3next" in rates:
             rows[name].ratio = median(a / b for a, b in zip(rates["qwen3next"], own, strict=True))
     return list(rows.values())
+
+
+STREAM = 20_000  # tokens of the stream beside which prompts arrive, at most
+
+
+def arrival(options: Options, server: Served, prompt: int) -> Arrival:
+    """Prompts arrive one after the other beside a stream."""
+    row = Arrival(server.name, prompt)
+    if server.name == "transformers":
+        row.problem = "it answers one request after the other"
+        return row
+    times, ended, firsts, waits = Times(), threading.Event(), [], []
+    letters = prompt_of(0, 64, False)
+    stream = threading.Thread(target=server.ask, args=(letters, STREAM, times), kwargs={"ended": ended})
+    stream.start()
+    try:
+        while len(times.pieces) < 32 and stream.is_alive():
+            time.sleep(0.05)
+        row.before = median([b - a for a, b in itertools.pairwise(times.pieces)] or [0.0])
+        for repetition in range(options.repetitions):
+            began = time.perf_counter()
+            answer = server.ask(prompt_of(1 + repetition + 100_000 * prompt, prompt, False), 1)
+            row.problem = row.problem or answer.problem or times.problem
+            if row.problem or not stream.is_alive():
+                row.problem = row.problem or "the stream ended before the prompt's first token"
+                return row
+            firsts.append(answer.pieces[0] - began)
+            time.sleep(0.5)  # for the token that ends the last wait
+            held = [(a, b) for a, b in itertools.pairwise(list(times.pieces)) if b > began and a < answer.pieces[0]]
+            waits += [b - a for a, b in held]
+    finally:
+        ended.set()
+        stream.join()
+    waits.sort()
+    row.first, row.between, row.gap, row.gaps = median(firsts), median(waits), waits[-1], len(waits)
+    row.late, row.load = waits[int(0.99 * (len(waits) - 1))], os.getloadavg()[0]
+    return row
+
+
+def table_of_arrivals(rows: Sequence[Arrival]) -> str:
+    """The rows in Markdown."""
+    lines = [
+        "| arriving prompt | server | its first token | gap before | gap meanwhile | 99 % | largest gap | gaps |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        if row.problem:
+            lines.append(f"| {row.prompt} | {row.server} | {row.problem.replace('|', ' ')} | | | | | |")
+            continue
+        times = (f"{1000 * x:,.0f} ms" for x in (row.first, row.before, row.between, row.late, row.gap))
+        lines.append(f"| {row.prompt} | {row.server} | {' | '.join(times)} | {row.gaps} |")
+    return "\n".join(lines)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -335,15 +416,20 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def write(options: Options, rows: Sequence[Row], about: dict[str, Any]) -> None:
+def write(options: Options, rows: Sequence[Row], about: dict[str, Any], arrivals: Sequence[Arrival] = ()) -> None:
     if options.out is None:
         return
     text = f"# Serving\n\n{about['machine']}; {about['versions']}; {about['date']}, commit {about['commit']}.\n\n"
     text += "".join(f"{name} was not measured: {why}.\n\n" for name, why in about["problems"].items())
-    loads = [row.load for row in rows if not row.problem]
+    loads = [row.load for row in rows if not row.problem] + [row.load for row in arrivals if not row.problem]
     load = f"load average {min(loads):.1f} to {max(loads):.1f}" if loads else "nothing was measured"
-    text += f"{about['what']}; {load}.\n\n{table(rows)}\n"
-    write_results(options.out, {"about": about, "rows": [asdict(row) for row in rows]}, text)
+    text += f"{about['what']}; {load}.\n"
+    text += f"\n{table(rows)}\n" if rows else ""
+    text += (
+        f"\nA stream of one user while another's prompt arrives:\n\n{table_of_arrivals(arrivals)}\n" if arrivals else ""
+    )
+    found = {"about": about, "rows": [asdict(row) for row in rows], "arrivals": [asdict(row) for row in arrivals]}
+    write_results(options.out, found, text)
 
 
 def run(options: Options) -> None:
@@ -370,13 +456,18 @@ def run(options: Options) -> None:
                 raise ValueError("No server answers: see above.")
             what = f"{options.folder or options.preset}, {options.dtype}, {options.new} new tokens, greedy"
             about = {**machine(), "problems": problems, "what": what}
-            task = bar.add_task("traffic", total=len(kinds))
+            arrivals: list[Arrival] = []
+            task = bar.add_task("traffic", total=len(kinds) + len(options.arrivals))
             for users, prompt, shared in kinds:
                 if (users, prompt, shared) not in done:
                     rows += measure(options, servers, users, prompt, shared)
                     write(options, rows, about)
                 bar.advance(task)
-    print(table(rows))
+            for prompt in options.arrivals:
+                arrivals += [arrival(options, server, prompt) for server in servers]
+                write(options, rows, about, arrivals)
+                bar.advance(task)
+    print("\n\n".join([table(rows)] * bool(rows) + [table_of_arrivals(arrivals)] * bool(arrivals)))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,9 @@ from layers.segments import Segments
 from layers.state.kv_cache import KVCache
 from layers.state.update_log import UpdateLog
 from qwen3next.block import Block, BlockState
+from qwen3next.cache.hybrid import HybridCache
+from qwen3next.generation.kept_states import StateAfter, kept_within
+from qwen3next.generation.pauses import pause, wanted
 
 WHOLE: set[Any] = {
     Block.forward
@@ -37,15 +40,50 @@ def run_block(
     counted: Tensor | None,
     stats: bool,
 ) -> tuple[Tensor, RouterStats | None]:
-    """`block(x, rope, …)`, in parts where the prompt is long and nothing can tell the difference."""
-    if stats or torch.compiler.is_compiling() or x.shape[1] < TOKENS + FEW or not _may_split(block, x):
+    """`block(x, rope, …)`, in parts where the prompt is long or pauses, and nothing can tell the difference."""
+    short = x.shape[1] < TOKENS + FEW
+    kept = kept_within(segments.offsets[0], x.shape[1]) if short and segments.unpadded else None
+    whole = short and kept is None and not wanted()
+    if stats or torch.compiler.is_compiling() or whole or not _may_split(block, x):
         return block(x, rope, segments=segments, state=state, counted=counted, stats=stats)
     assert isinstance(block, Block)
+    if short:
+        if kept is not None and isinstance(state, DeltaNetState):
+            x = _keeping(block, x, rope, segments, state, kept)
+        else:
+            x = block.mix(x, rope, segments, state)
+        pause()
+        return block.feed_forward(x, counted, stats=False)
     if segments.unpadded and segments.uniform_offset and isinstance(state, (KVCache, DeltaNetState)):
         return _in_parts(block, x, rope, segments, state), None
     x = block.mix(x, rope, segments, state)
+    pause()
     parts = [block.feed_forward(x[:, a:b], None, stats=False)[0] for a, b in spans(x.shape[1], TOKENS)]
     return torch.cat(parts, dim=1), None
+
+
+def may_keep(model: nn.Module, cache: HybridCache, tokens: int) -> bool:
+    """Whether a call of so many tokens can keep a state inside: one that is short, with nothing attached."""
+    if tokens >= TOKENS + FEW or cache.history or cache.tokens.device.type != "cpu":
+        return False
+    if cache.state_dtype is not None and cache.state_dtype.itemsize < 4:  # rounded where a call ends
+        return False
+    whole = all(type(module).forward in WHOLE for module in model.modules() if isinstance(module, Block))
+    return whole and not attached(*model.modules())
+
+
+def _keeping(
+    block: Block, x: Tensor, rope: Rotation, segments: Segments, state: DeltaNetState, kept: StateAfter
+) -> Tensor:
+    """The mixer in two parts, between which its state is kept."""
+    past, parts = segments.offsets[0], []
+    at = kept.tokens - past
+    for begin, end in ((0, at), (at, x.shape[1])):
+        here = Segments.full(x[:, begin:end]).after([past + begin] * len(x))
+        parts.append(block.mix(x[:, begin:end], Rotation(rope.cos[:, begin:end], rope.sin[:, begin:end]), here, state))
+        if not begin:
+            kept.states.append((state.conv, state.recurrent))
+    return torch.cat(parts, dim=1)
 
 
 def _may_split(block: nn.Module, x: Tensor) -> bool:
@@ -64,11 +102,15 @@ def _in_parts(block: Block, x: Tensor, rope: Rotation, segments: Segments, state
     y = torch.empty_like(x)
     for place, stop in spans(lead + t, TOKENS):
         begin, end = max(place - lead, 0), stop - lead
+        if begin:
+            pause()
         if isinstance(state, DeltaNetState) and isinstance(own, DeltaNetState):
             noted += _noted(state, own, begin, end)
         here = Segments.full(x[:, begin:end]).after([past + begin] * len(x))
         turn = Rotation(rope.cos[:, begin:end], rope.sin[:, begin:end])
-        y[:, begin:end] = block(x[:, begin:end], turn, segments=here, state=own, stats=False)[0]
+        part = block.mix(x[:, begin:end], turn, here, own)
+        pause()
+        y[:, begin:end] = block.feed_forward(part, None, stats=False)[0]
     if isinstance(state, DeltaNetState) and isinstance(own, DeltaNetState):
         if own.update_log is not None:
             own.update_log.join(noted)

@@ -23,6 +23,8 @@ from qwen3next.files.sizes import binary, parse_bytes
 from qwen3next.generation.block_parts import TOKENS as PART
 from qwen3next.generation.block_parts import run_block
 from qwen3next.generation.generation_config import GenerationConfig
+from qwen3next.generation.kept_states import kept_within
+from qwen3next.generation.pauses import pause
 from qwen3next.hooks.hooked import Hooked
 from qwen3next.inputs import check_ids
 
@@ -41,7 +43,11 @@ class Prefilling(Hooked, Stepping):
     def _run_block(
         self, block: nn.Module, x: Tensor, rope: Rotation, **options: Any
     ) -> tuple[Tensor, RouterStats | None]:
-        return run_block(block, x, rope, **options)
+        y = run_block(block, x, rope, **options)
+        position = self.hook_call["position"]
+        pause()
+        self.hook_call["position"] = position  # what ran meanwhile may have set another
+        return y
 
     def prefill(
         self,
@@ -175,7 +181,12 @@ def _chunks(
         chunk, part = input_ids[:, begin:end], segments.part(begin, end)
         with torch.no_grad():  # not around the yield: it would reach the caller's code
             if part.unpadded:
-                cache.last_logits = last = model(chunk, cache=cache, logits_to_keep=1).logits[:, -1]
+                past = cache.lengths[0]
+                kept = kept_within(past, chunk.shape[1])
+                out = model(chunk, cache=cache, logits_to_keep=1)
+                cache.last_logits = last = out.logits[:, -1]
+                if kept is not None:
+                    kept.hidden = out.hidden[:, kept.tokens - past - 1].clone()
             elif runs := part.runs:  # else all is padding
                 hidden = model(chunk, segments=part, cache=cache, logits_to_keep=1).hidden
                 ends = hidden[[run.row for run in runs], [run.end - 1 for run in runs]]

@@ -1,8 +1,8 @@
 """Files of a prefix store: one per node, written atomically, named by a hash of all tokens up to the node's end."""
 
-import hashlib
 import os
-from collections.abc import Collection
+import threading
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from torch import Tensor
 from layers.state.kv_cache import NAMES
 from qwen3next.files.atomic import usable
 from qwen3next.files.checksummed import read_about, read_checksummed, write_checksummed
-from qwen3next.files.tensor_files import memory_of
 from qwen3next.prefix.tree import End, Node, Piece
+from qwen3next.prefix.writer import Writer
 
 FORMAT = "qwen3next prefix 1"
+Tensors = Mapping[str, Tensor]
 
 
 class PrefixFolder:
@@ -25,15 +26,21 @@ class PrefixFolder:
     Args:
         folder: created if missing; several stores of the same model may use it at the same time.
         budget: bytes; the least recently used files are deleted first.
+        writer: what writes the files, if not the caller.
     """
 
-    def __init__(self, folder: Path, budget: int):
-        self.folder, self.budget = folder, budget
+    def __init__(self, folder: Path, budget: int, writer: Writer | None = None):
+        self.folder, self.budget, self.writer = folder, budget, writer
+        self._lock = threading.Lock()
+        self._pending: dict[str, int] = {}  # how often the file of a name waits to be written
         with usable(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, node: Node) -> None:
-        """Write a node that is in memory and make room for it; skipped if it and its ancestors exceed the budget."""
+        """Write a node that is in memory and make room for it; skipped if it and its ancestors exceed the budget.
+
+        With a writer it returns at once; the node's `file` is set when the file is there.
+        """
         assert node.piece is not None
         assert node.parent is not None
         tensors = {"tokens": node.tokens}
@@ -45,19 +52,47 @@ class PrefixFolder:
             tensors["hidden"] = node.finish.hidden
             if node.finish.logits is not None:
                 tensors["logits"] = node.finish.logits
-        parent = node.parent.text
+        names = [one.name for one in node.path]
         about = {
             "format": FORMAT,
-            "parent": _name(parent) if len(parent) else "",
+            "parent": names[-2] if len(names) > 1 else "",
             "begin": node.begin,
             "ends": node.finish is not None,
         }
-        path = self.folder / f"{_name(node.text)}.safetensors"
+        kept = {self.folder / f"{name}.safetensors" for name in names}
+        path = self.folder / f"{names[-1]}.safetensors"
+        if self.writer is None:
+            self._write(node, path, tensors, about, kept)
+            return
+        self._note(path.stem, 1)
+        size = sum(x.nbytes for x in tensors.values())
+        if not self.writer.put(lambda: self._write_later(node, path, tensors, about, kept), size):
+            self._note(path.stem, -1)
+
+    def _write(self, node: Node, path: Path, tensors: Tensors, about: dict[str, Any], kept: set[Path]) -> None:
         write_checksummed(path, tensors, about)
-        if self.make_room(kept={path, *(one.file for one in node.path if one.file is not None)}):
+        if self.make_room(kept=kept):
             node.file = path
         else:
             path.unlink(missing_ok=True)
+
+    def _write_later(self, node: Node, path: Path, tensors: Tensors, about: dict[str, Any], kept: set[Path]) -> None:
+        try:
+            self._write(node, path, tensors, about, kept)
+        finally:
+            self._note(path.stem, -1)
+
+    @property
+    def pending(self) -> set[str]:
+        """Names of files that wait to be written."""
+        with self._lock:
+            return set(self._pending)
+
+    def _note(self, name: str, more: int) -> None:
+        with self._lock:
+            count = self._pending.pop(name, 0) + more
+            if count:
+                self._pending[name] = count
 
     def read(self, node: Node, device: torch.device) -> tuple[Piece, End | None] | None:
         """Read a node's file: keys and values, and the state if any; None if another store deleted or split it.
@@ -85,10 +120,11 @@ class PrefixFolder:
 
     def touch(self, node: Node) -> None:
         """Update the modification times of a node's files, by which `make_room` finds the least recently used."""
-        for one in node.path:
-            if one.file is not None:
-                with suppress(OSError):
-                    os.utime(one.file)
+        files = [one.file for one in node.path if one.file is not None]
+        if self.writer is None:
+            _touch(files)
+        elif files:
+            self.writer.put(lambda: _touch(files))
 
     def scan(self, *, left_out: Collection[str]) -> list[tuple[Path, dict[str, Any], Tensor]]:
         """Path, description and own tokens of every file except those named in `left_out`; parents come first."""
@@ -130,8 +166,10 @@ class PrefixFolder:
         return total <= self.budget
 
 
-def _name(text: Tensor) -> str:
-    return hashlib.sha256(memory_of(text.contiguous())).hexdigest()[:32]
+def _touch(files: Sequence[Path]) -> None:
+    for file in files:
+        with suppress(OSError):
+            os.utime(file)
 
 
 def _about(path: Path) -> dict[str, Any]:

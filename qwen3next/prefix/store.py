@@ -14,9 +14,12 @@ from qwen3next.api import Qwen3Next
 from qwen3next.cache.files import identity
 from qwen3next.cache.hybrid import HybridCache
 from qwen3next.files.sizes import binary, parse_bytes
+from qwen3next.generation.block_parts import may_keep
+from qwen3next.generation.kept_states import StateAfter, keeping
 from qwen3next.generation.prefill import GRID
 from qwen3next.prefix.files import PrefixFolder
 from qwen3next.prefix.tree import End, Node, Piece, cut_out, keys_and_values, places
+from qwen3next.prefix.writer import Writer
 
 SPACING = 4096  # tokens between kept states; equals the block size of attention
 
@@ -52,6 +55,8 @@ class PrefixStore:
         spacing: tokens, a multiple of 64.
         exact: keep and reuse states only where a prompt continues with the bits of a run without the store: behind
             multiples of 64 tokens, with at least 16 left to run.
+        background: a thread writes the folder's files, so that no call waits for it. At most `budget` bytes wait; what
+            exceeds them, and what cannot be written, is in memory only. `flush` waits for it, `close` ends it.
     Raises: ValueError for another spacing, or a budget that cannot hold one state of this model.
     """
 
@@ -67,6 +72,7 @@ class PrefixStore:
         mtp: bool = False,
         spacing: int = SPACING,
         exact: bool = False,
+        background: bool = False,
     ):
         if spacing < GRID or spacing % GRID:
             raise ValueError(f"spacing must be a multiple of {GRID} tokens, got {spacing}.")
@@ -84,7 +90,8 @@ class PrefixStore:
         if folder is not None:
             dtypes = "-".join(str(x).removeprefix("torch.") for x in (like.kv_dtype, like.state_dtype))
             name = f"{identity(model, mtp=mtp)[:24]}-{dtypes}-{self._yarn.factor if self._yarn else 1:g}"
-            self.files = PrefixFolder(Path(folder) / name, parse_bytes(disk_budget))
+            writer = Writer(self.budget) if background else None
+            self.files = PrefixFolder(Path(folder) / name, parse_bytes(disk_budget), writer)
             self._scan()
 
     @property
@@ -134,12 +141,26 @@ class PrefixStore:
         """Find what other stores have written into the folder since this one was made; reads new files only."""
         self._scan()
 
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until everything is written, or for so many seconds. Returns: whether it is."""
+        writer = None if self.files is None else self.files.writer
+        return writer is None or writer.flush(timeout)
+
+    def close(self, timeout: float | None = None) -> None:
+        """End the thread that writes, once all is written or so many seconds are over; nothing is written later."""
+        if self.files is not None and self.files.writer is not None:
+            self.files.writer.close(timeout)
+
     def add(self, cache: HybridCache) -> None:
         """Store a cache of one row. The store and the cache share keys and values afterwards.
 
         Tokens that exceed the budget are not stored; `match` gives the reason.
         Raises: ValueError for a cache of several rows, or one of another model or with other options.
         """
+        self._add(cache, None)
+
+    def _add(self, cache: HybridCache, after: StateAfter | None) -> None:
+        """`add`; with `after`, as if the cache ended there. Then keys and values are not shared."""
         self._check_scaling()
         if cache.batch != 1:
             raise ValueError(f"The cache has {cache.batch} rows, but a store takes one sequence: select one row.")
@@ -151,16 +172,20 @@ class PrefixStore:
         if not cache.lengths[0]:
             return
         assert cache.hidden is not None
-        ids = cache.tokens[0, : cache.lengths[0]].cpu()
+        ids = cache.tokens[0, : cache.lengths[0] if after is None else after.tokens].cpu()
         node, partial, shared = self.root.follow(ids)
         if partial is not None:
             if not self._attach(partial):
-                return self.add(cache)  # its file is gone: search again
+                return self._add(cache, after)  # its file is gone: search again
             node = partial.split(shared, mtp=self._mtp)
             self._write(node)
             self._write(partial)
-        states = [(s.conv, s.recurrent) for s in cache.layers if isinstance(s, DeltaNetState)]
-        finish = End(states, cache.hidden, cache.last_logits)
+        if after is None:
+            states = [(s.conv, s.recurrent) for s in cache.layers if isinstance(s, DeltaNetState)]
+            finish = End(states, cache.hidden, cache.last_logits)
+        else:
+            assert after.hidden is not None
+            finish = End(after.states, after.hidden, None)
         if node.end < len(ids):
             new = Node(ids[node.end :].clone(), node.end, node)
             new.finish, new.piece, new.ends = finish, cut_out(cache, node.end, len(ids)), True
@@ -172,10 +197,10 @@ class PrefixStore:
             self._write(node)
         elif not node.ends:
             if not self._attach(node):
-                return self.add(cache)
+                return self._add(cache, after)
             node.finish, node.ends = finish, True
             self._write(node)
-        if node.piece is not None:  # share keys and values with the cache
+        if node.piece is not None and after is None:  # share keys and values with the cache
             for (state, begin, _), stored in zip(places(cache, node.begin, node.end), node.piece, strict=True):
                 state.hold((*state.parts(0, begin), stored))
         self._use(node)
@@ -299,8 +324,9 @@ class PrefixStore:
         """Add nodes for the files in the folder; reads their descriptions and tokens only."""
         if self.files is None:
             return
+        pending = self.files.pending  # first: a file that is written meanwhile is then in one of the two
         known = {node.file.stem: node for node in self.root.below() if node.file is not None} | {"": self.root}
-        for path, about, tokens in self.files.scan(left_out=known):
+        for path, about, tokens in self.files.scan(left_out={*pending, *known}):
             parent = known.get(about["parent"])
             if parent is not None and parent.end == about["begin"]:
                 node = Node(tokens, about["begin"], parent, file=path, ends=about["ends"])
@@ -389,14 +415,27 @@ class Prefill:
 
     def advance(self) -> int:
         """Run one chunk of at most `chunk_size` tokens; returns how many tokens of the prompt the cache then holds."""
-        begin = self.cache.lengths[0]
+        begin, total, model = self.cache.lengths[0], len(self._ids), self._store.model
         stop = next(n for n in self._stops if n > begin)
-        model = self._store.model
+        if stop < total < stop + GRID + FEW and self._reaches(total):  # the short rest runs in the same call
+            kept = StateAfter(stop)
+            with keeping(kept):
+                next(model.prefill(self._ids[None, begin:].to(model.device), self.cache, self.chunk_size))
+            self._store._add(self.cache, kept)
+            return total
         ids = self._ids[None, begin:stop].to(model.device)
         next(model.prefill(ids, self.cache, self.chunk_size, max_memory=self.max_memory))
         if (done := self.cache.lengths[0]) == stop and (not self._store.exact or stop % GRID == 0):
             self._store.add(self.cache)
         return done
+
+    def _reaches(self, total: int) -> bool:
+        """Whether one call runs all the rest, and can keep a state inside."""
+        begin, chunk = self.cache.lengths[0], self.chunk_size // GRID * GRID
+        if not self._store.exact or self.max_memory is not None or chunk < GRID:
+            return False
+        one = begin % chunk + total - begin < chunk + FEW
+        return one and may_keep(self._store.model, self.cache, total - begin)
 
 
 def _last_exact(total: int) -> int:

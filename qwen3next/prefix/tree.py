@@ -1,6 +1,8 @@
 """A prefix tree of texts. Each node is a span of tokens with its keys and values, and may hold a state."""
 
+import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from layers.state.kv_cache import KVCache, Stored
 from qwen3next.cache.hybrid import HybridCache, common_prefix
+from qwen3next.files.tensor_files import memory_of
 
 Piece = list[Stored]  # keys and values per softmax layer, the MTP layer last
 
@@ -68,6 +71,11 @@ class Node:
     def text(self) -> Tensor:
         """All tokens from the start of the text to the end of this node."""
         return torch.cat([self.tokens[:0], *(node.tokens for node in self.path)])
+
+    @cached_property
+    def name(self) -> str:
+        """Of its file: a hash of the text, which stays the same where the node is split."""
+        return hashlib.sha256(memory_of(self.text.contiguous())).hexdigest()[:32]
 
     @property
     def nbytes(self) -> int:

@@ -1,8 +1,8 @@
 """The engine: one thread owns the model and works for all requests, each of which gets the tokens of a single run.
 
-Every tick it steps all running texts in one call, and then runs at most one piece of one waiting prompt. A piece takes
-about the same time for every prompt, so a long prompt delays the other requests only briefly. A request is admitted
-once the memory for its whole prompt and all its new tokens is free. It keeps this memory until it ends.
+Every tick it steps all running texts in one call, and then runs at most one piece of one waiting prompt. In the pauses
+of this piece the running texts go on, so a long prompt delays them only briefly. A request is admitted once the memory
+for its whole prompt and all its new tokens is free. It keeps this memory until it ends.
 """
 
 import threading
@@ -18,13 +18,19 @@ import torch
 from qwen3next.api import Qwen3Next
 from qwen3next.cache.hybrid import HybridCache
 from qwen3next.files.sizes import binary, parse_bytes
+from qwen3next.generation.pauses import pauses
 from qwen3next.generation.rounds import Row
 from qwen3next.prefix.store import PrefixStore
-from qwen3next.serving.prompts import PieceSize, Prompt
+from qwen3next.serving.pace import Pace
+from qwen3next.serving.prompts import Prompt
 from qwen3next.serving.speculation import Speculation
 from qwen3next.serving.tickets import Busy, Finished, Refused, Request, Ticket
 
 STUCK = 60.0  # seconds without a tick while there is work
+
+
+class _Abandoned(Exception):
+    """Ends the piece of a prompt that nobody waits for any more."""
 
 
 @dataclass(eq=False)
@@ -91,12 +97,13 @@ class Engine:
                 disk_budget=prefix_disk,
                 mtp=self.speculation.mtp,
                 exact=True,
+                background=True,
             )
         self._waiting: deque[Ticket] = deque()
         self._running: list[_Running] = []
         self._changed = threading.Condition()
         self._closing = False
-        self._piece = PieceSize()
+        self._pace = Pace()
         self._thread = threading.Thread(target=self._work, name="qwen3next-engine", daemon=True)
 
     def start(self) -> "Engine":
@@ -110,11 +117,13 @@ class Engine:
         self.close()
 
     def close(self, *, timeout: float = 30.0) -> None:
-        """Cancel all requests and end the thread."""
+        """Cancel all requests and end the thread; prefixes that wait are written, for so many seconds at most."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join(timeout)
+        if self.store is not None:
+            self.store.close(timeout)
 
     def bytes_for(self, request: Request) -> int:
         """Bytes that a request's cache takes when it is full."""
@@ -201,9 +210,14 @@ class Engine:
     def _tick(self) -> None:
         self._drop_cancelled()
         self._admit()
-        self._guarded([one for one in self._running if one.cache is not None], self._step)
+        self._guarded(self._texts, self._step)
         self._guarded([one for one in self._running if one.cache is None][:1], self._run_piece)
         self.counters.last_tick = time.monotonic()
+
+    @property
+    def _texts(self) -> list[_Running]:
+        """The requests whose prompts have run."""
+        return [one for one in self._running if one.cache is not None]
 
     def _guarded(self, these: list[_Running], work: Callable[[list[_Running]], None]) -> None:
         """Do some work; if it fails, the requests that it was for end with an error, and the others go on."""
@@ -211,6 +225,8 @@ class Engine:
             return
         try:
             work(these)
+        except _Abandoned:
+            self._finish(these[0], Finished("cancelled"))
         except Exception as error:  # whatever it is, the server must live
             if len(these) > 1:  # one of them is at fault: find it
                 for one in these:
@@ -243,22 +259,38 @@ class Engine:
     def _run_piece(self, these: list[_Running]) -> None:
         """Run a piece of a prompt; behind the last one, choose the first token."""
         (one,) = these
+        self._pace.begin()
         if one.prompt is None:  # only now: the prompt before it may have stored what it begins with
             grammar = one.ticket.request.grammar
             one.row.grammar = None if grammar is None else grammar.start()
             length = one.row.prompt + one.row.most + self.speculation.most
             one.prompt = Prompt(self.model, self.store, one.ticket, max_len=length, mtp=self.speculation.mtp)
             self.counters.cached_tokens += one.ticket.cached_tokens
-        alone = all(other.cache is None for other in self._running)
-        tokens, done = one.prompt.advance(self._piece, alone=alone)
+        held = one.prompt.cache.lengths[0]
+        with pauses(partial(self._between, one)):
+            tokens = one.prompt.advance(self._pace.tokens(held, alone=not self._texts))
+        self._pace.end(held, tokens)
         self.counters.prompt_tokens += tokens
-        if done:
+        if one.prompt.done:
             one.cache, one.prompt = one.prompt.cache, None
             assert one.cache.last_logits is not None
             self._take(one.cache.last_logits, [], [one])
 
+    def _between(self, one: _Running) -> None:
+        """In a pause of a prompt's piece: the running texts take a step where it is time."""
+        if self._closing or one.ticket.cancelled.is_set():
+            raise _Abandoned
+        if self._pace.pause():
+            for other in self._texts:
+                if other.ticket.cancelled.is_set():
+                    self._finish(other, Finished("cancelled"))
+            self._guarded(self._texts, self._step)
+        self.counters.last_tick = time.monotonic()
+        self._pace.go_on()
+
     def _step(self, these: list[_Running]) -> None:
         """One token or more for each running text, in one call."""
+        began = time.monotonic()
         device, caches = self.model.device, [one.cache for one in these if one.cache is not None]
         with self.speculation.round([one.row for one in these], caches) as turn:
             tokens = [[one.row.text[-1], *guesses] for one, guesses in zip(these, turn.drafts, strict=True)]
@@ -271,6 +303,7 @@ class Engine:
                 turn.accepted.append(max(one.row.new - before - 1, 0))
         self.counters.drafted += sum(map(len, turn.drafts))
         self.counters.accepted += sum(turn.accepted)
+        self._pace.stepped(time.monotonic() - began)
 
     def _take(self, logits: torch.Tensor, guesses: Sequence[int], these: list[_Running]) -> None:
         """Choose a text's next tokens and give them out.

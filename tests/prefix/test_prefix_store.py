@@ -2,6 +2,7 @@
 
 import random
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,6 +12,9 @@ from conftest import small_model
 from parity import tokens
 
 import qwen3next as q
+from qwen3next.files import checksummed
+from qwen3next.generation.prefill import Prefilling
+from qwen3next.prefix import files
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +242,7 @@ def test_a_killed_write_leaves_what_was_there(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("on_disk", [False, True, "background"])
 def test_a_walk_is_held_to_cold_runs(model, tmp_path, seed, on_disk):
     """Texts with common prefixes of all lengths, small budgets, two stores with one folder, continued chats."""
     rng = random.Random(seed)
@@ -246,7 +250,7 @@ def test_a_walk_is_held_to_cold_runs(model, tmp_path, seed, on_disk):
     budget = rng.randint(2, 12) * sizes[0] + rng.randint(100, 600) * sizes[1]
     options = {"budget": budget, "spacing": 64, "mtp": seed % 2 == 0}
     if on_disk:
-        options |= {"folder": tmp_path, "disk_budget": 2 * budget}
+        options |= {"folder": tmp_path, "disk_budget": 2 * budget, "background": on_disk == "background"}
     stores, texts = [q.PrefixStore(model, **options) for _ in range(2 if on_disk else 1)], [tokens(250, b=1)]
     for n in range(25):
         text = rng.choice(texts)[:, : rng.randint(1, 250)]
@@ -263,7 +267,94 @@ def test_a_walk_is_held_to_cold_runs(model, tmp_path, seed, on_disk):
             store.add(run.cache)
             texts.append(said)
         if on_disk and rng.random() < 0.1:
+            stores[0].close()
             stores[0] = q.PrefixStore(model, **options)
+    for store in stores:
+        store.close()
+
+
+def test_files_are_written_in_the_background(model, tmp_path, monkeypatch):
+    """The same folder as without a thread, also where nodes are split.
+
+    A node is not listed twice by a look into the folder when its file is there, and the node does not know it yet.
+    """
+    make_room = files.PrefixFolder.make_room
+
+    def looked(self, **options):
+        if store.files is self:
+            store.refresh()
+        return make_room(self, **options)
+
+    texts = [tokens(200, b=1), join(tokens(200, b=1)[:, :150], tokens(40, b=1)), tokens(100, b=1)]
+    names, matches = [], []
+    for background in (False, True):
+        store = q.PrefixStore(model, folder=tmp_path / str(background), spacing=64, background=background)
+        if background:
+            monkeypatch.setattr(files.PrefixFolder, "make_room", looked)
+        for text in texts:
+            check(model, fill(store, text), text)
+            assert store.flush(60.0)
+        store.close()
+        known = [node.file for node in store.root.below() if node.parent is not None]
+        assert len(known) == len(set(known))
+        assert None not in known
+        names.append({file.name: file.stat().st_size for file in (tmp_path / str(background)).rglob("*.safetensors")})
+        fresh = q.PrefixStore(model, folder=tmp_path / str(background), spacing=64)
+        matches.append([fresh.match(text).matched_tokens for text in texts])
+        for text in texts:
+            check(model, fill(fresh, text), text)
+    assert names[0] == names[1]
+    assert matches[0] == matches[1] == [200, 190, 100]
+
+
+def test_a_write_that_is_cut_leaves_what_was_there(model, tmp_path, monkeypatch):
+    """A store that ends in the midst of a write, as a killed process does: another finds the files before it."""
+    ids, begun, on, write = tokens(200, b=1), threading.Event(), threading.Event(), checksummed.write
+
+    def cut(path, *args, **options):
+        write(path, *args, **options)
+        if len(list(path.parent.glob("*.safetensors"))) == 2:
+            path.write_bytes(path.read_bytes()[:100])
+            begun.set()
+            on.wait(60)
+            raise OSError(5, "cut")
+
+    monkeypatch.setattr(checksummed, "write", cut)
+    store = q.PrefixStore(model, folder=tmp_path, spacing=64, background=True)
+    run = fill(store, ids)  # is not held up
+    assert begun.wait(60)
+    assert not store.flush(0.01)
+    fresh = q.PrefixStore(model, folder=tmp_path, spacing=64)
+    assert fresh.match(ids).matched_tokens == 128
+    check(model, run, ids)
+    assert store.match(ids).matched_tokens == 200
+    on.set()
+    store.close()
+    monkeypatch.undo()
+    check(model, fill(fresh, ids), ids)
+
+
+def test_what_a_slow_folder_cannot_take_is_left_out(model, tmp_path, monkeypatch):
+    """At most `budget` bytes wait to be written; the rest is in memory alone, and later texts are written again."""
+    on, write, texts = threading.Event(), checksummed.write, [torch.full((1, 300), n) for n in range(6)]
+
+    def slow(*args, **options):
+        on.wait(60)
+        write(*args, **options)
+
+    monkeypatch.setattr(checksummed, "write", slow)
+    size = model.new_cache().nbytes() + 300 * model.config.bytes_per_token(8)
+    options = {"folder": tmp_path, "spacing": 1024}
+    store = q.PrefixStore(model, budget=int(3.5 * size), background=True, **options)
+    for text in texts[:5]:
+        fill(store, text)
+    assert not store.files.writer.put(lambda: None, int(3 * size))
+    on.set()
+    assert store.flush(60.0)
+    fill(store, texts[5])
+    store.close()
+    fresh = q.PrefixStore(model, **options)
+    assert [fresh.match(text).matched_tokens for text in texts] == [300, 300, 300, 0, 0, 300]
 
 
 @pytest.mark.filterwarnings("error")
@@ -312,6 +403,46 @@ def test_an_exact_store_gives_the_bits_of_a_cold_run(dtype, tmp_path):
         assert torch.equal(
             q.generate(model, text, cache=run.cache, max_new_tokens=4), q.generate(model, text, max_new_tokens=4)
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_short_rest_runs_in_the_same_call(dtype, monkeypatch):
+    """The state before it is kept from inside the call; behind it, results and drafts are those of a cold run."""
+    model, calls = small_model(dtype=dtype), []
+    text, other = tokens(300, b=1), tokens(50, b=1)
+    run_block = Prefilling._run_block
+
+    def counted(self, block, x, rope, **options):
+        if block is self.blocks[0] and x.shape[1] > 1:
+            calls.append(x.shape[1])
+        return run_block(self, block, x, rope, **options)
+
+    monkeypatch.setattr(Prefilling, "_run_block", counted)
+    for length, first in ((300, [300]), (80, [80]), (79, [79]), (128 + 79, [207]), (128 + 80, [208])):
+        store = q.PrefixStore(model, exact=True, mtp=True)
+        calls.clear()
+        fill(store, text[:, :length])
+        assert calls == first
+        kept = (length - 16) // 64 * 64
+        continued = join(text[:, :kept], other)
+        calls.clear()
+        found = fill(store, continued)
+        assert (found.matched_tokens, calls) == (kept, [50])
+        cache = model.new_cache(max_len=400, mtp=True)
+        list(model.prefill(continued, cache))
+        assert torch.equal(found.cache.last_logits, cache.last_logits)
+        for token in range(3):
+            assert torch.equal(*(model.draft(c, torch.tensor([token])) for c in (found.cache, cache)))
+            assert torch.equal(*(model.step(torch.tensor([[token]]), c) for c in (found.cache, cache)))
+    store = q.PrefixStore(model, exact=True, mtp=True)
+    calls.clear()
+    fill(store, text, chunk_size=128)
+    assert calls == [128, 128, 44]  # in smaller chunks the state is kept where one ends
+    store = q.PrefixStore(model, exact=True, mtp=True)
+    calls.clear()
+    with model.hooks([("blocks.0.hook_resid_mid", lambda *_: None)]):  # sees the calls that it always saw
+        fill(store, text)
+    assert calls == [256, 44]
 
 
 def test_a_store_finds_what_another_writes_meanwhile(model, tmp_path):

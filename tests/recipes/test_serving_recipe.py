@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from recipes import serving
-from recipes.serving import Options, Row, Served, measure, prompt_of, table
+from recipes.serving import Options, Row, Served, arrival, measure, prompt_of, table, table_of_arrivals
 
 
 class Fake(Served):
@@ -61,11 +61,47 @@ def test_a_row():
     assert "an answer ended early" in table(list(rows.values()))
 
 
+def test_prompts_that_arrive_beside_a_stream():
+    """The stream of the server here does not wait for the prompt, so its gaps are those of its steps."""
+    server = Fake("qwen3next", 0.2, 0.01)
+    row = arrival(Options(repetitions=2), server, 64)
+    server.close()
+    assert row.problem == ""
+    assert row.first >= 0.2
+    assert row.before >= 0.01
+    assert 0.01 <= row.between <= row.late <= row.gap
+    assert row.gaps >= 2 * 2
+    ended = Fake("qwen3next", 0.0, 0.0, "stop")
+    short = arrival(Options(repetitions=2), ended, 64)
+    ended.close()
+    assert "ended early" in short.problem
+    assert "one request after the other" in arrival(Options(), Fake("transformers", 0.0, 0.0), 64).problem
+    said = table_of_arrivals([row, short])
+    assert said.count("| qwen3next |") == 2
+    assert "ended early" in said
+
+
 def test_prompts():
     assert len(prompt_of(1, 100, False)) == len(prompt_of(1, 100, True)) == 100
     assert prompt_of(1, 100, False)[:10] != prompt_of(2, 100, False)[:10]
     assert prompt_of(1, 100, True)[:84] == prompt_of(2, 100, True)[:84]
     assert prompt_of(1, 100, True) != prompt_of(2, 100, True)
+
+
+def test_no_prompt_is_asked_twice(monkeypatch):
+    asked = []
+
+    def traffic(_server, prompts, _new):
+        asked.extend(prompts)
+        return 0.0, [serving.Times([1.0, 2.0]) for _ in prompts]
+
+    monkeypatch.setattr(serving, "traffic", traffic)
+    server = Fake("qwen3next", 0.0, 0.0)
+    for users in (1, 2, 8):
+        for shared in (False, True):
+            measure(Options(repetitions=2), [server], users, 64, shared)
+    server.close()
+    assert len(set(asked)) == len(asked) == 2 * 3 * 11
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch, capsys):

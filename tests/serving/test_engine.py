@@ -1,6 +1,7 @@
 """Every answer equals that of a single run, whatever arrives when, runs beside it or is cancelled."""
 
 import random
+import threading
 import time
 from dataclasses import replace
 
@@ -104,6 +105,7 @@ def test_two_servers_share_a_folder(model, tmp_path):
     with Engine(model, **options) as one, Engine(model, **options) as other:
         first = one.submit(Request((*TEXTS[0][:200], 1), 4))
         list(first)
+        assert one.store.flush(30.0)
         second = other.submit(Request((*TEXTS[0][:200], 2), 4))
         list(second)
         assert (first.cached_tokens, second.cached_tokens) == (0, 128)
@@ -139,6 +141,7 @@ def test_a_folder_that_cannot_be_written_harms_no_answer(model, tmp_path, monkey
         raise OSError(28, "No space left on device", str(tmp_path))
 
     monkeypatch.setattr("qwen3next.files.checksummed.write", full)
+    caplog.set_level("WARNING", "qwen3next.prefix.writer")
     requests = [Request((*TEXTS[0][:n], 1), 6) for n in (200, 200, 130)]
     with Engine(model, prefix_memory="8MiB", prefix_folder=tmp_path) as engine:
         tickets = [engine.submit(request) for request in requests]
@@ -146,6 +149,26 @@ def test_a_folder_that_cannot_be_written_harms_no_answer(model, tmp_path, monkey
     held_to_single_runs(model, requests, tickets, answers)
     assert "a prefix was not written: No space left on device" in caplog.text
     assert str(tmp_path) not in caplog.text
+
+
+def test_a_slow_folder_delays_nobody(model, tmp_path, monkeypatch):
+    """While a file is being written, answers come; what the writing holds up is written before the engine ends."""
+    going, write = threading.Event(), q.prefix.files.write_checksummed
+
+    def slow(*args):
+        assert going.wait(60)
+        write(*args)
+
+    monkeypatch.setattr("qwen3next.prefix.files.write_checksummed", slow)
+    requests = [Request((*TEXTS[0][:n], 1), 6) for n in (200, 200, 130)]
+    with Engine(model, prefix_memory="8MiB", prefix_folder=tmp_path) as engine:
+        tickets = [engine.submit(request) for request in requests]
+        answers = [list(ticket) for ticket in tickets]
+        assert not list(tmp_path.rglob("*.safetensors"))
+        assert [ticket.cached_tokens for ticket in tickets] == [0, 128, 0]
+        going.set()
+    held_to_single_runs(model, requests, tickets, answers)
+    assert q.PrefixStore(model, folder=tmp_path, exact=True).match(torch.tensor(requests[0].ids)).matched_tokens == 128
 
 
 def test_a_grammar_that_cannot_begin_harms_its_own_request_alone(model):
