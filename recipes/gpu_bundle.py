@@ -51,7 +51,7 @@ TARGET = {
     "safetensors", "tokenizers", "huggingface_hub", "rich",
 }  # fmt: skip
 # Imported inside functions that the check and its tests on a GPU do not call.
-OPTIONAL = {"llama_cpp", "llguidance", "matplotlib"}
+OPTIONAL = {"datasets", "llama_cpp", "llguidance", "matplotlib", "pyarrow"}
 ENTRIES = ("recipes/gpu_check.py", "recipes/gpu/*.py", "tests/conftest.py", "tests/gpu/*.py")
 # Functions that import a module named by a string, and which of their arguments that is.
 BY_STRING = {"importorskip": 0, "import_module": 0, "install_import_hook": 1}

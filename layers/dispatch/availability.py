@@ -180,9 +180,14 @@ def cpp(device: torch.device, dtype: torch.dtype) -> str | None:
     return missing()
 
 
+@torch.compiler.assume_constant_result
+def _has_amx() -> bool:
+    return processor.can("amx")
+
+
 def slower_than_amx(_device: torch.device, dtype: torch.dtype) -> str | None:
     """Why our products of experts are not picked in bf16 on a processor with AMX, unless measured there."""
-    if dtype != torch.bfloat16 or not processor.can("amx"):
+    if dtype != torch.bfloat16 or not _has_amx():
         return None
     if speeds.measured("experts", "cpp", dtype, torch.is_grad_enabled()):
         return None

@@ -41,10 +41,12 @@ def run_block(
     stats: bool,
 ) -> tuple[Tensor, RouterStats | None]:
     """`block(x, rope, …)`, in parts where the prompt is long or pauses, and nothing can tell the difference."""
+    if stats or torch.compiler.is_compiling():  # before a comparison: a traced graph must not depend on the length
+        return block(x, rope, segments=segments, state=state, counted=counted, stats=stats)
     short = x.shape[1] < TOKENS + FEW
     kept = kept_within(segments.offsets[0], x.shape[1]) if short and segments.unpadded else None
     whole = short and kept is None and not wanted()
-    if stats or torch.compiler.is_compiling() or whole or not _may_split(block, x):
+    if whole or not _may_split(block, x):
         return block(x, rope, segments=segments, state=state, counted=counted, stats=stats)
     assert isinstance(block, Block)
     if short:
