@@ -171,10 +171,8 @@ class MTPCandidates(CandidateGenerator):
         count = settings.num_assistant_tokens
         if count < 1:
             raise ValueError(f"num_assistant_tokens must be at least 1, got {count}.")
-        most, known = (
-            MOST_DRAFTS if count == UNSET else int(count),
-            measured(core(), "mtp", 1, sampled=settings.do_sample),
-        )
+        most = MOST_DRAFTS if count == UNSET else int(count)
+        known = measured(core(), "mtp", 1, sampled=bool(settings.do_sample))
         self._length = DraftLength(most, adapt=count == UNSET, known=known)
         self._drafted = -1  # tokens of this round; -1 in the first, which may have to run the prompt
         self._timed = False  # whether it is a round whose time counts

@@ -112,8 +112,8 @@ def _seconds(work: Work, name: str, gradients: bool) -> float:
     return time.perf_counter() - begin
 
 
-def _leaf(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(*shape).to(dtype).requires_grad_()
+def _leaf(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (scale * torch.randn(*shape)).to(dtype).requires_grad_()
 
 
 def _linear(tokens: int, dtype: torch.dtype) -> Work:
@@ -158,7 +158,9 @@ def _elementwise(tokens: int, dtype: torch.dtype) -> Work:
 
 def _experts(tokens: int, dtype: torch.dtype) -> Work:
     x = _leaf(tokens, WIDTH, dtype=dtype)
-    gate_up, down = _leaf(EXPERTS, WIDTH, WIDTH, dtype=dtype), _leaf(EXPERTS, WIDTH, WIDTH // 2, dtype=dtype)
+    scale = WIDTH**-0.5  # numbers of about 1, so that results can be compared
+    gate_up = _leaf(EXPERTS, WIDTH, WIDTH, dtype=dtype, scale=scale)
+    down = _leaf(EXPERTS, WIDTH, WIDTH // 2, dtype=dtype, scale=scale)
     weights, indices = torch.rand(tokens, EXPERTS).softmax(-1).topk(CHOSEN)
     return Work(lambda name: run("experts", name, x, x, weights.to(dtype), indices, gate_up, down), (x, gate_up, down))
 

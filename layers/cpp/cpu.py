@@ -121,8 +121,8 @@ def flags() -> tuple[str, ...]:
 def bound_torch() -> None:
     """Set the variables that keep torch to the choice, in this process and its children.
 
-    It acts on what torch has not run yet, so `import layers` does it, and has to come before torch is used. A choice
-    that cannot be made binds nothing and is refused where it is first asked for: an import has nobody to catch it.
+    It acts on what torch has not run yet, so `import layers` does it, and has to come before torch is used. A wrong
+    choice sets nothing here. `choice` raises at its first use, where the caller can report it; an import cannot.
     """
     with suppress(ValueError):
         os.environ.update(TORCH.get(choice(), {}))

@@ -1,4 +1,4 @@
-"""Work on files that nobody waits for: a thread does it in order, and leaves some out where it cannot keep up."""
+"""A thread that does jobs on files in their order. Callers do not wait for it; it skips jobs if too much waits."""
 
 import logging
 import threading

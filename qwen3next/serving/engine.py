@@ -30,7 +30,7 @@ STUCK = 60.0  # seconds without a tick while there is work
 
 
 class _Abandoned(Exception):
-    """Ends the piece of a prompt that nobody waits for any more."""
+    """Ends the piece of a prompt whose request was cancelled, or whose engine closes."""
 
 
 @dataclass(eq=False)
