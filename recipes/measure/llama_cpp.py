@@ -155,8 +155,8 @@ class Bindings:
             self.api.llama_memory_clear(self.api.llama_get_memory(context), False)
         for begin in range(0, len(ids), BATCH):
             part = ids[begin : begin + BATCH]
-            batch = self.api.llama_batch_get_one((ctypes.c_int32 * len(part))(*part), len(part))
-            if self.api.llama_decode(context, batch):
+            tokens = (ctypes.c_int32 * len(part))(*part)  # named, because the batch has only its address
+            if self.api.llama_decode(context, self.api.llama_batch_get_one(tokens, len(part))):
                 raise RuntimeError("llama.cpp could not run the tokens: leave it out with --llama-cpp no.")
 
     def logits(self, ids: Sequence[int], vocabulary: int) -> Tensor:
