@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import qwen3next as q
 from layers.cpp import build, ops
-from layers.cpp.group_ops import dequantise_groups, dequantise_into
+from layers.cpp.group_ops import dequantise_groups
 from layers.cpp.group_ops import group_linear as group_linear_op
 from layers.cpp.signatures import ARGUMENTS
 from layers.state.update_log import UpdateLog, _replay_compiled, fold
@@ -155,6 +155,23 @@ def feed_forward(r: Random) -> dict:
     }  # fmt: skip
 
 
+def feed_forward_in_groups(r: Random) -> dict:
+    made = feed_forward(r)
+    e, double, d = made.pop("gate_up").shape
+    shapes = {"gate_up": (e, double, d), "down": (e, d, double // 2)}
+    del made["down"]
+    for name, shape in shapes.items():
+        columns = shape[-1]
+        bits = r.pick((4, 8)) if columns % 2 == 0 else 8
+        count = r.pick([n for n in (1, 2, 3, 8) if columns % n == 0])
+        kind, held = (torch.int8, columns) if bits == 8 else (torch.uint8, columns // 2)
+        codes = torch.randint(-128, 128, (*shape[:-1], held), generator=r.made).to(torch.int8).view(kind)
+        zero = torch.randint(-128, 128, (*shape[:-1], count), generator=r.made).to(torch.int8)
+        scale = r.normal(*shape[:-1], count, dtype=r.pick((FP32, BF16, torch.float16)))
+        made |= {name: codes, f"{name}_scale": scale, f"{name}_zero": r.pick((None, zero))}
+    return made
+
+
 def permute(r: Random) -> dict:
     n, k, experts = r.size(least=0), 1 + r.below(4), 1 + r.below(9)
     return {"indices": torch.randint(0, experts, (n, k), generator=r.made), "experts": experts}
@@ -170,11 +187,6 @@ def groups(r: Random) -> dict:
     codes = torch.randint(-128, 128, (out, most), generator=r.made).to(torch.int8).view(kind)
     zero = torch.randint(-128, 128, shape, generator=r.made).to(torch.int8)
     return {"codes": codes, "scale": r.normal(*shape, dtype=dtype), "zero": r.pick((None, zero))}
-
-
-def into(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
-    columns = codes.shape[1] * (2 if codes.dtype == torch.uint8 else 1)
-    return dequantise_into(torch.empty(len(codes), columns, dtype=dtype), codes, scale, zero)
 
 
 def group_linear(r: Random) -> dict:
@@ -226,12 +238,12 @@ ENTRIES = {
     "combine_backward": (ops.combine_backward, combine_backward),
     "permute": (ops.permute, permute),
     "feed_forward": (ops.feed_forward, feed_forward),
+    "feed_forward_in_groups": (ops.feed_forward_in_groups, feed_forward_in_groups),
     "products": (ops.products, products),
     "products_backward": (ops.products_backward, products_backward),
     "replay": (_replay_compiled, replay),
     "fold": (fold_one, folded),
     "group_linear": (group_linear_op, group_linear),
-    "dequantise_into": (into, lambda r: groups(r) | {"dtype": r.pick((FP32, BF16))}),
     "dequantise": (dequantise_groups, lambda r: groups(r) | {"dtype": r.pick((FP32, BF16))}),
 }
 THROUGH_OTHERS = {

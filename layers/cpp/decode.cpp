@@ -135,8 +135,8 @@ void dequantise(const Mat* w, int64_t rows, int64_t columns, void* out, int64_t 
 #pragma omp parallel for
     for (int64_t tile = 0; tile < (rows + TILE - 1) / TILE; tile++) {
         const int64_t first = tile * TILE, last = std::min(rows, first + TILE);
-        if (dtype == BF16) dequantise_rows(*w, first, last, columns, (bf16*)out + first * columns);
-        else dequantise_rows(*w, first, last, columns, (float*)out + first * columns);
+        if (dtype == BF16) Dequantised(*w, columns).read(first, last, (bf16*)out + first * columns);
+        else Dequantised(*w, columns).read(first, last, (float*)out + first * columns);
     }
 }
 

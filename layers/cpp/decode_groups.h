@@ -5,6 +5,8 @@
 // each float of a sum belongs to EACH neighbours of one group, and a block is scaled by one vector product. The vectors
 // are put into the order of the words once (`arrange`): plane j has the number j of every word.
 #pragma once
+#include <vector>
+
 #include "vectors.h"
 
 #define INLINE __attribute__((always_inline)) inline
@@ -272,38 +274,55 @@ inline void look_up(const uint8_t* from, int64_t n, float zero, float scale, bf1
 }
 #endif
 
-// Rows `first` up to `last` as numbers of type To: (code − zero) · scale, rounded once, as the definition does.
-template <class To>
-void dequantise_rows(const Mat& mat, int64_t first, int64_t last, int64_t columns, To* to) {
-    const GroupRows w(mat, columns);
-    const bool four = mat.dtype == I4;
-    std::vector<float> scales(w.groups), zeros(w.groups, four ? 8.0f : 0.0f), numbers(columns);
-    std::vector<uint8_t> codes(columns);
-    for (int64_t row = first; row < last; row++, to += columns) {
-        load_scales(w.scale, w.scale_dtype, row * w.groups, w.groups, scales.data());
-        if (w.zero)
-            for (int64_t g = 0; g < w.groups; g++) zeros[g] = w.zero[row * w.groups + g];
-        const uint8_t* from = w.codes + row * w.bytes;
+// Rows of a matrix in groups as numbers: (code − zero) · scale, rounded once, as the definition does.
+struct Dequantised {
+    const GroupRows w;
+    const bool four;
+    std::vector<float> scales, zeros, numbers;
+    std::vector<uint8_t> codes;
+
+    Dequantised(const Mat& mat, int64_t columns)
+        : w(mat, columns), four(mat.dtype == I4), scales(w.groups), zeros(w.groups, four ? 8.0f : 0.0f),
+          numbers(columns), codes(four ? columns : 0) {}
+
+    // Rows `first` up to `last` as type To.
+    template <class To>
+    void read(int64_t first, int64_t last, To* to) {
+        for (int64_t row = first; row < last; row++, to += w.n) {
+            load_scales(w.scale, w.scale_dtype, row * w.groups, w.groups, scales.data());
+            if (w.zero)
+                for (int64_t g = 0; g < w.groups; g++) zeros[g] = w.zero[row * w.groups + g];
+            const uint8_t* from = w.codes + row * w.bytes;
 #if defined(__AVX512BW__)
-        if constexpr (std::is_same_v<To, bf16>)
-            if (four && w.group % 32 == 0) {
-                for (int64_t g = 0; g < w.groups; g++)
-                    look_up(from + g * w.group / 2, w.group, zeros[g], scales[g], to + g * w.group);
-                continue;
-            }
+            if constexpr (std::is_same_v<To, bf16>)
+                if (four && w.group % 32 == 0) {
+                    for (int64_t g = 0; g < w.groups; g++)
+                        look_up(from + g * w.group / 2, w.group, zeros[g], scales[g], to + g * w.group);
+                    continue;
+                }
 #endif
-        uint8_t* __restrict unpacked = codes.data();
-        for (int64_t i = 0; four && i < w.bytes; i++) unpacked[2 * i] = from[i] & 15, unpacked[2 * i + 1] = from[i] >> 4;
-        for (int64_t g = 0; g < w.groups; g++) {
-            const float zero = zeros[g], scale = scales[g];
-            float* __restrict out = &numbers[g * w.group];
-            if (four)
-                for (int64_t i = 0; i < w.group; i++) out[i] = (float(codes[g * w.group + i]) - zero) * scale;
-            else
-                for (int64_t i = 0; i < w.group; i++) out[i] = (float(int8_t(from[g * w.group + i])) - zero) * scale;
+            if (four) {
+                unpack(from);
+                scale_all(codes.data());
+            } else {
+                scale_all((const int8_t*)from);
+            }
+            convert(to, numbers.data(), w.n);
         }
-        convert(to, numbers.data(), columns);
     }
-}
+
+    void unpack(const uint8_t* __restrict from) {
+        uint8_t* __restrict to = codes.data();
+        for (int64_t i = 0; i < w.bytes; i++) to[2 * i] = from[i] & 15, to[2 * i + 1] = from[i] >> 4;
+    }
+    template <class Code>
+    void scale_all(const Code* __restrict from) {
+        float* __restrict to = numbers.data();
+        for (int64_t g = 0; g < w.groups; g++, from += w.group, to += w.group) {
+            const float zero = zeros[g], scale = scales[g];
+            for (int64_t i = 0; i < w.group; i++) to[i] = (float(from[i]) - zero) * scale;
+        }
+    }
+};
 
 }  // namespace

@@ -1,11 +1,15 @@
 """Experts in C++: sort tokens by expert, multiply each expert's rows, weight and sum. See ops.py."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from layers.cpp.group_ops import groups_of
 from layers.cpp.operands import check_memory, operand
 from layers.cpp.operators import BF16, FP32, call, names, operator
+from layers.cpp.step import mat
 
 
 @operator("(Tensor out, Tensor weights, Tensor inverse, bool exact) -> Tensor")
@@ -116,24 +120,67 @@ def feed_forward(x: Tensor, token: Tensor, ends: Tensor, gate_up: Tensor, down: 
     x (tokens, d); token (rows,) int64 and ends (e,) int32 as `permute` gives them; gate_up (e, 2 · width, d) has gate
     rows above up rows, down is (e, d, width). Rounded as torch rounds the steps: gate, up, silu(gate), their product.
     """
-    if x.ndim != 2 or down.ndim != 3 or token.ndim != 1 or not all(down.shape):
-        raise ValueError(
-            f"feed_forward: x must be (tokens, d), token (rows,) and down (e, d, width), got {tuple(x.shape)}, "
-            f"{tuple(token.shape)} and {tuple(down.shape)}."
-        )
+    if down.ndim != 3:
+        raise ValueError(f"feed_forward: down must be (e, d, width), it is {tuple(down.shape)}.")
     e, d, width = down.shape
-    x = operand("feed_forward: x", x, (x.shape[0], d), FP32, BF16)
+    x = operand("feed_forward: x", x, (x.shape[0] if x.ndim else 0, d), FP32, BF16)
     down = operand("feed_forward: down", down, (e, d, width), x.dtype)
     gate_up = operand("feed_forward: gate_up", gate_up, (e, 2 * width, d), x.dtype)
-    token = operand("feed_forward: token", token, tuple(token.shape), torch.int64)
-    ends = operand("feed_forward: ends", ends, (e,), torch.int32)
-    ends = _rising("feed_forward", ends, len(token))
+    return _feed_forward("feed_forward", x, token, ends, (gate_up,), (down,), (e, d, width))
+
+
+@operator(
+    "(Tensor x, Tensor token, Tensor ends, Tensor gate_up, Tensor gate_up_scale, Tensor? gate_up_zero, "
+    "Tensor down, Tensor down_scale, Tensor? down_zero) -> Tensor"
+)
+def feed_forward_in_groups(
+    x: Tensor,
+    token: Tensor,
+    ends: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor,
+    gate_up_zero: Tensor | None,
+    down: Tensor,
+    down_scale: Tensor,
+    down_zero: Tensor | None,
+) -> Tensor:
+    """`feed_forward` with weights in groups (layers/quantised/group_weight.py), dequantised in x's dtype."""
+    name = "feed_forward_in_groups"
+    *gate_up_parts, d = groups_of(f"{name}: gate_up", gate_up, gate_up_scale, gate_up_zero, experts=True)
+    *down_parts, width = groups_of(f"{name}: down", down, down_scale, down_zero, experts=True)
+    sizes = len(down), d, width
+    if gate_up.shape[:2] != (len(down), 2 * width) or down.shape[1] != d:
+        raise ValueError(
+            f"{name}: gate_up must be (e, 2 · width, d) and down (e, d, width), they are "
+            f"{(*gate_up.shape[:2], d)} and {(*down.shape[:2], width)}."
+        )
+    x = operand(f"{name}: x", x, (x.shape[0] if x.ndim else 0, d), FP32, BF16)
+    return _feed_forward(name, x, token, ends, gate_up_parts, down_parts, sizes)
+
+
+def _feed_forward(
+    name: str,
+    x: Tensor,
+    token: Tensor,
+    ends: Tensor,
+    gate_up: Sequence[Tensor | None],
+    down: Sequence[Tensor | None],
+    sizes: tuple[int, int, int],
+) -> Tensor:
+    """Check token and ends, and call; the weights are checked already."""
+    e, d, width = sizes
+    if token.ndim != 1 or not all(sizes):
+        raise ValueError(f"{name}: token must be (rows,) and weights not empty, got {tuple(token.shape)} and {sizes}.")
+    token = operand(f"{name}: token", token, tuple(token.shape), torch.int64)
+    ends = operand(f"{name}: ends", ends, (e,), torch.int32)
+    ends = _rising(name, ends, len(token))
     out = x.new_empty(len(token), d)
     if isinstance(token, FakeTensor) or not len(token):
         return out
     check_memory(token)
     token = token.clone()
     if not 0 <= int(token.min()) <= int(token.max()) < len(x):
-        raise ValueError(f"feed_forward: token must hold numbers from 0 to {len(x) - 1}, the rows of x.")
-    call(f"feed_forward_{names(x, x)}", x, token, ends, gate_up, down, out, e, width, d, torch.get_num_threads())
+        raise ValueError(f"{name}: token must hold numbers from 0 to {len(x) - 1}, the rows of x.")
+    weights = mat(*gate_up), mat(*down)
+    call(f"feed_forward_{names(x, x)}", x, token, ends, *weights, out, e, width, d, torch.get_num_threads())
     return out

@@ -4,7 +4,9 @@
 // time. B is copied into panels of a few vectors, padded with zeros, which stay in the caches. So no weight is
 // rearranged on the way forward: there the weights are A and the rows, of which an expert has few, are B.
 #include <algorithm>
+#include <optional>
 
+#include "decode_groups.h"
 #include "kernels.h"
 
 namespace {
@@ -149,6 +151,27 @@ struct Rows {
     }
 };
 
+// Rows of a weight (rows, depth) as A, a few at a time: its numbers of type In, or those that its codes stand for.
+template <class T, class In>
+struct WeightRows {
+    const Mat& weight;
+    const bool coded;
+    Rows<T, In> numbers;
+    std::optional<Dequantised> codes;
+    Buffer<In> dequantised;
+    WeightRows(const Mat& w, int64_t depth)
+        : weight(w), coded(w.scale), numbers(depth), dequantised(coded ? TALL * depth : 0) {
+        if (coded) codes.emplace(w, depth);
+    }
+
+    int64_t distance() const { return numbers.distance(); }
+    const T* operator()(int64_t first, int rows) {
+        if (!coded) return numbers((const In*)weight.p + first * numbers.depth, rows);
+        codes->read(first, first + rows, (In*)dequantised);
+        return numbers(dequantised, rows);
+    }
+};
+
 template <class Out>
 void store_rows(Out* to, int64_t to_row, const float* from, int rows, int columns) {
     for (int r = 0; r < rows; r++)
@@ -280,9 +303,10 @@ void products_to_weight(const In* x, const In* grad, const int32_t* ends, Out* t
 }
 
 // out[run] = (silu(g) · u) downᵀ with g and u the halves of x[token[run]] gate_upᵀ: an expert's whole feed-forward, of
-// which nothing leaves a core's caches but its result. x (tokens, d), gate_up (e, 2 width, d), down (e, d, width).
+// which nothing leaves a core's caches but its result. x (tokens, d), gate_up (e, 2 width, d), down (e, d, width); weights
+// are numbers like x's, or codes in groups.
 template <class In>
-void feed_forward(const In* x, const int64_t* token, const int32_t* ends, const In* gate_up, const In* down, In* out,
+void feed_forward(const In* x, const int64_t* token, const int32_t* ends, const Mat& gate_up, const Mat& down, In* out,
                   int64_t experts, int64_t width, int64_t d, int64_t threads) {
     using T = Multiplied<In>;
     constexpr int64_t MOST = 4 * PANEL;
@@ -292,7 +316,7 @@ void feed_forward(const In* x, const int64_t* token, const int32_t* ends, const 
         Buffer<T> panels(MOST * paired(d)), hidden(MOST * paired(width));
         Buffer<In> gathered(PANEL * d);
         Buffer<float> gate(TALL * PANEL), up(TALL * PANEL), turned(TALL * PANEL);
-        Rows<T, In> from_d(d), from_width(width);
+        WeightRows<T, In> gate_rows(gate_up, d), up_rows(gate_up, d), down_rows(down, width);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < experts * parts; task++) {
             const int64_t e = task / parts, part = task % parts, first = e ? ends[e - 1] : 0, run = ends[e] - first;
@@ -307,13 +331,13 @@ void feed_forward(const In* x, const int64_t* token, const int32_t* ends, const 
                 }
                 for (int64_t j = 0; j < width; j += TALL) {
                     const int rows = int(std::min<int64_t>(TALL, width - j));
+                    const T* gate_from = gate_rows(e * 2 * width + j, rows);
+                    const T* up_from = up_rows((e * 2 + 1) * width + j, rows);
                     for (int64_t p = 0; p < cut.panels; p++) {
                         const T* b = panels + cut.begin(p) * paired(d);
                         const int columns = cut.width(p);
-                        block<T>(rows, columns / LANES, gate, from_d(gate_up + (e * 2 * width + j) * d, rows),
-                                 from_d.distance(), b, d);
-                        block<T>(rows, columns / LANES, up, from_d(gate_up + ((e * 2 + 1) * width + j) * d, rows),
-                                 from_d.distance(), b, d);
+                        block<T>(rows, columns / LANES, gate, gate_from, gate_rows.distance(), b, d);
+                        block<T>(rows, columns / LANES, up, up_from, up_rows.distance(), b, d);
                         T* to = hidden + cut.begin(p) * paired(width);
                         for (int r = 0; r < rows; r++) {
                             const float *g = gate + r * PANEL, *u = up + r * PANEL;
@@ -326,9 +350,9 @@ void feed_forward(const In* x, const int64_t* token, const int32_t* ends, const 
                 }
                 for (int64_t j = 0; j < d; j += TALL) {
                     const int rows = int(std::min<int64_t>(TALL, d - j));
-                    const T* from = from_width(down + (e * d + j) * width, rows);
+                    const T* from = down_rows(e * d + j, rows);
                     for (int64_t p = 0; p < cut.panels; p++) {
-                        block<T>(rows, cut.width(p) / LANES, gate, from, from_width.distance(),
+                        block<T>(rows, cut.width(p) / LANES, gate, from, down_rows.distance(),
                                  hidden + cut.begin(p) * paired(width), width);
                         store_turned(out + (at + cut.begin(p)) * d + j, d, gate, turned, rows, cut.width(p), cut.filled(p));
                     }
@@ -349,10 +373,10 @@ void feed_forward(const In* x, const int64_t* token, const int32_t* ends, const 
                                          int64_t experts, int64_t n, int64_t k, int64_t threads) {                    \
         products_to_x(grad, weight, ends, to_x, experts, n, k, threads);                                              \
     }                                                                                                                 \
-    extern "C" void feed_forward_##NAME(const IN* x, const int64_t* token, const int32_t* ends, const IN* gate_up,    \
-                                        const IN* down, IN* out, int64_t experts, int64_t width, int64_t d,           \
+    extern "C" void feed_forward_##NAME(const IN* x, const int64_t* token, const int32_t* ends, const Mat* gate_up,   \
+                                        const Mat* down, IN* out, int64_t experts, int64_t width, int64_t d,          \
                                         int64_t threads) {                                                            \
-        feed_forward(x, token, ends, gate_up, down, out, experts, width, d, threads);                                 \
+        feed_forward(x, token, ends, *gate_up, *down, out, experts, width, d, threads);                               \
     }
 #define TO_WEIGHT(NAME, IN, OUT)                                                                                      \
     extern "C" void products_to_weight_##NAME(const IN* x, const IN* grad, const int32_t* ends, OUT* to_weight,       \

@@ -19,7 +19,7 @@ def knows_groups(columns: int, group: int) -> bool:
 @operator("(Tensor x, Tensor codes, Tensor scale, Tensor? zero) -> Tensor")
 def group_linear(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     """x (n, in) times the transpose of a weight (out, in) in groups, summed in fp32. For a few rows."""
-    codes, scale, zero, columns = _weight("group_linear", codes, scale, zero)
+    codes, scale, zero, columns = groups_of("group_linear", codes, scale, zero)
     if not knows_groups(columns, columns // scale.shape[1]):
         raise ValueError(f"group_linear: groups of {columns // scale.shape[1]} are no power of two from {LEAST} on.")
     x = operand("group_linear: x", x, (len(x) if x.ndim else 0, columns), FP32, BF16)
@@ -42,7 +42,7 @@ def group_linear(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -
 @operator("(Tensor codes, Tensor scale, Tensor? zero, ScalarType dtype) -> Tensor")
 def dequantise_groups(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The weight (out, in) in fp32 or bf16: the definition's numbers, to the bit."""
-    codes, scale, zero, columns = _weight("dequantise_groups", codes, scale, zero)
+    codes, scale, zero, columns = groups_of("dequantise_groups", codes, scale, zero)
     if dtype not in (FP32, BF16):
         raise ValueError(f"dequantise_groups: dtype must be float32 or bfloat16, it is {dtype}.")
     w = codes.new_empty(len(codes), columns, dtype=dtype)
@@ -51,26 +51,22 @@ def dequantise_groups(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: 
     return w
 
 
-def dequantise_into(out: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """`dequantise_groups` into a contiguous tensor (out, in), which it returns: its memory is there already."""
-    codes, scale, zero, columns = _weight("dequantise_into", codes, scale, zero)
-    held = operand("dequantise_into: out", out, (len(codes), columns), FP32, BF16)
-    if held is not out:
-        raise ValueError("dequantise_into: out must be contiguous.")
-    if out.numel():
-        call("dequantise", mat(codes, scale, zero), len(codes), columns, out, DTYPES[out.dtype])
-    return out
+def groups_of(
+    name: str, codes: Tensor, scale: Tensor, zero: Tensor | None, *, experts: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    """The tensors of a weight, contiguous, and its number of columns; with `experts`, of the matrices of all experts.
 
-
-def _weight(name: str, codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, int]:
-    """The tensors of a weight, contiguous, and its number of columns."""
-    if codes.ndim != 2 or scale.ndim != 2:
-        raise ValueError(f"{name}: codes and scale must be matrices, they are {codes.shape} and {scale.shape}.")
-    columns, groups = codes.shape[1] * (2 if codes.dtype == torch.uint8 else 1), scale.shape[1]
+    Raises: ValueError for tensors that make no weight.
+    """
+    if codes.ndim != 2 + experts or scale.ndim != codes.ndim:
+        wanted = "(e, out, in) and (e, out, groups)" if experts else "matrices"
+        raise ValueError(f"{name}: codes and scale must be {wanted}, they are {codes.shape} and {scale.shape}.")
+    columns, groups = codes.shape[-1] * (2 if codes.dtype == torch.uint8 else 1), scale.shape[-1]
     if not groups or columns % groups:
         raise ValueError(f"{name}: {columns} columns do not consist of {groups} groups.")
+    shape = (*codes.shape[:-1], groups)
     codes = operand(f"{name}: codes", codes, tuple(codes.shape), torch.int8, torch.uint8)
-    scale = operand(f"{name}: scale", scale, (len(codes), groups), *SCALES)
+    scale = operand(f"{name}: scale", scale, shape, *SCALES)
     if zero is not None:
-        zero = operand(f"{name}: zero", zero, (len(codes), groups), torch.int8)
+        zero = operand(f"{name}: zero", zero, shape, torch.int8)
     return codes, scale, zero, columns

@@ -11,7 +11,7 @@
 namespace {
 
 inline double to_float(double x) { return x; }
-using ::to_float;
+using ::multiply_add, ::to_float;
 
 // One number.
 template <class real>

@@ -6,17 +6,17 @@ from torch import Tensor
 
 from layers.cpp import functions as native
 from layers.cpp import ops
-from layers.cpp.build import missing
-from layers.cpp.group_ops import dequantise_into
-from layers.expert_choices import check_experts
 from layers.kernels.experts import TOKENS, one_token
 from layers.kernels.grouped_linear import runs, wide
 from layers.kernels.linear import spans
 from layers.mlp import activate
-from layers.moe import loop, swiglu
+from layers.moe import loop
 from layers.quantised.group_weight import GroupWeight
 from layers.quantised.held import HoldsGroups
-from layers.quantised.products import FAST, FEW, multiply
+from layers.quantised.products import compiled, multiply
+
+# Rows of an expert, on average, up to which its codes are multiplied as they are; beyond, they are dequantised.
+FEW_ROWS = 4
 
 
 def swiglu_in_groups(
@@ -62,37 +62,28 @@ class QuantisedExperts(HoldsGroups):
             return loop(x, weights, indices, self._expert)
         if len(x) == 1:
             return one_token(x, weights, indices, self._expert)
-        if x.device.type != "cpu" or x.dtype not in FAST or torch.compiler.is_compiling() or missing() is not None:
+        named = {self.linear_backend, self.elementwise_backend} != {"auto"}
+        if named or not compiled(x, x.dtype) or torch.compiler.is_compiling():
             return loop(x, weights, indices, self._expert)
         y = [self._sorted(x[a:b], weights[a:b], indices[a:b]) for a, b in spans(len(x), TOKENS)]
         return y[0] if len(y) == 1 else torch.cat(y)
 
     def _sorted(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """Many tokens, an expert after another, sorted and summed in compiled code."""
-        count = len(self.down.codes)
-        check_experts(indices, count)
-        token, inverse, ends = ops.permute(indices.contiguous(), count)
-        out = x.new_empty(len(token), x.shape[1])
-        # One place for the weights of all experts: the system clears the pages of a new one each time.
-        room = [x.new_empty(weight.shape[1:]) for weight in (self.gate_up, self.down)]
-        for e, run in runs(ends):
-            more, here = wide(run, len(out))
-            rows = x.index_select(0, token[more])
-            y = self._expert(e, rows) if len(rows) <= FEW else self._dequantised(e, rows, room)
-            out[run] = y[here]
+        """Many tokens, sorted by expert, in compiled code."""
+        token, inverse, ends = ops.permute(indices.contiguous(), len(self.down.codes))
+        if len(token) > FEW_ROWS * int((ends.diff(prepend=ends.new_zeros(1)) > 0).sum()):
+            out = ops.feed_forward_in_groups(x, token, ends, *self.gate_up.tensors, *self.down.tensors)
+        else:
+            out = x.new_empty(len(token), x.shape[1])
+            for e, run in runs(ends):
+                more, here = wide(run, len(out))
+                out[run] = self._expert(e, x.index_select(0, token[more]))[here]
         return native.combine(out, weights.float().contiguous(), inverse, exact=x.dtype == torch.float32)
 
     def _expert(self, e: int, x: Tensor) -> Tensor:
         gate_up, down = (weight.at(e) for weight in (self.gate_up, self.down))
         backends = {"linear_backend": self.linear_backend, "elementwise_backend": self.elementwise_backend}
         return swiglu_in_groups(x, gate_up, down, **backends)
-
-    def _dequantised(self, e: int, x: Tensor, room: list[Tensor]) -> Tensor:
-        """`_expert` of many rows, with memory for its dequantised weights."""
-        pairs = zip(room, (self.gate_up, self.down), strict=True)
-        gate_up, down = (dequantise_into(to, *w.at(e).tensors) for to, w in pairs)
-        backends = {"linear_backend": self.linear_backend, "elementwise_backend": self.elementwise_backend}
-        return swiglu(x, gate_up, down, **backends)
 
     def extra_repr(self) -> str:
         (e, hidden_size, intermediate_size), bits = self.down.shape, self.gate_up.bits

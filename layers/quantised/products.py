@@ -39,18 +39,19 @@ def multiply(
 
 def dequantised(weight: GroupWeight, dtype: torch.dtype, backend: str = "auto") -> Float[Tensor, "out in"]:
     """`weight.dequantise()` rounded to a dtype; the same bits by any backend."""
-    if backend != "torch" and _compiled(weight.codes, dtype):
+    if backend != "torch" and compiled(weight.codes, dtype):
         return dequantise_groups(*weight.tensors, dtype)
     return weight.dequantise().to(dtype)
 
 
-def _compiled(x: Tensor, dtype: torch.dtype) -> bool:
+def compiled(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether compiled code takes codes like x for products in this dtype."""
     return x.device.type == "cpu" and dtype in FAST and missing() is None
 
 
 def _product(x: Tensor, weight: GroupWeight, backend: str) -> Tensor:
     few = len(x) <= FEW and knows_groups(x.shape[1], weight.group_size)
-    if backend == "auto" and few and not torch.compiler.is_exporting() and _compiled(x, x.dtype):
+    if backend == "auto" and few and not torch.compiler.is_exporting() and compiled(x, x.dtype):
         return group_linear(x, *weight.tensors)
     step, rows = max(TILE // max(x.shape[1], 1), 1), weight.shape[0]
     with torch.autocast(x.device.type, enabled=False):

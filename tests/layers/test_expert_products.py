@@ -6,6 +6,7 @@ import torch
 from layers.cpp import build, ops
 from layers.kernels.grouped_linear import grouped_linear
 from layers.moe import Experts
+from layers.quantised.group_weight import GroupWeight, quantise
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason="needs the compiled kernels")
 # Rows of each expert, and n and k.
@@ -197,3 +198,52 @@ def test_weights_of_another_dtype_than_their_rows():
     (got,) = torch.autograd.grad(y, low, grad)
     assert got.dtype == torch.bfloat16
     assert far(got, expected(x, low.detach(), ends, grad)[2]) <= BOUND[torch.bfloat16]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("zero", [False, True], ids=["symmetric", "zero points"])
+@pytest.mark.parametrize("bits, group, d, width", [(4, 32, 64, 96), (4, 8, 24, 40), (4, 22, 44, 22), (8, 0, 26, 18)])
+def test_weights_in_groups_are_dequantised_to_the_bit(bits, group, d, width, zero, dtype, threads):
+    r = torch.Generator().manual_seed(d)
+    rows, experts, tokens = (130, 0, 1, 16), 4, 40
+    token = torch.randint(0, tokens, (sum(rows),), generator=r)
+    x, ends = torch.randn(tokens, d, generator=r).to(dtype), torch.tensor(rows).cumsum(0).int()
+    weights = [
+        quantise(torch.randn(experts, *shape, generator=r) / shape[1] ** 0.5, bits, group)
+        for shape in ((2 * width, d), (d, width))
+    ]
+    if zero:
+        weights = [
+            GroupWeight(w.codes, w.scale, torch.randint(-9, 9, w.scale.shape, generator=r).to(torch.int8))
+            for w in weights
+        ]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = ops.feed_forward_in_groups(x, token, ends, *weights[0].tensors, *weights[1].tensors)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(got, ops.feed_forward(x, token, ends, *(w.dequantise().to(dtype) for w in weights)))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"gate_up": torch.zeros(2, 8, 6)}, "gate_up: codes must be int8 or uint8"),
+        ({"gate_up": torch.zeros(2, 6, 6, dtype=torch.int8)}, "gate_up: scale must be"),
+        ({"down_scale": torch.ones(2, 6, 3)}, "4 columns do not consist of 3 groups"),
+        ({"down": torch.zeros(6, 4, dtype=torch.int8)}, "codes and scale must be"),
+        ({"down": torch.zeros(2, 6, 4, dtype=torch.uint8)}, "gate_up must be"),
+        ({"x": torch.zeros(5, 7)}, "x must be"),
+        ({"down_zero": torch.zeros(2, 6, 1)}, "down: zero must be int8"),
+    ],
+)
+def test_wrong_weights_in_groups(change, words):
+    good = {"x": torch.zeros(5, 6), "token": torch.tensor([0, 4, 1]), "ends": torch.tensor([1, 3], dtype=torch.int32)}
+    for name, shape in (("gate_up", (2, 8, 6)), ("down", (2, 6, 4))):
+        good |= {name: torch.zeros(shape, dtype=torch.int8), f"{name}_scale": torch.ones(*shape[:2], 1)}
+        good |= {f"{name}_zero": None}
+    ops.feed_forward_in_groups(*good.values())
+    with pytest.raises(ValueError, match=words):
+        ops.feed_forward_in_groups(*(good | change).values())
