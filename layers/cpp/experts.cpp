@@ -78,20 +78,55 @@ inline void transpose16(const word* from, int64_t from_row, word* to, int64_t to
         _mm512_storeu_ps((float*)(to + (j + 8) * to_row), _mm512_shuffle_f32x4(t[j], t[8 + j], 0xdd));
     }
 }
+#elif defined(__AVX2__)
+// 8 rows of 8 words, transposed.
+inline void transpose8(const word* from, int64_t from_row, word* to, int64_t to_row) {
+    __m256 r[8], t[8];
+    UNROLL for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps((const float*)(from + i * from_row));
+    UNROLL for (int i = 0; i < 4; i++) {
+        t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    UNROLL for (int i = 0; i < 8; i += 4) UNROLL for (int j = 0; j < 2; j++) {
+        r[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + 2 + j], 0x44);
+        r[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + 2 + j], 0xee);
+    }
+    UNROLL for (int j = 0; j < 4; j++) {
+        _mm256_storeu_ps((float*)(to + j * to_row), _mm256_permute2f128_ps(r[j], r[4 + j], 0x20));
+        _mm256_storeu_ps((float*)(to + (j + 4) * to_row), _mm256_permute2f128_ps(r[j], r[4 + j], 0x31));
+    }
+}
 #endif
 
 // to[j][i] = from[i][j]; words of 4 bytes.
 inline void transpose(const word* from, int64_t from_row, int64_t rows, int64_t columns, word* to, int64_t to_row) {
-    for (int64_t i = 0; i < rows; i += 16)
-        for (int64_t j = 0; j < columns; j += 16) {
+    for (int64_t i = 0; i < rows; i += LANES)
+        for (int64_t j = 0; j < columns; j += LANES) {
+            const word* at = from + i * from_row + j;
+            if (i + LANES <= rows && j + LANES <= columns) {
 #if defined(__AVX512F__)
-            if (i + 16 <= rows && j + 16 <= columns) {
-                transpose16(from + i * from_row + j, from_row, to + j * to_row + i, to_row);
+                transpose16(at, from_row, to + j * to_row + i, to_row);
                 continue;
-            }
+#elif defined(__AVX2__)
+                transpose8(at, from_row, to + j * to_row + i, to_row);
+                continue;
 #endif
-            for (int64_t s = j; s < std::min(j + 16, columns); s++)
-                for (int64_t r = i; r < std::min(i + 16, rows); r++) to[s * to_row + r] = from[r * from_row + s];
+            }
+            for (int64_t s = 0; s < std::min<int64_t>(LANES, columns - j); s++)
+                for (int64_t r = 0; r < std::min<int64_t>(LANES, rows - i); r++)
+                    to[(j + s) * to_row + i + r] = at[r * from_row + s];
+        }
+}
+
+// The same for floats that are stored as bf16.
+inline void transpose(const bf16* from, int64_t from_row, int64_t rows, int64_t columns, float* to, int64_t to_row) {
+    float wide[LANES * LANES];
+    for (int64_t i = 0; i < rows; i += LANES)
+        for (int64_t j = 0; j < columns; j += LANES) {
+            const int64_t high = std::min<int64_t>(LANES, rows - i), across = std::min<int64_t>(LANES, columns - j);
+            for (int64_t r = 0; r < high; r++)
+                for (int64_t s = 0; s < across; s++) wide[r * LANES + s] = to_float(from[(i + r) * from_row + j + s]);
+            transpose((const word*)wide, LANES, high, across, (word*)(to + j * to_row + i), to_row);
         }
 }
 
@@ -107,8 +142,7 @@ void pack_rows(T* to, const In* from, int64_t from_row, int64_t rows, int64_t de
         for (int64_t i = 0; i < rows; i++)
             for (int64_t p = 0; p < depth; p++) to[p / 2 * 2 * width + 2 * i + p % 2] = from[i * from_row + p];
     } else {
-        for (int64_t i = 0; i < rows; i++)
-            for (int64_t p = 0; p < depth; p++) to[p * width + i] = to_float(from[i * from_row + p]);
+        transpose(from, from_row, rows, depth, to, width);
     }
 }
 
@@ -281,14 +315,13 @@ void products_to_weight(const In* x, const In* grad, const int32_t* ends, Out* t
             const In* from = grad + begin * n + first;
             if (even > depth)
                 for (int64_t j = 0; j < last - first; j++) std::memset((void*)(turned + j * even + depth), 0, sizeof(T));
-            if constexpr (std::is_same_v<T, float> && std::is_same_v<In, float>) {
+            if constexpr (std::is_same_v<In, float>) {
                 transpose((const word*)from, n, depth, last - first, (word*)(T*)turned, even);
+            } else if constexpr (std::is_same_v<T, float>) {
+                transpose(from, n, depth, last - first, (float*)turned, even);
             } else {
                 for (int64_t i = 0; i < depth; i++)
-                    for (int64_t j = 0; j < last - first; j++) {
-                        if constexpr (std::is_same_v<T, In>) turned[j * even + i] = from[i * n + j];
-                        else turned[j * even + i] = to_float(from[i * n + j]);
-                    }
+                    for (int64_t j = 0; j < last - first; j++) turned[j * even + i] = from[i * n + j];
             }
             for (int64_t p = 0; p < cut.panels; p++) {
                 pack_columns<T>(panel, x + begin * k + cut.begin(p), k, depth, cut.filled(p), cut.width(p));
