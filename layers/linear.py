@@ -19,8 +19,8 @@ def linear(
     """x weightᵀ + bias.
 
     Args:
-        backend: "torch" (F.linear) or "onednn" (fp32 on a CPU; under autocast F.linear, which multiplies in bf16);
-            "auto" picks, and leaves a few rows to F.linear.
+        backend: "torch" (F.linear), "onednn" (fp32 on a CPU) or "widened" (bf16 on a CPU, made in fp32); for another
+            dtype, as autocast may choose, both call F.linear. "auto" picks, and leaves a few rows to F.linear.
     Raises: ValueError for an unknown backend; RuntimeError where a named backend cannot run here.
     """
     return run("linear", backend, weight, x, weight, bias)  # under autocast x may have another dtype

@@ -27,21 +27,26 @@ void tile(float* c, const T* a, int64_t row, const T* b, int64_t depth) {
             sum[r][w] = multiply_add(sum[r][w], a + r * row + p, b + w * LANES * PAIR<T>);
     UNROLL for (int r = 0; r < MR; r++) UNROLL for (int w = 0; w < NV; w++) *(vec*)(c + r * PANEL + w * LANES) = sum[r][w];
 }
-template <class T, int NV, int MR = ROWS>
+// Rows of a tile of NV vectors: as many sums as registers hold.
+template <int NV>
+constexpr int TILE_ROWS = LANES == 16 ? 8 : NV == 3 ? 4 : NV == 2 ? 6 : 8;
+template <class T, int NV, int MR = TILE_ROWS<NV>>
 void tile_of_rows(int rows, float* c, const T* a, int64_t row, const T* b, int64_t depth) {
     if constexpr (MR > 1)
         if (rows < MR) return tile_of_rows<T, NV, MR - 1>(rows, c, a, row, b, depth);
     tile<T, MR, NV>(c, a, row, b, depth);
 }
-// c (rows, PANEL) = a b for up to TALL rows and a panel of `vectors`.
+// c (rows, PANEL) = a b for up to TALL rows and a panel of NV vectors.
+template <class T, int NV>
+void block_of(int rows, float* c, const T* a, int64_t row, const T* b, int64_t depth) {
+    for (int r = 0; r < rows; r += TILE_ROWS<NV>)
+        tile_of_rows<T, NV>(std::min(TILE_ROWS<NV>, rows - r), c + r * PANEL, a + r * row, row, b, depth);
+}
 template <class T>
 void block(int rows, int vectors, float* c, const T* a, int64_t row, const T* b, int64_t depth) {
-    for (int r = 0; r < rows; r += ROWS, c += ROWS * PANEL, a += ROWS * row) {
-        const int some = std::min(ROWS, rows - r);
-        if (vectors == 3) tile_of_rows<T, 3>(some, c, a, row, b, depth);
-        else if (vectors == 2) tile_of_rows<T, 2>(some, c, a, row, b, depth);
-        else tile_of_rows<T, 1>(some, c, a, row, b, depth);
-    }
+    if (vectors == 3) block_of<T, 3>(rows, c, a, row, b, depth);
+    else if (vectors == 2) block_of<T, 2>(rows, c, a, row, b, depth);
+    else block_of<T, 1>(rows, c, a, row, b, depth);
 }
 
 // How `count` columns are divided into panels: evenly, in vectors.

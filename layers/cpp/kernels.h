@@ -84,7 +84,7 @@ using low = float;
 #if defined(__AVX512F__)
 constexpr int LANES = 16, ROWS = 8, WIDE = 2;
 #else
-constexpr int LANES = 8, ROWS = 4, WIDE = 2;
+constexpr int LANES = 8, ROWS = 6, WIDE = 2;
 #endif
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4)));
 
@@ -123,32 +123,38 @@ inline vec multiply_add(vec sum, const bf16* a, const bf16* b) {
 }
 #endif
 
+// MR rows of `product`, from row i on.
+template <class T, int MR>
+inline void product_rows(float* c, const T* a, const T* b, int i, int n, int k, bool add, bool lower, bool below) {
+    constexpr int pair = PAIR<T>;
+    const int depth = lower && i + MR < k ? (i + MR + 1) / 2 * 2 : k;
+    const int width = below && i + MR < n ? i + MR : n;
+    for (int j = 0; j < width; j += LANES * WIDE) {
+        vec sum[MR][WIDE];
+        const int columns = j + LANES < n ? WIDE : 1;
+        UNROLL for (int r = 0; r < MR; r++) UNROLL for (int w = 0; w < WIDE; w++)
+            sum[r][w] = add && w < columns ? *(const vec*)(c + (i + r) * n + j + w * LANES) : vec{};
+        if (columns == WIDE) {
+            for (int p = 0; p < depth; p += pair)
+                UNROLL for (int r = 0; r < MR; r++) UNROLL for (int w = 0; w < WIDE; w++)
+                    sum[r][w] = multiply_add(sum[r][w], a + (i + r) * k + p, b + p * n + (j + w * LANES) * pair);
+        } else {
+            for (int p = 0; p < depth; p += pair)
+                UNROLL for (int r = 0; r < MR; r++)
+                    sum[r][0] = multiply_add(sum[r][0], a + (i + r) * k + p, b + p * n + j * pair);
+        }
+        UNROLL for (int r = 0; r < MR; r++) UNROLL for (int w = 0; w < WIDE; w++)
+            if (w < columns) *(vec*)(c + (i + r) * n + j + w * LANES) = sum[r][w];
+    }
+}
 // c (m n) = a (m k) b (k n), or += if `add`. `lower`: a is zero above its diagonal. `below`: only entries on and below
 // the diagonal of c are needed. m, n, k: multiples of 16.
 template <class T>
 void product(float* c, const T* a, const T* b, int m, int n, int k, bool add, bool lower = false, bool below = false) {
-    constexpr int pair = PAIR<T>;
-    for (int i = 0; i < m; i += ROWS) {
-        const int depth = lower && i + ROWS < k ? i + ROWS : k;
-        const int width = below && i + ROWS < n ? i + ROWS : n;
-        for (int j = 0; j < width; j += LANES * WIDE) {
-            vec sum[ROWS][WIDE];
-            const int columns = j + LANES < n ? WIDE : 1;
-            UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int w = 0; w < WIDE; w++)
-                sum[r][w] = add && w < columns ? *(const vec*)(c + (i + r) * n + j + w * LANES) : vec{};
-            if (columns == WIDE) {
-                for (int p = 0; p < depth; p += pair)
-                    UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int w = 0; w < WIDE; w++)
-                        sum[r][w] = multiply_add(sum[r][w], a + (i + r) * k + p, b + p * n + (j + w * LANES) * pair);
-            } else {
-                for (int p = 0; p < depth; p += pair)
-                    UNROLL for (int r = 0; r < ROWS; r++)
-                        sum[r][0] = multiply_add(sum[r][0], a + (i + r) * k + p, b + p * n + j * pair);
-            }
-            UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int w = 0; w < WIDE; w++)
-                if (w < columns) *(vec*)(c + (i + r) * n + j + w * LANES) = sum[r][w];
-        }
-    }
+    int i = 0;
+    for (; i + ROWS <= m; i += ROWS) product_rows<T, ROWS>(c, a, b, i, n, k, add, lower, below);
+    if constexpr (16 % ROWS)
+        for (; i < m; i += 2) product_rows<T, 2>(c, a, b, i, n, k, add, lower, below);
 }
 
 inline void convert(float* to, const float* from, size_t n) { std::memcpy(to, from, n * sizeof(float)); }

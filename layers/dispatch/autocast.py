@@ -18,11 +18,11 @@ def as_multiplied(x: Tensor, *, head_dim: int = 0) -> Like:
 
 
 def under_autocast(x: Tensor, backend: str) -> str:
-    """The backend of `linear` for products of x: "torch" under autocast, which multiplies in another dtype.
+    """The backend of `linear` for products of x. Under autocast, which multiplies in another dtype, a named one is "torch".
 
     Raises: as `linear`, for the backend that was asked for.
     """
     if not torch.is_autocast_enabled(x.device.type):
         return backend
     choose_for("linear", backend, x.device, torch.float32)  # the weights' dtype; x may be a product in another
-    return "torch"
+    return "auto" if backend == "auto" else "torch"

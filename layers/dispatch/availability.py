@@ -167,8 +167,14 @@ def onednn(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def widened(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return f"it is for bfloat16 on a CPU, not {str(dtype).removeprefix('torch.')} on {device.type}"
+    return None
+
+
 def without_figure(_device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why oneDNN is not picked without a measurement: on some processors torch's own library is as fast."""
+    """Why another library is not picked without a measurement: on some processors torch's own is as fast."""
     if speeds.known("linear", dtype, torch.is_grad_enabled()):
         return None
     return "no figure says that it is faster on this processor: `qwen3next tune` measures it"

@@ -1,7 +1,8 @@
-"""Products through oneDNN, and how long calls are cut into parts.
+"""Products through oneDNN and in fp32, and how long calls are cut into parts.
 
-In bf16 torch multiplies through oneDNN. In fp32 it multiplies through MKL, which uses AVX-512 on Intel's processors
-alone; on others oneDNN is more than twice as fast.
+In bf16 torch multiplies through oneDNN, which is slow on processors without bf16 instructions: there "widened" makes
+the product in fp32. In fp32 torch multiplies through MKL, which uses AVX-512 on Intel's processors alone; on others
+oneDNN is more than twice as fast.
 """
 
 from typing import Any
@@ -12,21 +13,34 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from layers.dispatch.backends import choose
+from layers.dispatch.backends import choose, choose_for
 from layers.dispatch.registry import implements, on_auto
 
 FEW = 16  # rows below which a call to oneDNN costs more than its faster product saves
+TILE = 2**22  # weights that are widened at a time
+
+
+def _multiplied(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """The dtype in which x and weight are multiplied, autocast's where it is on; None where they differ."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype if x.dtype == weight.dtype else None
 
 
 def _exact(x: Tensor, weight: Tensor) -> bool:
-    """Whether this is an fp32 product: autocast makes it one in bf16, which torch multiplies through oneDNN itself."""
-    return x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+    """Whether this is an fp32 product of fp32 numbers."""
+    return x.dtype == weight.dtype == torch.float32 == _multiplied(x, weight)
 
 
 def _for_torch(x: Tensor, weight: Tensor, _bias: Tensor | None = None) -> bool:
     # An exported graph serves any number of rows, so it must not depend on this one.
     few = not torch.compiler.is_exporting() and x.numel() < FEW * x.shape[-1]
-    return few or not _exact(x, weight) or _of_its_own_kind(weight)
+    if few or x.device.type != "cpu" or _of_its_own_kind(weight):
+        return True
+    dtype = _multiplied(x, weight)
+    if dtype == torch.bfloat16:
+        return choose_for("linear", "auto", x.device, dtype) != "widened"
+    return not _exact(x, weight)
 
 
 def _of_its_own_kind(weight: Tensor) -> bool:
@@ -37,6 +51,43 @@ def _of_its_own_kind(weight: Tensor) -> bool:
 @on_auto("linear", where=_for_torch)
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
+
+
+@on_auto("linear", where=lambda x, weight, _bias=None: _multiplied(x, weight) == torch.bfloat16)
+@implements("linear", "widened")
+def widened(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A product of bf16 numbers, made in fp32 and rounded once. Other products are torch's."""
+    if _multiplied(x, weight) != torch.bfloat16 or x.numel() == 0:
+        return F.linear(x, weight, bias)
+    rows, low = x.reshape(-1, x.shape[-1]), torch.bfloat16
+    y = _Widened.apply(rows, weight, low) if torch.is_grad_enabled() else _wide(rows, weight, low)
+    y = y.view(*x.shape[:-1], weight.shape[0])
+    return y if bias is None else y + bias.to(low)
+
+
+def _wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a bᵀ of numbers rounded to bf16, made in fp32, in `dtype`. A few rows of b are widened at a time."""
+    with torch.autocast(a.device.type, enabled=False):
+        a, step = a.to(torch.bfloat16).float(), max(TILE // max(b.shape[1], 1), 1)
+        parts = [b[begin : begin + step].to(torch.bfloat16).float() for begin in range(0, len(b), step)]
+        found = [product(a, part).to(dtype) for part in parts]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+class _Widened(torch.autograd.Function):
+    """`_wide` whose gradients are products of the same kind, in the dtype of what they belong to."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return _wide(a, b, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        a, b = ctx.saved_tensors
+        to_a = _Widened.apply(grad, b.mT, a.dtype) if ctx.needs_input_grad[0] else None
+        to_b = _Widened.apply(grad.mT, a.mT, b.dtype) if ctx.needs_input_grad[1] else None
+        return to_a, to_b, None
 
 
 @implements("linear", "onednn")
@@ -95,8 +146,9 @@ def product(
         out: takes the result, where given.
     Raises: as `linear`.
     """
-    if choose("linear", backend, a) == "onednn":
-        y = _through_onednn(a, b)
+    chosen = choose("linear", backend, a)
+    if chosen != "torch":
+        y = _through_onednn(a, b) if chosen == "onednn" else _wide(a, b, a.dtype if out is None else out.dtype)
         return y if out is None else out.copy_(y)
     if out is None or out.dtype == a.dtype:
         return torch.mm(a, b.mT, out=out)
