@@ -1,7 +1,5 @@
 """Experts in C++: sort tokens by expert, multiply each expert's rows, weight and sum. See ops.py."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -126,7 +124,7 @@ def feed_forward(x: Tensor, token: Tensor, ends: Tensor, gate_up: Tensor, down: 
     x = operand("feed_forward: x", x, (x.shape[0] if x.ndim else 0, d), FP32, BF16)
     down = operand("feed_forward: down", down, (e, d, width), x.dtype)
     gate_up = operand("feed_forward: gate_up", gate_up, (e, 2 * width, d), x.dtype)
-    return _feed_forward("feed_forward", x, token, ends, (gate_up,), (down,), (e, d, width))
+    return _feed_forward("feed_forward", x, token, ends, (gate_up, None, None), (down, None, None), (e, d, width))
 
 
 @operator(
@@ -146,16 +144,16 @@ def feed_forward_in_groups(
 ) -> Tensor:
     """`feed_forward` with weights in groups (layers/quantised/group_weight.py), dequantised in x's dtype."""
     name = "feed_forward_in_groups"
-    *gate_up_parts, d = groups_of(f"{name}: gate_up", gate_up, gate_up_scale, gate_up_zero, experts=True)
-    *down_parts, width = groups_of(f"{name}: down", down, down_scale, down_zero, experts=True)
-    sizes = len(down), d, width
+    in_codes, in_scale, in_zero, d = groups_of(f"{name}: gate_up", gate_up, gate_up_scale, gate_up_zero, experts=True)
+    out_codes, out_scale, out_zero, width = groups_of(f"{name}: down", down, down_scale, down_zero, experts=True)
     if gate_up.shape[:2] != (len(down), 2 * width) or down.shape[1] != d:
         raise ValueError(
             f"{name}: gate_up must be (e, 2 · width, d) and down (e, d, width), they are "
             f"{(*gate_up.shape[:2], d)} and {(*down.shape[:2], width)}."
         )
     x = operand(f"{name}: x", x, (x.shape[0] if x.ndim else 0, d), FP32, BF16)
-    return _feed_forward(name, x, token, ends, gate_up_parts, down_parts, sizes)
+    weights = (in_codes, in_scale, in_zero), (out_codes, out_scale, out_zero)
+    return _feed_forward(name, x, token, ends, *weights, (len(down), d, width))
 
 
 def _feed_forward(
@@ -163,11 +161,11 @@ def _feed_forward(
     x: Tensor,
     token: Tensor,
     ends: Tensor,
-    gate_up: Sequence[Tensor | None],
-    down: Sequence[Tensor | None],
+    gate_up: tuple[Tensor, Tensor | None, Tensor | None],
+    down: tuple[Tensor, Tensor | None, Tensor | None],
     sizes: tuple[int, int, int],
 ) -> Tensor:
-    """Check token and ends, and call; the weights are checked already."""
+    """Check token and ends, and call. The weights, as `mat` takes them, are checked already."""
     e, d, width = sizes
     if token.ndim != 1 or not all(sizes):
         raise ValueError(f"{name}: token must be (rows,) and weights not empty, got {tuple(token.shape)} and {sizes}.")

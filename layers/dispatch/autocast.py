@@ -18,7 +18,7 @@ def as_multiplied(x: Tensor, *, head_dim: int = 0) -> Like:
 
 
 def under_autocast(x: Tensor, backend: str) -> str:
-    """The backend of `linear` for products of x. Under autocast, which multiplies in another dtype, a named one is "torch".
+    """The backend of `linear` for products of x. Autocast multiplies in another dtype, so a named one becomes "torch".
 
     Raises: as `linear`, for the backend that was asked for.
     """

@@ -83,7 +83,7 @@ WIDENED = speeds.Figures(
 @pytest.mark.parametrize("shape", [(1, 64), (5, 16), (65, 1), (0, 3)])
 @pytest.mark.parametrize(("k", "n"), [(48, 80), (7, 3), (64, 1)])
 def test_widened_is_rounded_once(monkeypatch, shape, k, n, tile):
-    """Values and gradients are those of fp64, rounded to bf16: half a unit of the last place, 2^-8, and fp32's own error."""
+    """Values and gradients are those of fp64, rounded to bf16: half a unit of the last place, 2^-8."""
     monkeypatch.setattr(linear_kernels, "TILE", tile)
     x, weight, out = (normal(*s, seed=i, dtype=BF16) for i, s in enumerate([(*shape, k), (n, k), (*shape, n)]))
     inputs = [t.clone().requires_grad_() for t in (x, weight)]
