@@ -5,6 +5,7 @@ each repetition and reports its own time, so that loading the file does not coun
 """
 
 import ctypes
+import importlib
 import importlib.util
 import json
 import re
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +31,28 @@ PREFILL, DECODE = re.compile(r"prefill 1 x (\d+)$"), re.compile(r"decode 1 x 1 a
 
 
 def found() -> str | None:
-    """ "bindings" or "llama-bench": what is used here; None if neither is installed."""
-    if importlib.util.find_spec("llama_cpp") is not None:
+    """ "bindings" or "llama-bench": what is used here; None if neither works."""
+    if _broken() is None:
         return "bindings"
     return "llama-bench" if shutil.which("llama-bench") else None
+
+
+@cache
+def _broken() -> str | None:
+    """Why the bindings cannot be imported, or None."""
+    try:
+        importlib.import_module("llama_cpp")
+    except Exception as error:  # they load a library, which may fail in any way
+        return str(error)
+    return None
 
 
 def why_not() -> str:
     """Why llama.cpp is not measured, in a sentence."""
     server = " (llama-server alone cannot time a prompt of given tokens)" if shutil.which("llama-server") else ""
-    return f"llama.cpp was not found{server}: pip install llama-cpp-python, or put llama-bench on the PATH"
+    installed = importlib.util.find_spec("llama_cpp") is not None
+    broken = f"; its bindings are installed but cannot be imported ({_broken()})" if installed else ""
+    return f"llama.cpp was not found{server}{broken}: pip install llama-cpp-python, or put llama-bench on the PATH"
 
 
 def write_gguf(folder: Path, path: Path, dtype: torch.dtype) -> None:

@@ -6,6 +6,7 @@ import signal
 import struct
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,6 +173,37 @@ def test_without_llama_cpp_a_row_says_so_if_it_was_asked_for(monkeypatch, capsys
     assert "llama.cpp was not found" in rows[0].note
     assert rows[0].note in capsys.readouterr().out
     assert [row.peer for row in main(replace(options, llama_cpp="auto"))] == ["transformers"]
+
+
+def test_broken_bindings_of_llama_cpp_are_passed_over(monkeypatch, tmp_path):
+    (tmp_path / "llama_cpp.py").write_text("raise OSError('libllama.so: no such file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    llama_cpp._broken.cache_clear()
+    try:
+        assert llama_cpp.found() is None
+        assert "cannot be imported (libllama.so: no such file): pip install" in llama_cpp.why_not()
+    finally:
+        llama_cpp._broken.cache_clear()
+
+
+class OnlyAddresses:
+    """llama.cpp's interface, which keeps the address of the tokens and not the array."""
+
+    def llama_batch_get_one(self, tokens, count):
+        self.tokens = weakref.ref(tokens)
+        return count
+
+    def llama_decode(self, _context, count):
+        self.read = list(self.tokens())[:count]
+        return 0
+
+
+def test_tokens_stay_alive_while_llama_cpp_reads_them():
+    bindings = llama_cpp.Bindings.__new__(llama_cpp.Bindings)
+    bindings.api = OnlyAddresses()
+    bindings.evaluate(None, [3, 1, 2])
+    assert bindings.api.read == [3, 1, 2]
 
 
 BENCH = """#!/bin/sh
