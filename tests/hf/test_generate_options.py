@@ -138,8 +138,11 @@ def test_on_from_a_cache_of_padded_rows(models, how):
 
 @pytest.mark.parametrize("how", ["weights", "autocast"])
 def test_bf16(models, how):
-    """The logits of the first step; rounding may decide between two tokens after it."""
-    ids, mask = padded("left")
+    """The logits of the first step; rounding may decide between two tokens after it.
+
+    It may decide between two experts too, in few of the rows, so the rows' median error is compared.
+    """
+    ids, mask = padded("left", range(3, 20))
     found = []
     for model in models:
         model = copy.deepcopy(model).bfloat16() if how == "weights" else model
@@ -148,7 +151,7 @@ def test_bf16(models, how):
         assert out.sequences.shape == (len(ids), ids.shape[1] + 6)
         found.append(out.logits[0].float())
     exact = models[0](ids, attention_mask=mask).logits[:, -1]
-    theirs, ours = ((x - exact).abs().max() for x in found)
+    theirs, ours = ((x - exact).abs().amax(1).median() for x in found)
     assert ours <= 2 * theirs + 1e-3
 
 

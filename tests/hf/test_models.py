@@ -290,8 +290,10 @@ def test_gradients_are_transformers_with_and_without_checkpointing(their, our):
         our.train()
         our(ids, **options).loss.backward()
         found.append({name: p.grad.clone() for name, p in our.named_parameters()})
+    # Within rounding: the first pass of a checkpointed block needs no gradients, and "auto" may pick other kernels there.
     for other in found[1:]:
-        assert all(torch.equal(other[name], g) for name, g in found[0].items())
+        for name, g in found[0].items():
+            assert (other[name] - g).abs().max() <= 1e-5 * g.abs().max(), name
     their.zero_grad()
     their(ids, **options).loss.backward()
     config = our.core.config

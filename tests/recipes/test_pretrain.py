@@ -958,8 +958,11 @@ def test_killed_again_and_again_at_any_time(request, tmp_path, seed, kind):
 
 
 def test_spikes_are_skipped_and_remembered(settings, tmp_path, monkeypatch):
-    """Weights stay as they were; a resumed run compares with the same steps."""
-    run, calls = replace(settings, out=tmp_path / "run", steps=80, skip_spikes=6.0, save_every=79, eval_every=80), []
+    """Weights stay as they were; a resumed run compares with the same steps.
+
+    1000 deviations: the small model's own gradients reach 10 on some processors, the planted one 100,000.
+    """
+    run, calls = replace(settings, out=tmp_path / "run", steps=80, skip_spikes=1000.0, save_every=79, eval_every=80), []
 
     def spiky(model, micro, **options):
         row = accumulate_gradients(model, micro, **options)
