@@ -79,20 +79,56 @@ inline float from_half(uint16_t h) {  // fp16, subnormal numbers included
     return x;
 }
 
+struct half {
+    uint16_t bits;
+};
+inline float to_float(half x) { return from_half(x.bits); }
+
+// LANE neighbours as floats.
+template <class W>
+INLINE Wide<float> floats_at(const W* p) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<W, half>) return (Wide<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+    if constexpr (std::is_same_v<W, half>) return (Wide<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#endif
+    if constexpr (std::is_same_v<W, half>) {
+        Wide<float> found;
+        for (int64_t i = 0; i < LANE; i++) found[i] = to_float(p[i]);
+        return found;
+    } else {
+        return widen<float>(p);
+    }
+}
+// The same from place `at` on, with zeros from `end` on, where nothing is read.
+template <class W>
+INLINE Wide<float> floats_before(const W* p, int64_t at, int64_t end) {
+    if (at + LANE <= end) return floats_at(p + at);
+    W some[LANE] = {};
+    std::copy_n(p + at, end - at, some);
+    return floats_at(some);
+}
+INLINE Wide<float> scales_before(const void* p, int64_t dtype, int64_t at, int64_t end) {
+    if (dtype == F16) return floats_before((const half*)p, at, end);
+    if (dtype == BF16) return floats_before((const bf16*)p, at, end);
+    return floats_before((const float*)p, at, end);
+}
+
 // `count` scales as floats.
-inline void load_scales(const void* p, int64_t dtype, int64_t at, int64_t count, float* __restrict to) {
-    if (dtype == F16)
-        for (int64_t i = 0; i < count; i++) to[i] = from_half(((const uint16_t*)p)[at + i]);
-    else load_all(p, dtype, at, count, to);
+inline void load_scales(const void* p, int64_t dtype, int64_t at, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; i += LANE) {
+        const Wide<float> some = scales_before(p, dtype, at + i, at + count);
+        memcpy(to + i, &some, std::min(LANE, count - i) * sizeof(float));
+    }
 }
 
 // The numbers of a block's groups, one a float of a sum.
 typedef typename Vector<int32_t, WIDE_BYTES>::type Places;
-INLINE Wide<float> spread(const float* from, Places which) {
+INLINE Wide<float> spread(Wide<float> from, Places which) {
 #if defined(__AVX512F__)
-    return (Wide<float>)_mm512_permutexvar_ps((__m512i)which, _mm512_loadu_ps(from));
+    return (Wide<float>)_mm512_permutexvar_ps((__m512i)which, (__m512)from);
 #elif defined(__AVX2__)
-    return (Wide<float>)_mm256_permutevar8x32_ps(_mm256_loadu_ps(from), (__m256i)which);
+    return (Wide<float>)_mm256_permutevar8x32_ps((__m256)from, (__m256i)which);
 #else
     Wide<float> found;
     for (int64_t i = 0; i < LANE; i++) found[i] = from[which[i]];
@@ -170,36 +206,32 @@ struct GroupRows {
           group(w.group), groups(columns / w.group), n(columns), bytes(w.dtype == I4 ? columns / 2 : columns) {}
 };
 
-// What rows of a matrix have in common, and the scales and zero points of one row, with zeros for a block behind them.
+// The scales and zero points of rows up to `last`. LANE groups, a chunk, are in a vector at a time.
 template <int bits, class X>
 struct GroupScales {
     static constexpr int64_t B = BLOCK<bits>;
     static constexpr bool UNCENTRED = bits == 4 && !CENTRED<X>;
     const GroupRows& w;
-    const bool fine, has_zero;  // `fine`: a block has several groups
+    const int64_t end;          // of all rows' groups
+    const bool fine;            // a block has several groups
     const int64_t per_block;    // the first group of block b is b * per_block >> shift
     const int shift;
+    const int64_t blocks, chunk;  // of a row; of a vector of groups
     Places which = {};
-    std::vector<float> scales, zeros;
 
-    explicit GroupScales(const GroupRows& rows)
-        : w(rows), fine(w.group < B), has_zero(w.zero || UNCENTRED), per_block(fine ? B / w.group : 1),
-          shift(fine ? 0 : w.groups == 1 ? 62 : __builtin_ctzll(w.group / B)), scales(w.groups + LANE),
-          zeros(w.groups + LANE) {
+    GroupScales(const GroupRows& rows, int64_t last)
+        : w(rows), end(last * rows.groups), fine(w.groups > 1 && w.group < B), per_block(fine ? B / w.group : 1),
+          shift(fine ? 0 : w.groups == 1 ? 31 : __builtin_ctzll(w.group / B)), blocks(blocks_of<bits>(w.n)),
+          chunk(fine ? LANE / per_block : w.groups == 1 ? blocks : LANE << shift) {
         for (int64_t lane = 0; fine && lane < LANE; lane++) which[lane] = int32_t(lane * EACH<bits> / w.group);
-        if (UNCENTRED) std::fill_n(zeros.begin(), w.groups, 8.0f);
     }
 
-    INLINE void load(int64_t row) {
-        load_scales(w.scale, w.scale_dtype, row * w.groups, w.groups, scales.data());
-        constexpr int base = bits == 4 && !UNCENTRED ? 8 : 0;
-        if (w.zero)
-            for (int64_t g = 0; g < w.groups; g++) zeros[g] = float(w.zero[row * w.groups + g] - base);
-    }
-
-    INLINE Wide<float> of(const float* numbers, int64_t block) const {
-        numbers += block * per_block >> shift;
-        return fine ? spread(numbers, which) : Wide<float>{} + *numbers;
+    INLINE bool has_zero() const { return UNCENTRED || w.zero; }
+    // Of a chunk, from group `at` on.
+    INLINE Wide<float> scales(int64_t at) const { return scales_before(w.scale, w.scale_dtype, at, end); }
+    INLINE Wide<float> zeros(int64_t at) const {
+        constexpr float base = bits == 4 && !UNCENTRED ? 8 : 0;
+        return w.zero ? floats_before(w.zero, at, end) - base : Wide<float>{} + (UNCENTRED ? 8.0f : 0.0f);
     }
 };
 
@@ -207,39 +239,44 @@ constexpr int64_t CODES_AHEAD = 1 << 11;  // bytes that are fetched ahead
 
 // sums[v] = the products of a row and vector x[v], to be added up.
 template <int V, int bits, class X>
-INLINE void group_dots(GroupScales<bits, X>& s, int64_t row, const X* const* x, Wide<float>* sums) {
+INLINE void group_dots(const GroupScales<bits, X>& s, int64_t row, const X* const* x, Wide<float>* sums) {
     constexpr int64_t B = BLOCK<bits>, bytes = B * bits / 8;
     const GroupRows& w = s.w;
     const int64_t whole = w.n / B;
     const uint8_t* codes = w.codes + row * w.bytes;
-    s.load(row);
     Wide<float> total[V] = {};
-    auto add = [&](const uint8_t* from, int64_t b) __attribute__((always_inline)) {
-        Wide<float> part[V];
-        block_dots<bits, V>(from, x, b * B, part);
-        if (s.has_zero) {
-            const Wide<float> zero = -s.of(s.zeros.data(), b);
-            UNROLL for (int v = 0; v < V; v++)
-                part[v] = multiply_add<float>(zero, widen<float>(sums_behind<bits>(x[v], w.n) + b * LANE), part[v]);
+    for (int64_t b = 0; b < s.blocks;) {
+        const int64_t at = row * w.groups + (b * s.per_block >> s.shift), limit = b + s.chunk;
+        const Wide<float> scales = s.scales(at), zeros = s.has_zero() ? -s.zeros(at) : Wide<float>{};
+        Places place = s.which;  // of the block's groups among those of the chunk, before the shift
+        auto add = [&](const uint8_t* from) __attribute__((always_inline)) {
+            Wide<float> part[V];
+            block_dots<bits, V>(from, x, b * B, part);
+            if (s.has_zero()) {
+                const Wide<float> zero = spread(zeros, place >> s.shift);
+                UNROLL for (int v = 0; v < V; v++)
+                    part[v] = multiply_add<float>(zero, widen<float>(sums_behind<bits>(x[v], w.n) + b * LANE), part[v]);
+            }
+            const Wide<float> scale = spread(scales, place >> s.shift);
+            UNROLL for (int v = 0; v < V; v++) total[v] = multiply_add<float>(part[v], scale, total[v]);
+            place += int32_t(s.per_block), b++;
+        };
+        for (const int64_t end = std::min(limit, whole); b < end; codes += bytes) {
+            __builtin_prefetch(codes + CODES_AHEAD);
+            add(codes);
         }
-        const Wide<float> scale = s.of(s.scales.data(), b);
-        UNROLL for (int v = 0; v < V; v++) total[v] = multiply_add<float>(part[v], scale, total[v]);
-    };
-    for (int64_t b = 0; b < whole; b++, codes += bytes) {
-        __builtin_prefetch(codes + CODES_AHEAD);
-        add(codes, b);
-    }
-    if (whole * B < w.n) {
-        uint8_t rest[bytes] = {};
-        memcpy(rest, codes, w.bytes - whole * bytes);
-        add(rest, whole);
+        if (b == whole && b < std::min(limit, s.blocks)) {
+            uint8_t rest[bytes] = {};
+            memcpy(rest, codes, w.bytes - whole * bytes);
+            add(rest);
+        }
     }
     UNROLL for (int v = 0; v < V; v++) sums[v] = total[v];
 }
 
 // out[v * stride + i] = row `first + i` · x[v], for V vectors.
 template <int V, int bits, class X>
-__attribute__((noinline)) void group_block(GroupScales<bits, X>& s, int64_t first, int64_t rows, const X* const* x,
+__attribute__((noinline)) void group_block(const GroupScales<bits, X>& s, int64_t first, int64_t rows, const X* const* x,
                                            float* out, int64_t stride) {
     constexpr int64_t TOGETHER = SUMS / V;
     Wide<float> sums[SUMS] = {};

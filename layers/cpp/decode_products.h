@@ -121,7 +121,7 @@ void dot_rows(const W* w, int64_t rows, int64_t n, const X* const* x, int64_t ve
 template <int bits, class X>
 void group_rows(const GroupRows& w, int64_t first, int64_t rows, const X* const* x, int64_t vectors, float* out,
                 int64_t stride) {
-    GroupScales<bits, X> scales(w);
+    const GroupScales<bits, X> scales(w, first + rows);
     each_block(rows, w.bytes, vectors, [&](auto count, int64_t v, int64_t begin, int64_t size) {
         group_block<count.value, bits>(scales, first + begin, size, x + v, out + v * stride + begin, stride);
     });

@@ -290,7 +290,7 @@ def test_gradients_are_transformers_with_and_without_checkpointing(their, our):
         our.train()
         our(ids, **options).loss.backward()
         found.append({name: p.grad.clone() for name, p in our.named_parameters()})
-    # Within rounding: the first pass of a checkpointed block needs no gradients, and "auto" may pick other kernels there.
+    # Within rounding: a checkpointed block first runs without gradients, and "auto" may pick other kernels for that.
     for other in found[1:]:
         for name, g in found[0].items():
             assert (other[name] - g).abs().max() <= 1e-5 * g.abs().max(), name
