@@ -21,7 +21,9 @@ WEIGHTS = ("dequantised", "stored", "int8", "int4")
 # Small projections whose outputs are logits, gates or decays: they stay as stored, and so do embedding, norms and conv.
 AS_STORED = ("router", "shared_expert_gate", "in_proj_b", "in_proj_a")
 LEAVES = ("gate_up_proj", "down_proj")  # of experts
-HEAD_BITS = 8  # of an untied head in "int4" too: its error is the logits'
+HEAD = "lm_head.weight"
+HEAD_BITS = 8  # of the head in "int4" too: its error is the logits'
+ROWS_AT_ONCE = 2**12  # of a tied head that is rounded
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,27 @@ def roundable(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def tied_head(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The head with its shape if it is tied to the embedding.
+
+    "int8" and "int4" keep a rounded copy for it: a step reads all of the head and one row of the embedding, which stays.
+    """
+    head, embedding = getattr(model, "lm_head", None), getattr(model, "embed_tokens", None)
+    tied = type(head) is Linear and isinstance(embedding, nn.Embedding) and head.weight is embedding.weight
+    return {HEAD: tuple(head.weight.shape)} if tied else {}
+
+
 def layout_for(name: str, shape: tuple[int, ...], weights: str, group_size: int | None = None) -> GroupLayout | None:
     """How "int8" or "int4" keeps a parameter; None if its rows do not consist of whole groups."""
-    bits = HEAD_BITS if weights == "int8" or name.startswith("lm_head") else 4
+    bits = HEAD_BITS if weights == "int8" or name == HEAD else 4
     size = GROUP_SIZES[bits] if group_size is None else group_size
     return None if shape[-1] % (size or 2) else GroupLayout(bits, size)
 
 
 def layouts_for(model: nn.Module, weights: str, group_size: int | None = None) -> dict[str, GroupLayout]:
     """How "int8" or "int4" keeps the parameters of a model, by name."""
-    every = {name: layout_for(name, shape, weights, group_size) for name, shape in roundable(model).items()}
+    shapes = roundable(model) | tied_head(model)
+    every = {name: layout_for(name, shape, weights, group_size) for name, shape in shapes.items()}
     return _pairs({name: layout for name, layout in every.items() if layout is not None})
 
 
@@ -103,6 +116,9 @@ def group_layouts(model: nn.Module, opened: CheckpointReader, weights: str, *, r
             layout = layout_for(name, shape, weights)
         if layout is not None:
             found[name] = layout
+    if weights != "stored":
+        heads = {name: layout_for(name, shape, weights) for name, shape in tied_head(model).items()}
+        found |= {name: layout for name, layout in heads.items() if layout is not None}
     found = _pairs(found)
     experts = {name: found.get(name) for name in stored if name.endswith(LEAVES)}
     kinds = {tuple(experts[f"{name.rpartition('.')[0]}.{leaf}"] for leaf in LEAVES) for name in experts}
@@ -164,6 +180,18 @@ def fill_groups(
                 errors[place.name] = errors.get(place.name, Rounding()) + difference(piece, exact)
             put(piece, target)
     return errors
+
+
+def fill_tied_head(model: Any, layout: GroupLayout) -> Rounding:
+    """Round the embedding into the place of a head that was tied to it. Returns the error."""
+    target, error = held(model, HEAD), Rounding()
+    for begin in range(0, target.shape[0], ROWS_AT_ONCE):
+        rows = slice(begin, begin + ROWS_AT_ONCE)
+        exact = model.embed_tokens.weight.detach()[rows].float()
+        piece = rounded(exact, layout)
+        put(piece, target.at(rows))
+        error += difference(piece, exact)
+    return error
 
 
 def _piece(entry: TensorSpec, i: int, x: Tensor) -> Tensor:

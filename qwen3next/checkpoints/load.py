@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from layers.deprecation import warn_renamed
 from qwen3next.checkpoints.expert_weights import PLACES, fill_int8, replace_experts, routed
-from qwen3next.checkpoints.group_weights import WEIGHTS, Rounding, fill_groups, group_layouts, hold_groups
+from qwen3next.checkpoints.group_weights import (
+    HEAD,
+    WEIGHTS,
+    Rounding,
+    fill_groups,
+    fill_tied_head,
+    group_layouts,
+    hold_groups,
+    tied_head,
+)
 from qwen3next.checkpoints.memory_needs import bytes_needed, check_memory
 from qwen3next.checkpoints.progress import tracked
 from qwen3next.checkpoints.reader import CheckpointReader, cast_dtype, open_checkpoint
@@ -56,7 +65,8 @@ def load_as(
             model = kind(opened.config)
         layouts = group_layouts(model, opened, weights, routed=experts)
         if not head:
-            layouts.pop("lm_head.weight", None)
+            layouts.pop(HEAD, None)
+        copied = layouts.get(HEAD) if tied_head(model) else None
         needs = bytes_needed(model, partial(_dtype, opened, cast), layouts)
         check_memory(needs, experts, target, opened.folder.name)
         if experts != "memory":
@@ -77,6 +87,8 @@ def load_as(
                 for place, piece in zip(entry.places, entry.split(opened.read(entry.name)), strict=True):
                     place.of(ours).copy_(piece)
                 del piece  # or it would be in memory with the next one
+            if copied is not None:
+                model.rounding[HEAD] = fill_tied_head(model, copied)
         if experts == "disk":
             failed.pop_all()  # the files stay open, as experts are read later
     model.layout, model.origin = opened.layout_to_save, opened.folder

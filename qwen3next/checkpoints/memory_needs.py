@@ -22,13 +22,17 @@ def bytes_needed(
     Args:
         model: it may be on the meta device; its routed experts are still its own.
         dtype_of: the dtype that a parameter, by name, is kept in.
-        layouts: of parameters that stay in groups.
+        layouts: of parameters that stay in groups; a tied head among them is a copy.
     """
     others = experts = int8 = 0
-    for name, parameter in model.named_parameters():
+    counted: set[int] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if layouts and name in layouts:
             size = layouts[name].nbytes(*parameter.shape)
+        elif id(parameter) in counted:
+            continue
         else:
+            counted.add(id(parameter))
             size = parameter.numel() * dtype_of(name).itemsize
         if routed(name):
             experts += size

@@ -11,8 +11,9 @@ from test_gguf import quantised_file
 from test_quantised import copied, small_folder
 
 import qwen3next as q
+from layers.quantised.group_weight import quantise
 from layers.quantised.held import GroupLayout, HoldsGroups
-from qwen3next.checkpoints import load
+from qwen3next.checkpoints import group_weights, load
 from qwen3next.checkpoints.group_weights import held
 
 KEPT = ["int4", "int4 channel", "int4 asymmetric", "int4 channel asymmetric", "int8", "int8 channel asymmetric", "w8a8",
@@ -107,6 +108,31 @@ def test_a_folder_is_rounded_and_runs_compiled(tmp_path, weights, dtype):
     tolerance = 1e-4 if dtype == "float32" else 0.1
     for found in (whole, steps):
         assert (found - exact).norm() <= tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_tied_head_is_rounded_beside_its_embedding(tmp_path, monkeypatch, weights):
+    """In 8 bits, block by block, and counted; the embedding stays as stored."""
+    small_model(tie_word_embeddings=True).save_pretrained(tmp_path / "m")
+    needs, whole = [], q.load(tmp_path / "m", dtype="float32")
+    monkeypatch.setattr(load, "check_memory", lambda found, *_: needs.append(found["memory"]))
+    monkeypatch.setattr(group_weights, "ROWS_AT_ONCE", 10)
+    model = q.load(tmp_path / "m", dtype="float32", weights=weights)
+    assert torch.equal(model.embed_tokens.weight, whole.embed_tokens.weight)
+    head, once = held(model, "lm_head.weight"), quantise(whole.embed_tokens.weight, 8)
+    assert torch.equal(head.codes, once.codes)
+    assert torch.equal(head.scale, once.scale)
+    error = (once.dequantise() - whole.embed_tokens.weight).norm() / whole.embed_tokens.weight.norm()
+    assert model.rounding["lm_head.weight"].error == pytest.approx(error.item(), rel=1e-4)
+    assert needs[0] == sum({id(x): x.nbytes for x in (*model.parameters(), *model.buffers())}.values())
+    assert q.explain(model)[0].runs == "cpp"
+    with torch.no_grad():
+        logits = model.step(tokens(1, b=1), model.new_cache(1))
+        model.lm_head = torch.nn.Linear(1, 1, bias=False)
+        model.lm_head.weight = torch.nn.Parameter(once.dequantise())
+        torch.testing.assert_close(model.step(tokens(1, b=1), model.new_cache(1)), logits, atol=1e-5, rtol=1e-5)
+    stored = q.load(tmp_path / "m", dtype="float32", weights="stored")
+    assert stored.lm_head.weight is stored.embed_tokens.weight
 
 
 def test_a_change_of_a_buffer_acts_on_the_next_step(tmp_path):
