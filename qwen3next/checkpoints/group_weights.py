@@ -57,11 +57,12 @@ def roundable(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def tied_head(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The head with its shape if it is tied to the embedding.
 
-    "int8" and "int4" keep a rounded copy for it: a step reads all of the head and one row of the embedding, which stays.
+    "int8" and "int4" keep a rounded copy for it: a step reads all of the head, but one row of the embedding.
     """
     head, embedding = getattr(model, "lm_head", None), getattr(model, "embed_tokens", None)
-    tied = type(head) is Linear and isinstance(embedding, nn.Embedding) and head.weight is embedding.weight
-    return {HEAD: tuple(head.weight.shape)} if tied else {}
+    if type(head) is not Linear or not isinstance(embedding, nn.Embedding) or head.weight is not embedding.weight:
+        return {}
+    return {HEAD: tuple(head.weight.shape)}
 
 
 def layout_for(name: str, shape: tuple[int, ...], weights: str, group_size: int | None = None) -> GroupLayout | None:
