@@ -34,7 +34,7 @@ from recipes.training.checkpoints import TrainingState, load_state, newest, read
 from recipes.training.data import ValidationBatches
 from recipes.training.evaluation import HeldOut, check_needles, look, write_samples
 from recipes.training.flops import peak_flops, training_flops
-from recipes.training.optimizers import REMEMBERED, WeightAverage, gradient_norms, is_spike, optimizers
+from recipes.training.optimizers import WeightAverage, gradient_norms, optimizers
 from recipes.training.pace import Pace
 from recipes.training.presets import PRESETS, defaults
 from recipes.training.report import Live, Metrics, Row, clock, compressed, draw_loss, read_metrics
@@ -53,12 +53,12 @@ from recipes.training.settings import (
     recorded,
     refuse_changes,
 )
+from recipes.training.skips import Skips
 from recipes.training.sources import FillInTheMiddle, Windows, training_windows
 from recipes.training.steps import accumulate_gradients, learning_rate
 from recipes.training.tokenizer import save_tokenizer, write_atomically
 
 LOOK = 16_384  # held-out tokens of a validation during training
-SKIPS_IN_A_ROW = 10  # consecutive steps with a non-finite gradient after which training stops
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,9 @@ class Run:
     live: Live
     looks_after: float = 0.0
     average: WeightAverage | None = None
-    skips: int = 0  # consecutive, of gradients that are not finite
+
+    def __post_init__(self) -> None:
+        self.skips = Skips(self.settings.skip_spikes, self.state.recent)
 
     def to_the_end(self) -> None:
         """Train up to step `state.total` and save states; raises as `train` does."""
@@ -327,24 +329,15 @@ class Run:
         by_kind = gradient_norms(self.model)
         row |= {f"gradient_norm/{kind}": x for kind, x in by_kind.items() if math.isfinite(x)}
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip).item()
-        finite, nothing = math.isfinite(norm), not row["targets"]
-        spike = finite and not nothing and self._spike(row["loss"], norm)
-        row["skipped"] = nothing or not finite or spike
-        row["gradient_norm"] = norm if finite else None  # JSON cannot represent infinity
-        if nothing:
-            self.live.say(
-                f"Step {row['step']} is skipped, because no token has a next token in its document: "
-                "use a longer --window or a larger --batch-size."
-            )
-        elif spike:
-            self.live.say(f"Step {row['step']}: loss {row['loss']:.3f}, gradient norm {norm:.3f}: a spike, skipped.")
-        elif row["skipped"]:
-            self.skips += 1
-            if self.skips == SKIPS_IN_A_ROW:
-                raise FloatingPointError(self._diverged(f"{self.skips} consecutive gradients were not finite"))
-            self.live.say(f"Step {row['step']}: the gradient is not finite; the step is skipped.")
+        row["gradient_norm"] = norm if math.isfinite(norm) else None  # JSON cannot represent infinity
+        try:
+            why = self.skips.why(row["step"], loss=row["loss"], norm=norm, targets=row["targets"])
+        except FloatingPointError as error:
+            raise FloatingPointError(self._diverged(str(error))) from None
+        row["skipped"] = bool(why)
+        if why:
+            self.live.say(why)
         else:
-            self.skips = 0
             for optimizer in self.optimizers:
                 optimizer.step()
             if self.average is not None:
@@ -355,16 +348,6 @@ class Run:
         state.tokens += row["step_tokens"]
         row["tokens"] = state.tokens
         return row
-
-    def _spike(self, loss: float, norm: float) -> bool:
-        """Whether this step is a spike beside the last ones; remembers it for the next."""
-        recent, deviations = self.state.recent, self.settings.skip_spikes
-        if not deviations:
-            return False
-        found = any(is_spike(x, [r[i] for r in recent], deviations) for i, x in enumerate((loss, norm)))
-        recent.append([loss, norm])
-        del recent[:-REMEMBERED]
-        return found
 
     def _diverged(self, what: str) -> str:
         last = newest(self.settings.out / "checkpoints")

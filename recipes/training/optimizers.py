@@ -1,6 +1,5 @@
-"""The optimizers of a run, the average of its weights, and the steps that it skips."""
+"""The optimizers of a run, and the average of its weights."""
 
-import statistics
 from typing import Any
 
 import torch
@@ -10,8 +9,6 @@ from torch.optim import AdamW, Optimizer
 from recipes.training.muon import Muon, matrices
 from recipes.training.settings import Settings
 from recipes.training.steps import parameter_groups
-
-REMEMBERED = 128  # steps that a spike is compared with; half of them must be there
 
 
 def optimizers(model: nn.Module, settings: Settings) -> list[Optimizer]:
@@ -57,16 +54,6 @@ class WeightAverage:
             before = p.detach().clone()
             p.copy_(self.tensors[name])
             self.tensors[name].copy_(before)
-
-
-def is_spike(value: float, recent: list[float], deviations: float) -> bool:
-    """Whether a loss or gradient norm lies more than so many standard deviations above those of recent steps.
-
-    Source: SkipStep of OLMo-core. False while fewer than half of `REMEMBERED` are known.
-    """
-    if not deviations or len(recent) < REMEMBERED // 2:
-        return False
-    return value > statistics.fmean(recent) + deviations * statistics.stdev(recent)
 
 
 def gradient_norms(model: nn.Module) -> dict[str, float]:

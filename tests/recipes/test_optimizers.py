@@ -7,8 +7,9 @@ from torch import nn
 import qwen3next as q
 from recipes.training.flops import forward_flops, training_flops
 from recipes.training.muon import Muon, matrices, orthogonalised
-from recipes.training.optimizers import REMEMBERED, WeightAverage, gradient_norms, is_spike, optimizers
+from recipes.training.optimizers import WeightAverage, gradient_norms, optimizers
 from recipes.training.settings import Settings
+from recipes.training.skips import REMEMBERED, is_spike
 
 
 @pytest.mark.parametrize("shape", [(8, 20), (20, 8), (12, 12)])
