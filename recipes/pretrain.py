@@ -31,8 +31,7 @@ from torch.optim import Optimizer
 
 import qwen3next as q
 from recipes.training.checkpoints import TrainingState, load_state, newest, read_state, save_state
-from recipes.training.data import ValidationBatches
-from recipes.training.evaluation import HeldOut, check_needles, look, write_samples
+from recipes.training.evaluation import HeldOut, check_needles, compared, held_out_of, look, write_samples
 from recipes.training.flops import peak_flops, training_flops
 from recipes.training.optimizers import WeightAverage, gradient_norms, optimizers
 from recipes.training.pace import Pace
@@ -115,14 +114,7 @@ def train(settings: Settings, *, console: Console | None = None) -> Result:
     precision, why = pick_precision(settings.precision, device)
     data = prepare_data(settings)
     windows = windows_of(settings, data)
-    rows_at_once = settings.batch_size * 2  # validation needs no memory for gradients
-    held_out = HeldOut(
-        {
-            source.name: ValidationBatches(folder, window=settings.window, batch_size=rows_at_once)
-            for source, folder in zip(data.sources, data.folders, strict=True)
-        }
-    )
-
+    held_out = held_out_of(data, window=settings.window, batch_size=settings.batch_size * 2)  # no gradients in memory
     check_needles(held_out, settings.needles)
     torch.manual_seed(settings.seed)
     model = new_model(settings, data).to(device)
@@ -391,7 +383,7 @@ def finish(
     save_tokenizer(data.tokenizer, out / "model")
     console.print("Measuring on all held-out documents ...")
     nats = held_out.nats(model, precision=precision)
-    measured, of_average = held_out.bits_per_byte(nats), None
+    measured, of_average = compared(held_out, nats, out), None
     if settings.samples:
         write_samples(model.eval(), data.tokenizer, held_out, out / "samples.md", count=settings.samples)
     if average is not None:
@@ -400,17 +392,10 @@ def finish(
         save_tokenizer(data.tokenizer, out / "model-ema")
         of_average = held_out.bits_per_byte(held_out.nats(model, precision=precision))[""]
         average.exchange(model)
-    baselines = read_baselines(out)
-    gzip, xz = compressed(baselines)
-    single = [b.bits_per_byte(nats[name][i], document=i) for name, b in held_out.batches.items() for i in b.documents]
-    documents = [{**b._asdict(), "model": x} for b, x in zip(baselines, single, strict=True)]
     rows = read_metrics(out)
     last = rows[-1]
     result = Result(
-        bits_per_byte=measured.pop(""),
-        gzip=gzip,
-        xz=xz,
-        documents=documents,
+        **measured,
         parameters=sum(p.numel() for p in model.parameters()),
         steps=last["step"],
         tokens=last["tokens"],
@@ -419,13 +404,13 @@ def finish(
         seconds=last["elapsed"],
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         precision=precision,
-        sources=measured if len(measured) > 1 else {},
         ema_bits_per_byte=of_average,
     )
     write_atomically(out / "result.json", (json.dumps(asdict(result), indent=1) + "\n").encode())
-    measures = f"{result.bits_per_byte:.3f} bits per byte (gzip -9 {gzip:.3f}, xz -9 {xz:.3f})"
+    measures = f"{result.bits_per_byte:.3f} bits per byte (gzip -9 {result.gzip:.3f}, xz -9 {result.xz:.3f})"
     try:
         title = f"{settings.preset}, {result.parameters / 1e6:.1f}M parameters, {result.tokens:,} tokens"
+        baselines = read_baselines(out)
         part = compressed([baselines[i] for i in held_out.part(LOOK).numbers()])
         title = f"{title}: {measures} on all held-out text"
         draw_loss(rows, out / "loss.png", gzip=part[0], xz=part[1], title=title)

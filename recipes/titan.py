@@ -15,18 +15,22 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
 from rich.console import Console
 
 import qwen3next as q
-from recipes.pretrain import exit_status, windows_of
+from recipes.pretrain import LOOK, exit_status, windows_of
+from recipes.scaling.evaluation import DividedHeldOut, gathered
 from recipes.scaling.launch import RunFailed, launch, lost_connection
 from recipes.scaling.layout import check_layout
 from recipes.scaling.settings import ScalingSettings, comparable, refuse_single
+from recipes.training.evaluation import check_needles, compared, held_out_of
 from recipes.training.presets import PRESETS
 from recipes.training.report import Metrics
 from recipes.training.settings import (
@@ -122,6 +126,13 @@ def work(settings: ScalingSettings) -> None:
     from recipes.scaling.engine import build  # torchtitan, which is optional
 
     trainer = build(settings, config, windows_of(settings, data), layout, precision=precision)
+    rows = max(2 * settings.batch_size // layout.data, 1)  # of a batch without gradients, on one process
+    whole = held_out_of(data, window=settings.window, batch_size=rows)
+    model: Any = trainer.model_parts[0]
+    check_needles(whole, settings.needles)
+    held_out = DividedHeldOut(whole.batches, batch=model.batch, tensor=model.tensor)
+    part, options = held_out.part(LOOK), {"mtp_depths": settings.mtp_depths, "needles": settings.needles}
+    trainer.look = partial(part.look, precision=precision, **options)
     if rank == 0:
         write_atomically(settings.out / "model.json", (json.dumps(config.to_dict(), indent=2) + "\n").encode())
         console = Console()
@@ -130,9 +141,11 @@ def work(settings: ScalingSettings) -> None:
         trainer.report = Metrics(
             settings.out, step=step, tensorboard=settings.tensorboard, console=console, tracker=settings.tracker
         )
+        trainer.say = partial(console.print, highlight=False, soft_wrap=True)
     try:
         trainer.train()
         trainer.checkpointer.maybe_wait_for_saving()
+        result = measured(trainer, held_out, settings.out, precision=precision)
     finally:
         if trainer.report is not None:
             trainer.report.close()
@@ -142,9 +155,30 @@ def work(settings: ScalingSettings) -> None:
     if rank == 0:
         from recipes.scaling.checkpoints import export
 
-        export(settings.out, settings.out / "model")
-        save_tokenizer(data.tokenizer, settings.out / "model")
-        print(f"The model is in {settings.out / 'model'}.")
+        for name, average in (("model", False), ("model-ema", True)):
+            if not average or settings.ema:
+                export(settings.out, settings.out / name, average=average)
+                save_tokenizer(data.tokenizer, settings.out / name)
+        write_atomically(settings.out / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+        print(
+            f"{result['bits_per_byte']:.3f} bits per byte (gzip -9 {result['gzip']:.3f}, xz -9 {result['xz']:.3f}) on "
+            f"held-out text after {result['steps']} steps. The model is in {settings.out / 'model'}."
+        )
+
+
+def measured(trainer: Any, held_out: DividedHeldOut, out: Path, *, precision: str) -> dict[str, Any]:
+    """Bits per byte on all held-out documents, with all processes; the fields of `pretrain.Result` that these give."""
+    model, average = trainer.model_parts[0], trainer.average
+
+    def nats() -> dict[str, dict[int, float]]:
+        return gathered(model, partial(held_out.nats, precision=precision))
+
+    result = compared(held_out, nats(), out) | {"steps": trainer.step, "precision": precision}
+    if average is not None:
+        average.exchange(model)
+        result["ema_bits_per_byte"] = held_out.bits_per_byte(nats())[""]
+        average.exchange(model)
+    return result
 
 
 def _saved_step(out: Path) -> int:
@@ -211,8 +245,7 @@ def _defaults(preset: str) -> ScalingSettings:
     """The preset's settings, without what is for one process."""
     found = PRESETS.get(preset)
     values = dict(found.settings) if found else {}
-    for name in ("optimizer", "ema", "skip_spikes"):
-        values.pop(name, None)
+    values.pop("optimizer", None)
     return replace(ScalingSettings(preset=preset), **values)
 
 

@@ -47,7 +47,8 @@ class Reader(Mapping[str, Tensor]):
 
     Args:
         folder: a step's folder.
-        kind: "" for weights, or a moment of AdamW: "exp_avg", "exp_avg_sq", "step".
+        kind: "" for weights, "average" for their average, or a moment of the optimizers: "exp_avg", "exp_avg_sq",
+            "step" or "momentum_buffer".
     """
 
     def __init__(self, folder: Path, config: q.ModelConfig, kind: str = "") -> None:
@@ -61,8 +62,14 @@ class Reader(Mapping[str, Tensor]):
             return self._read(piece_names(self.config, name)[0])
         return whole(self.config, name, self._read)
 
+    def key(self, piece: str) -> str:
+        """The name in the checkpoint of a piece of a parameter."""
+        if self.kind in ("", "average"):
+            return f"{self.kind}.{PREFIX}{piece}".removeprefix(".")
+        return f"optimizer.state.{PREFIX}{piece}.{self.kind}"
+
     def _read(self, piece: str) -> Tensor:
-        key = f"optimizer.state.{PREFIX}{piece}.{self.kind}" if self.kind else f"{PREFIX}{piece}"
+        key = self.key(piece)
         about = self.stored.get(key)
         if about is None or isinstance(about, BytesStorageMetadata):
             raise ValueError(f"{self.folder} lacks {key}: it belongs to another model than model.json says.")
@@ -84,15 +91,18 @@ def read_values(folder: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
-def export(out: Path, folder: Path, *, dtype: torch.dtype | None = None) -> Path:
+def export(out: Path, folder: Path, *, dtype: torch.dtype | None = None, average: bool = False) -> Path:
     """Write the last checkpoint of a run as a model folder in the released layout, one tensor at a time.
 
     Args:
         dtype: of linear maps and embeddings; norms, A_log and dt_bias, and all if None, keep that of the checkpoint.
-    Raises: ValueError without a complete checkpoint.
+        average: write the average of the weights instead.
+    Raises: ValueError without a complete checkpoint, or for an average that the run does not keep.
     """
     config = q.ModelConfig.load(out / "model.json")
-    source = Reader(newest(out), config)
+    source = Reader(newest(out), config, "average" if average else "")
+    if average and not any(key.startswith("average.") for key in source.stored):
+        raise ValueError(f"{out} keeps no average of its weights: train with --ema 0.999, or export the weights.")
     wanted = list(tensor_specs(config, Layout.released(config)))
     kept = {key: about.properties.dtype for key, about in source.stored.items() if hasattr(about, "properties")}
     of = {e.name: kept[PREFIX + piece_names(config, e.places[0].name)[0]] for e in wanted}

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.loss import BaseLoss
 from torchtitan.components.metrics import MetricsProcessor
-from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig
+from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config.configs import CommConfig, DebugConfig, ParallelismConfig, TrainingConfig
 from torchtitan.protocols.model import BaseModel
@@ -30,17 +29,20 @@ import qwen3next as q
 from layers.segments import Segments
 from qwen3next.losses import Counts
 from recipes.scaling.layout import Layout
-from recipes.scaling.pieces import piece_names
+from recipes.scaling.optimizers import clip_gradients, optimizer_groups
+from recipes.scaling.regions import Group
 from recipes.scaling.settings import ScalingSettings
-from recipes.scaling.sharding import apply, mesh_of, shard_fully
+from recipes.scaling.sharding import apply, shard_fully
 from recipes.scaling.weights import initialise
 from recipes.training.data import LabelledBatch
 from recipes.training.flops import training_flops
+from recipes.training.optimizers import WeightAverage
 from recipes.training.report import Metrics, Row
+from recipes.training.skips import Skips
 from recipes.training.sources import Windows
-from recipes.training.steps import learning_rate, parameter_groups
+from recipes.training.steps import learning_rate
 
-PARTS = ("loss", "lm", "mtp", "balance", "z", "logit_z")
+PARTS = ("loss", "lm", "mtp", "balance", "z", "logit_z", "targets")
 
 
 class TitanModel(BaseModel):
@@ -50,6 +52,7 @@ class TitanModel(BaseModel):
 
     Attributes:
         batch: the processes with other parts of the batch; None: this one has all of it.
+        tensor: the processes with other heads; None: this one has all of them.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -73,7 +76,8 @@ class TitanModel(BaseModel):
         super().__init__()
         self.settings = config
         self.core = q.Qwen3Next(q.ModelConfig.from_dict(config.architecture))
-        self.batch: dist.ProcessGroup | None = None
+        self.batch: Group = None
+        self.tensor: Group = None
 
     def verify_module_protocol(self) -> None:
         """torchtitan asks for modules of its own class; ours are torch's."""
@@ -86,24 +90,35 @@ class TitanModel(BaseModel):
         if self.settings.fresh:
             initialise(self.core, self.core.config, seed=self.settings.seed, folder=self.settings.init)
 
-    def forward(
-        self, input_ids: Tensor, document_ids: Tensor, labels: Tensor | None, counts: Counts | None, *, count: bool
-    ) -> Any:
-        """This process's share of the losses, in the order of PARTS, and its gradient-carrying sum in front.
+    def forward(self, work: Callable[..., Any], *given: Any, **options: Any) -> Any:
+        """`work(...)` of the inner model, while the weights outside of blocks are gathered."""
+        return work(*given, **options)
+
+    def counts(self, input_ids: Tensor, document_ids: Tensor, labels: Tensor) -> Counts:
+        """What the losses of this micro-batch of this process are divided by."""
+        with self._autocast(input_ids):
+            return self.core.loss_counts(input_ids, **self._options(document_ids, labels))
+
+    def losses(
+        self, input_ids: Tensor, document_ids: Tensor, labels: Tensor, counts: Counts | None
+    ) -> tuple[Tensor, Tensor]:
+        """This process's share of the losses: their sum, which carries gradients, and the numbers that PARTS names.
 
         Args:
             counts: of the whole step; None: this micro-batch is all of it, and the counts of processes are added up.
-            count: return the counts of this micro-batch alone.
         """
-        segments = Segments.from_document_ids(document_ids)
-        options: Any = {"segments": segments, "labels": labels, "mtp_depths": self.settings.mtp_depths}
-        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
-            if count:
-                return self.core.loss_counts(input_ids, **options)
-            sums = self.core.loss_sums(input_ids, **options)
+        with self._autocast(input_ids):
+            sums = self.core.loss_sums(input_ids, **self._options(document_ids, labels))
         losses = sums.losses(self.core.config, self.added(sums.counts) if counts is None else counts)
-        parts = [losses.total, *(getattr(losses, name) for name in PARTS[1:])]
-        return losses.total, torch.stack([part.detach().float() for part in parts])
+        parts = [losses.total, *(getattr(losses, name) for name in PARTS[1:-1]), sums.counts.targets[0]]
+        return losses.total, torch.stack([part.detach().double() for part in parts])
+
+    def _options(self, document_ids: Tensor, labels: Tensor) -> dict[str, Any]:
+        segments = Segments.from_document_ids(document_ids)
+        return {"segments": segments, "labels": labels, "mtp_depths": self.settings.mtp_depths}
+
+    def _autocast(self, input_ids: Tensor) -> torch.autocast:
+        return torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
 
     def added(self, counts: Counts) -> Counts:
         """The sum over the processes of the batch: one message of a few numbers, without gradients."""
@@ -117,8 +132,9 @@ class TitanModel(BaseModel):
 def parallelize(model: TitanModel, *, parallel_dims: Any, settings: ScalingSettings, **_others: Any) -> TitanModel:
     """Divide the model over torchtitan's meshes."""
     dims, core = parallel_dims, model.core
+    tensor = dims.get_optional_mesh("tp")
     core.recompute(*settings.recompute)
-    apply(core, tensor=dims.get_optional_mesh("tp"), expert=dims.get_optional_mesh("ep"))
+    apply(core, tensor=tensor, expert=dims.get_optional_mesh("ep"))
     replicas = ["dp_replicate"] if dims.dp_replicate > 1 else []
     expert_data = dims.get_mesh([*replicas, "efsdp"]) if dims.ep > 1 else None
     shard_fully(
@@ -130,6 +146,7 @@ def parallelize(model: TitanModel, *, parallel_dims: Any, settings: ScalingSetti
     )
     if dims.dp_enabled:
         model.batch = dims.get_mesh("batch").get_group()
+    model.tensor = None if tensor is None else tensor.get_group()
     return model
 
 
@@ -212,55 +229,21 @@ class Schedule(LRSchedulersContainer):
             return LRSchedulersContainer(optimizers, share)
 
 
-def optimizer_groups(config: q.ModelConfig, settings: ScalingSettings, layout: Layout) -> list[ParamGroupConfig]:
-    """AdamW's groups: with and without decay, as `parameter_groups` says, and one for each mesh.
-
-    One call of a fused optimizer takes tensors of one mesh.
-    """
-    with torch.device("meta"):
-        model = q.Qwen3Next(config)
-    names = {id(p): name for name, p in model.named_parameters()}
-    found = []
-    for group in parameter_groups(model, settings.weight_decay):
-        by_mesh: dict[str, list[str]] = {}
-        for p in group["params"]:
-            for piece in piece_names(config, names[id(p)]):
-                mesh = mesh_of(piece, tensor=layout.tensor > 1, expert=layout.expert > 1)
-                by_mesh.setdefault(mesh, []).append(piece)
-        for some in by_mesh.values():
-            pattern = "^core\\.(" + "|".join(name.replace(".", "\\.") for name in some) + ")$"
-            adam = {"lr": settings.lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": group["weight_decay"]}
-            found.append(ParamGroupConfig(pattern=pattern, optimizer_name="AdamW", optimizer_kwargs=adam))
-    return found
-
-
-@torch.no_grad()
-def clip_gradients(parameters: list[nn.Parameter], largest: float) -> float:
-    """Scale all gradients so that their norm is at most `largest`; return the norm before.
-
-    Norms are taken mesh by mesh: DTensors of different meshes cannot stand in one list.
-    """
-    meshes: dict[Any, list[nn.Parameter]] = {}
-    for p in parameters:
-        if p.grad is not None:
-            meshes.setdefault(p.grad.device_mesh if isinstance(p.grad, DTensor) else None, []).append(p)
-    square = 0.0
-    for some in meshes.values():
-        one = nn.utils.get_total_norm([p.grad for p in some if p.grad is not None])
-        square += float(one.full_tensor() if isinstance(one, DTensor) else one) ** 2
-    norm = math.sqrt(square) if math.isfinite(square) else square
-    if math.isfinite(norm):
-        for some in meshes.values():
-            nn.utils.clip_grads_with_norm_(some, largest, torch.tensor(norm, device=some[0].device))
-    return norm
+def agreed(values: list[float], device: torch.device) -> list[float]:
+    """The values of process 0 on all of them: what is decided by them is then decided alike."""
+    vector = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.broadcast(vector, src=0)
+    return vector.tolist()
 
 
 class Pretrainer(Trainer):
     """torchtitan's Trainer with our step.
 
     Attributes:
-        settings, report: set by `build`.
         report: where process 0 writes the metrics of a step.
+        say: how process 0 prints a sentence.
+        skips, average: which steps are skipped, and the average of the weights; parts of a checkpoint.
+        look: measures the model on held-out text, on all processes together, every `looks_every` steps.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -268,6 +251,19 @@ class Pretrainer(Trainer):
         settings: ScalingSettings | None = None
 
     report: Metrics | None = None
+    say: Callable[[str], None] | None = None
+    skips: Skips
+    average: WeightAverage | None = None
+    look: Callable[[nn.Module], Row] | None = None
+    looks_every: int = 1
+
+    def state_dict(self) -> dict[str, Any]:
+        recent = {"recent": [list(row) for row in self.skips.recent]} if self.skips.deviations else {}
+        return super().state_dict() | recent
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.skips.recent[:] = state_dict.get("recent", [])
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
         """One step over all micro-batches of all processes."""
@@ -282,29 +278,44 @@ class Pretrainer(Trainer):
         counts: Counts | None = None
         if len(micro) > 1:  # a first pass counts, as in recipes/training/steps.py
             for batch in micro:
-                some = model(*batch, None, count=True)
+                some = model(model.counts, *batch)
                 counts = some if counts is None else counts + some
             counts = model.added(counts)
-        parts = torch.zeros(len(PARTS), device=self.device)
+        parts = torch.zeros(len(PARTS), dtype=torch.float64, device=self.device)
         for batch in micro:
             with self.train_context():
-                loss, own = model(*batch, counts, count=False)
+                loss, own = model(model.losses, *batch, counts)
                 loss.backward()
             parts += own
         if model.batch is not None:
             dist.all_reduce(parts, group=model.batch)
-        norm = clip_gradients([p for p in model.parameters()], self.config.training.max_norm)
-        row: Row = {"step": self.step} | dict(zip(PARTS, parts.tolist(), strict=True))
-        if not math.isfinite(row["loss"]):
-            raise FloatingPointError(f"Step {self.step}: the loss is {row['loss']}, so training stopped.")
+        found = dict(zip(PARTS, parts.tolist(), strict=True))
+        targets = int(found.pop("targets"))
+        if not targets:  # a step without a target has no losses, as in recipes.training.steps
+            found = dict.fromkeys(found, 0.0)
+        norm = clip_gradients([p for p in model.parameters()], self.config.training.max_norm) if targets else 0.0
+        loss, norm = agreed([found["loss"], norm], self.device)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"Step {self.step}: the loss is {loss}, so training stopped.")
+        try:
+            why = self.skips.why(self.step, loss=loss, norm=norm, targets=targets)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"Step {self.step}: {error}, so training stopped.") from None
+        row: Row = {"step": self.step} | found | {"targets": targets, "skipped": bool(why)}
+        row["gradient_norm"] = norm if math.isfinite(norm) else None
         self.checkpointer.maybe_wait_for_staging()
-        row |= {"gradient_norm": norm if math.isfinite(norm) else None, "skipped": not math.isfinite(norm)}
-        if math.isfinite(norm):
+        if why and self.say is not None:
+            self.say(why)
+        if not why:
             self.optimizers.step()
+            if self.average is not None:
+                self.average.update(model, self.step)
         self.lr_schedulers.step()
+        if self.look is not None and (self.step % self.looks_every == 0 or not self.should_continue_training()):
+            row |= self.look(model)
         if self.report is not None:
             self.report.add(row | {"lr": next(iter(rates.values())), "samples": self.dataloader.samples})
-        self.metrics_processor.log(self.step, row["loss"], row["loss"], norm, extra_metrics=rates)
+        self.metrics_processor.log(self.step, loss, loss, norm, extra_metrics=rates)
 
 
 def build(
@@ -375,6 +386,10 @@ def build(
         comm=CommConfig(train_timeout_seconds=600),  # its 100 s may be too short beside a slow disk
         debug=DebugConfig(seed=settings.seed, enable_structured_logging=False),
     ).build()
+    trainer.skips, trainer.looks_every = Skips(settings.skip_spikes), settings.eval_every
+    if settings.ema:
+        trainer.average = WeightAverage(trainer.model_parts[0], settings.ema)
+        trainer.checkpointer.states["average"] = trainer.average.tensors
     for optimizer in trainer.optimizers:
         assert all(len({p.device_mesh for p in group["params"]}) == 1 for group in optimizer.param_groups)
     return trainer

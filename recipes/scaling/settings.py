@@ -41,9 +41,6 @@ def refuse_single(settings: ScalingSettings) -> None:
         ("minutes", None, "give --steps"),
         ("optimizer", "adamw", "use adamw"),
         ("balance", "batch", "use batch"),
-        ("ema", 0.0, "use 0"),
-        ("skip_spikes", 0.0, "use 0"),
-        ("needles", (), "evaluate the exported model"),
         ("samples", 0, "sample from the exported model"),
     ):
         if getattr(settings, name) != wanted:

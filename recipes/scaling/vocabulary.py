@@ -34,8 +34,17 @@ def divided_embedding(model: q.Qwen3Next, mesh: DeviceMesh) -> None:
 
 
 def divided_head(model: q.Qwen3Next, mesh: DeviceMesh) -> None:
-    """The losses of the model by logits that are divided over the mesh; hooks on logits do not fire."""
+    """The losses of the model by logits that are divided over the mesh; hooks on logits do not fire.
+
+    The head itself gathers all logits, for measures without gradients.
+    """
     group, rank = mesh.get_group(), mesh.get_local_rank()
+
+    def logits(rows: Tensor) -> Tensor:
+        own = linear(rows, local(model.lm_head, "weight")).contiguous()
+        parts = [torch.empty_like(own) for _ in range(mesh.size())]
+        dist.all_gather(parts, own, group=group)
+        return torch.cat(parts, -1)
 
     def summed_cross_entropy(
         self: Any, hidden: Tensor, place: Tensor, target: Tensor, segments: Segments, hook: HookPoint, z_loss: float
@@ -50,6 +59,7 @@ def divided_head(model: q.Qwen3Next, mesh: DeviceMesh) -> None:
             loss, squares = loss + one, squares + squared
         return loss, squares
 
+    model.lm_head.forward = logits  # type: ignore[method-assign]
     model._summed_cross_entropy = MethodType(summed_cross_entropy, model)  # type: ignore[method-assign]
 
 

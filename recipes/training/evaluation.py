@@ -1,7 +1,8 @@
 """What is measured of a model during a run: bits per byte of every source, MTP accuracy, recall of needles, samples."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +13,20 @@ import qwen3next as q
 from layers.segments import Segments
 from qwen3next.mtp_depths import drafted_states
 from recipes.training.data import ValidationBatches
-from recipes.training.report import Row
+from recipes.training.report import Row, compressed
+from recipes.training.settings import Prepared, read_baselines
 from recipes.training.steps import held_out_nats
 from recipes.training.tokenizer import document_decoder, write_atomically
 
 MTP_TOKENS = 4096  # held-out tokens on which drafts are compared with the text
 NEEDLES = 8  # hidden in texts of each length
 NEEDLE = 4  # tokens of its key, and of its value
+# Means of a model's gates by the hook that sees them, and what is made of it.
+GATES: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "decay": ("*.linear_attn.hook_log_decay", torch.exp),
+    "write_strength": ("*.linear_attn.hook_beta", lambda x: x),
+    "attention_gate": ("*.self_attn.hook_gate", lambda x: x),
+}
 
 
 class HeldOut:
@@ -59,6 +67,25 @@ class HeldOut:
             found += [first + document for document in b.documents]
             first += len(b.meta.val_bytes)
         return found
+
+
+def held_out_of(data: Prepared, *, window: int, batch_size: int) -> HeldOut:
+    """All held-out documents of a run's text, in batches of so many rows."""
+    pairs = zip(data.sources, data.folders, strict=True)
+    return HeldOut({s.name: ValidationBatches(folder, window=window, batch_size=batch_size) for s, folder in pairs})
+
+
+def compared(held_out: HeldOut, nats: dict[str, dict[int, float]], out: Path) -> dict[str, Any]:
+    """Bits per byte of all held-out documents, beside those of gzip and xz, which the run's folder `out` has.
+
+    Returns: bits_per_byte, gzip, xz; sources, by name, if there are several; documents, each with its measures.
+    """
+    measured, baselines = held_out.bits_per_byte(nats), read_baselines(out)
+    gzip, xz = compressed(baselines)
+    single = [b.bits_per_byte(nats[name][i], document=i) for name, b in held_out.batches.items() for i in b.documents]
+    documents = [{**b._asdict(), "model": x} for b, x in zip(baselines, single, strict=True)]
+    whole = {"bits_per_byte": measured.pop(""), "gzip": gzip, "xz": xz, "documents": documents}
+    return whole | {"sources": measured if len(measured) > 1 else {}}
 
 
 def look(model: q.Qwen3Next, part: HeldOut, *, precision: str, mtp_depths: int, needles: Sequence[int]) -> Row:
@@ -146,15 +173,10 @@ def gates(model: q.Qwen3Next, batches: ValidationBatches, *, precision: str) -> 
     """Means over layers and the first held-out rows: decay a token, write strength, and attention's gate."""
     batch = next(iter(batches))
     device = model.embed_tokens.weight.device
-    points = {
-        "decay": ("*.linear_attn.hook_log_decay", torch.exp),
-        "write_strength": ("*.linear_attn.hook_beta", lambda x: x),
-        "attention_gate": ("*.self_attn.hook_gate", lambda x: x),
-    }
     found: Row = {}
     ids, segments = batch.input_ids[:2].to(device), Segments.from_document_ids(batch.document_ids[:2].to(device))
     names = {name for name, _ in model.named_modules()}
-    for measure, (pattern, of) in points.items():
+    for measure, (pattern, of) in GATES.items():
         if not any(name.endswith(pattern[1:]) for name in names):
             continue
         with torch.no_grad(), _autocast(device, precision):

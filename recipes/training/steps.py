@@ -155,7 +155,7 @@ def _balanced_alone(own: Counts, whole: Counts | None) -> Counts | None:
 
 @torch.no_grad()
 def held_out_nats(model: q.Qwen3Next, batches: ValidationBatches, *, precision: str) -> dict[int, float]:
-    """Summed cross-entropy in nats of every document in `batches`, by its number."""
+    """Summed cross-entropy in nats of every document in `batches`, by its number. Rows of document -1 do not count."""
     nats = dict.fromkeys(batches.documents, 0.0)
     device = model.embed_tokens.weight.device
     for batch in batches:
@@ -163,6 +163,8 @@ def held_out_nats(model: q.Qwen3Next, batches: ValidationBatches, *, precision: 
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             hidden = model(ids, segments=segments, logits_to_keep=1).hidden
             for row, document in enumerate(batch.documents.tolist()):  # one row at a time, because logits are large
+                if document < 0:
+                    continue
                 end = int(segments.end[row])
                 logits = model.hook_logits(model.lm_head(hidden[row : row + 1, : end - 1]))[0].float()
                 nats[document] += F.cross_entropy(logits, ids[row, 1:end], reduction="sum").item()

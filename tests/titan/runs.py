@@ -7,15 +7,17 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.optim import AdamW
+from rich.console import Console
 
 import qwen3next as q
-from recipes.pretrain import windows_of
+from recipes.pretrain import LOOK, Run, windows_of
 from recipes.scaling.settings import ScalingSettings
 from recipes.scaling.weights import random_tensors
+from recipes.training.checkpoints import TrainingState
+from recipes.training.evaluation import held_out_of, look
+from recipes.training.optimizers import WeightAverage, optimizers
+from recipes.training.report import Live
 from recipes.training.settings import model_config, prepare_data
-from recipes.training.steps import accumulate_gradients, learning_rate, parameter_groups
 
 HERE = Path(__file__).parent
 STEPS = 10
@@ -127,36 +129,39 @@ def initial(config, seed=0):
 
 
 class Plain:
-    """The same steps in one process: the parts of `recipes.pretrain`, AdamW without fusion."""
+    """The same steps in one process: the loop of `recipes.pretrain` itself, from the same weights."""
 
     def __init__(self, settings):
-        self.settings, data = settings, prepare_data(settings)
-        self.config = model_config(settings, data.tokenizer)
-        self.model, self.windows, self.step, self.samples = (
-            initial(self.config, settings.seed),
-            windows_of(settings, data),
-            0,
-            0,
-        )
-        groups = parameter_groups(self.model, settings.weight_decay)
-        self.optimizer = AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), foreach=False)
+        data = prepare_data(settings)
+        self.settings, self.config = settings, model_config(settings, data.tokenizer)
+        self.model, self.windows = initial(self.config, settings.seed), windows_of(settings, data)
+        self.held_out = held_out_of(data, window=settings.window, batch_size=2 * settings.batch_size)
+        self.optimizers = optimizers(self.model, settings)
+        self.optimizer, self.average = self.optimizers[0], WeightAverage(self.model, settings.ema)
+        state = TrainingState({}, {}, "", 1, total=settings.steps)
+        parts = state, self.model, self.optimizers, self.windows, self.look, "fp32", None, Live(Console(quiet=True))
+        self.run = Run(settings, *parts, average=self.average)
+
+    def look(self):
+        options = {"mtp_depths": self.settings.mtp_depths, "needles": self.settings.needles}
+        return look(self.model, self.held_out.part(LOOK), precision="fp32", **options)
 
     def to(self, step):
-        """Losses and norms of the steps up to this one."""
-        found, size = [], self.settings.batch_size
-        while self.step < step:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.step, self.settings.steps, self.settings)
-            self.optimizer.zero_grad(set_to_none=True)
-            accumulate = self.settings.accumulate
-            micro = [self.windows.batch(self.samples + i * size, size) for i in range(accumulate)]
-            row = accumulate_gradients(self.model, micro, precision="fp32", mtp_depths=self.settings.mtp_depths)
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip).item()
-            self.optimizer.step()
-            self.step += 1
-            self.samples += size * accumulate
-            found.append(row | {"step": self.step, "gradient_norm": norm})
+        """The rows of the steps up to this one."""
+        found = []
+        while self.run.state.step < step:
+            row = self.run.step()
+            last = row["step"] == self.settings.steps
+            found.append(row | (self.look() if last or row["step"] % self.settings.eval_every == 0 else {}))
         return found
+
+
+MEASURES = ("val_bits_per_byte", "mtp_accuracy", "needle", "decay", "write_strength", "attention_gate")
+
+
+def measures(row):
+    """What a validation found."""
+    return {name: x for name, x in row.items() if name.startswith(MEASURES)}
 
 
 def differences(one, other):

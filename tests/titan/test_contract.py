@@ -11,7 +11,7 @@ import torch
 
 from layers.segments import Segments
 
-LOSS, NORM = 2e-6, 2e-5
+LOSS, NORM, MEASURE = 2e-6, 2e-5, 1e-6
 LAYOUTS = {
     "fsdp": {"processes": 2},
     "ep": {"processes": 2, "expert": 2},
@@ -24,9 +24,15 @@ LAYOUTS = {
 
 def held(plain, settings, config, **changes):
     runs.titan(settings)
-    loss, norm = runs.differences(plain(config, **changes), runs.rows(settings.out))
+    wanted, found = plain(config, **changes), runs.rows(settings.out)
+    loss, norm = runs.differences(wanted, found)
     assert loss < LOSS
     assert norm < NORM
+    assert [row["skipped"] for row in found] == [row["skipped"] for row in wanted]
+    for one, other in zip(found, wanted, strict=True):
+        assert runs.measures(one) == pytest.approx(runs.measures(other), abs=MEASURE)
+    assert "val_bits_per_byte" in found[-1]
+    print(settings.out.parent.name, loss, norm, max(abs(found[-1][k] - x) for k, x in runs.measures(wanted[-1]).items()))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
