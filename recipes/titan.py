@@ -131,8 +131,8 @@ def work(settings: ScalingSettings) -> None:
     model: Any = trainer.model_parts[0]
     check_needles(whole, settings.needles)
     held_out = DividedHeldOut(whole.batches, batch=model.batch, tensor=model.tensor)
-    part, options = held_out.part(LOOK), {"mtp_depths": settings.mtp_depths, "needles": settings.needles}
-    trainer.look = partial(part.look, precision=precision, **options)
+    look, depths = held_out.part(LOOK).look, settings.mtp_depths
+    trainer.look = partial(look, precision=precision, mtp_depths=depths, needles=settings.needles)
     if rank == 0:
         write_atomically(settings.out / "model.json", (json.dumps(config.to_dict(), indent=2) + "\n").encode())
         console = Console()
@@ -242,11 +242,9 @@ def _status(program: Callable[[], None]) -> int:
 
 
 def _defaults(preset: str) -> ScalingSettings:
-    """The preset's settings, without what is for one process."""
+    """The preset's settings."""
     found = PRESETS.get(preset)
-    values = dict(found.settings) if found else {}
-    values.pop("optimizer", None)
-    return replace(ScalingSettings(preset=preset), **values)
+    return replace(ScalingSettings(preset=preset), **(found.settings if found else {}))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.loss import BaseLoss
 from torchtitan.components.metrics import MetricsProcessor
-from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
+from torchtitan.components.optimizer import LRSchedulersContainer
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config.configs import CommConfig, DebugConfig, ParallelismConfig, TrainingConfig
 from torchtitan.protocols.model import BaseModel
@@ -29,7 +29,7 @@ import qwen3next as q
 from layers.segments import Segments
 from qwen3next.losses import Counts
 from recipes.scaling.layout import Layout
-from recipes.scaling.optimizers import clip_gradients, optimizer_groups
+from recipes.scaling.optimizers import clip_gradients, optimizers_of
 from recipes.scaling.regions import Group
 from recipes.scaling.settings import ScalingSettings
 from recipes.scaling.sharding import apply, shard_fully
@@ -354,10 +354,7 @@ def build(
         tokenizer=NoTokenizer.Config(),
         dataloader=WindowLoader.Config(windows=lambda: windows),
         metrics=MetricsProcessor.Config(log_freq=1, enable_tensorboard=False),
-        optimizer=OptimizersContainer.Config(
-            implementation="for-loop" if device_type == "cpu" else "fused",
-            param_groups=optimizer_groups(config, settings, layout),
-        ),
+        optimizer=optimizers_of(config, settings, layout),
         lr_scheduler=Schedule.Config(settings=settings, warmup_steps=min(settings.warmup, steps)),
         training=TrainingConfig(
             local_batch_size=settings.batch_size // layout.data,

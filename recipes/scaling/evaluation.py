@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 import qwen3next as q
@@ -71,7 +70,7 @@ class DividedHeldOut(HeldOut):
         sums = iter(vector.tolist())
         return {name: {document: next(sums) for document in nats} for name, nats in own.items()}
 
-    def look(self, root: nn.Module, *, precision: str, mtp_depths: int, needles: Sequence[int]) -> Row:
+    def look(self, root: Any, *, precision: str, mtp_depths: int, needles: Sequence[int]) -> Row:
         """The measures of a validation, equal on all processes."""
         row = gathered(root, partial(look, part=self, precision=precision, mtp_depths=mtp_depths, needles=needles))
         names = [name for name in GATES if name in row]
@@ -84,7 +83,7 @@ class DividedHeldOut(HeldOut):
 
 
 @torch.no_grad()
-def gathered(root: nn.Module, measure: Callable[[q.Qwen3Next], Any]) -> Any:
+def gathered(root: Any, measure: Callable[[q.Qwen3Next], Any]) -> Any:
     """`measure(model)` with the inner model of a divided one, within its forward, where weights are gathered."""
     found = root(lambda: measure(root.core))
     for module in root.modules():

@@ -39,7 +39,6 @@ def refuse_single(settings: ScalingSettings) -> None:
     """Raises: ValueError for a setting that only `recipes.pretrain` knows what to do with."""
     for name, wanted, instead in (
         ("minutes", None, "give --steps"),
-        ("optimizer", "adamw", "use adamw"),
         ("balance", "batch", "use batch"),
         ("samples", 0, "sample from the exported model"),
     ):

@@ -59,7 +59,7 @@ def divided_head(model: q.Qwen3Next, mesh: DeviceMesh) -> None:
             loss, squares = loss + one, squares + squared
         return loss, squares
 
-    model.lm_head.forward = logits  # type: ignore[method-assign]
+    model.lm_head.forward = logits  # type: ignore[method-assign, assignment]
     model._summed_cross_entropy = MethodType(summed_cross_entropy, model)  # type: ignore[method-assign]
 
 

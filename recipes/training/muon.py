@@ -57,7 +57,7 @@ class Muon(Optimizer):
         self.dtype = dtype
         for group in self.param_groups:
             for p in group["params"]:
-                if p.ndim not in (2, 3):
+                if p.ndim < 2:
                     raise ValueError(f"Muon takes matrices or stacks of them, not {tuple(p.shape)}: give it to AdamW.")
 
     @torch.no_grad()
@@ -72,12 +72,21 @@ class Muon(Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(p)
                 buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                rows = group["rows"] or (p.shape[-2],)
                 update = p.grad.lerp(buffer, group["momentum"])
-                for part, target in zip(update.split(rows, dim=-2), p.split(rows, dim=-2), strict=True):
-                    scale = 0.2 * max(part.shape[-2:]) ** 0.5
-                    target.add_(orthogonalised(part, dtype=self.dtype).to(p.dtype), alpha=-group["lr"] * scale)
+                p.add_(self.direction(update, group["rows"]), alpha=-group["lr"])
         return loss
+
+    def direction(self, update: Tensor, rows: tuple[int, ...]) -> Tensor:
+        """The step of a parameter at a rate of 1: its matrices (… m n) made orthogonal, and scaled.
+
+        Args:
+            rows: of each projection; () for one.
+        """
+        parts = []
+        for part in update.split(list(rows) or update.shape[-2], dim=-2):
+            scale = 0.2 * max(part.shape[-2:]) ** 0.5
+            parts.append(orthogonalised(part, dtype=self.dtype).to(update.dtype) * scale)
+        return torch.cat(parts, dim=-2)
 
 
 def matrices(model: nn.Module) -> dict[Tensor, tuple[int, ...]]:

@@ -26,7 +26,7 @@ def plain(tmp_path_factory, text):
         key = repr((config, sorted(changes.items())))
         if key not in found:
             out = tmp_path_factory.mktemp("plain") / "run"
-            found[key] = runs.Plain(runs.settings_of(text, out, config, **changes)).to(runs.STEPS)
+            found[key] = runs.Plain(runs.settings_of(changes.pop("data", text), out, config, **changes)).to(runs.STEPS)
         return found[key]
 
     return rows

@@ -59,7 +59,7 @@ def settings_of(text, out, config, **changes):
     preset = out.parent / f"{out.name}.json"
     preset.write_text(json.dumps(config.to_dict()))
     values = {
-        "data": str(text),
+        "data": text if isinstance(text, tuple) else str(text),
         "tokenizer": "bytes",
         "preset": str(preset),
         "steps": STEPS,

@@ -125,7 +125,8 @@ def test_another_run_is_not_resumed(finished):
         ({"processes": 4, "tensor": 4}, "does not divide num_key_value_heads 2"),
         ({"processes": 2, "expert": 4}, "must divide the 4 experts and the 2 processes"),
         ({"processes": 2, "replicate": 2, "expert": 2}, "the 1 processes of a replica"),
-        ({"processes": 2, "optimizer": "muon"}, "on many use adamw"),
+        ({"processes": 2, "balance": "micro"}, "on many use batch"),
+        ({"processes": 2, "samples": 2}, "on many sample from the exported model"),
         ({"processes": 0}, "No processes were started"),
     ],
 )

@@ -32,7 +32,9 @@ def held(plain, settings, config, **changes):
     for one, other in zip(found, wanted, strict=True):
         assert runs.measures(one) == pytest.approx(runs.measures(other), abs=MEASURE)
     assert "val_bits_per_byte" in found[-1]
-    print(settings.out.parent.name, loss, norm, max(abs(found[-1][k] - x) for k, x in runs.measures(wanted[-1]).items()))
+    print(
+        settings.out.parent.name, loss, norm, max(abs(found[-1][k] - x) for k, x in runs.measures(wanted[-1]).items())
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
