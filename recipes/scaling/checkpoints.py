@@ -22,7 +22,7 @@ from qwen3next.checkpoints.reader import cast_dtype
 from qwen3next.checkpoints.save import is_weights, write_config, write_shards
 from qwen3next.checkpoints.state_dict_adapter import Layout, tensor_specs
 from qwen3next.files.atomic import fresh_folder
-from recipes.scaling.pieces import in_pieces, piece_names, whole
+from recipes.scaling.pieces import in_pieces, piece_names, rows_of, whole
 
 PREFIX = "core."
 
@@ -61,6 +61,10 @@ class Reader(Mapping[str, Tensor]):
         if self.kind == "step":
             return self._read(piece_names(self.config, name)[0])
         return whole(self.config, name, self._read)
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint has a parameter in this kind."""
+        return self.key(piece_names(self.config, name)[0]) in self.stored
 
     def key(self, piece: str) -> str:
         """The name in the checkpoint of a piece of a parameter."""
@@ -101,7 +105,7 @@ def export(out: Path, folder: Path, *, dtype: torch.dtype | None = None, average
     """
     config = q.ModelConfig.load(out / "model.json")
     source = Reader(newest(out), config, "average" if average else "")
-    if average and not any(key.startswith("average.") for key in source.stored):
+    if average and not source.has("norm.weight"):
         raise ValueError(f"{out} keeps no average of its weights: train with --ema 0.999, or export the weights.")
     wanted = list(tensor_specs(config, Layout.released(config)))
     kept = {key: about.properties.dtype for key, about in source.stored.items() if hasattr(about, "properties")}
@@ -126,39 +130,53 @@ def export(out: Path, folder: Path, *, dtype: torch.dtype | None = None, average
 
 
 def plain_state(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and AdamW's moments of the last checkpoint in memory, with the names of `recipes.training.checkpoints`.
+    """The last checkpoint in memory, with the names of `recipes.training.checkpoints`.
 
-    Returns: tensors, and {"step", "samples"}.
+    Returns: weights, moments and the average of weights as far as the run keeps it; and {"step", "samples"}, with
+        "recent" of a run that skips spikes.
     """
     config, folder = q.ModelConfig.load(out / "model.json"), newest(out)
-    tensors = {f"model.{name}": tensor for name, tensor in Reader(folder, config).items()}
-    for kind in ("step", "exp_avg", "exp_avg_sq"):
-        tensors |= {f"optimizer.{kind}.{name}": tensor for name, tensor in Reader(folder, config, kind).items()}
-    values = read_values(folder, {"train_state": {"step": 0}, "dataloader": {"samples": 0}})
-    return tensors, {"step": values["train_state"]["step"], "samples": values["dataloader"]["samples"]}
+    weights, average = Reader(folder, config), Reader(folder, config, "average")
+    tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
+    for name in weights:
+        muon = Reader(folder, config, "momentum_buffer").has(name)
+        for kind in ("momentum_buffer",) if muon else ("step", "exp_avg", "exp_avg_sq"):
+            tensors[f"optimizer.{kind}.{name}"] = Reader(folder, config, kind)[name]
+        if average.has(name):
+            tensors[f"average.{name}"] = average[name]
+    recent: dict[str, Any] = {"recent": []} if "train_state.recent" in weights.stored else {}
+    values = read_values(folder, {"train_state": {"step": 0} | recent, "dataloader": {"samples": 0}})
+    return tensors, values["train_state"] | values["dataloader"]
 
 
 def write_plain(
     folder: Path, config: q.ModelConfig, tensors: Mapping[str, Tensor], groups: Mapping[str, dict[str, Any]],
-    *, step: int, samples: int, tokens: int,
+    *, step: int, samples: int, tokens: int, recent: list[list[float]] | None = None,
 ) -> None:  # fmt: skip
     """Write a plain training state as a checkpoint that torchtitan resumes from.
 
     Args:
         folder: OUT/checkpoint/step-N.
         tensors: as `plain_state` gives them.
-        groups: options of AdamW's group of each parameter (lr, betas, weight_decay, ...).
+        groups: options of the optimizer's group of each parameter (lr, betas, weight_decay, ...).
+        recent: losses and norms of the last steps, of a run that skips spikes.
     """
     state: dict[str, Any] = {}
+    average: dict[str, Tensor] = {}
     moments: dict[str, Any] = {}
     options: dict[str, Any] = {}
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
         if kind == "model":
             state |= {f"{PREFIX}{piece}": x.contiguous() for piece, x in in_pieces(config, name, tensor).items()}
+            # torchtitan's schedule adds the first, and its optimizers' container the next two.
+            chosen = {"initial_lr": groups[name]["lr"], "fused": False, "foreach": False} | groups[name]
+            if "rows" in chosen:
+                chosen["rows"] = rows_of(config, name, chosen["rows"])
             for piece in piece_names(config, name):
-                chosen = {"initial_lr": groups[name]["lr"]} | groups[name]  # torchtitan's schedule adds the first
                 options |= {f"param_groups.{PREFIX}{piece}.{option}": x for option, x in chosen.items()}
+        elif kind == "average":
+            average |= {f"{PREFIX}{piece}": x.contiguous() for piece, x in in_pieces(config, name, tensor).items()}
         elif kind == "optimizer":
             moment, _, name = name.partition(".")
             if moment == "step":
@@ -172,6 +190,8 @@ def write_plain(
         "optimizer": moments | options,
         "lr_scheduler": {"last_epoch": step},
         "dataloader": {"samples": samples},
-        "train_state": {"step": step, "ntokens_seen": tokens},
+        "train_state": {"step": step, "ntokens_seen": tokens} | ({} if recent is None else {"recent": recent}),
     }
+    if average:
+        state["average"] = average
     _alone(save, state, folder)

@@ -15,7 +15,7 @@ from torchtitan.tools.utils import device_type
 
 import qwen3next as q
 from recipes.scaling.layout import Layout
-from recipes.scaling.pieces import GATE_UP, piece_names
+from recipes.scaling.pieces import piece_names, rows_of
 from recipes.scaling.settings import ScalingSettings
 from recipes.scaling.sharding import mesh_of
 from recipes.training.muon import Muon, matrices
@@ -72,13 +72,10 @@ def optimizers_of(config: q.ModelConfig, settings: ScalingSettings, layout: Layo
     found: dict[tuple[str, float, tuple[int, ...], str], list[str]] = {}
     for group in parameter_groups(model, settings.weight_decay):
         for p in group["params"]:
-            pieces = piece_names(config, names[id(p)])
-            for piece in pieces:
+            name, split = names[id(p)], rows_of(config, names[id(p)], rows.get(p, ()))
+            kind, decay = ("Muon", settings.weight_decay) if p in rows else ("AdamW", group["weight_decay"])
+            for piece in piece_names(config, name):
                 mesh = mesh_of(piece, tensor=layout.tensor > 1, expert=layout.expert > 1)
-                split: tuple[int, ...] = ()
-                if p in rows and len(pieces) == 1 and not piece.endswith(GATE_UP):
-                    split = rows[p]  # else `pieces.divide` has made matrices of the projections
-                kind, decay = ("Muon", settings.weight_decay) if p in rows else ("AdamW", group["weight_decay"])
                 found.setdefault((kind, decay, split, mesh), []).append(piece)
     groups = []
     for (kind, decay, split, _), some in found.items():

@@ -45,6 +45,11 @@ def piece_names(config: q.ModelConfig, name: str) -> list[str]:
     return _fused(config, name) or [name]
 
 
+def rows_of(config: q.ModelConfig, name: str, rows: tuple[int, ...]) -> tuple[int, ...]:
+    """The rows of each projection in a piece of a parameter, from those in the parameter; () for one projection."""
+    return () if name.endswith(GATE_UP) or _fused(config, name) is not None else rows
+
+
 def _fused(config: q.ModelConfig, name: str) -> list[str] | None:
     prefix, dot, leaf = name.partition(".linear_attn.")
     if leaf not in FUSED or not _released_deltanet(config):

@@ -13,7 +13,7 @@ import qwen3next as q
 from recipes.pretrain import LOOK, Run, windows_of
 from recipes.scaling.settings import ScalingSettings
 from recipes.scaling.weights import random_tensors
-from recipes.training.checkpoints import TrainingState
+from recipes.training.checkpoints import TrainingState, trained
 from recipes.training.evaluation import held_out_of, look
 from recipes.training.optimizers import WeightAverage, optimizers
 from recipes.training.report import Live
@@ -137,7 +137,7 @@ class Plain:
         self.model, self.windows = initial(self.config, settings.seed), windows_of(settings, data)
         self.held_out = held_out_of(data, window=settings.window, batch_size=2 * settings.batch_size)
         self.optimizers = optimizers(self.model, settings)
-        self.optimizer, self.average = self.optimizers[0], WeightAverage(self.model, settings.ema)
+        self.average = WeightAverage(self.model, settings.ema)
         state = TrainingState({}, {}, "", 1, total=settings.steps)
         parts = state, self.model, self.optimizers, self.windows, self.look, "fp32", None, Live(Console(quiet=True))
         self.run = Run(settings, *parts, average=self.average)
@@ -145,6 +145,21 @@ class Plain:
     def look(self):
         options = {"mtp_depths": self.settings.mtp_depths, "needles": self.settings.needles}
         return look(self.model, self.held_out.part(LOOK), precision="fp32", **options)
+
+    def tensors(self, *, average):
+        """Its state by the names of `recipes.training.checkpoints`; not copies."""
+        own = trained(self.model)
+        found = {f"model.{name}": p for name, p in own.items()}
+        for name, p in own.items():
+            for optimizer in self.optimizers:
+                found |= {f"optimizer.{key}.{name}": x for key, x in optimizer.state.get(p, {}).items()}
+        return found | ({f"average.{name}": x for name, x in self.average.tensors.items()} if average else {})
+
+    def groups(self):
+        """The options of each parameter's optimizer."""
+        options = {id(p): group for o in self.optimizers for group in o.param_groups for p in group["params"]}
+        own = trained(self.model)
+        return {name: {k: v for k, v in options[id(p)].items() if k != "params"} for name, p in own.items()}
 
     def to(self, step):
         """The rows of the steps up to this one."""

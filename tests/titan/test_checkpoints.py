@@ -11,7 +11,6 @@ import torch
 import qwen3next as q
 from recipes import titan
 from recipes.scaling.checkpoints import Reader, newest, plain_state, write_plain
-from recipes.training.checkpoints import trained
 
 SAME = 1e-6  # two orders of summation over five steps
 
@@ -38,40 +37,46 @@ def test_two_processes_to_one(finished, tmp_path):
     assert found[-1]["samples"] == 40  # one integer, in any world
 
 
-def test_two_processes_to_the_plain_loop_and_back(finished, text, tmp_path):
+ALL = {"optimizer": "muon", "lr": 5e-4, "ema": 0.9, "skip_spikes": 6.0}
+
+
+@pytest.mark.parametrize("changes", [{}, ALL], ids=["adamw", "muon, average and spikes"])
+def test_two_processes_to_the_plain_loop_and_back(changes, finished, text, tmp_path):
     """Its moments are those of the plain loop, which goes on from them; two processes go on from the loop's state."""
+    if changes:
+        finished = dataclasses.replace(finished, out=tmp_path / "finished", **changes)
+        runs.titan(dataclasses.replace(finished, processes=2))
     settings = at_five(finished, tmp_path / "run")
-    alone = runs.Plain(runs.settings_of(text, tmp_path / "plain", runs.tiny()))
+    alone = runs.Plain(runs.settings_of(text, tmp_path / "plain", runs.tiny(), **changes))
     first = alone.to(5)
     tensors, values = plain_state(settings.out)
+    recent = values.pop("recent", None)
+    assert recent == ([[row["loss"], row["gradient_norm"]] for row in runs.rows(settings.out)[:5]] if changes else None)
     assert values == {"step": 5, "samples": 20}
-    own = trained(alone.model)
-    for name, parameter in own.items():
-        torch.testing.assert_close(tensors[f"model.{name}"], parameter, atol=1e-5, rtol=1e-4)
-        state = alone.optimizer.state[parameter]
-        for moment in ("exp_avg", "exp_avg_sq", "step"):
-            torch.testing.assert_close(tensors[f"optimizer.{moment}.{name}"], state[moment], atol=1e-6, rtol=1e-3)
-    before = {f"model.{name}": p.detach().clone() for name, p in own.items()}
-    options = {id(p): group for group in alone.optimizer.param_groups for p in group["params"]}
-    groups = {name: {k: v for k, v in options[id(p)].items() if k != "params"} for name, p in own.items()}
-    moments = {f"optimizer.{m}.{n}": alone.optimizer.state[p][m].clone() for n, p in own.items()
-               for m in ("exp_avg", "exp_avg_sq", "step")}  # fmt: skip
+    state = alone.tensors(average=bool(changes))
+    assert tensors.keys() == state.keys()
+    for name, tensor in tensors.items():
+        bounds = {"atol": 1e-5, "rtol": 1e-4} if name.startswith("model.") else {"atol": 1e-6, "rtol": 1e-3}
+        torch.testing.assert_close(tensor, state[name], **bounds)
+    before = {name: tensor.detach().clone() for name, tensor in state.items()}
+    recent_before, groups = [list(row) for row in alone.run.state.recent], alone.groups()
 
     with torch.no_grad():  # the plain loop goes on from the checkpoint of two processes
-        for name, parameter in own.items():
-            parameter.copy_(tensors[f"model.{name}"])
-            for moment in ("exp_avg", "exp_avg_sq", "step"):
-                alone.optimizer.state[parameter][moment].copy_(tensors[f"optimizer.{moment}.{name}"])
+        for name, tensor in state.items():
+            tensor.copy_(tensors[name])
     rest = alone.to(10)
     close(first + rest, runs.rows(finished.out))
 
     back = dataclasses.replace(settings, out=tmp_path / "back", processes=2)  # and two processes from its state
     shutil.copytree(settings.out, back.out)
     shutil.rmtree(back.out / "checkpoint")
-    place, counts = back.out / "checkpoint" / "step-5", {"step": 5, "samples": 20, "tokens": 0}
-    write_plain(place, alone.config, before | moments, groups, **counts)
+    counts = {"step": 5, "samples": 20, "tokens": 0, "recent": recent_before if changes else None}
+    write_plain(back.out / "checkpoint" / "step-5", alone.config, before, groups, **counts)
     runs.titan(back)
     close(runs.rows(back.out), runs.rows(finished.out))
+    if changes:
+        one, other = (Reader(newest(run.out), alone.config, "average") for run in (back, finished))
+        assert max((one[name] - other[name]).abs().max() for name in one) < SAME
 
 
 def test_the_exported_folder_is_the_last_checkpoint(finished):
