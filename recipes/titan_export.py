@@ -24,12 +24,14 @@ class Options:
 
     Attributes:
         run: the run's folder.
-        to: the folder to write; default RUN/model.
+        to: the folder to write; default RUN/model, or RUN/model-ema with --average.
         dtype: of linear maps and embeddings; norms, A_log and dt_bias keep fp32, as all tensors do with "stored".
+        average: write the average of the weights, of a run with --ema.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
     to: Path | None = None
+    average: bool = False
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
 
 
@@ -39,8 +41,9 @@ def main(args: list[str] | None = None) -> int:
     def program() -> None:
         options = tyro.cli(Options, args=args, prog="python -m recipes.titan_export")
         step = newest(options.run).name
-        folder = options.to or options.run / "model"
-        export(options.run, folder, dtype=None if options.dtype == "stored" else getattr(torch, options.dtype))
+        folder = options.to or options.run / ("model-ema" if options.average else "model")
+        dtype = None if options.dtype == "stored" else getattr(torch, options.dtype)
+        export(options.run, folder, dtype=dtype, average=options.average)
         save_tokenizer(load_tokenizer(options.run / "tokenizer"), folder)
         print(f"{step} is in {folder}.")
 

@@ -32,7 +32,7 @@ from recipes.scaling.layout import Layout
 from recipes.scaling.optimizers import clip_gradients, optimizers_of
 from recipes.scaling.regions import Group
 from recipes.scaling.settings import ScalingSettings
-from recipes.scaling.sharding import apply, shard_fully
+from recipes.scaling.sharding import apply, compile_blocks, shard_fully
 from recipes.scaling.weights import initialise
 from recipes.training.data import LabelledBatch
 from recipes.training.flops import training_flops
@@ -135,6 +135,8 @@ def parallelize(model: TitanModel, *, parallel_dims: Any, settings: ScalingSetti
     tensor = dims.get_optional_mesh("tp")
     core.recompute(*settings.recompute)
     apply(core, tensor=tensor, expert=dims.get_optional_mesh("ep"))
+    if settings.compile:
+        compile_blocks(core)
     replicas = ["dp_replicate"] if dims.dp_replicate > 1 else []
     expert_data = dims.get_mesh([*replicas, "efsdp"]) if dims.ep > 1 else None
     shard_fully(

@@ -85,7 +85,8 @@ class DividedHeldOut(HeldOut):
 @torch.no_grad()
 def gathered(root: Any, measure: Callable[[q.Qwen3Next], Any]) -> Any:
     """`measure(model)` with the inner model of a divided one, within its forward, where weights are gathered."""
-    found = root(lambda: measure(root.core))
+    with torch.compiler.set_stance("force_eager"):  # batches of other shapes would compile the blocks again
+        found = root(lambda: measure(root.core))
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # the outermost keeps its weights whole after a forward, and the optimizer needs its part

@@ -7,7 +7,7 @@ from recipes.scaling.layout import Layout
 from recipes.training.settings import FREE, Settings
 
 # Settings that a resumed run may change, since neither losses nor the saved state depend on them.
-LAYOUT = {"tensor", "expert", "replicate", "processes", "async_save"}
+LAYOUT = {"tensor", "expert", "replicate", "processes", "async_save", "compile"}
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class ScalingSettings(Settings):
         replicate: groups of processes that each hold all weights (HSDP); within a group FSDP shards them.
         processes: start so many processes on this machine; 0: torchrun or Slurm has started them.
         async_save: write checkpoints in the background.
+        compile: compile each block with torch.compile.
     """
 
     tensor: int = 1
@@ -30,6 +31,7 @@ class ScalingSettings(Settings):
     replicate: int = 1
     processes: int = 0
     async_save: bool = True
+    compile: bool = False
 
     def layout(self, world: int) -> Layout:
         return Layout(world, self.replicate, self.tensor, self.expert)

@@ -40,6 +40,16 @@ def blocks_of(model: q.Qwen3Next) -> list[Block]:
     return [*model.blocks, *(model.mtp.blocks if model.mtp is not None else [])]
 
 
+def compile_blocks(model: q.Qwen3Next) -> None:
+    """Compile each block by itself. Blocks share code but not regions, so torch has to keep a graph for each."""
+    blocks = blocks_of(model)
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(blocks))
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 64 * len(blocks))
+    for block in blocks:
+        block.compile()
+
+
 def apply(model: q.Qwen3Next, *, tensor: DeviceMesh | None, expert: DeviceMesh | None) -> None:
     """Store fused tensors in pieces, and divide the model over the meshes of TP and EP."""
     divide(model)
@@ -109,7 +119,10 @@ def _sparse(mlp: SparseMoE, tensor: DeviceMesh | None, expert: DeviceMesh | None
         items += _divided(mlp.shared_expert, FEED_FORWARD, tensor, group)
         items.append(shared(mlp.shared_expert_gate, "weight", group))
     # The weights of the choices are used with every process's part of an expert, so they have gradients from all.
-    mlp._expert_sum = region(mlp._expert_sum, items, group, inputs=2)  # type: ignore[method-assign]
+    summed = region(mlp._expert_sum, items, group, inputs=2)
+    # A compiled block leaves this out under EP: the host must know how many rows come, and torch 2.13 would trace the
+    # forward of the class in place of the one that exchanges them.
+    mlp._expert_sum = summed if expert is None else torch.compiler.disable(summed)  # type: ignore[method-assign]
 
 
 def mesh_of(piece: str, *, tensor: bool, expert: bool) -> str:

@@ -22,8 +22,8 @@ LAYOUTS = {
 }
 
 
-def held(plain, settings, config, **changes):
-    runs.titan(settings)
+def held(plain, settings, config, *, planted="", **changes):
+    done = runs.titan(settings, planted=planted, timeout=900)
     wanted, found = plain(config, **changes), runs.rows(settings.out)
     loss, norm = runs.differences(wanted, found)
     assert loss < LOSS
@@ -32,9 +32,9 @@ def held(plain, settings, config, **changes):
     for one, other in zip(found, wanted, strict=True):
         assert runs.measures(one) == pytest.approx(runs.measures(other), abs=MEASURE)
     assert "val_bits_per_byte" in found[-1]
-    print(
-        settings.out.parent.name, loss, norm, max(abs(found[-1][k] - x) for k, x in runs.measures(wanted[-1]).items())
-    )
+    measured = max(abs(found[-1][name] - x) for name, x in runs.measures(wanted[-1]).items())
+    print(settings.out.parent.name, loss, norm, measured)  # with pytest -s, for docs/scaling.md
+    return done
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -48,6 +48,15 @@ def test_untied_head_micro_batches_and_two_mtp_depths(layout, text, plain, tmp_p
     config = runs.tiny(tie_word_embeddings=False)
     changes = {"accumulate": 2, "mtp_depths": 2, "lr": 5e-4}
     held(plain, runs.settings_of(text, tmp_path / "run", config, **changes, **LAYOUTS[layout]), config, **changes)
+
+
+@pytest.mark.parametrize("layout", ["ep", "tp"])
+def test_compiled_blocks(layout, text, plain, tmp_path):
+    """Without MTP, so that there is one block less to compile: about a minute."""
+    config = runs.tiny(mtp_num_hidden_layers=0)
+    settings = runs.settings_of(text, tmp_path / "run", config, compile=True, **LAYOUTS[layout])
+    said = held(plain, settings, config, planted="count graphs").stdout
+    assert [int(line.split()[1]) > 5 for line in said.splitlines() if line.startswith("graphs:")] == [True, True]
 
 
 def test_a_dense_model(text, plain, tmp_path):

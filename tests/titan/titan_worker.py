@@ -21,6 +21,14 @@ def plant(fault):
     """Faults that the contract tests must notice."""
     if fault == "unsummed norms":  # gradients of q_norm, k_norm and Gated DeltaNet's norm stay those of own heads
         regions.shared.__globals__["copied"] = lambda x, group: x if x.ndim == 1 else whole(x, group)
+    elif fault == "count graphs":
+        before = titan.work
+
+        def work(settings):
+            before(settings)
+            print("graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+        titan.work = work
     elif fault == "skip alone" and os.environ.get("RANK") == "1":
         skips.Skips.why = lambda self, step, **numbers: ""
     elif fault == "counted twice":
@@ -45,12 +53,12 @@ def plant(fault):
         if os.environ.get("RANK") == rank:
             from recipes.scaling import engine
 
-            before = engine.Pretrainer.train_step
+            step_of = engine.Pretrainer.train_step
 
             def train_step(self, data_iterator):
                 if self.step == int(step):
                     os.kill(os.getpid(), signal.SIGKILL)
-                before(self, data_iterator)
+                step_of(self, data_iterator)
 
             engine.Pretrainer.train_step = train_step
 
