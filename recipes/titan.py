@@ -125,11 +125,11 @@ def work(settings: ScalingSettings) -> None:
     precision, why = pick_precision(settings.precision, device)
     from recipes.scaling.engine import build  # torchtitan, which is optional
 
-    trainer = build(settings, config, windows_of(settings, data), layout, precision=precision)
     rows = max(2 * settings.batch_size // layout.data, 1)  # of a batch without gradients, on one process
     whole = held_out_of(data, window=settings.window, batch_size=rows)
-    model: Any = trainer.model_parts[0]
     check_needles(whole, settings.needles)
+    trainer = build(settings, config, windows_of(settings, data), layout, precision=precision)
+    model: Any = trainer.model_parts[0]
     held_out = DividedHeldOut(whole.batches, batch=model.batch, tensor=model.tensor)
     look, depths = held_out.part(LOOK).look, settings.mtp_depths
     trainer.look = partial(look, precision=precision, mtp_depths=depths, needles=settings.needles)

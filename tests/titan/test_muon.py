@@ -29,3 +29,9 @@ def test_matrices_that_are_not_the_plain_loops_are_noticed(fault, text, plain, t
     print(fault, loss, norm)
     assert loss > 5 * LOSS
     assert norm > 5 * NORM
+
+
+def test_projections_that_stay_one_parameter(text, plain, tmp_path):
+    """A variant of Gated DeltaNet is not stored in pieces: q, k and v are rows of one parameter, each a matrix."""
+    config = runs.tiny(linear_negative_eigenvalues=True)
+    held(plain, runs.settings_of(text, tmp_path / "run", config, **MUON, **LAYOUTS["fsdp"]), config, **MUON)
