@@ -3,13 +3,16 @@
     python -m recipes.evidence --out runs/evidence
     python -m recipes.evidence --out runs/evidence --only recall --steps 2000
 
-Experiments: "mixers" compares the hybrid with attention alone and Gated DeltaNet alone, at equal parameters and tokens;
-"recall" measures recall of key-value pairs against the share of softmax layers; "optimizers" AdamW with Muon; "balance"
-the balance loss of micro-batches with that of the whole batch. Every run is a folder of its own. A killed call goes on
-where it was, and the page is written anew after each run.
+Experiments: "sizes" trains three sizes on one text, held-out loss against counted operations; "mixers" compares the
+hybrid with attention alone and Gated DeltaNet alone, at equal parameters and tokens; "share" measures held-out loss on
+text, and "recall" recall of key-value pairs, against the share of softmax layers; "optimizers" compares AdamW with
+Muon; "balance" the balance loss of micro-batches with that of the whole batch. Every run is a folder of its own.
+Equal arms of several experiments share a run. A killed call goes on where it was, and the page is written anew after
+each run.
 """
 
 import json
+import math
 import statistics
 import sys
 import time
@@ -24,20 +27,23 @@ import tyro
 from rich.console import Console
 
 import qwen3next as q
+from layers.gated_deltanet import GatedDeltaNet
 from qwen3next.inspect import count_parameters
 from recipes.data import Options as DataOptions
 from recipes.data import prepare
 from recipes.demo import machine
 from recipes.pretrain import Run, exit_status, start_or_resume, train
-from recipes.training.data import LabelledBatch
+from recipes.training.data import Batch, LabelledBatch
 from recipes.training.documents import digest
+from recipes.training.flops import training_flops
+from recipes.training.optimizers import optimizers as optimizers_of
 from recipes.training.report import Live, Metrics, Row, read_metrics
 from recipes.training.settings import Settings
-from recipes.training.steps import Part
+from recipes.training.steps import Part, accumulate_gradients
 from recipes.training.tokenizer import write_atomically
 
 LINEAR, FULL = "linear_attention", "full_attention"
-# 0.3M parameters: four layers of width 64.
+# 0.37M parameters: four layers of width 64.
 SIZE: dict[str, Any] = {
     "hidden_size": 64,
     "num_attention_heads": 4,
@@ -52,6 +58,7 @@ SIZE: dict[str, Any] = {
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
 }
+KINDS = 32  # keys, and values, of the recall task
 HELD_OUT = 10**9  # samples of the recall task from this number on are never trained on
 
 
@@ -61,23 +68,25 @@ class Options:
 
     Attributes:
         out: folder of all runs, of evidence.md, evidence.json and the pictures.
-        only: experiments to run: mixers, recall, optimizers, balance; none given means all.
+        only: experiments to run: sizes, mixers, share, recall, optimizers, balance; none given means all.
         seeds: seeds of each arm.
-        steps: steps of a run of the text experiments; recall takes as many.
+        steps: steps of a run on text.
+        recall_steps: steps of a run of `recall`.
         data: text of the experiments on text.
     """
 
     out: Path = Path("runs/evidence")
     only: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 400
+    steps: int = 200
+    recall_steps: int = 500
     data: str = "stdlib"
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.only) - set(EXPERIMENTS)):
             raise ValueError(f"There is no experiment {unknown[0]!r}: choose {', '.join(EXPERIMENTS)}.")
-        if self.steps < 1 or not self.seeds:
-            raise ValueError("steps must be 1 or more, and at least one seed must be given.")
+        if min(self.steps, self.recall_steps) < 1 or not self.seeds:
+            raise ValueError("steps and recall_steps must be 1 or more, and at least one seed must be given.")
 
 
 @dataclass(frozen=True)
@@ -86,35 +95,68 @@ class Arm:
 
     Attributes:
         config: changes of `SIZE`.
-        settings: changes of the run's settings.
+        settings: changes of the run's settings, `TEXT` or `PAIRS`.
+        slow: start from decays as slow as those of flash-linear-attention, see `slow_decays`.
     """
 
     name: str
     config: dict[str, Any]
     settings: dict[str, Any]
+    slow: bool = True
+
+
+# 200 steps are 204,800 bytes.
+TEXT: dict[str, Any] = {"preset": "tiny", "batch_size": 4, "window": 256, "lr": 4e-3, "needles": (64, 256)}
+PAIRS: dict[str, Any] = {"preset": "tiny", "tokenizer": "none", "data": ("pairs",), "batch_size": 16, "window": 64}
+PAIRS |= {"lr": 4e-3, "optimizer": "muon"}
+LARGER: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4}
+LARGER |= {"linear_num_key_heads": 4, "linear_num_value_heads": 4}
+LARGER |= {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+SMALLER: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+SMALLER |= {"linear_num_key_heads": 1, "linear_num_value_heads": 1}
+SMALLER |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+
+
+def sizes() -> list[Arm]:
+    """Width, heads and experts' width doubled twice; the same text, steps and learning rate."""
+    kinds = {"width 32": SMALLER, "width 64": {}, "width 128": LARGER}
+    return [Arm(name, changes, {}) for name, changes in kinds.items()]
 
 
 def mixers() -> list[Arm]:
     """Equal parameters: the experts' width makes up for the mixers' sizes."""
-    kinds = {"hybrid 3:1": [LINEAR] * 3 + [FULL], "attention": [FULL] * 4, "Gated DeltaNet": [LINEAR] * 4}
-    target = _size({"layer_types": kinds["hybrid 3:1"]})
-    return [Arm(name, _matched({"layer_types": types}, target), {}) for name, types in kinds.items()]
+    of = {arm.name: arm for arm in share()}
+    kinds = {"hybrid 3:1": "1 of 4", "attention": "4 of 4", "Gated DeltaNet": "0 of 4"}
+    return [replace(of[softmax], name=name) for name, softmax in kinds.items()]
+
+
+def share() -> list[Arm]:
+    """Softmax layers at the end, none to all of four, trained on text; equal parameters by the experts' width."""
+    target, arms = _size({"layer_types": _layers(1)}), []
+    for softmax in (0, 1, 2, 4):
+        arms.append(Arm(f"{softmax} of 4", _matched({"layer_types": _layers(softmax)}, target), {}))
+    return arms
 
 
 def recall() -> list[Arm]:
     """Softmax layers at the end, none to all of four; dense feed-forwards, equal parameters, 8 pairs to remember."""
-    small = {"num_experts": 0, "linear_key_head_dim": 8, "linear_value_head_dim": 16, "mtp_num_hidden_layers": 0}
-    target = _size({"layer_types": [LINEAR] * 3 + [FULL], "intermediate_size": 128, **small})
-    how, arms = {"batch_size": 32, "window": 32, "lr": 4e-3}, []
+    small: dict[str, Any] = {
+        "num_experts": 0,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 16,
+        "mtp_num_hidden_layers": 0,
+    }
+    small |= {"vocab_size": 2 * KINDS + 1, "eos_token_id": 0, "partial_rotary_factor": 1.0}
+    target, arms = _size({"layer_types": _layers(1), "intermediate_size": 128, **small}), []
     for softmax in (0, 1, 2, 4):
-        changes = {"layer_types": [LINEAR] * (4 - softmax) + [FULL] * softmax, **small}
-        arms.append(Arm(f"{softmax} of 4", _matched(changes, target), how))
-    return arms
+        changes = {"layer_types": _layers(softmax), **small}
+        arms.append(Arm(f"{softmax} of 4", _matched(changes, target), {}))
+    return [*arms, *(replace(arm, name=f"{arm.name}, fast decays", slow=False) for arm in arms[:3])]
 
 
 def optimizers() -> list[Arm]:
     """Each at two rates."""
-    rates = 2e-3, 6e-3
+    rates = 4e-3, 8e-3
     return [Arm(f"{o}, lr {lr:g}", {}, {"optimizer": o, "lr": lr}) for o in ("adamw", "muon") for lr in rates]
 
 
@@ -126,11 +168,17 @@ def balance() -> list[Arm]:
 
 
 EXPERIMENTS: dict[str, Callable[[], list[Arm]]] = {
+    "sizes": sizes,
     "mixers": mixers,
+    "share": share,
     "recall": recall,
     "optimizers": optimizers,
     "balance": balance,
 }
+
+
+def _layers(softmax: int) -> list[str]:
+    return [LINEAR] * (4 - softmax) + [FULL] * softmax
 
 
 def _size(changes: dict[str, Any]) -> int:
@@ -154,21 +202,19 @@ def run(options: Options, *, console: Console | None = None) -> dict[str, Any]:
     console = Console() if console is None else console
     made: dict[str, dict[str, dict[str, Row]]] = {}
     chosen = options.only or tuple(EXPERIMENTS)
-    todo = [(e, arm, seed) for e in chosen for seed in options.seeds for arm in EXPERIMENTS[e]()]
+    todo = [(e, arm, seed) for seed in options.seeds for e in chosen for arm in EXPERIMENTS[e]()]
     if set(chosen) - {"recall"}:  # few held-out bytes, because every run measures all of them
         how = DataOptions(options.data, options.out / "text", "bytes", workers=1, validation_share=0.005)
         prepare(how, console=Console(quiet=True))
     for number, (experiment, arm, seed) in enumerate(todo, start=1):
-        folder = options.out / experiment / f"{arm.name.replace(' ', '-').replace(':', '-').replace(',', '')}-{seed}"
-        if not (folder / "evidence.json").is_file():
+        settings = settings_of(options, experiment, arm, seed)
+        path = settings.out / "evidence.json"
+        if not path.is_file():
             console.print(f"{number}/{len(todo)}: {experiment}, {arm.name}, seed {seed}", highlight=False)
-            begun = time.process_time()
-            row = (_recall_run if experiment == "recall" else _text_run)(options, arm, seed, folder)
-            row |= {"parameters": _size(arm.config), "cpu_seconds": time.process_time() - begun}
-            write_atomically(folder / "evidence.json", json.dumps(row).encode())
-        made.setdefault(experiment, {}).setdefault(arm.name, {})[str(seed)] = json.loads(
-            (folder / "evidence.json").read_bytes()
-        )
+            row = (_recall_run if experiment == "recall" else _text_run)(settings, arm)
+            write_atomically(path, json.dumps(row).encode())
+        row = json.loads(path.read_bytes()) | {"run": settings.out.name}
+        made.setdefault(experiment, {}).setdefault(arm.name, {})[str(seed)] = row
         found = {"options": asdict(options) | {"out": str(options.out)}, "machine": machine(), "results": made}
         write_atomically(options.out / "evidence.json", (json.dumps(found, indent=1) + "\n").encode())
         write_atomically(options.out / "evidence.md", page(found).encode())
@@ -177,60 +223,105 @@ def run(options: Options, *, console: Console | None = None) -> dict[str, Any]:
     return found
 
 
-def _text_run(options: Options, arm: Arm, seed: int, folder: Path) -> Row:
-    """Train on bytes of text; held-out bits per byte, needle recall and speed."""
-    settings = Settings(
-        data=(str(options.out / "text"),),
-        preset="tiny",
-        model=tuple(f"{key}={json.dumps(value)}" for key, value in (SIZE | arm.config).items()),
-        steps=options.steps,
-        batch_size=4,
-        window=256,
-        lr=4e-3,
-        seed=seed,
-        out=folder,
-        eval_every=max(options.steps // 4, 1),
-        save_every=max(options.steps // 2, 1),
-        needles=(64, 256),
-        tensorboard=False,
-        precision="fp32",
-    )
-    settings = replace(settings, **arm.settings, resume=(folder / "settings.json").is_file())
-    result, last = train(settings, console=Console(quiet=True)), read_metrics(folder)[-1]
+def settings_of(options: Options, experiment: str, arm: Arm, seed: int) -> Settings:
+    """The settings of a run, whose folder is named by a digest of all that it depends on."""
+    on_pairs = experiment == "recall"
+    steps = options.recall_steps if on_pairs else options.steps
+    how = PAIRS if on_pairs else TEXT | {"data": (str(options.out / "text"),)}
+    how = how | {"steps": steps, "warmup": max(steps // 10, 1), "seed": seed} | arm.settings
+    config = q.presets.tiny(**(SIZE | arm.config)).to_dict()
+    told = json.dumps([config, how | {"data": options.data}, arm.slow], sort_keys=True)
+    folder = options.out / "runs" / f"{'pairs' if on_pairs else 'text'}-{digest(told)[:8]}-{seed}"
+    every = {"eval_every": max(steps // 5, 1), "save_every": max(steps // 2, 1)}
+    free: dict[str, Any] = {"tensorboard": False, "precision": "fp32", "out": folder}
+    return Settings(**(how | every | free | {"resume": (folder / "settings.json").is_file()}))
+
+
+def new_model(arm: Arm, seed: int) -> q.Qwen3Next:
+    """Random weights of an arm."""
+    torch.manual_seed(seed)
+    model = q.Qwen3Next(q.presets.tiny(**(SIZE | arm.config)))
+    if arm.slow:
+        slow_decays(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+@torch.no_grad()
+def slow_decays(model: q.Qwen3Next, generator: torch.Generator) -> None:
+    """Set dt_bias of all Gated DeltaNet layers so that softplus(dt_bias) is log-uniform from 0.001 to 0.1.
+
+    The model's own start is that of transformers: dt_bias = 1, so that a head keeps a share of e^(-1.3 A) of its state
+    a token, with A uniform from 0 to 16: half of the heads forget nearly all within one token.
+    Source: flash-linear-attention, fla/layers/gated_deltanet.py, where A is drawn alike.
+    """
+    for layer in model.modules():
+        if isinstance(layer, GatedDeltaNet):
+            dt = 1e-3 * torch.exp(torch.rand(layer.dt_bias.shape, generator=generator) * math.log(100))
+            layer.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+
+def _text_run(settings: Settings, arm: Arm) -> Row:
+    """Train on bytes of text; held-out bits per byte, needle recall, counted operations and speed."""
+    folder, begun = settings.out, time.process_time()
+    start = folder / "start"
+    if not (start / "config.json").is_file():
+        new_model(arm, settings.seed).save_pretrained(start)
+    result = train(replace(settings, init=str(start)), console=Console(quiet=True))
+    spent, rows, model = time.process_time() - begun, read_metrics(folder), q.load(start)
+    flops = training_flops(model.config, settings.window)  # a token
     measured = ("needle/64", "needle/256", "load_entropy", "max_load", "mtp_accuracy/1")
-    return {"bits_per_byte": result.bits_per_byte, "tokens_per_second": result.tokens_per_second} | {
-        key: last[key] for key in measured if key in last
-    }
+    return {
+        "bits_per_byte": result.bits_per_byte,
+        "parameters": result.parameters,
+        "training_teraflop": flops * result.tokens / 1e12,
+        "curve": [[flops * row["tokens"], row["val_bits_per_byte"]] for row in rows if "val_bits_per_byte" in row],
+        "tokens_per_cpu_second": tokens_per_cpu_second(model, settings),
+        "cpu_seconds": spent,
+    } | {key: rows[-1][key] for key in measured if key in rows[-1]}
+
+
+def tokens_per_cpu_second(model: q.Qwen3Next, settings: Settings, *, steps: int = 9) -> float:
+    """Tokens of a training step over the CPU time of the fastest of `steps` steps, on random tokens.
+
+    CPU time, and the fastest step, because other work on the machine makes the time of a run say little.
+    """
+    torch.manual_seed(settings.seed)
+    ids = torch.randint(0, 256, (settings.accumulate, settings.batch_size, settings.window))
+    micro = [Batch(part, torch.zeros_like(part)) for part in ids]
+    taught, fastest = optimizers_of(model, settings), math.inf
+    for _ in range(steps):
+        begun = time.process_time()
+        for optimizer in taught:
+            optimizer.zero_grad(set_to_none=True)
+        accumulate_gradients(model, micro, precision=settings.precision, balance=settings.balance)
+        for optimizer in taught:
+            optimizer.step()
+        fastest = min(fastest, time.process_time() - begun)
+    return ids.numel() / fastest
 
 
 class Pairs:
-    """Multi-query associative recall: pairs of a key and a value, then every key again, in another order.
+    """Multi-query associative recall: pairs of a key and a value, then three times every key, in another order.
 
-    Keys are tokens 1 to 64, values 65 to 128; values behind the keys' second appearance are to be predicted. Sequences
-    are a pure function of their number. Source: arXiv:2312.04927.
+    An eighth of the window's tokens are keys. Keys are tokens 1 to 32, values 33 to 64; values behind a key's later
+    appearances are to be predicted. Sequences are a pure function of their number. Source: arXiv:2312.04927.
     """
 
     def __init__(self, window: int, seed: int) -> None:
-        self.pairs, self.window, self.seed = window // 4, window, seed
+        self.pairs, self.window, self.seed = window // 8, window, seed
 
     def batch(self, first_sample: int, batch_size: int) -> LabelledBatch:
         """Sequences first_sample to first_sample + batch_size - 1, (b, window)."""
         ids = np.zeros((batch_size, self.window), dtype=np.int64)
-        labels = np.full_like(ids, -100)
         n = self.pairs
         for row in range(batch_size):
             generator = np.random.default_rng([self.seed, first_sample + row])
-            keys, values = generator.permutation(64)[:n] + 1, generator.integers(65, 129, n)
-            again = generator.permutation(n)
-            ids[row, : 2 * n : 2], ids[row, 1 : 2 * n : 2] = keys, values
-            ids[row, 2 * n : 4 * n : 2], ids[row, 2 * n + 1 : 4 * n : 2] = keys[again], values[again]
-            labels[row, 2 * n + 1 : 4 * n : 2] = values[again]
-        tensors = (
-            torch.from_numpy(ids),
-            torch.zeros(batch_size, self.window, dtype=torch.long),
-            torch.from_numpy(labels),
-        )
-        return LabelledBatch(*tensors)
+            keys, values = generator.permutation(KINDS)[:n] + 1, generator.integers(KINDS + 1, 2 * KINDS + 1, n)
+            order = np.concatenate([np.arange(n), *(generator.permutation(n) for _ in range(3))])
+            ids[row, : 8 * n : 2], ids[row, 1 : 8 * n : 2] = keys[order], values[order]
+        labels = np.full_like(ids, -100)
+        labels[:, 2 * n + 1 : 8 * n : 2] = ids[:, 2 * n + 1 : 8 * n : 2]
+        return LabelledBatch(torch.from_numpy(ids), torch.zeros(ids.shape, dtype=torch.long), torch.from_numpy(labels))
 
 
 @torch.no_grad()
@@ -243,25 +334,10 @@ def recalled(model: q.Qwen3Next, windows: Pairs, *, sequences: int = 64) -> Row:
     return {"recall": float((guess == part.labels[:, 1:])[place].float().mean())}
 
 
-def _recall_run(options: Options, arm: Arm, seed: int, folder: Path) -> Row:
+def _recall_run(settings: Settings, arm: Arm) -> Row:
     """Train on pairs, by the loop of `recipes.pretrain`."""
-    settings = Settings(
-        data=("pairs",),
-        tokenizer="none",
-        preset=arm.name,
-        steps=options.steps,
-        warmup=max(options.steps // 10, 1),
-        seed=seed,
-        out=folder,
-        eval_every=max(options.steps // 8, 1),
-        save_every=max(options.steps // 2, 1),
-        tensorboard=False,
-        precision="fp32",
-    )
-    settings = replace(settings, **arm.settings, resume=(folder / "settings.json").is_file())
-    windows = Pairs(settings.window, seed)
-    torch.manual_seed(seed)
-    model = q.Qwen3Next(q.presets.tiny(**(SIZE | {"vocab_size": 129, "eos_token_id": 0} | arm.config)))
+    folder, begun = settings.out, time.process_time()
+    windows, model = Pairs(settings.window, settings.seed), new_model(arm, settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
     taught, average, state = start_or_resume(settings, model, digest(f"pairs {settings.window}"))
     console = Console(quiet=True)
@@ -274,17 +350,23 @@ def _recall_run(options: Options, arm: Arm, seed: int, folder: Path) -> Row:
         metrics.close()
     rows = read_metrics(folder)
     curve = [[row["step"], row["recall"]] for row in rows if "recall" in row]
-    return {"recall": curve[-1][1], "loss": rows[-1]["lm"], "curve": curve}
+    return {
+        "recall": curve[-1][1],
+        "loss": statistics.fmean(row["lm"] for row in rows[-20:]),
+        "curve": curve,
+        "parameters": _size(arm.config),
+        "cpu_seconds": time.process_time() - begun,
+    }
 
 
 SHOWN = {"bits_per_byte": 3, "recall": 3, "loss": 3, "needle/64": 2, "needle/256": 2, "mtp_accuracy/1": 3}
-SHOWN |= {"load_entropy": 3, "tokens_per_second": 0, "parameters": 0}
+SHOWN |= {"load_entropy": 3, "max_load": 2, "tokens_per_cpu_second": 0, "training_teraflop": 2, "parameters": 0}
 
 
 def page(found: dict[str, Any]) -> str:
     """The tables: mean over seeds, and the smallest and largest value."""
     options, lines = found["options"], ["# Evidence", ""]
-    total = 0.0
+    spent: dict[str, float] = {}  # by run: experiments share some
     for experiment, arms in found["results"].items():
         keys = [key for key in SHOWN if any(key in row for seeds in arms.values() for row in seeds.values())]
         lines += [f"## {experiment}", "", EXPERIMENTS[experiment].__doc__ or "", ""]
@@ -292,11 +374,12 @@ def page(found: dict[str, Any]) -> str:
         for arm, seeds in arms.items():
             cells = [_cell([row[key] for row in seeds.values() if key in row], SHOWN[key]) for key in keys]
             lines.append(f"| {arm} | {len(seeds)} | {' | '.join(cells)} |")
-            total += sum(row["cpu_seconds"] for row in seeds.values())
+            spent |= {row["run"]: row["cpu_seconds"] for row in seeds.values()}
         lines.append("")
     lines.append(
-        f"{options['steps']} steps a run; {total / 60:.0f} CPU minutes in all; {found['machine']}. A cell is the mean "
-        "over seeds, with the smallest and the largest value in brackets."
+        f"{options['steps']} steps a run on text, {options['recall_steps']} on pairs; {len(spent)} runs, "
+        f"{sum(spent.values()) / 60:.0f} CPU minutes in all; {found['machine']}. A cell is the mean over seeds, with "
+        "the smallest and the largest value in brackets."
     )
     return "\n".join(lines) + "\n"
 
@@ -309,29 +392,52 @@ def _cell(values: list[float], digits: int) -> str:
 
 
 def draw(results: dict[str, Any], out: Path) -> None:
-    """One picture an experiment: each arm's seeds as dots and their mean as a bar."""
+    """A picture an experiment: bars of the means with a dot a seed; curves over counted operations for `sizes`.
+
+    The picture of `share` has the recall of `recall` beside it, where both were run.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
     for experiment, arms in results.items():
-        key = "recall" if experiment == "recall" else "bits_per_byte"
-        figure = Figure(figsize=(1.6 + 1.4 * len(arms), 3.4), dpi=120, layout="constrained")
-        axis = figure.subplots()
-        for place, seeds in enumerate(arms.values()):
-            values = [row[key] for row in seeds.values()]
-            axis.bar(place, statistics.fmean(values), color="#b9cbe4", width=0.6)
-            axis.plot([place] * len(values), values, "o", color="#1f4e9c", markersize=4)
-        every = [row[key] for seeds in arms.values() for row in seeds.values()]
-        if key == "bits_per_byte":
-            room = max(max(every) - min(every), 0.05)
-            axis.set_ylim(min(every) - room, max(every) + 0.3 * room)
-        else:
-            axis.set_ylim(0, 1)
-        axis.set_xticks(range(len(arms)), [name.replace(", ", "\n") for name in arms], fontsize=8)
-        axis.set_title("share of values recalled" if key == "recall" else "held-out bits per byte", fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
+        beside = ["recall"] if experiment == "share" and "recall" in results else []
+        panels = [experiment, *beside]
+        widths = [5.2 if name == "sizes" else 1.6 + 1.25 * len(results[name]) for name in panels]
+        figure = Figure(figsize=(sum(widths), 3.4), dpi=120, layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
+        for axis, name in zip(axes, panels, strict=True):
+            _curves(axis, arms) if name == "sizes" else _bars(axis, results[name])
+            axis.spines[["top", "right"]].set_visible(False)
         figure.savefig(out / f"{experiment}.png")
+
+
+def _curves(axis: Any, arms: dict[str, Any]) -> None:
+    """Held-out loss against the operations spent so far; a line a seed."""
+    for (name, seeds), colour in zip(arms.items(), ("#7aa6d9", "#1f4e9c", "#b5502b"), strict=False):
+        for number, row in enumerate(seeds.values()):
+            label = f"{name}, {row['parameters'] / 1e6:.2f}M" if not number else None
+            axis.plot(*zip(*row["curve"], strict=True), "o-", color=colour, markersize=3, linewidth=1, label=label)
+    axis.set_xscale("log")
+    axis.set_xlabel("training operations so far, FLOP", fontsize=9)
+    axis.set_title("held-out bits per byte", fontsize=10)
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _bars(axis: Any, arms: dict[str, Any]) -> None:
+    key = "recall" if all("recall" in row for seeds in arms.values() for row in seeds.values()) else "bits_per_byte"
+    for place, seeds in enumerate(arms.values()):
+        values = [row[key] for row in seeds.values()]
+        axis.bar(place, statistics.fmean(values), color="#b9cbe4", width=0.6)
+        axis.plot([place] * len(values), values, "o", color="#1f4e9c", markersize=4)
+    every = [row[key] for seeds in arms.values() for row in seeds.values()]
+    if key == "bits_per_byte":
+        room = max(max(every) - min(every), 0.05)
+        axis.set_ylim(min(every) - room, max(every) + 0.3 * room)
+    else:
+        axis.set_ylim(0, 1.03)
+    axis.set_xticks(range(len(arms)), [name.replace(", ", "\n") for name in arms], fontsize=8)
+    axis.set_title("share of values recalled" if key == "recall" else "held-out bits per byte", fontsize=10)
 
 
 def main(args: list[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """What is measured of a model during a run: bits per byte of every source, MTP accuracy, recall of needles, samples."""
 
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ NEEDLES = 8  # hidden in texts of each length
 NEEDLE = 4  # tokens of its key, and of its value
 # Means of a model's gates by the hook that sees them, and what is made of it.
 GATES: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
-    "decay": ("*.linear_attn.hook_log_decay", torch.exp),
-    "write_strength": ("*.linear_attn.hook_beta", lambda x: x),
-    "attention_gate": ("*.self_attn.hook_gate", lambda x: x),
+    "decay": ("blocks.*.linear_attn.hook_log_decay", torch.exp),
+    "write_strength": ("blocks.*.linear_attn.hook_beta", lambda x: x),
+    "attention_gate": ("blocks.*.self_attn.hook_gate", lambda x: x),
 }
 
 
@@ -177,13 +178,12 @@ def gates(model: q.Qwen3Next, batches: ValidationBatches, *, precision: str) -> 
     ids, segments = batch.input_ids[:2].to(device), Segments.from_document_ids(batch.document_ids[:2].to(device))
     names = {name for name, _ in model.named_modules()}
     for measure, (pattern, of) in GATES.items():
-        if not any(name.endswith(pattern[1:]) for name in names):
+        if not any(fnmatchcase(name, pattern) for name in names):
             continue
         with torch.no_grad(), _autocast(device, precision):
             _, cache = model.run_with_cache(ids, segments=segments, names_filter=pattern)
-        values: list[Tensor] = [of(x.float())[segments.mask].mean() for name, x in cache.items() if "mtp" not in name]
-        if values:
-            found[measure] = float(torch.stack(values).mean())
+        values: list[Tensor] = [of(x.float())[segments.mask].mean() for x in cache.values()]
+        found[measure] = float(torch.stack(values).mean())
     return found
 
 
