@@ -16,7 +16,8 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from recipes.training.documents import digest
 from recipes.training.flops import training_flops
 from recipes.training.optimizers import optimizers as optimizers_of
 from recipes.training.report import Live, Metrics, Row, read_metrics
-from recipes.training.settings import Settings
+from recipes.training.settings import Settings, comparable
 from recipes.training.steps import Part, accumulate_gradients
 from recipes.training.tokenizer import write_atomically
 
@@ -151,7 +152,7 @@ def recall() -> list[Arm]:
     for softmax in (0, 1, 2, 4):
         changes = {"layer_types": _layers(softmax), **small}
         arms.append(Arm(f"{softmax} of 4", _matched(changes, target), {}))
-    return [*arms, *(replace(arm, name=f"{arm.name}, fast decays", slow=False) for arm in arms[:3])]
+    return [*arms, *(replace(arm, name=f"{arm.name}, fast decays", slow=False) for arm in arms[:2])]
 
 
 def optimizers() -> list[Arm]:
@@ -211,8 +212,9 @@ def run(options: Options, *, console: Console | None = None) -> dict[str, Any]:
         path = settings.out / "evidence.json"
         if not path.is_file():
             console.print(f"{number}/{len(todo)}: {experiment}, {arm.name}, seed {seed}", highlight=False)
-            row = (_recall_run if experiment == "recall" else _text_run)(settings, arm)
-            write_atomically(path, json.dumps(row).encode())
+            with _cpu_time(settings.out / "cpu_seconds") as so_far:
+                row = (_recall_run if experiment == "recall" else _text_run)(settings, arm)
+            write_atomically(path, json.dumps(row | {"cpu_seconds": so_far[0]}).encode())
         row = json.loads(path.read_bytes()) | {"run": settings.out.name}
         made.setdefault(experiment, {}).setdefault(arm.name, {})[str(seed)] = row
         found = {"options": asdict(options) | {"out": str(options.out)}, "machine": machine(), "results": made}
@@ -223,18 +225,34 @@ def run(options: Options, *, console: Console | None = None) -> dict[str, Any]:
     return found
 
 
+@contextmanager
+def _cpu_time(path: Path) -> Iterator[list[float]]:
+    """CPU seconds of this process within the block, added to those in a file; all of them at the end.
+
+    A call that SIGKILL ends adds nothing.
+    """
+    before, begun, found = float(path.read_text()) if path.is_file() else 0.0, time.process_time(), [0.0]
+    try:
+        yield found
+    finally:
+        found[0] = before + time.process_time() - begun
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, str(found[0]).encode())
+
+
 def settings_of(options: Options, experiment: str, arm: Arm, seed: int) -> Settings:
     """The settings of a run, whose folder is named by a digest of all that it depends on."""
     on_pairs = experiment == "recall"
     steps = options.recall_steps if on_pairs else options.steps
     how = PAIRS if on_pairs else TEXT | {"data": (str(options.out / "text"),)}
     how = how | {"steps": steps, "warmup": max(steps // 10, 1), "seed": seed} | arm.settings
+    settings = Settings(**how, tensorboard=False, precision="fp32")
     config = q.presets.tiny(**(SIZE | arm.config)).to_dict()
-    told = json.dumps([config, how | {"data": options.data}, arm.slow], sort_keys=True)
+    told = json.dumps([config, comparable(settings) | {"data": options.data}, arm.slow], sort_keys=True)
     folder = options.out / "runs" / f"{'pairs' if on_pairs else 'text'}-{digest(told)[:8]}-{seed}"
-    every = {"eval_every": max(steps // 5, 1), "save_every": max(steps // 2, 1)}
-    free: dict[str, Any] = {"tensorboard": False, "precision": "fp32", "out": folder}
-    return Settings(**(how | every | free | {"resume": (folder / "settings.json").is_file()}))
+    resume = (folder / "settings.json").is_file()
+    every: dict[str, Any] = {"eval_every": max(steps // 5, 1), "save_every": max(steps // 2, 1)}
+    return replace(settings, out=folder, resume=resume, **every)
 
 
 def new_model(arm: Arm, seed: int) -> q.Qwen3Next:
@@ -262,12 +280,12 @@ def slow_decays(model: q.Qwen3Next, generator: torch.Generator) -> None:
 
 def _text_run(settings: Settings, arm: Arm) -> Row:
     """Train on bytes of text; held-out bits per byte, needle recall, counted operations and speed."""
-    folder, begun = settings.out, time.process_time()
+    folder = settings.out
     start = folder / "start"
     if not (start / "config.json").is_file():
         new_model(arm, settings.seed).save_pretrained(start)
     result = train(replace(settings, init=str(start)), console=Console(quiet=True))
-    spent, rows, model = time.process_time() - begun, read_metrics(folder), q.load(start)
+    rows, model = read_metrics(folder), q.load(start)
     flops = training_flops(model.config, settings.window)  # a token
     measured = ("needle/64", "needle/256", "load_entropy", "max_load", "mtp_accuracy/1")
     return {
@@ -276,7 +294,6 @@ def _text_run(settings: Settings, arm: Arm) -> Row:
         "training_teraflop": flops * result.tokens / 1e12,
         "curve": [[flops * row["tokens"], row["val_bits_per_byte"]] for row in rows if "val_bits_per_byte" in row],
         "tokens_per_cpu_second": tokens_per_cpu_second(model, settings),
-        "cpu_seconds": spent,
     } | {key: rows[-1][key] for key in measured if key in rows[-1]}
 
 
@@ -336,7 +353,7 @@ def recalled(model: q.Qwen3Next, windows: Pairs, *, sequences: int = 64) -> Row:
 
 def _recall_run(settings: Settings, arm: Arm) -> Row:
     """Train on pairs, by the loop of `recipes.pretrain`."""
-    folder, begun = settings.out, time.process_time()
+    folder = settings.out
     windows, model = Pairs(settings.window, settings.seed), new_model(arm, settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
     taught, average, state = start_or_resume(settings, model, digest(f"pairs {settings.window}"))
@@ -355,7 +372,6 @@ def _recall_run(settings: Settings, arm: Arm) -> Row:
         "loss": statistics.fmean(row["lm"] for row in rows[-20:]),
         "curve": curve,
         "parameters": _size(arm.config),
-        "cpu_seconds": time.process_time() - begun,
     }
 
 

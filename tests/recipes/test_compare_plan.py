@@ -1,4 +1,4 @@
-"""Runs beside each other, plans for many GPUs against public anchors, and the evidence recipe on a few steps."""
+"""Runs beside each other, and plans for many GPUs against public anchors."""
 
 import io
 import json
@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 import qwen3next as q
-from recipes import compare, evidence, plan
+from recipes import compare, plan
 from recipes.plan import RATES, Layout, estimate, estimates, layouts, memory_by_part
 from recipes.training.flops import training_flops
 
@@ -123,50 +123,3 @@ def test_what_a_plan_refuses(capsys):
         plan.Options(gpu="tpu")
     assert plan.main(["--preset", "tiny", "--gpus", "3", "--batch", "2"]) == 1
     assert "no layout divides this batch" in capsys.readouterr().err
-
-
-# ---- evidence
-
-
-def test_pairs():
-    """Every key comes twice, and the value behind the second is the one behind the first; only that is predicted."""
-    batch = evidence.Pairs(32, 5).batch(7, 3)
-    for ids, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
-        value = dict(zip(ids[:16:2], ids[1:16:2], strict=True))
-        assert len(value) == 8
-        assert ids[17::2] == [value[key] for key in ids[16::2]] == labels[17::2]
-        assert set(labels[:16] + labels[16::2]) == {-100}
-    assert torch.equal(evidence.Pairs(32, 5).batch(8, 1).input_ids, batch.input_ids[1:2])
-
-
-def test_arms_have_equal_parameters():
-    for experiment in ("mixers", "recall"):
-        sizes = [evidence._size(arm.config) for arm in evidence.EXPERIMENTS[experiment]()]
-        assert max(sizes) - min(sizes) < 0.01 * max(sizes)
-
-
-@pytest.mark.slow
-def test_evidence_goes_on_and_shows_the_spread(tmp_path, monkeypatch):
-    """A call that was killed between runs makes only the others; the page has every arm with its seeds."""
-    options = evidence.Options(tmp_path, only=("recall",), seeds=(0, 1), steps=2)
-    real, made = evidence._recall_run, []
-
-    def counted(options, arm, seed, folder):
-        if len(made) == 3:
-            raise KeyboardInterrupt
-        made.append((arm.name, seed))
-        return real(options, arm, seed, folder)
-
-    monkeypatch.setattr(evidence, "_recall_run", counted)
-    with pytest.raises(KeyboardInterrupt):
-        evidence.run(options, console=Console(file=io.StringIO()))
-    assert (tmp_path / "evidence.md").read_text().count("\n| ") == 4  # the head and three arms
-    monkeypatch.setattr(evidence, "_recall_run", real)
-    found = evidence.run(options, console=Console(file=io.StringIO()))
-    assert {arm: list(seeds) for arm, seeds in found["results"]["recall"].items()} == {
-        f"{n} of 4": ["0", "1"] for n in (0, 1, 2, 4)
-    }
-    assert " to " in (tmp_path / "evidence.md").read_text()
-    assert (tmp_path / "recall.png").is_file()
-    with pytest.raises(ValueError, match="no experiment 'x'"):
-        evidence.Options(only=("x",))
