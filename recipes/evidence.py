@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import tyro
 from rich.console import Console
@@ -34,13 +33,14 @@ from recipes.data import Options as DataOptions
 from recipes.data import prepare
 from recipes.demo import machine
 from recipes.pretrain import Run, exit_status, start_or_resume, train
-from recipes.training.data import Batch, LabelledBatch
+from recipes.training.data import Batch
 from recipes.training.documents import digest
 from recipes.training.flops import training_flops
 from recipes.training.optimizers import optimizers as optimizers_of
+from recipes.training.pairs import KINDS, Pairs, recalled
 from recipes.training.report import Live, Metrics, Row, read_metrics
 from recipes.training.settings import Settings, comparable
-from recipes.training.steps import Part, accumulate_gradients
+from recipes.training.steps import accumulate_gradients
 from recipes.training.tokenizer import write_atomically
 
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -59,8 +59,6 @@ SIZE: dict[str, Any] = {
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
 }
-KINDS = 32  # keys, and values, of the recall task
-HELD_OUT = 10**9  # samples of the recall task from this number on are never trained on
 
 
 @dataclass(frozen=True)
@@ -217,11 +215,20 @@ def run(options: Options, *, console: Console | None = None) -> dict[str, Any]:
             write_atomically(path, json.dumps(row | {"cpu_seconds": so_far[0]}).encode())
         row = json.loads(path.read_bytes()) | {"run": settings.out.name}
         made.setdefault(experiment, {}).setdefault(arm.name, {})[str(seed)] = row
-        found = {"options": asdict(options) | {"out": str(options.out)}, "machine": machine(), "results": made}
-        write_atomically(options.out / "evidence.json", (json.dumps(found, indent=1) + "\n").encode())
-        write_atomically(options.out / "evidence.md", page(found).encode())
+        found = _written(options, made, {})
+    on_text = {experiment: EXPERIMENTS[experiment]() for experiment in made if experiment != "recall"}
+    found = _written(options, made, speeds(options, on_text))
     draw(made, options.out)
     console.print(f"The page is {options.out / 'evidence.md'}.", highlight=False)
+    return found
+
+
+def _written(options: Options, made: dict[str, Any], speed: dict[str, Any]) -> dict[str, Any]:
+    """Write evidence.json and evidence.md; the contents of the former."""
+    found = {"options": asdict(options) | {"out": str(options.out)}, "machine": machine(), "results": made}
+    found["speed"] = speed
+    write_atomically(options.out / "evidence.json", (json.dumps(found, indent=1) + "\n").encode())
+    write_atomically(options.out / "evidence.md", page(found).encode())
     return found
 
 
@@ -279,76 +286,64 @@ def slow_decays(model: q.Qwen3Next, generator: torch.Generator) -> None:
 
 
 def _text_run(settings: Settings, arm: Arm) -> Row:
-    """Train on bytes of text; held-out bits per byte, needle recall, counted operations and speed."""
+    """Train on bytes of text; held-out bits per byte, needle recall and counted operations."""
     folder = settings.out
     start = folder / "start"
     if not (start / "config.json").is_file():
         new_model(arm, settings.seed).save_pretrained(start)
     result = train(replace(settings, init=str(start)), console=Console(quiet=True))
-    rows, model = read_metrics(folder), q.load(start)
-    flops = training_flops(model.config, settings.window)  # a token
+    rows = read_metrics(folder)
+    flops = training_flops(q.load(start).config, settings.window)  # a token
     measured = ("needle/64", "needle/256", "load_entropy", "max_load", "mtp_accuracy/1")
     return {
         "bits_per_byte": result.bits_per_byte,
         "parameters": result.parameters,
         "training_teraflop": flops * result.tokens / 1e12,
         "curve": [[flops * row["tokens"], row["val_bits_per_byte"]] for row in rows if "val_bits_per_byte" in row],
-        "tokens_per_cpu_second": tokens_per_cpu_second(model, settings),
     } | {key: rows[-1][key] for key in measured if key in rows[-1]}
 
 
-def tokens_per_cpu_second(model: q.Qwen3Next, settings: Settings, *, steps: int = 9) -> float:
-    """Tokens of a training step over the CPU time of the fastest of `steps` steps, on random tokens.
+def speeds(options: Options, arms: dict[str, list[Arm]], *, rounds: int = 15) -> dict[str, dict[str, float]]:
+    """Tokens of a training step over the CPU time of the fastest of `rounds` steps, by experiment and arm.
 
-    CPU time, and the fastest step, because other work on the machine makes the time of a run say little.
+    CPU time, the fastest step, and a step of each arm in turn, because other work on the machine slows all of them.
+    Tokens are random. What was measured is kept in speed.json.
     """
-    torch.manual_seed(settings.seed)
+    path, places = options.out / "speed.json", {}
+    known: dict[str, float] = json.loads(path.read_bytes()) if path.is_file() else {}
+    steps: dict[str, tuple[int, Callable[[], None]]] = {}
+    for experiment, of in arms.items():
+        for arm in of:
+            settings = settings_of(options, experiment, arm, 0)
+            places[experiment, arm.name] = name = settings.out.name
+            if name not in known and name not in steps:
+                steps[name] = settings.accumulate * settings.batch_size * settings.window, _step(settings, arm)
+    fastest = dict.fromkeys(steps, math.inf)
+    for _ in range(rounds):
+        for name, (_, step) in steps.items():
+            begun = time.process_time()
+            step()
+            fastest[name] = min(fastest[name], time.process_time() - begun)
+    known |= {name: tokens / fastest[name] for name, (tokens, _) in steps.items()}
+    write_atomically(path, (json.dumps(known, indent=1) + "\n").encode())
+    return {e: {arm.name: known[places[e, arm.name]] for arm in of} for e, of in arms.items()}
+
+
+def _step(settings: Settings, arm: Arm) -> Callable[[], None]:
+    """A training step of an arm on random tokens."""
+    model = new_model(arm, 0)
     ids = torch.randint(0, 256, (settings.accumulate, settings.batch_size, settings.window))
     micro = [Batch(part, torch.zeros_like(part)) for part in ids]
-    taught, fastest = optimizers_of(model, settings), math.inf
-    for _ in range(steps):
-        begun = time.process_time()
+    taught = optimizers_of(model, settings)
+
+    def step() -> None:
         for optimizer in taught:
             optimizer.zero_grad(set_to_none=True)
         accumulate_gradients(model, micro, precision=settings.precision, balance=settings.balance)
         for optimizer in taught:
             optimizer.step()
-        fastest = min(fastest, time.process_time() - begun)
-    return ids.numel() / fastest
 
-
-class Pairs:
-    """Multi-query associative recall: pairs of a key and a value, then three times every key, in another order.
-
-    An eighth of the window's tokens are keys. Keys are tokens 1 to 32, values 33 to 64; values behind a key's later
-    appearances are to be predicted. Sequences are a pure function of their number. Source: arXiv:2312.04927.
-    """
-
-    def __init__(self, window: int, seed: int) -> None:
-        self.pairs, self.window, self.seed = window // 8, window, seed
-
-    def batch(self, first_sample: int, batch_size: int) -> LabelledBatch:
-        """Sequences first_sample to first_sample + batch_size - 1, (b, window)."""
-        ids = np.zeros((batch_size, self.window), dtype=np.int64)
-        n = self.pairs
-        for row in range(batch_size):
-            generator = np.random.default_rng([self.seed, first_sample + row])
-            keys, values = generator.permutation(KINDS)[:n] + 1, generator.integers(KINDS + 1, 2 * KINDS + 1, n)
-            order = np.concatenate([np.arange(n), *(generator.permutation(n) for _ in range(3))])
-            ids[row, : 8 * n : 2], ids[row, 1 : 8 * n : 2] = keys[order], values[order]
-        labels = np.full_like(ids, -100)
-        labels[:, 2 * n + 1 : 8 * n : 2] = ids[:, 2 * n + 1 : 8 * n : 2]
-        return LabelledBatch(torch.from_numpy(ids), torch.zeros(ids.shape, dtype=torch.long), torch.from_numpy(labels))
-
-
-@torch.no_grad()
-def recalled(model: q.Qwen3Next, windows: Pairs, *, sequences: int = 64) -> Row:
-    """Share of the values that are the most likely token, in sequences that were never trained on."""
-    part = Part.of(windows.batch(HELD_OUT, sequences), model.embed_tokens.weight.device)
-    assert part.labels is not None
-    guess = model(part.input_ids).logits[:, :-1].argmax(-1)
-    place = part.labels[:, 1:] != -100
-    return {"recall": float((guess == part.labels[:, 1:])[place].float().mean())}
+    return step
 
 
 def _recall_run(settings: Settings, arm: Arm) -> Row:
@@ -376,7 +371,7 @@ def _recall_run(settings: Settings, arm: Arm) -> Row:
 
 
 SHOWN = {"bits_per_byte": 3, "recall": 3, "loss": 3, "needle/64": 2, "needle/256": 2, "mtp_accuracy/1": 3}
-SHOWN |= {"load_entropy": 3, "max_load": 2, "tokens_per_cpu_second": 0, "training_teraflop": 2, "parameters": 0}
+SHOWN |= {"load_entropy": 3, "max_load": 2, "training_teraflop": 2, "parameters": 0}
 
 
 def page(found: dict[str, Any]) -> str:
@@ -386,9 +381,12 @@ def page(found: dict[str, Any]) -> str:
     for experiment, arms in found["results"].items():
         keys = [key for key in SHOWN if any(key in row for seeds in arms.values() for row in seeds.values())]
         lines += [f"## {experiment}", "", EXPERIMENTS[experiment].__doc__ or "", ""]
-        lines += [f"| arm | seeds | {' | '.join(keys)} |", "|---|--:|" + "--:|" * len(keys)]
+        speed = found["speed"].get(experiment, {})
+        heads = ["seeds", *keys, *(["tokens a CPU second"] if speed else [])]
+        lines += [f"| arm | {' | '.join(heads)} |", "|---|" + "--:|" * len(heads)]
         for arm, seeds in arms.items():
             cells = [_cell([row[key] for row in seeds.values() if key in row], SHOWN[key]) for key in keys]
+            cells += [f"{speed[arm]:,.0f}"] if speed else []
             lines.append(f"| {arm} | {len(seeds)} | {' | '.join(cells)} |")
             spent |= {row["run"]: row["cpu_seconds"] for row in seeds.values()}
         lines.append("")

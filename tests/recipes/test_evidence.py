@@ -134,7 +134,8 @@ def test_the_axis_is_the_counted_formula(tmp_path, text, monkeypatch):
     assert [one["step"] for one in steps] == [1, 2, 3, 4, 5]
     assert row["curve"] == [[a_token * 1024 * one["step"], one["val_bits_per_byte"]] for one in steps]
     assert row["training_teraflop"] == pytest.approx(a_token * 5 * 1024 / 1e12)
-    assert row["tokens_per_cpu_second"] > 0
+    (speed,) = json.loads((tmp_path / "out" / "speed.json").read_bytes()).values()
+    assert f"{speed:,.0f} |" in (tmp_path / "out" / "evidence.md").read_text()
 
 
 @pytest.mark.parametrize(("experiment", "name"), [("balance", "over the batch"), ("recall", "1 of 4")])
@@ -163,7 +164,7 @@ def test_a_killed_run_goes_on(experiment, name, tmp_path, text, monkeypatch):
         losses.append([one["lm"] for one in read_metrics(tmp_path / folder / "runs" / rows[-1]["run"])])
     assert losses[0] == losses[1]
     assert len(losses[0]) == 4
-    for key in rows[0].keys() - {"cpu_seconds", "tokens_per_cpu_second"}:
+    for key in rows[0].keys() - {"cpu_seconds"}:
         assert rows[0][key] == rows[1][key], key
 
 
@@ -201,6 +202,24 @@ def test_what_options_refuse():
         evidence.Options(recall_steps=0)
 
 
+def test_speeds(tmp_path, monkeypatch):
+    """The tokens of a step over the least time of the rounds; measured once, for arms that are equal too."""
+    options, clock, calls = evidence.Options(tmp_path), [0.0], []
+    times = iter([5.0, 2.0, 3.0])
+
+    def step(settings, arm):
+        calls.append(arm.name)
+        return lambda: clock.__setitem__(0, clock[0] + next(times))
+
+    monkeypatch.setattr(evidence, "_step", step)
+    monkeypatch.setattr(evidence.time, "process_time", lambda: clock[0])
+    arms = {"sizes": evidence.sizes()[1:2], "share": evidence.share()[1:2]}
+    found = evidence.speeds(options, arms, rounds=3)
+    assert found == {"sizes": {"width 64": 512.0}, "share": {"1 of 4": 512.0}}
+    assert evidence.speeds(options, arms) == found
+    assert len(calls) == 1
+
+
 # ---- the page
 
 
@@ -217,10 +236,12 @@ def made_up():
 
 
 def test_page_counts_a_shared_run_once():
-    found = {"options": {"steps": 1, "recall_steps": 2}, "machine": "here", "results": made_up()}
+    speed = {"sizes": {"a": 1234.0}}
+    found = {"options": {"steps": 1, "recall_steps": 2}, "machine": "here", "results": made_up(), "speed": speed}
     page = evidence.page(found)
     assert "3 runs, 3 CPU minutes" in page
     assert "3.500 (3.000 to 4.000)" in page
+    assert page.count("1,234") == 1
     assert json.dumps(found)  # evidence.json can be written
 
 
