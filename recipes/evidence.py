@@ -331,8 +331,10 @@ def speeds(options: Options, arms: dict[str, list[Arm]], *, rounds: int = 15) ->
 
 
 def _timed(arm: Arm) -> Arm:
-    """The arm with the experts' width at a multiple of 16. Widths that make parameters equal may be odd, and odd ones
-    run in slower kernels, which would say nothing about the mixers."""
+    """The arm with the experts' width at a multiple of 16.
+
+    Widths that make parameters equal may be odd. On a GPU those run in slower kernels: that says nothing of the mixers.
+    """
     width = arm.config.get("moe_intermediate_size")
     return arm if width is None else replace(arm, config=arm.config | {"moe_intermediate_size": round(width / 16) * 16})
 

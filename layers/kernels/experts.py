@@ -39,8 +39,8 @@ def _odd_rows(down: Tensor, dtype: torch.dtype) -> bool:
 
 
 def backend_of_experts(backend: str, down: Tensor) -> str:
-    """The backend asked for; on "auto", "loop" for rows that grouped_mm refuses."""
-    return "loop" if backend == "auto" and _odd_rows(down, down.dtype) else backend
+    """The backend asked for; on "auto", "loop" for rows that grouped_mm refuses, which CPUs do without."""
+    return "loop" if backend == "auto" and down.device.type != "cpu" and _odd_rows(down, down.dtype) else backend
 
 
 def grouped_serves(x: Tensor, down: Tensor, *, dtype: torch.dtype | None = None) -> bool:

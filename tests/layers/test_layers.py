@@ -8,6 +8,7 @@ import torch
 
 from layers.gated_attention import GatedAttention, attend
 from layers.gated_deltanet import GatedDeltaNet
+from layers.kernels.experts import backend_of_experts
 from layers.mlp import SwiGLU, activate
 from layers.moe import Experts, SparseMoE, top_experts
 from layers.norm import GatedRMSNorm, RMSNorm, l2_normalise
@@ -109,13 +110,23 @@ def test_experts_equal_a_loop_over_tokens(n):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_odd_widths_fall_back_to_the_loop():
-    experts = Experts(10, 6, 4)  # rows of 24 bytes, which grouped_mm refuses
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
+def test_odd_widths(dtype):
+    """Rows of no multiple of 16 bytes, which grouped_mm refuses: the fast kernels on a CPU, the loop elsewhere."""
+    torch.manual_seed(0)
+    experts = Experts(10, 7, 4).to(dtype)
     torch.nn.init.normal_(experts.gate_up_proj)
     torch.nn.init.normal_(experts.down_proj)
-    y = experts(torch.ones(3, 10), torch.ones(3, 1), torch.tensor([[0], [1], [0]]))
-    torch.testing.assert_close(y[0], y[2])
-    assert not torch.allclose(y[0], y[1])
+    x, weights, indices = torch.randn(9, 10, dtype=dtype), torch.rand(9, 2), torch.randint(4, (9, 2))
+    found = []
+    for backend in ("loop", "auto"):
+        experts.backend, own = backend, x.clone().requires_grad_()
+        y = experts(own, weights, indices)
+        found.append((y, *torch.autograd.grad(y.float().square().sum(), [own, *experts.parameters()])))
+    for exact, other in zip(*found, strict=True):
+        assert (exact - other).float().norm() <= (2e-2 if dtype == torch.bfloat16 else 1e-5) * exact.float().norm()
+    assert backend_of_experts("auto", experts.down_proj) == "auto"
+    assert backend_of_experts("auto", experts.down_proj.to("meta")) == "loop"
 
 
 def moe(**changes):
