@@ -1,7 +1,7 @@
 """Small experiments about the architecture and its training, each with several seeds; a page with tables and pictures.
 
     python -m recipes.evidence --out runs/evidence
-    python -m recipes.evidence --out runs/evidence --only recall --steps 2000
+    python -m recipes.evidence --out runs/evidence --only recall --recall-steps 2000
 
 Experiments: "sizes" trains three sizes on one text, held-out loss against counted operations; "mixers" compares the
 hybrid with attention alone and Gated DeltaNet alone, at equal parameters and tokens; "share" measures held-out loss on

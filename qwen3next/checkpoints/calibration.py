@@ -17,7 +17,7 @@ from layers.quantised.group_weight import GroupWeight
 from layers.quantised.held import GroupLayout
 from layers.quantised.linear import QuantisedLinear
 from layers.segments import Segments
-from qwen3next.checkpoints.group_weights import layouts_for, rounded
+from qwen3next.checkpoints.group_weights import HEAD, layouts_for, rounded
 
 Grams = dict[str, Tensor]
 
@@ -63,7 +63,7 @@ def round_model(
     Raises: ValueError for weights that are not finite, and for rows that are no whole groups of `group_size`.
     """
     found, layouts = list[Rounded](), layouts_for(model, weights, group_size)
-    layouts.pop("lm_head.weight", None)
+    layouts.pop(HEAD, None)
     rows = [(model.embed_tokens(row), Segments.full(row)) for row in ids]
 
     def finish(prefix: str, grams: Grams) -> None:
